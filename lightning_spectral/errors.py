@@ -1,0 +1,27 @@
+"""What can go wrong, as one small tree.
+
+.. code-block:: text
+
+    SpectralError
+    ├── BlocksNotFoundError      no residual block was found in the model
+    ├── ExampleInputError        the model could not be run on an example input
+    └── ConfigurationError       an argument cannot be used (also a ValueError)
+"""
+
+__all__ = ["BlocksNotFoundError", "ConfigurationError", "ExampleInputError", "SpectralError"]
+
+
+class SpectralError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class BlocksNotFoundError(SpectralError):
+    """No residual block was found; the message lists what was tried and shows ``hints``."""
+
+
+class ExampleInputError(SpectralError):
+    """Structure is read from one traced forward pass, and no example input could be run."""
+
+
+class ConfigurationError(SpectralError, ValueError):
+    """An argument cannot be used; the message says what came and what was expected."""

@@ -1,0 +1,272 @@
+"""The frozen records that travel between the rooms of this package.
+
+A model is described by :class:`ResidualBlock`, :class:`Branch`, :class:`Path` and :class:`Factor`, which hold names and
+layouts but never a tensor: they survive pickling, deepcopy, wrapping in DDP and a change of device. A measurement is
+described by :class:`Measurement` and :class:`LayerMeasurement`, which hold plain numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any, Literal
+
+__all__ = [
+    "Branch",
+    "BranchKind",
+    "Factor",
+    "FactorRole",
+    "LayerMeasurement",
+    "Linearization",
+    "Measurement",
+    "Path",
+    "ResidualBlock",
+]
+
+Linearization = Literal["circuit", "paper", "jacobian"]
+BranchKind = Literal["attention", "cross_attention", "mlp", "mixer"]
+FactorRole = Literal["scale", "post_norm", "output", "inner_norm", "value", "latent", "down", "up", "pre_norm"]
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One weight matrix, diagonal norm gain or residual multiplier of a branch.
+
+    Matrices are read as ``(out_features, in_features)``. The parameter is fetched by attribute path, then ``layout`` is
+    applied step by step (view operations such as ``("select", 0, 3)`` or ``("t",)``), then ``rows`` picks output rows.
+
+    Attributes:
+        role: What the factor is to its branch. ``"output"`` and ``"value"`` are W_o and W_v, ``"latent"`` a further
+            matrix on the value path (multi-head latent attention), ``"down"`` and ``"up"`` the two ends of the MLP;
+            ``"pre_norm"``, ``"inner_norm"`` and ``"post_norm"`` are norm gains; ``"scale"`` is a residual multiplier.
+        parameter: Attribute path from the model, such as ``"layers.0.mlp.up_proj.weight"``; ``None`` for a norm
+            without gain and for a constant multiplier.
+        layout: Steps from the stored parameter to the matrix ``(out_features, in_features)``. Empty for ``nn.Linear``.
+        rows: Output rows, in the order in which the next factor reads them; a row may repeat (grouped-query
+            attention). ``None`` means all rows once, in order.
+        offset: Added to a gain or scale before use (1.0 where a family stores ``gain - 1``).
+        constant: A constant multiplier, 1.0 for none.
+        size: Number of channels of a norm (``None`` for matrices and multipliers).
+    """
+
+    role: FactorRole
+    parameter: str | None
+    layout: tuple[tuple[Any, ...], ...] = ()
+    rows: tuple[range, ...] | None = None
+    offset: float = 0.0
+    constant: float = 1.0
+    size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """One chain of factors from the site back to the residual stream, the factor nearest the site first.
+
+    Attributes:
+        factors: The chain, in the order of the matrix product.
+        expert: Index of the expert in a mixture of experts, ``"shared"`` for an always-active one, else ``None``.
+    """
+
+    factors: tuple[Factor, ...]
+    expert: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A path from the residual stream back into it.
+
+    Attributes:
+        kind: ``"attention"``, ``"cross_attention"``, ``"mlp"`` or ``"mixer"`` (a token mixer that is not attention).
+        site: Absolute path of the module whose output is added to the stream; ``"param:<path>"`` where no module
+            carries the branch and only a weight could be scaled.
+        output_index: Element of the site's output tuple that is the branch, ``None`` where the output is a tensor.
+        paths: The linear chains of the branch: one for a dense branch, one per expert for a mixture of experts, none
+            where no weight linearization exists.
+        reason: Why there is no weight linearization, ``None`` where there is one.
+    """
+
+    kind: BranchKind
+    site: str
+    output_index: int | str | None = None
+    paths: tuple[Path, ...] = ()
+    reason: str | None = None
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """Every distinct factor of the branch, the one nearest the site first."""
+        return tuple(dict.fromkeys(factor for path in self.paths for factor in path.factors))
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualBlock:
+    """One layer of the stack: it adds its branches to the residual stream.
+
+    Attributes:
+        index: Position in the order of execution, from 0.
+        name: Module path of the block.
+        branches: Every branch in the order of execution.
+        verified: Whether the zero and the linear test passed: with every site multiplied by zero the block is the
+            identity on the stream (up to its post-norms and constant factors), and the stream is affine in each site.
+        evidence: How the block was found: ``"trace"``, ``"hints"``, and what the verification found where it failed.
+    """
+
+    index: int
+    name: str
+    branches: tuple[Branch, ...]
+    verified: bool = False
+    evidence: str = "trace"
+
+    @property
+    def attention(self) -> Branch | None:
+        """The branch that moves information between tokens (its ``kind`` says whether it is attention)."""
+        mixers = [branch for branch in self.branches if branch.kind in ("attention", "mixer")]
+        return next((branch for branch in mixers if branch.kind == "attention"), mixers[0] if mixers else None)
+
+    @property
+    def mlp(self) -> Branch | None:
+        """The first branch that acts on each token alone."""
+        return next((branch for branch in self.branches if branch.kind == "mlp"), None)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMeasurement:
+    """The spectral norms of one block. A quantity that does not exist or cannot be computed is ``None``, never 0.
+
+    Attributes:
+        index: Index of the block.
+        name: Module path of the block.
+        mlp_norm: Spectral norm of the MLP branch.
+        attention_norm: Spectral norm of the attention branch.
+        mlp_scale: Residual scale of the MLP branch, 1.0 where none is attached.
+        attention_scale: Residual scale of the attention branch, 1.0 where none is attached.
+        mlp_expert: Expert with the largest norm, ``None`` for a dense MLP.
+        mlp_reason: Why ``mlp_norm`` is ``None`` although the block has such a branch.
+        attention_reason: Why ``attention_norm`` is ``None`` although the block has such a branch.
+        error_bound: Relative a posteriori error bound, the larger of the two norms'.
+    """
+
+    index: int
+    name: str
+    mlp_norm: float | None
+    attention_norm: float | None
+    mlp_scale: float = 1.0
+    attention_scale: float = 1.0
+    mlp_expert: int | str | None = None
+    mlp_reason: str | None = None
+    attention_reason: str | None = None
+    error_bound: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """The spectral ratio ‖MLP branch‖₂ / ‖attention branch‖₂, ``None`` unless both norms are positive."""
+        if not self.mlp_norm or not self.attention_norm:
+            return None
+        return self.mlp_norm / self.attention_norm
+
+    @property
+    def log_ratio(self) -> float | None:
+        """ln ρ, the quantity that everything averages, smooths and controls."""
+        if not self.mlp_norm or not self.attention_norm:
+            return None
+        return math.log(self.mlp_norm) - math.log(self.attention_norm)
+
+    @property
+    def reason(self) -> str | None:
+        """Why a norm or the ratio is missing, ``None`` where nothing is."""
+        parts = [
+            f"{word}: {text}"
+            for word, text in (("mlp", self.mlp_reason), ("attention", self.attention_reason))
+            if text is not None
+        ]
+        return "; ".join(parts) or None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Measurement:
+    """The spectral norms of every block at one moment.
+
+    Attributes:
+        step: Optimizer step at which the measurement was taken.
+        linearization: The rule that turned branches into linear operators. Never compare across rules.
+        layers: One record per block, in the order of execution.
+        safe_zone: The interval of ratios that the summary calls inside.
+        seconds: Wall time of the measurement.
+    """
+
+    step: int
+    linearization: Linearization
+    layers: tuple[LayerMeasurement, ...]
+    safe_zone: tuple[float, float] = (0.5, 2.0)
+    seconds: float = field(default=0.0, compare=False)
+
+    def __iter__(self) -> Iterator[LayerMeasurement]:
+        """Iterate over the layers."""
+        return iter(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that ``json.dumps`` accepts, with the ratio and the reason of every layer."""
+        layers = [asdict(layer) | {"ratio": layer.ratio, "reason": layer.reason} for layer in self.layers]
+        return {
+            "step": self.step,
+            "linearization": self.linearization,
+            "safe_zone": list(self.safe_zone),
+            "seconds": self.seconds,
+            "layers": layers,
+        }
+
+    def summary(self) -> dict[str, float]:
+        """Return the summary values of the measurement, by the names they are logged under.
+
+        Values that do not exist (a model without a single measurable ratio) are absent, never NaN.
+        """
+        ratios = {layer.index: layer.log_ratio for layer in self.layers if layer.log_ratio is not None}
+        values: dict[str, float] = {}
+        if ratios:
+            low, high = math.log(self.safe_zone[0]), math.log(self.safe_zone[1])
+            excess = {index: max(low - value, value - high) for index, value in ratios.items()}
+            values["ratio_min"] = math.exp(min(ratios.values()))
+            values["ratio_median"] = math.exp(median(ratios.values()))
+            values["ratio_max"] = math.exp(max(ratios.values()))
+            values["in_zone"] = sum(distance < 0 for distance in excess.values()) / len(ratios)
+            values["worst_layer"] = float(max(excess, key=excess.__getitem__))
+        for branch in ("mlp", "attention"):
+            norms = [norm for layer in self.layers if (norm := getattr(layer, f"{branch}_norm")) is not None]
+            if norms:
+                values[f"{branch}_norm_max"] = max(norms)
+        reasons = [reason for layer in self.layers for reason in (layer.mlp_reason, layer.attention_reason)]
+        values["unmeasured"] = float(sum(reason is not None for reason in reasons))
+        values["seconds"] = self.seconds
+        return values
+
+    def __str__(self) -> str:
+        """Return a readable table, one line per block."""
+        return "\n".join(_table(self))
+
+    def __repr__(self) -> str:
+        """Return the same table: a measurement is looked at more often than it is evaluated."""
+        return str(self)
+
+
+def _number(value: float | None, width: int) -> str:
+    return f"{'-' if value is None else format(value, '.4g'):>{width}}"
+
+
+def _table(measurement: Measurement) -> Iterator[str]:
+    low, high = measurement.safe_zone
+    name_width = max([len(layer.name) for layer in measurement.layers] + [len("block")])
+    yield (
+        f"spectral ratio ‖mlp‖₂/‖attention‖₂, linearization={measurement.linearization!r}, "
+        f"step {measurement.step}, safe zone ({low:g}, {high:g})"
+    )
+    yield f"{'':>4}  {'block':<{name_width}}  {'mlp':>10}  {'attention':>10}  {'ratio':>8}"
+    for layer in measurement.layers:
+        note = layer.reason or ""
+        if layer.ratio is not None and not low < layer.ratio < high:
+            note = "above the zone" if layer.ratio >= high else "below the zone"
+        line = (
+            f"{layer.index:>4}  {layer.name:<{name_width}}  {_number(layer.mlp_norm, 10)}  "
+            f"{_number(layer.attention_norm, 10)}  {_number(layer.ratio, 8)}  {note}"
+        )
+        yield line.rstrip()
