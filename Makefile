@@ -1,0 +1,56 @@
+# Each chore is one command; continuous integration runs the same ones.
+#
+#   make demo         train the example GPT and watch it (two minutes on two cores)
+#   make test         the tests
+#   make lint         style, docstrings and types
+#   make format       apply what can be applied automatically
+#   make test-oldest  the tests with the oldest supported releases
+#   make bench        the benchmark tables
+#   make clean        remove the environments and everything that was generated
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint format test-oldest bench clean
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python examples/train_gpt.py $(DEMO_ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-oldest: $(VENV)-oldest/.installed-test
+	$(VENV)-oldest/bin/python -m pytest $(TEST_ARGS)
+
+bench: $(VENV)/.installed-test
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:
+	rm -rf $(VENV) $(VENV)-oldest runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+
+# What is installed is remembered by an empty file, so that a change of versions reinstalls and nothing else does.
+$(VENV)/.installed-demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) -e '.[demo]' -c constraints.txt
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) -e '.[test,lint]' -c constraints.txt
+	touch $@
+
+$(VENV)-oldest/.installed-test: pyproject.toml constraints-oldest.txt
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python $(PIP_INSTALL) -e '.[test]' -c constraints-oldest.txt
+	touch $@
