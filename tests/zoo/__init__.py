@@ -1,0 +1,28 @@
+"""A zoo of tiny models whose residual branches are known, for the discovery tests to run over."""
+
+from __future__ import annotations
+
+import functools
+
+from . import hugging_face, plain, torch_layers
+from .example import Example, ExpectedBlock
+
+__all__ = ["Example", "ExpectedBlock", "example", "examples"]
+
+
+@functools.cache
+def _by_name() -> dict[str, Example]:
+    members = [*hugging_face.surveyed(), *plain.members(), *torch_layers.members()]
+    names = [member.name for member in members]
+    assert len(names) == len(set(names)), "two examples share a name"
+    return dict(zip(names, members, strict=True))
+
+
+def examples() -> list[Example]:
+    """Every member of the zoo."""
+    return list(_by_name().values())
+
+
+def example(name: str) -> Example:
+    """The member of that name."""
+    return _by_name()[name]
