@@ -193,6 +193,20 @@ def test_every_site_scales_its_branch(name: str) -> None:
                     torch.testing.assert_close(thrice, 3 * once, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", [name for name in WITH_BLOCKS if not example(name).identity])
+def test_every_site_changes_its_block(name: str) -> None:
+    """Where a norm or a multiplier stands on the stream itself, every site still matters."""
+    member = example(name)
+    model = member.build()
+    with torch.no_grad():
+        for block in member.blocks:
+            (_, plain), *_ = through(model, member, block.name)
+            for site in (site for sites in block.branches for site in sites):
+                with scaled(model, {site: 0.0}):
+                    (_, changed), *_ = through(model, member, block.name)
+                assert (changed - plain).abs().max() > 1e-3, site
+
+
 @pytest.mark.parametrize("name", WITH_MATRICES)
 def test_matrices_belong_to_blocks(name: str) -> None:
     """Every matrix names a block and a branch that it has."""

@@ -33,6 +33,9 @@ BASE: dict[str, Any] = {
 logging.set_verbosity_error()  # remarks on odd sizes and missing kernels
 SCHEMES = {"none (ReZero)": "none", "post-ish: residual taken AFTER the norm": "after_norm"}
 
+RESCALED = ("doge", "zaya", "rwkv")  # the residual is multiplied, shifted or normalized in some block
+UNCACHED = ("xlstm", "rwkv")  # a cache that does not fit small heads; one that is written in place, gradients or not
+
 
 def surveyed() -> list[Example]:
     """Every surveyed model that transformers provides."""
@@ -43,9 +46,10 @@ def _surveyed(entry: survey.Entry) -> Example:
     return Example(
         name=entry["name"],
         build=seeded(functools.partial(_build, entry["class"], entry["overrides"])),
-        inputs=uncached_inputs if entry["name"] == "xlstm" else INPUTS[entry["group"]],
+        inputs=uncached_inputs if entry["name"] in UNCACHED else INPUTS[entry["group"]],
         blocks=survey.expected_blocks(entry),
         norm_scheme=SCHEMES.get(entry["norm_scheme"], entry["norm_scheme"]),
+        identity=entry["norm_scheme"] not in ("post", *SCHEMES) and entry["name"] not in RESCALED,
         survey=True,
         note=entry["note"],
     )
@@ -67,7 +71,7 @@ def causal_inputs(model: nn.Module) -> Inputs:
 
 
 def uncached_inputs(model: nn.Module) -> Inputs:
-    """Token ids, for a model whose cache does not fit small heads."""
+    """Token ids and no cache."""
     return (), {"input_ids": tokens(BATCH, TOKENS), "use_cache": False}
 
 
