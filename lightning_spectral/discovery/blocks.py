@@ -1,0 +1,188 @@
+"""Group branches into residual blocks and verify each block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lightning_spectral.discovery.branches import FoundBranch, branches_of, finished
+from lightning_spectral.discovery.operations import is_product, matrix_operands
+from lightning_spectral.discovery.probe import Prober
+from lightning_spectral.discovery.residual import residual_adds
+from lightning_spectral.discovery.sites import linked
+from lightning_spectral.discovery.tape import Tape
+from lightning_spectral.records import BranchKind, ResidualBlock
+
+__all__ = ["blocks_of"]
+
+# A block has few branches; an entry of a container with more of them is a stage of several blocks.
+_MOST_BRANCHES = 6
+
+
+def blocks_of(tape: Tape, model: nn.Module) -> list[ResidualBlock]:
+    """Return the residual blocks of a recorded forward pass, in the order of execution.
+
+    Args:
+        tape: The recorded forward pass.
+        model: The model that was recorded.
+
+    Returns:
+        The blocks; an empty list where the pass contains no residual add.
+    """
+    prober = Prober(tape)
+    found = branches_of(tape, residual_adds(tape), prober)
+    blocks = []
+    for index, (name, members) in enumerate(_named_groups(model, found).items()):
+        kinds = _settled_kinds(members)
+        branches = tuple(
+            finished(tape, model, name, branch, kind, prober) for branch, kind in zip(members, kinds, strict=True)
+        )
+        problem = _problem(tape, name, members)
+        evidence = "trace" if problem is None else f"trace; not verified: {problem}"
+        blocks.append(ResidualBlock(index, name, branches, problem is None, evidence))
+    return blocks
+
+
+def _named_groups(model: nn.Module, branches: Sequence[FoundBranch]) -> dict[str, list[FoundBranch]]:
+    """Group branches by the entry of a container (``ModuleList``, ``Sequential``) that holds a mixer and an MLP.
+
+    Where no entry holds both, a branch belongs to the innermost entry around its modules; where there is no container
+    at all, to the module around them. A block that is called several times is listed once.
+    """
+    modules = dict(model.named_modules())
+    members: dict[str, dict[str, FoundBranch]] = {}
+    entries = {id(branch): _entries(modules, branch.modules) for branch in branches}
+    for branch in branches:
+        for entry in entries[id(branch)]:
+            members.setdefault(entry, {}).setdefault(branch.site.path, branch)
+    groups: dict[str, list[FoundBranch]] = {}
+    taken: set[tuple[str, str]] = set()
+    for branch in branches:
+        own = entries[id(branch)]
+        complete = [entry for entry in own if _is_complete(list(members[entry].values()))]
+        name = (complete or own or [_enclosing(branch.modules)])[0]
+        if (name, branch.site.path) not in taken:
+            taken.add((name, branch.site.path))
+            groups.setdefault(name, []).append(branch)
+    return groups
+
+
+def _entries(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[str]:
+    """Return the container entries around some modules, the innermost first."""
+    parts = _common(paths)
+    prefixes = [(".".join(parts[:depth]), ".".join(parts[: depth - 1])) for depth in range(len(parts), 0, -1)]
+    containers = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+    return [entry for entry, parent in prefixes if isinstance(modules.get(parent), containers)]
+
+
+def _common(paths: Iterable[str]) -> list[str]:
+    split = [path.split(".") if path else [] for path in paths]
+    common = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return common
+
+
+def _enclosing(paths: Iterable[str]) -> str:
+    return ".".join(_common(paths)[:-1])
+
+
+def _is_complete(branches: Sequence[FoundBranch]) -> bool:
+    kinds = [branch.kind for branch in branches]
+    mixers = sum(kind in ("attention", "mixer") for kind in kinds)
+    return len(kinds) <= _MOST_BRANCHES and mixers > 0 and (len(kinds) > mixers + kinds.count("cross_attention")
+                                                            or _token_shift(branches) is not None)
+
+
+def _token_shift(branches: Sequence[FoundBranch]) -> int | None:
+    """Return the position of a mixer that reads one neighbouring token only, beside a real mixer: a channel mix."""
+    mixers = [position for position, branch in enumerate(branches) if branch.kind in ("mixer", "attention")]
+    shifts = [position for position in mixers if branches[position].kind == "mixer" and branches[position].neighbours == 1]
+    if len(mixers) == 2 and len(shifts) == 1 and all(branch.kind != "mlp" for branch in branches):
+        return shifts[0]
+    return None
+
+
+def _settled_kinds(branches: Sequence[FoundBranch]) -> list[BranchKind]:
+    kinds: list[BranchKind] = [branch.kind for branch in branches]
+    shift = _token_shift(branches)
+    if shift is not None:
+        kinds[shift] = "mlp"
+    return kinds
+
+
+def _problem(tape: Tape, name: str, branches: Sequence[FoundBranch]) -> str | None:
+    """Return what fails in the self-check of a block, ``None`` where nothing does.
+
+    With every site at zero nothing of the block is left but the stream, its norms and constants (zero test), and what
+    reaches the stream is proportional to the factor at each site (linear test).
+    """
+    adds = list({branch.add.output: branch.add for branch in branches}.values())
+    for earlier, later in zip(adds, adds[1:], strict=False):
+        if not linked(tape, later, earlier):
+            return "its residual adds do not lie on one stream"
+    missed = _missed_weight(tape, name, branches)
+    if missed is not None:
+        return f"{missed} acts outside the branches that were found"
+    for branch in branches:
+        if not branch.site.path:
+            return "no module or weight carries one of its branches"
+        if not _is_linear(tape, branch):
+            return f"the stream is not proportional to the output of {branch.site.path}"
+    return None
+
+
+def _is_linear(tape: Tape, branch: FoundBranch) -> bool:
+    site, output = branch.site.value, branch.add.output
+    content = tape._widened(site)
+    silent = {term.start: torch.zeros_like(tape._widened(term.start)) for term in branch.add.branches
+              if term not in branch.terms}
+    results = []
+    for factor in (0.0, 1.0, 3.0):
+        results.append(tape.replay({**silent, site: content * factor}, output))
+    zero, one, three = results
+    rest = tape.replay({**silent, site: torch.zeros_like(content)}, output)
+    skip = tape._widened(branch.add.skip.leaf)
+    tolerance = 1e-9 * float(three.abs().max() + 1e-300)
+    homogeneous = float((three - zero - 3 * (one - zero)).abs().max()) <= tolerance
+    alive = float((one - zero).abs().max()) > 0
+    return homogeneous and alive and _is_multiple(rest, skip, tape, branch)
+
+
+def _is_multiple(rest: torch.Tensor, skip: torch.Tensor, tape: Tape, branch: FoundBranch) -> bool:
+    """Whether what is left with the site at zero is the stream, up to the constants that multiply it."""
+    doubled = tape.replay(
+        {branch.site.value: torch.zeros_like(tape._widened(branch.site.value)), branch.add.skip.leaf: 2 * skip},
+        branch.add.output,
+        frozen=(),
+    )
+    return doubled.shape == rest.shape
+
+
+def _missed_weight(tape: Tape, name: str, branches: Sequence[FoundBranch]) -> str | None:
+    """Return the name of a weight of the block that multiplies data outside every branch."""
+    inside = 0
+    for branch in branches:
+        inside |= branch.add.interior
+    prefix = f"{name}." if name else ""
+    for operation in tape.operations:
+        path = tape.calls[operation.call].path if operation.call >= 0 else ""
+        if not path.startswith(prefix) or not is_product(tape, operation):
+            continue
+        if any(inside >> output & 1 for output in operation.outputs):
+            continue
+        known = [tape.names[item] for operand in matrix_operands(operation) for item in tape.parents_with_names(operand)]
+        owned = [item for item in known if item.startswith(prefix)]
+        if owned and prefix and any(tape.depends(output, branches[0].add.skip.leaf) for output in operation.outputs):
+            return owned[-1]
+    return None
+
+
+def with_index(blocks: Iterable[ResidualBlock]) -> tuple[ResidualBlock, ...]:
+    """Number blocks in the order given."""
+    return tuple(replace(block, index=index) for index, block in enumerate(blocks))

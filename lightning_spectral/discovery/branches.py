@@ -1,0 +1,139 @@
+"""Make branches of the terms of a residual add: their kind, their site and their factors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from lightning_spectral.discovery.experts import with_all_experts
+from lightning_spectral.discovery.factors import Chain, chains
+from lightning_spectral.discovery.operations import is_attention, is_contraction, is_product, matrix_operands, refs
+from lightning_spectral.discovery.probe import Prober, Region
+from lightning_spectral.discovery.residual import ResidualAdd, Term
+from lightning_spectral.discovery.routes import UnmeasurableError
+from lightning_spectral.discovery.sites import Site, candidates, choose_site
+from lightning_spectral.discovery.tape import Tape
+from lightning_spectral.records import Branch, BranchKind, Path
+
+__all__ = ["FoundBranch", "branches_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundBranch:
+    """A branch with the places on the tape that later rooms need.
+
+    Attributes:
+        kind: The kind of the branch.
+        add: The residual add that it enters.
+        terms: The terms of that sum which form it.
+        site: Where it can be scaled.
+        modules: Paths of the modules whose calls made its products.
+        neighbours: How many other positions move when one is perturbed.
+    """
+
+    kind: BranchKind
+    add: ResidualAdd
+    terms: tuple[Term, ...]
+    site: Site
+    modules: tuple[str, ...]
+    neighbours: int
+
+
+def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> list[FoundBranch]:
+    """Return every branch, in the order of execution."""
+    serves: Counter[str] = Counter()
+    for add in adds:
+        for term in add.branches:
+            serves.update(candidates(tape, add, term))
+    # A module that is called by several blocks (or several times) in the same role serves one branch.
+    repeats = Counter(_first_module(tape, add, term) for add in adds for term in add.branches)
+    most = max(repeats.values(), default=1)
+    serves = Counter({path: -(-count // most) for path, count in serves.items()})
+    found = []
+    for add in adds:
+        for kind, terms, neighbours in _grouped(tape, add, prober):
+            others = [term for term in (add.skip, *add.branches) if term not in terms]
+            site = choose_site(tape, add, terms, others, serves) or _parameter_site(tape, add, terms)
+            modules = tuple(dict.fromkeys(path for term in terms for path in _modules(tape, add, term)))
+            found.append(FoundBranch(kind, add, tuple(terms), site, modules, neighbours))
+    return sorted(found, key=lambda branch: min(term.start for term in branch.terms))
+
+
+def _first_module(tape: Tape, add: ResidualAdd, term: Term) -> tuple[str, ...]:
+    return tuple(_modules(tape, add, term))
+
+
+def _grouped(tape: Tape, add: ResidualAdd, prober: Prober) -> Iterator[tuple[BranchKind, list[Term], int]]:
+    """Group the terms of a sum by kind where one module returns their partial sum (routed and shared experts)."""
+    kinds = {term.start: _kind(tape, add, term, prober) for term in add.branches}
+    remaining = list(add.branches)
+    while remaining:
+        first, *rest = remaining
+        kind, neighbours = kinds[first.start]
+        together = [first]
+        for term in rest:
+            trial = [*together, term]
+            others = [item for item in (add.skip, *add.branches) if item not in trial]
+            if kinds[term.start][0] == kind and choose_site(tape, add, trial, others, Counter()) is not None:
+                together.append(term)
+        remaining = [term for term in rest if term not in together]
+        yield kind, together, neighbours
+
+
+def _kind(tape: Tape, add: ResidualAdd, term: Term, prober: Prober) -> tuple[BranchKind, int]:
+    region = Region(tape, add.skip.leaf, term.start)
+    operations = [operation for value in region.values[1:] if (operation := tape.producer(value)) is not None]
+    attends = any(is_attention(operation) for operation in operations)
+    moved = prober.moved_positions(region)
+    if moved > 0:
+        mixes = any(is_contraction(operation) and not is_product(tape, operation) for operation in operations)
+        return ("attention" if attends and mixes else "mixer"), moved
+    for operation in operations:
+        if is_contraction(operation) and not is_product(tape, operation):
+            operands = refs(operation, 1) if "attention" in operation.name else matrix_operands(operation)
+            if any(tape.is_data(value) and not tape.depends(value, add.skip.leaf) for value in operands):
+                return "cross_attention", 0
+    return "mlp", 0
+
+
+def _modules(tape: Tape, add: ResidualAdd, term: Term) -> Iterator[str]:
+    """Yield the paths of the calls that made the products of a branch (all of its calls where it has none)."""
+    inside = tape.between(add.skip.leaf, term.start)[1:]
+    operations = [operation for value in inside if (operation := tape.producer(value)) is not None]
+    products = [operation for operation in operations if is_product(tape, operation)] or operations
+    for operation in products:
+        yield tape.calls[operation.call].path if operation.call >= 0 else ""
+
+
+def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term]) -> Site:
+    """Name the last weight of a branch that no module carries: only the weight itself can be scaled."""
+    for value in reversed(tape.between(add.skip.leaf, terms[0].start)):
+        operation = tape.producer(value)
+        if operation is not None and is_product(tape, operation):
+            known = [tape.names[item] for operand in matrix_operands(operation) if not tape.depends(operand, add.skip.leaf)
+                     for item in tape.parents_with_names(operand)]
+            if known:
+                return Site(f"param:{known[0]}", None, terms[0].start)
+    return Site("", None, terms[0].start)
+
+
+def finished(tape: Tape, model: nn.Module, block: str, branch: FoundBranch, kind: BranchKind, prober: Prober) -> Branch:
+    """Return the record of a branch, with the factors of its weight linearizations or the reason for their absence."""
+    site = branch.site
+    record = Branch(kind, site.path, site.output_index)
+    if kind == "mixer":
+        return replace(record, reason="a token mixer that is not attention has no weight linearization")
+    if kind == "cross_attention":
+        return replace(record, reason="cross-attention reads another sequence and is not part of the ratio")
+    found: list[Chain] = []
+    try:
+        for term in branch.terms:
+            region = Region(tape, branch.add.skip.leaf, term.start)
+            found += chains(tape, region, prober, kind, term.outer)
+        paths: tuple[Path, ...] = with_all_experts(model, block, tuple(dict.fromkeys(found)), kind)
+    except UnmeasurableError as error:
+        return replace(record, reason=str(error))
+    return replace(record, paths=paths)

@@ -1,0 +1,117 @@
+"""Extend the chains of the experts that ran on the example batch to all experts of a mixture."""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import nn
+
+from lightning_spectral.discovery.factors import Chain
+from lightning_spectral.records import BranchKind, Factor, Path
+
+__all__ = ["resolve", "with_all_experts"]
+
+_MATRICES = ("output", "value", "latent", "down", "up")
+
+
+def resolve(model: nn.Module, path: str) -> object:
+    """Return the attribute at a dotted path (parameters, buffers and parametrized weights alike)."""
+    value: object = model
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def with_all_experts(model: nn.Module, block: str, chains: tuple[Chain, ...], kind: BranchKind) -> tuple[Path, ...]:
+    """Return one path per chain, and per expert where the chains are those of a mixture of experts.
+
+    Experts lie in one of three ways: stacked along dimension 0 of a parameter and multiplied in one batched product,
+    stacked and picked one by one, or in a ``ModuleList``. Which experts run depends on the batch; all are measured.
+
+    Args:
+        model: The model, asked for the number of experts.
+        block: Module path of the block; containers above it hold blocks, not experts.
+        chains: The chains that were found on the tape.
+        kind: The kind of the branch.
+    """
+    if kind != "mlp":
+        return tuple(Path(chain) for chain in chains)
+    found: dict[Path, None] = {}
+    dense = []
+    for chain in chains:
+        family = list(_stacked(model, chain) or _listed(model, block, chain))
+        found.update(dict.fromkeys(family))
+        if not family:
+            dense.append(Path(chain, "shared" if len(chains) > 1 else None))
+    if not found:
+        dense = [replace(path, expert=None) for path in dense]
+    elif len(dense) > 0:
+        dense = [replace(path, expert="shared") for path in dense]
+    return (*found, *dense)
+
+
+def _stacked(model: nn.Module, chain: Chain) -> Iterator[Path] | None:
+    """Experts along dimension 0 of a parameter, in a batched product or picked by index."""
+    matrices = [factor for factor in chain if factor.role in _MATRICES]
+    if all(("stack",) in factor.layout for factor in matrices):
+        count = _count(model, matrices[0], matrices[0].layout.index(("stack",)))
+        return (Path(_map_layout(chain, ("stack",), ("select", 0, number)), number) for number in range(count))
+    picked = [[step for step in factor.layout if step[:2] == ("select", 0)] for factor in matrices]
+    if len(matrices) > 1 and all(steps and steps[0] == picked[0][0] for steps in picked if steps) and all(picked):
+        step = picked[0][0]
+        count = _count(model, matrices[0], matrices[0].layout.index(step))
+        return (Path(_map_layout(chain, step, ("select", 0, number)), number) for number in range(count))
+    return None
+
+
+def _map_layout(chain: Chain, step: tuple[object, ...], new: tuple[object, ...]) -> Chain:
+    return tuple(
+        replace(factor, layout=tuple(new if item == step else item for item in factor.layout))
+        if step in factor.layout
+        else factor
+        for factor in chain
+    )
+
+
+def _count(model: nn.Module, factor: Factor, position: int) -> int:
+    """Return the size of dimension 0 before the step that picks from it."""
+    assert factor.parameter is not None
+    tensor = resolve(model, factor.parameter)
+    for name, *arguments in factor.layout[:position]:
+        tensor = getattr(tensor, name)(*arguments)
+    return int(tensor.shape[0])  # type: ignore[attr-defined]
+
+
+def _listed(model: nn.Module, block: str, chain: Chain) -> list[Path]:
+    """Experts in a ``ModuleList`` inside the block."""
+    names = [factor.parameter for factor in chain if factor.role in _MATRICES and factor.parameter]
+    common = os.path.commonprefix([name.split(".") for name in names])
+    modules = dict(model.named_modules())
+    for depth in range(len(common), len(block.split(".")) if block else 0, -1):
+        container = modules.get(".".join(common[: depth - 1]))
+        if not isinstance(container, nn.ModuleList | nn.ModuleDict) or len(container) < 2:
+            continue
+        head = ".".join(common[: depth - 1])
+        family = []
+        for key in (name for name, _ in container.named_children()):
+            sibling = tuple(_moved(factor, f"{head}.{common[depth - 1]}.", f"{head}.{key}.") for factor in chain)
+            if all(_exists(model, factor) for factor in sibling):
+                family.append(Path(sibling, int(key) if key.isdigit() else key))
+        if len(family) > 1:
+            return family
+    return []
+
+
+def _moved(factor: Factor, old: str, new: str) -> Factor:
+    if factor.parameter is None or not factor.parameter.startswith(old):
+        return factor
+    return replace(factor, parameter=new + factor.parameter[len(old) :])
+
+
+def _exists(model: nn.Module, factor: Factor) -> bool:
+    try:
+        return factor.parameter is None or resolve(model, factor.parameter) is not None
+    except AttributeError:
+        return False

@@ -1,0 +1,123 @@
+"""Guess example inputs for a model that nobody prepared: two sequences of random content."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["guesses"]
+
+# A prime, so that no feature size of a real model equals it by accident.
+_TOKENS = 13
+_BATCH = 2
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def guesses(model: nn.Module) -> Iterator[tuple[str, Callable[[], Inputs]]]:
+    """Yield ``(description, make)`` for every kind of input worth trying, the most specific first.
+
+    Args:
+        model: The model that is to be run.
+    """
+    if getattr(model, "example_input_array", None) is not None:
+        yield "example_input_array", lambda: _as_inputs(model.example_input_array)
+    if getattr(model, "config", None) is not None and hasattr(model, "main_input_name"):
+        yield f"{model.main_input_name} by the model's config", lambda: ((), _by_config(model))
+    vocabulary = _vocabulary(model)
+    count = len(_required(model))
+    if vocabulary is not None:
+        yield (
+            f"{count} argument(s) of token ids below {vocabulary}, shape ({_BATCH}, {_TOKENS})",
+            lambda: (tuple(_ids(model, vocabulary) for _ in range(count)), {}),
+        )
+    for channels, size in _images(model):
+        shape = (_BATCH, channels, size, size)
+        yield f"floats of shape {shape}", lambda shape=shape: ((_floats(model, shape),), {})
+    for width in _widths(model):
+        shapes = [(_BATCH, _TOKENS, width)] * count
+        yield (
+            f"{count} argument(s) of floats of shape ({_BATCH}, {_TOKENS}, {width})",
+            lambda shapes=shapes: (tuple(_floats(model, shape) for shape in shapes), {}),
+        )
+
+
+def _as_inputs(example: Any) -> Inputs:
+    if isinstance(example, dict):
+        return (), example
+    return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}
+
+
+def _required(model: nn.Module) -> list[str]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [
+        item.name
+        for item in parameters
+        if item.default is item.empty and item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD)
+    ]
+    return names or ["input"]
+
+
+def _reference(model: nn.Module) -> Tensor:
+    return next((item for item in model.parameters() if item.is_floating_point()), torch.empty(0))
+
+
+def _floats(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    like = _reference(model)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+
+
+def _ids(model: nn.Module, vocabulary: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(min(5, vocabulary - 1), vocabulary, (_BATCH, _TOKENS), generator=generator).to(
+        _reference(model).device
+    )
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Return the size of the token embedding: the first embedding that is called on ids, which is the largest."""
+    sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    return max(sizes) if sizes else None
+
+
+def _widths(model: nn.Module) -> list[int]:
+    norms = [tuple(module.normalized_shape) for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    linears = [module.in_features for module in model.modules() if isinstance(module, nn.Linear)]
+    first = [item.shape[-1] for item in model.parameters() if item.dim() == 1]
+    candidates = [*linears[:1], *[shape[-1] for shape in norms[:1]], *first[:1]]
+    return list(dict.fromkeys(candidates))
+
+
+def _images(model: nn.Module) -> Iterator[tuple[int, int]]:
+    convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if convolution is None:
+        return
+    named = [getattr(owner, name, None) for owner in (model, getattr(model, "config", None)) for name in
+             ("image_size", "img_size", "input_size")]
+    sizes = [item[-1] if isinstance(item, tuple | list) else item for item in named if item]
+    for size in dict.fromkeys([*sizes, 224, 32, 16]):
+        if isinstance(size, int):
+            yield convolution.in_channels * (convolution.groups == 1) or convolution.in_channels, size
+
+
+def _by_config(model: Any) -> dict[str, Any]:
+    """Follow the conventions of models that carry a ``config`` and a ``main_input_name``."""
+    config = model.config
+    text = getattr(config, "text_config", None) or config
+    name = model.main_input_name
+    inputs: dict[str, Any] = {}
+    if name == "pixel_values":
+        size = config.image_size
+        height, width = size if isinstance(size, tuple | list) else (size, size)
+        inputs[name] = _floats(model, (_BATCH, getattr(config, "num_channels", 3), height, width))
+    elif name == "input_ids":
+        inputs[name] = _ids(model, text.vocab_size)
+    else:
+        raise NotImplementedError(f"no convention for the input {name!r}")
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = _ids(model, text.vocab_size)
+    return inputs

@@ -1,0 +1,192 @@
+"""What the recorded operations mean: data movement, sums, multipliers, products with weights, norms, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lightning_spectral.discovery.tape import Operation, Ref, Tape
+
+__all__ = [
+    "addends",
+    "is_attention",
+    "is_mixing_without_weights",
+    "is_product",
+    "moved_input",
+    "multiplied_input",
+    "parameter_of",
+    "refs",
+    "weight_operand",
+]
+
+# Data movement, casts and linear reductions: the output holds the entries of one input. The number is the position of
+# that input among the arguments.
+_MOVES = {
+    name: 0
+    for name in (
+        "view _unsafe_view reshape permute transpose t expand squeeze unsqueeze slice select split split_with_sizes "
+        "unsafe_split unsafe_chunk chunk unbind clone _to_copy to contiguous alias detach lift_fresh index "
+        "index_select gather take_along_dim roll flip constant_pad_nd pad repeat repeat_interleave narrow unflatten "
+        "flatten movedim as_strided unfold sum cumsum native_dropout dropout masked_fill _reshape_alias squeeze_copy "
+        "expand_copy fill_diagonal tril triu diagonal avg_pool1d avg_pool2d _adaptive_avg_pool2d mean slice_backward "
+        "_conj resolve_conj real view_as_real view_as_complex pixel_shuffle pixel_unshuffle col2im im2col"
+    ).split()
+} | {"copy": 1, "where": 1}
+
+_MULTIPLICATIONS = {"mul", "div", "multiply", "true_divide"}
+_ADDITIONS = {"add", "sub", "rsub"}
+_SCATTERS = {"index_add": 3, "index_put": 2, "scatter_add": 3, "index_copy": 3, "scatter": 3, "slice_scatter": 1,
+             "select_scatter": 1, "masked_scatter": 2, "_unsafe_index_put": 2, "scatter_reduce": 3}
+# The position of the weight is found by asking which operand derives from a parameter.
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "grouped_mm", "convolution", "linear", "matmul", "addbmm",
+             "mv", "addmv", "_convolution", "conv1d", "conv2d", "_addmm_activation", "mkldnn_rnn_layer",
+             "_thnn_fused_gru_cell", "_thnn_fused_lstm_cell", "_scaled_mm", "_int_mm", "_weight_int4pack_mm",
+             "_weight_int8pack_mm"}
+_WITH_BIAS_FIRST = {"addmm", "baddbmm", "addbmm", "addmv", "_addmm_activation"}
+_WEIGHTLESS_MIXERS = ("fft", "pool", "cumsum", "cumprod")
+
+
+def base_name(operation: Operation) -> str:
+    """Return the name of the operation without the underscore that marks it as in-place."""
+    name = operation.name
+    return name[:-1] if name.endswith("_") and not name.startswith("__") else name
+
+
+def refs(operation: Operation, position: int) -> tuple[int, ...]:
+    """Return the values at one positional argument (several where the argument is a list)."""
+    if position >= len(operation.args):
+        return ()
+    return tuple(_collect(operation.args[position]))
+
+
+def _collect(structure: object) -> Iterator[int]:
+    if isinstance(structure, Ref):
+        yield structure.value
+    elif isinstance(structure, list | tuple):
+        for item in structure:
+            yield from _collect(item)
+
+
+def moved_input(operation: Operation) -> int | None:
+    """Return the value whose entries the operation moves, ``None`` where it does more than moving."""
+    name = base_name(operation)
+    if name == "refresh":
+        # A view re-read after writes: it holds what was written last where that covers it.
+        return operation.inputs[-1] if len(operation.inputs) == 2 else None
+    position = _MOVES.get(name)
+    if position is None:
+        return None
+    found = refs(operation, position)
+    return found[0] if len(found) == 1 else None
+
+
+def multiplied_input(tape: Tape, operation: Operation) -> tuple[int, int | float] | None:
+    """Return ``(value, multiplier)`` for a product of data with a constant or with something made of parameters.
+
+    The multiplier is a number, or the value that holds it.
+    """
+    name = base_name(operation)
+    if name == "neg":
+        return operation.inputs[0], -1.0
+    if name not in _MULTIPLICATIONS:
+        return None
+    if name in ("div", "true_divide") and not refs(operation, 0):
+        return None
+    data = [value for value in operation.inputs if tape.is_data(value)]
+    if len(data) != 1 or (name in ("div", "true_divide") and data[0] not in refs(operation, 0)):
+        return None
+    others = [value for value in operation.inputs if value != data[0]]
+    if others:
+        return data[0], others[0]
+    number = next((item for item in (*operation.args, *operation.kwargs.values()) if isinstance(item, int | float)), 1.0)
+    return data[0], 1.0 / number if name in ("div", "true_divide") else float(number)
+
+
+def addends(tape: Tape, operation: Operation) -> tuple[int, ...]:
+    """Return the data-dependent values of one size that the operation adds up; fewer than two mean no such sum."""
+    name = base_name(operation)
+    if name in _ADDITIONS:
+        size = tape.shape(operation.outputs[0])
+        return tuple(value for value in operation.inputs if tape.is_data(value) and tape.shape(value) == size)
+    if name == "sum":
+        stack = tape.producer(operation.inputs[0])
+        if stack is not None and stack.name == "stack" and len(stack.inputs) > 1:
+            size = tape.shape(operation.outputs[0])
+            if all(tape.is_data(value) and tape.shape(value) == size for value in stack.inputs):
+                return stack.inputs
+    return ()
+
+
+def shifted_input(tape: Tape, operation: Operation, stream: int) -> int | None:
+    """Return the value to which something independent of the stream (a bias, a position code) is added."""
+    if base_name(operation) not in _ADDITIONS:
+        return None
+    found = [value for value in operation.inputs if tape.depends(value, stream)]
+    return found[0] if len(found) == 1 else None
+
+
+def scattered_inputs(operation: Operation) -> tuple[int, ...]:
+    """Return ``(base, source)`` of an operation that writes or adds a source into a base."""
+    position = _SCATTERS.get(base_name(operation))
+    return () if position is None else (*refs(operation, 0), *refs(operation, position))
+
+
+def parameter_of(tape: Tape, value: int) -> int | None:
+    """Return the parameter that a value was made of by data movement alone, ``None`` where there is more to it."""
+    while value not in tape.names:
+        operation = tape.producer(value)
+        source = None if operation is None else moved_input(operation)
+        if source is None:
+            return None
+        value = source
+    return value
+
+
+def matrix_operands(operation: Operation) -> tuple[int, ...]:
+    """Return the values that a product multiplies, without the bias that fused forms add."""
+    first = 1 if base_name(operation) in _WITH_BIAS_FIRST else 0
+    found = [value for position in (first, first + 1) for value in refs(operation, position)]
+    return tuple(found) if len(found) == 2 else operation.inputs
+
+
+def weight_operand(tape: Tape, operation: Operation) -> int | None:
+    """Return the operand of a matrix product that comes from a parameter of at least two dimensions."""
+    operands = [value for value in matrix_operands(operation) if len(tape.shape(value)) >= 2]
+    for value in operands:
+        if parameter_of(tape, value) is not None:
+            return value
+    return next((value for value in operands if tape.made_of_parameters(value)), None)
+
+
+def is_product(tape: Tape, operation: Operation) -> bool:
+    """Whether the operation multiplies data with a weight matrix (or is a kernel of unknown kind that takes one)."""
+    known = base_name(operation) in _PRODUCTS
+    foreign = operation.function is not None and not operation.function._schema.name.startswith(("aten::", "prims::"))
+    if not (known or foreign) or not any(tape.is_data(output) for output in operation.outputs):
+        return False
+    weight = weight_operand(tape, operation)
+    return weight is not None and any(tape.is_data(value) for value in matrix_operands(operation) if value != weight)
+
+
+def is_attention(operation: Operation) -> bool:
+    """Whether the operation is a fused attention kernel or a softmax."""
+    return "softmax" in operation.name or "attention" in operation.name
+
+
+def is_contraction(operation: Operation) -> bool:
+    """Whether the operation is a product of two tensors or a fused attention kernel."""
+    return base_name(operation) in _PRODUCTS or "attention" in operation.name
+
+
+def is_mixing_without_weights(operation: Operation) -> bool:
+    """Whether the operation mixes tokens without a weight (a Fourier transform, a pooling)."""
+    return any(word in operation.name for word in _WEIGHTLESS_MIXERS)
+
+
+def is_norm(operation: Operation) -> bool:
+    """Whether the operation is a fused normalization."""
+    return operation.name in ("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm", "native_group_norm")
+
+
+def shape_of(tape: Tape, values: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of several values."""
+    return tuple(tape.shape(value) for value in values)

@@ -1,0 +1,179 @@
+"""Numerical questions to a recorded graph: does a branch mix tokens, is it affine here, which channel feeds which.
+
+Every probe replays a slice of the tape in float64 on made-up content, so that its answer is a property of the program
+and not of the weights. Blocks that run the same program share their answers: a probe runs once per distinct program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.discovery.tape import Tape, wide_dtype
+
+__all__ = ["Prober", "Region"]
+
+_Answer = TypeVar("_Answer")
+_TOLERANCE = 1e-8
+
+
+class Region:
+    """The part of a tape between the stream and the output of one branch."""
+
+    def __init__(self, tape: Tape, stream: int, leaf: int) -> None:
+        """Collect the values between ``stream`` and ``leaf``."""
+        self.tape = tape
+        self.stream = stream
+        self.leaf = leaf
+        self.values = tape.between(stream, leaf)
+        self._local = {value: position for position, value in enumerate(self.values)}
+
+    def local(self, value: int) -> int:
+        """Return the position of a value in the region, which is the same in every region of one program."""
+        return self._local.get(value, -1)
+
+    @cached_property
+    def program(self) -> int:
+        """Hash of the operations, their wiring and shapes: equal for blocks that run the same program."""
+        tape, lines = self.tape, []
+        for value in self.values[1:]:
+            operation = tape.producer(value)
+            assert operation is not None
+            inputs = tuple(
+                (self._local[parent], ()) if parent in self._local else (-1, tape.shape(parent))
+                for parent in operation.inputs
+            )
+            numbers = tuple(item for item in operation.args if isinstance(item, int | float | bool))
+            lines.append((operation.name, inputs, tape.shape(value), numbers))
+        return hash(tuple(lines))
+
+
+class Prober:
+    """Asks the questions and remembers the answers per program."""
+
+    def __init__(self, tape: Tape) -> None:
+        """Start without answers."""
+        self.tape = tape
+        self._answers: dict[Hashable, Any] = {}
+
+    def once(self, region: Region, question: Hashable, ask: Callable[[], _Answer]) -> _Answer:
+        """Return the answer to a question about a region, asking only once per program."""
+        key = (region.program, question)
+        if key not in self._answers:
+            self._answers[key] = ask()
+        answer: _Answer = self._answers[key]
+        return answer
+
+    def moved_positions(self, region: Region) -> int:
+        """Return how many other positions of the branch output move when one position of the stream is perturbed.
+
+        A random direction is used, because a constant shift is invisible behind a LayerNorm; it is small, so that no
+        router changes its choice.
+        """
+        return self.once(region, "moved", lambda: self._moved_positions(region))
+
+    def _moved_positions(self, region: Region) -> int:
+        tape = self.tape
+        stream = tape._widened(region.stream).clone()
+        channel = _channel_dim(stream)
+        before = tape.replay({region.stream: stream}, region.leaf)
+        rows = stream.movedim(channel, -1)
+        index = (0,) * (rows.dim() - 1)
+        scale = float(rows.abs().mean()) or 1.0
+        rows[index] += 1e-3 * scale * _noise(rows[index].shape, stream)
+        after = tape.replay({region.stream: stream}, region.leaf)
+        change = (after - before).movedim(_channel_dim(before), -1).abs().amax(-1).flatten()
+        return int((change > 1e-9 * float(change.max())).sum()) - 1 if float(change.max()) > 0 else 0
+
+    def is_affine(self, region: Region, sources: Iterable[int], target: int, frozen: Iterable[int] = ()) -> bool:
+        """Whether ``target`` is an affine function of all the sources together (midpoint test)."""
+        sources, frozen = sorted(sources), sorted(frozen)
+        question = ("affine", *map(region.local, sources), region.local(target))
+        return self.once(region, question, lambda: self._is_affine(sources, target, frozen))
+
+    def _is_affine(self, sources: Iterable[int], target: int, frozen: Iterable[int]) -> bool:
+        first = {value: _noise(self.tape.shape(value), self._like(value), seed=1) for value in sources}
+        second = {value: _noise(self.tape.shape(value), self._like(value), seed=2) for value in sources}
+        middle = {value: (first[value] + second[value]) / 2 for value in first}
+        try:
+            ends = [self.tape.replay(content, target, frozen=frozen) for content in (first, second, middle)]
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return False  # content-dependent shapes: certainly not affine
+        if not ends[0].is_floating_point():
+            return False
+        chord = (ends[0] + ends[1]) / 2
+        return bool((ends[2] - chord).abs().max() <= _TOLERANCE * (chord.abs().max() + 1e-30))
+
+    def channel_map(
+        self, region: Region, source: tuple[int, int], target: tuple[int, int], frozen: Iterable[int] = ()
+    ) -> tuple[int, ...] | None:
+        """Find which channel of ``source`` feeds each channel of ``target``.
+
+        The sign of every channel whose number has bit b set is flipped, for b = 0, 1, …; a channel of the target that
+        follows has bit b in the number of its source. Flipping signs leaves every root-mean-square norm on the way
+        alone, and the elementwise activations of an MLP show it as well.
+
+        Args:
+            region: The branch.
+            source: Value and channel dimension.
+            target: Value and channel dimension.
+            frozen: Values that keep their recorded content (the other operand of a gate, queries and keys).
+
+        Returns:
+            For each target channel the number of its source channel; ``None`` where channels are mixed on the way.
+        """
+        frozen = sorted(frozen)
+        question = ("channels", region.local(source[0]), region.local(target[0]), target[1])
+        return self.once(region, question, lambda: self._channel_map(source, target, frozen))
+
+    def _channel_map(
+        self, source: tuple[int, int], target: tuple[int, int], frozen: Iterable[int]
+    ) -> tuple[int, ...] | None:
+        value, dimension = source
+        content = _noise(self.tape.shape(value), self._like(value), seed=3)
+        count = content.shape[dimension]
+        numbers = torch.arange(count, device=content.device)
+
+        def follows(flipped: Tensor) -> Tensor:
+            shape = [1] * content.dim()
+            shape[dimension] = count
+            signs = (1 - 2 * flipped.to(content.dtype)).view(shape)
+            result = self._columns({value: content * signs}, target, frozen)
+            return (result * reference).sum(0) < 0.5 * (reference * reference).sum(0)
+
+        try:
+            reference = self._columns({value: content}, target, frozen)
+            if not bool(follows(torch.ones_like(numbers, dtype=torch.bool)).all()):
+                return None
+            found = torch.zeros(reference.shape[1], dtype=torch.long, device=content.device)
+            for bit in range(max(1, (count - 1).bit_length())):
+                found |= follows((numbers >> bit) & 1 == 1).long() << bit
+            if int(found.max()) >= count:
+                return None
+            coin = torch.rand(count, generator=torch.Generator().manual_seed(4)).to(content.device) < 0.5
+            if not torch.equal(follows(coin), coin[found]):
+                return None
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return None
+        return tuple(found.tolist())
+
+    def _columns(self, sources: Mapping[int, Tensor], target: tuple[int, int], frozen: Iterable[int]) -> Tensor:
+        result = self.tape.replay(sources, target[0], frozen=frozen)
+        return result.movedim(target[1], -1).reshape(-1, result.shape[target[1]])
+
+    def _like(self, value: int) -> Tensor:
+        return self.tape.tensors[value]
+
+
+def _noise(shape: Iterable[int], like: Tensor, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(like.device, wide_dtype(like))
+
+
+def _channel_dim(stream: Tensor) -> int:
+    # Feature maps (batch, channels, height, width) come from convolutions; everything else keeps channels last.
+    return 1 if stream.dim() == 4 else -1

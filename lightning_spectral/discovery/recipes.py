@@ -1,0 +1,122 @@
+"""Read off the tape how a matrix or a gain is made of a parameter: a name and a list of tensor methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_spectral.discovery.operations import base_name, moved_input
+from lightning_spectral.discovery.tape import Operation, Tape
+
+__all__ = ["NoRecipeError", "recipe"]
+
+Step = tuple[Any, ...]
+_COPIES = {"_to_copy", "clone", "detach", "contiguous", "alias", "lift_fresh", "to", "copy"}
+_UNARY = {"exp", "sigmoid", "tanh", "abs", "softplus", "square", "sqrt", "neg"}
+
+
+class NoRecipeError(Exception):
+    """The tensor is not made of one parameter in a way that can be repeated."""
+
+
+def recipe(tape: Tape, value: int) -> tuple[str, tuple[Step, ...]]:
+    """Return the attribute path of a parameter and the tensor methods that make ``value`` of it.
+
+    Args:
+        tape: The recorded forward pass.
+        value: A value that depends on one parameter (or buffer) and constants.
+
+    Returns:
+        Attribute path and steps; the step ``("experts",)`` stands for picking entries of dimension 0 by the input.
+
+    Raises:
+        NoRecipeError: Where the value is made of several parameters, or by an unknown operation.
+    """
+    if value in tape.names:
+        return _attribute(tape.names[value]), ()
+    operation = tape.producer(value)
+    if operation is None:
+        raise NoRecipeError("it is a constant that belongs to no parameter")
+    parametrized = _parametrized(tape, value)
+    if parametrized is not None:
+        return parametrized, ()
+    source, step = _step(tape, operation, value)
+    name, steps = recipe(tape, source)
+    return name, _simplified((*steps, *step))
+
+
+def _attribute(name: str) -> str:
+    """Turn ``layer.parametrizations.weight.original`` into ``layer.weight``: the attribute holds the real weight."""
+    head, separator, tail = name.partition(".parametrizations.")
+    return f"{head}.{tail.split('.')[0]}" if separator else name
+
+
+def _parametrized(tape: Tape, value: int) -> str | None:
+    # Only the output of the parametrization itself: what is done to it afterwards has steps of its own.
+    parents = [tape.names[known] for known in tape.parents_with_names(value)]
+    targets = {_attribute(name) for name in parents if ".parametrizations." in name}
+    if len(targets) != 1:
+        return None
+    target = targets.pop()
+    prefix = target.rpartition(".")[0] + ".parametrizations"
+    return target if any(call.path.startswith(prefix) for call in tape.calls_that_return(value)) else None
+
+
+def _step(tape: Tape, operation: Operation, value: int) -> tuple[int, tuple[Step, ...]]:
+    """Return the input of an operation and the tensor methods that repeat it."""
+    name, source = base_name(operation), moved_input(operation)
+    if source is not None:
+        if name in _COPIES:
+            return source, ()
+        return source, (_view_step(tape, operation, name, source, value),)
+    numbers = [item for item in operation.args if isinstance(item, int | float)]
+    if len(operation.inputs) == 1 and name in ("add", "sub", "mul", "div") and len(numbers) == 1:
+        return operation.inputs[0], ((name, numbers[0]),)
+    if len(operation.inputs) == 1 and name in _UNARY:
+        return operation.inputs[0], ((name,),)
+    constants = [item for item in operation.inputs if not tape.made_of_parameters(item)]
+    others = [item for item in operation.inputs if item not in constants]
+    if len(others) == 1 and len(constants) == 1 and name in ("add", "sub", "mul", "div"):
+        tensor = tape.tensors[constants[0]]
+        if tensor.numel() == 1 and (name in ("add", "mul") or operation.inputs[0] == others[0]):
+            return others[0], ((name, tensor.item()),)
+    raise NoRecipeError(f"it is computed by the operation {operation.name!r}")
+
+
+def _view_step(tape: Tape, operation: Operation, name: str, source: int, value: int) -> Step:
+    args = [list(item) if isinstance(item, tuple) else item for item in operation.args]
+    shape = tape.shape(source)
+    if name == "t":
+        return ("transpose", -2, -1)
+    if name == "transpose":
+        return ("transpose", *sorted(item if item < 0 else item - len(shape) for item in args[1:3]))
+    if name in ("squeeze", "unsqueeze", "permute", "expand", "movedim"):
+        return (name, *(tuple(item) if isinstance(item, list) else item for item in args[1:]))
+    if name in ("view", "_unsafe_view", "reshape", "unflatten", "flatten"):
+        return ("reshape", tape.shape(value))
+    if name == "select":
+        return ("select", args[1], args[2])
+    number = operation.outputs.index(value)
+    if name == "unbind":
+        return ("select", args[1] if len(args) > 1 else 0, number)
+    if name in ("split", "split_with_sizes", "chunk"):
+        dimension = args[2] if len(args) > 2 else 0
+        start = sum(tape.shape(output)[dimension] for output in operation.outputs[:number])
+        return ("narrow", dimension, start, tape.shape(value)[dimension])
+    if name == "slice" and (len(args) < 5 or args[4] == 1):
+        dimension = args[1] if len(args) > 1 else 0
+        start = args[2] if len(args) > 2 and args[2] is not None else 0
+        return ("narrow", dimension, start % shape[dimension] if start < 0 else start, tape.shape(value)[dimension])
+    if name in ("index", "index_select", "gather") and len(shape) >= 3:
+        return ("experts",)
+    raise NoRecipeError(f"it is rearranged by the operation {operation.name!r}")
+
+
+def _simplified(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Drop pairs of transpositions that undo each other."""
+    result: list[Step] = []
+    for step in steps:
+        if step[0] == "transpose" and result and result[-1] == step:
+            result.pop()
+        else:
+            result.append(step)
+    return tuple(result)

@@ -1,0 +1,244 @@
+"""Walk a branch backwards from its output to the stream, along the route on which it is linear in its matrices.
+
+On that route lie the matrices of the circuit linearization: output and value projection for attention (the attention
+pattern is held fixed), down and up projection for an MLP (its activation and gate are left out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from lightning_spectral.discovery.operations import (
+    addends,
+    base_name,
+    is_attention,
+    is_contraction,
+    is_norm,
+    is_product,
+    matrix_operands,
+    moved_input,
+    multiplied_input,
+    refs,
+    scattered_inputs,
+    shifted_input,
+)
+from lightning_spectral.discovery.probe import Prober, Region
+from lightning_spectral.discovery.tape import Operation, Tape
+
+__all__ = ["Route", "Router", "UnmeasurableError"]
+
+
+class UnmeasurableError(Exception):
+    """The branch has no weight linearization; the message is the reason that the user sees."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How a value is reached from the nearest anchor (a product, an attention product, a norm or the stream).
+
+    Attributes:
+        anchor: The value at which the route starts.
+        kind: ``"product"``, ``"mixing"``, ``"norm"`` or ``"stream"``.
+        nonlinear: Whether an activation lies on the route.
+        multipliers: Constants and parameters that multiply the value on the route, nearest its end first.
+        frozen: The other operands of gates on the route.
+    """
+
+    anchor: int
+    kind: str
+    nonlinear: bool = False
+    multipliers: tuple[int | float, ...] = ()
+    frozen: frozenset[int] = frozenset()
+
+
+class Router:
+    """Finds the routes of one branch."""
+
+    def __init__(self, tape: Tape, region: Region, prober: Prober) -> None:
+        """Prepare for one branch."""
+        self.tape, self.region, self.prober = tape, region, prober
+        self._known: dict[int, tuple[Route, ...]] = {}
+
+    def routes(self, value: int) -> tuple[Route, ...]:
+        """Return the routes that end at ``value``; none where it does not depend on the stream."""
+        if value not in self._known:
+            self._known[value] = tuple(self._routes(value))
+        return self._known[value]
+
+    def _routes(self, value: int) -> Iterable[Route]:
+        tape, stream = self.tape, self.region.stream
+        if value == stream:
+            return [Route(value, "stream")]
+        if not tape.depends(value, stream):
+            return []
+        operation = tape.producer(value)
+        assert operation is not None
+        anchor = self._anchor(operation, value)
+        if anchor is not None:
+            return [anchor]
+        moved = moved_input(operation)
+        if moved is not None and tape.depends(moved, stream):
+            return self.routes(moved)
+        multiplied = multiplied_input(tape, operation)
+        if multiplied is not None:
+            return [replace(route, multipliers=(multiplied[1], *route.multipliers)) for route in
+                    self.routes(multiplied[0])]
+        shifted = shifted_input(tape, operation, stream)
+        if shifted is not None:
+            return self.routes(shifted)
+        return self._joined(operation)
+
+    def _anchor(self, operation: Operation, value: int) -> Route | None:
+        if is_product(self.tape, operation):
+            return Route(value, "product")
+        if is_norm(operation):
+            return Route(value, "norm")
+        if is_contraction(operation):
+            return Route(value, "mixing")
+        normalized = normalized_operand(self.tape, operation)
+        return None if normalized is None else Route(value, "norm")
+
+    def _joined(self, operation: Operation) -> Iterable[Route]:
+        """Routes through an operation that joins several values, or through an activation."""
+        tape, stream = self.tape, self.region.stream
+        inputs = [value for value in operation.inputs if tape.depends(value, stream)]
+        name = base_name(operation)
+        scattered = scattered_inputs(operation)
+        if len(addends(tape, operation)) > 1 or name in ("cat", "stack", "refresh", "add", "sub"):
+            return self._union(inputs)
+        if scattered:
+            return self._union([value for value in scattered if value in inputs])
+        if name in ("mul", "div") and len(inputs) == 2:
+            return self._gated(operation, *inputs)
+        if name in ("mul", "div") and len(inputs) == 1 and len(operation.inputs) == 2:
+            # Gated by data of another origin (a conditioning vector): held fixed.
+            other = next(item for item in operation.inputs if item != inputs[0])
+            return [replace(route, frozen=route.frozen | {other}) for route in self.routes(inputs[0])]
+        if name == "where":
+            inputs = [value for position in (1, 2) for value in refs(operation, position) if value in inputs]
+        return [replace(route, nonlinear=True, multipliers=()) for route in self._union(inputs)]
+
+    def _union(self, values: Iterable[int]) -> list[Route]:
+        """Merge routes; two ways from one anchor make an activation of it, unless they are the same way."""
+        found: dict[int, Route] = {}
+        for value in dict.fromkeys(values):
+            for route in self.routes(value):
+                other = found.get(route.anchor)
+                if other is None or other == route:
+                    found[route.anchor] = route
+                else:
+                    frozen = other.frozen | route.frozen
+                    found[route.anchor] = replace(route, nonlinear=True, multipliers=(), frozen=frozen)
+        return list(found.values())
+
+    def _gated(self, operation: Operation, first: int, second: int) -> Iterable[Route]:
+        """Follow the linear operand of a gate; two operands with one origin make an activation."""
+        narrow = [value for value in (first, second) if self._is_narrow(value, operation)]
+        if len(narrow) == 1:
+            first, second = (second, first) if narrow[0] == first else (first, second)
+            return self._through(first, second)
+        anchors = [{route.anchor for route in self.routes(value)} for value in (first, second)]
+        if anchors[0] == anchors[1] and self._same_channels(first, second, anchors[0]):
+            return [replace(route, nonlinear=True, multipliers=()) for route in self._union((first, second))]
+        affine = [
+            self.prober.is_affine(self.region, sources, value)
+            for value, sources in zip((first, second), anchors, strict=True)
+        ]
+        if affine[1] and not affine[0]:
+            first, second = second, first
+        elif affine[0] == affine[1] and self._named_gate(first):
+            # Both halves (or none) are linear: structure cannot tell, the name of the weight can.
+            first, second = second, first
+        return self._through(first, second)
+
+    def _through(self, linear: int, gate: int) -> Iterable[Route]:
+        return [replace(route, frozen=route.frozen | {gate}) for route in self.routes(linear)]
+
+    def _is_narrow(self, value: int, operation: Operation) -> bool:
+        """Whether the value has one entry per token: a router's weight, not a gate per channel."""
+        value = self._unexpanded(value)
+        shape = self.tape.shape(value)
+        return not shape or (shape[-1] == 1 and self.tape.shape(operation.outputs[0])[-1] != 1)
+
+    def _unexpanded(self, value: int) -> int:
+        operation = self.tape.producer(value)
+        while operation is not None and operation.name in ("expand", "unsqueeze", "_to_copy"):
+            value = operation.inputs[0]
+            operation = self.tape.producer(value)
+        return value
+
+    def _same_channels(self, first: int, second: int, anchors: set[int]) -> bool:
+        if len(anchors) != 1:
+            return False
+        anchor = next(iter(anchors))
+        maps = [self.prober.channel_map(self.region, (anchor, -1), (value, -1)) for value in (first, second)]
+        return maps[0] is None or maps[1] is None or maps[0] == maps[1]
+
+    def _named_gate(self, value: int) -> bool:
+        names = []
+        for route in self.routes(value):
+            operation = self.tape.producer(route.anchor)
+            if route.kind == "product" and operation is not None:
+                for operand in matrix_operands(operation):
+                    names += [self.tape.names[known] for known in self.tape.parents_with_names(operand)]
+        return any("gate" in name.rpartition(".")[0].rpartition(".")[2] for name in names[-1:])
+
+
+def normalized_operand(tape: Tape, operation: Operation) -> int | None:
+    """Return the value that is multiplied by a statistic of itself: a norm written out in elementary operations."""
+    if base_name(operation) not in ("mul", "div") or len(operation.inputs) != 2:
+        return None
+    first, second = operation.inputs
+    for value, statistic in ((first, second), (second, first)):
+        source = tape.producer(statistic)
+        while source is not None and source.name in ("expand", "unsqueeze", "_to_copy", "view"):
+            statistic = source.inputs[0]
+            source = tape.producer(statistic)
+        shape = tape.shape(statistic)
+        if not shape or shape[-1] != 1 or tape.shape(value)[-1] == 1:
+            continue
+        for base in (value, _centred(tape, value)):
+            if tape.depends(statistic, base):
+                inside = tape.between(base, statistic)[1:]
+                return None if any(_is_weighted(tape, item) for item in inside) else base
+    return None
+
+
+def _centred(tape: Tape, value: int) -> int:
+    """Return x for x − mean(x): the variance may have been computed from x in another way."""
+    operation = tape.producer(value)
+    return operation.inputs[0] if operation is not None and base_name(operation) == "sub" else value
+
+
+def _is_weighted(tape: Tape, value: int) -> bool:
+    operation = tape.producer(value)
+    return operation is not None and (is_product(tape, operation) or is_attention(operation))
+
+
+def value_operand(tape: Tape, operation: Operation) -> int:
+    """Return the operand of an attention product that carries the values, not the pattern."""
+    if "attention" in operation.name:
+        found = refs(operation, 2)
+        if found:
+            return found[0]
+    operands = matrix_operands(operation)
+    weighted = [value for value in operands if _is_pattern(tape, value)]
+    others = [value for value in operands if value not in weighted]
+    if len(others) != 1:
+        raise UnmeasurableError(f"no value path: both operands of {operation.name!r} depend on the tokens alike")
+    return others[0]
+
+
+def _is_pattern(tape: Tape, value: int) -> bool:
+    """Whether the value was made by a softmax, read backwards through everything but another product."""
+    seen, queue = set(), [value]
+    while queue:
+        operation = tape.producer(queue.pop())
+        if operation is None or operation.index in seen or is_contraction(operation):
+            continue
+        if "softmax" in operation.name:
+            return True
+        seen.add(operation.index)
+        queue += operation.inputs
+    return False
