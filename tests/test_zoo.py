@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from zoo import Example, ExpectedBlock, example, examples, survey
 
@@ -15,6 +16,25 @@ EXAMPLES = [member.name for member in examples()]
 SURVEYED = [member.name for member in examples() if member.survey]
 WITH_BLOCKS = [member.name for member in examples() if member.blocks and member.callable]
 WITH_MATRICES = [member.name for member in examples() if member.matrices]
+
+# What the compiler's own tracer says about the input of a block in the middle of a model.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One process, which is a group of its own."""
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def eager() -> Iterator[None]:
+    """Compiled code would not notice that hooks come and go."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -127,6 +147,7 @@ def test_parameters_have_the_surveyed_shapes(name: str) -> None:
                 assert list(parameters[f"{pattern['list']}.{index}.{parameter}"].shape) == shape
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", WITH_BLOCKS)
 def test_sites_run_as_often_as_the_block(name: str) -> None:
     """Every acceptable site exists and fires once per call of its block."""
@@ -140,6 +161,7 @@ def test_sites_run_as_often_as_the_block(name: str) -> None:
         assert site.startswith("param:") or fired[site] == calls, site
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", WITH_BLOCKS)
 def test_zero_sites_leave_no_branch(name: str) -> None:
     """With all sites at zero no matrix in a block has a gradient left: nothing was missed."""
@@ -150,7 +172,7 @@ def test_zero_sites_leave_no_branch(name: str) -> None:
         f"{block.name}.{path}": parameter
         for block in member.blocks
         for path, parameter in model.get_submodule(block.name).named_parameters()
-        if parameter.ndim >= 2
+        if parameter.ndim >= 2 and parameter.requires_grad
     }
     for zeros in alternatives(member.blocks):
         zeroed = {model.get_parameter(site.removeprefix("param:")) for site in zeros if site.startswith("param:")}
@@ -161,6 +183,7 @@ def test_zero_sites_leave_no_branch(name: str) -> None:
             assert gradient is None or parameter in zeroed or not gradient.any(), (path, zeros)
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", [name for name in WITH_BLOCKS if example(name).identity])
 def test_zero_sites_make_the_block_the_identity(name: str) -> None:
     """With its sites at zero a block returns the stream, exactly."""
@@ -175,6 +198,7 @@ def test_zero_sites_make_the_block_the_identity(name: str) -> None:
                 assert torch.equal(entered, left.view_as(entered)), (block.name, zeros)
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", [name for name in WITH_BLOCKS if example(name).identity])
 def test_every_site_scales_its_branch(name: str) -> None:
     """With the other branches at zero, what a block adds is proportional to the factor on this site, and not zero."""
@@ -193,6 +217,7 @@ def test_every_site_scales_its_branch(name: str) -> None:
                     torch.testing.assert_close(thrice, 3 * once, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", [name for name in WITH_BLOCKS if not example(name).identity])
 def test_every_site_changes_its_block(name: str) -> None:
     """Where a norm or a multiplier stands on the stream itself, every site still matters."""
@@ -218,3 +243,22 @@ def test_matrices_belong_to_blocks(name: str) -> None:
             assert getattr(blocks[block], kind) is not None
             assert matrices
             assert all(matrix.ndim == 2 and not matrix.requires_grad for matrix in matrices)
+
+
+ATTENTION_NAMES = ("attn", "attention", "self_attn", "sa")
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_MATRICES if name != "latent_attention_norm"])
+def test_attention_on_one_token_is_its_matrix(name: str) -> None:
+    """A token that attends to itself only is multiplied by W_o · W_v."""
+    member = example(name)
+    assert member.matrices is not None
+    model = member.build()
+    x = torch.randn(2, 1, 1, 32, generator=torch.Generator().manual_seed(0))
+    for block, branches in member.matrices(model).items():
+        found = [getattr(model.get_submodule(block), key, None) for key in ATTENTION_NAMES]
+        for attention in filter(None, found):
+            arguments = 3 if isinstance(attention, nn.MultiheadAttention) else 1
+            with torch.no_grad():
+                one, two = (stream(attention(*[y] * arguments)) for y in x)
+            torch.testing.assert_close(one - two, (x[0] - x[1]) @ branches["attention"][0].T, rtol=1e-4, atol=1e-4)

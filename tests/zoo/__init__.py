@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 
-from . import hugging_face, plain, torch_layers
+from . import arrangements, experts, fused, hugging_face, plain, refused, survey, torch_layers, wrappers
 from .example import Example, ExpectedBlock
 
-__all__ = ["Example", "ExpectedBlock", "example", "examples"]
+__all__ = ["Example", "ExpectedBlock", "example", "examples", "survey"]
 
 
 @functools.cache
 def _by_name() -> dict[str, Example]:
-    members = [*hugging_face.surveyed(), *plain.members(), *torch_layers.members()]
+    origins = (plain, torch_layers, fused, experts, arrangements, wrappers, refused)
+    members = [*hugging_face.surveyed(), *(member for origin in origins for member in origin.members())]
     names = [member.name for member in members]
     assert len(names) == len(set(names)), "two examples share a name"
     return dict(zip(names, members, strict=True))

@@ -29,8 +29,8 @@ class ExpectedBlock:
 
     Attributes:
         name: Module path of the block, ``""`` where the model itself is the block.
-        attention: Acceptable absolute sites of the token mixer, the preferred one first; ``None`` without such a branch.
-            ``"param:<path>"`` where no module carries the branch.
+        attention: Acceptable absolute sites of the token mixer, the preferred one first; ``None`` without such a
+            branch, ``"param:<path>"`` where no module carries it.
         mlp: The same for the branch that acts on each token alone.
         other: The same for every further branch, in order of execution.
         kinds: Acceptable kinds of ``attention``: two of them where the words do not decide (linear attention).
@@ -63,14 +63,16 @@ class Example:
         build: Builds the model: seeded, on the CPU, in eval mode.
         inputs: Example arguments and keyword arguments for a model that ``build`` made, seeded.
         blocks: Every residual block, in order of execution.
-        norm_scheme: Where the norms stand: ``"pre"``, ``"post"`` (behind the add), ``"sandwich"`` (before and behind the
-            branch), ``"branchpost"`` (only behind the branch), ``"par"`` (parallel branches behind a pre-norm),
+        norm_scheme: Where the norms stand: ``"pre"``, ``"post"`` (behind the add), ``"sandwich"`` (before and behind
+            the branch), ``"branchpost"`` (only behind the branch), ``"par"`` (parallel branches behind a pre-norm),
             ``"none"``, ``"after_norm"`` (the residual itself is taken behind the norm).
         identity: Whether zeroed sites turn every block into the identity, exactly.
         expected_refusal: Whether discovery has to raise instead of reporting blocks.
         matrices: Weight matrices of the branches, by block name and then ``"attention"`` or ``"mlp"``: the product
             ``W_o · W_v`` or ``W_down · W_up``, one per expert (a dense branch has one), without norms and multipliers.
         callable: Whether the model itself can be called with the inputs (a LightningModule without forward cannot).
+        compiled: Whether ``torch.compile`` is involved.
+        needs_process_group: Whether ``torch.distributed`` has to be initialized before ``build``.
         survey: Whether the model is an entry of ``tests/data/architectures.json``.
         note: What is special about it.
     """
@@ -84,6 +86,8 @@ class Example:
     expected_refusal: bool = False
     matrices: Callable[[nn.Module], Mapping[str, Mapping[str, list[Tensor]]]] | None = field(default=None, repr=False)
     callable: bool = True
+    compiled: bool = False
+    needs_process_group: bool = False
     survey: bool = False
     note: str = ""
 

@@ -70,13 +70,15 @@ class NanoGPT(nn.Module):
 
     def __init__(self, block: Callable[[], nn.Module] = Block, layers: int = 3, tied: bool = True) -> None:
         super().__init__()
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(VOCABULARY, HIDDEN),
-            "wpe": nn.Embedding(64, HIDDEN),
-            "drop": nn.Dropout(0.0),
-            "h": nn.ModuleList(block() for _ in range(layers)),
-            "ln_f": nn.LayerNorm(HIDDEN),
-        })
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(VOCABULARY, HIDDEN),
+                "wpe": nn.Embedding(64, HIDDEN),
+                "drop": nn.Dropout(0.0),
+                "h": nn.ModuleList(block() for _ in range(layers)),
+                "ln_f": nn.LayerNorm(HIDDEN),
+            }
+        )
         self.lm_head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
         if tied:
             self.lm_head.weight = self.transformer["wte"].weight

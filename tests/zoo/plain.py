@@ -332,7 +332,9 @@ def _surveyed(name: str, block: type[nn.Module], **flags: object) -> Example:
     )
 
 
-def _variant(name: str, block: type[nn.Module], attention: object = ATTENTION_SITES, mlp: object = MLP_SITES, **flags: object) -> Example:
+def _variant(
+    name: str, block: type[nn.Module], attention: object = ATTENTION_SITES, mlp: object = MLP_SITES, **flags: object
+) -> Example:
     return Example(
         name=name,
         build=seeded(lambda: NanoGPT(block)),
@@ -407,13 +409,33 @@ def members() -> list[Example]:
         _variant("plain_two_alphas", TwoAlphaBlock, norm_scheme="none", note="one of the multipliers is negative"),
         _variant("plain_layer_scale", LayerScaleBlock, ("ls1", "drop_path1"), ("ls2", "drop_path2")),
         _variant("plain_dropout", DropoutBlock, note="`drop` serves both branches and stands inside one: no site"),
-        Example("untied_head", seeded(lambda: NanoGPT(tied=False)), token_inputs,
-                blocks_of(BLOCKS, range(3), ATTENTION_SITES, MLP_SITES), matrices=block_matrices),
-        Example("one_layer", seeded(lambda: NanoGPT(layers=1)), token_inputs,
-                blocks_of(BLOCKS, range(1), ATTENTION_SITES, MLP_SITES), matrices=block_matrices),
-        Example("shared_block", seeded(SharedGPT), token_inputs, (shared,),
-                note="no container: one module called four times"),
-        Example("tokens_first", seeded(TokensFirstGPT), tokens_first_inputs,
-                blocks_of("layers", range(3), ("attn", "attn.o"), MLP_SITES), matrices=_tokens_first_matrices,
-                note="layout (tokens, batch, width)"),
+        Example(
+            "untied_head",
+            seeded(lambda: NanoGPT(tied=False)),
+            token_inputs,
+            blocks_of(BLOCKS, range(3), ATTENTION_SITES, MLP_SITES),
+            matrices=block_matrices,
+        ),
+        Example(
+            "one_layer",
+            seeded(lambda: NanoGPT(layers=1)),
+            token_inputs,
+            blocks_of(BLOCKS, range(1), ATTENTION_SITES, MLP_SITES),
+            matrices=block_matrices,
+        ),
+        Example(
+            "shared_block",
+            seeded(SharedGPT),
+            token_inputs,
+            (shared,),
+            note="no container: one module called four times",
+        ),
+        Example(
+            "tokens_first",
+            seeded(TokensFirstGPT),
+            tokens_first_inputs,
+            blocks_of("layers", range(3), ("attn", "attn.o"), MLP_SITES),
+            matrices=_tokens_first_matrices,
+            note="layout (tokens, batch, width)",
+        ),
     ]

@@ -36,7 +36,7 @@ def _block(pattern: Entry, index: int) -> ExpectedBlock:
         other=others,
         kinds=tuple(pattern["attention_kinds"]),
         mlp_kinds=("mlp", "mixer") if "3-D parameters" in pattern["mlp_flags"] else ("mlp",),
-        other_kinds=tuple("mlp" if site.startswith("post_per_layer") else "cross_attention" for site in pattern["other"]),
+        other_kinds=tuple("mlp" if "per_layer_input" in site else "cross_attention" for site in pattern["other"]),
         calls=_calls(pattern),
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-
 from torch import Tensor, nn
 
 from . import survey
@@ -158,35 +157,55 @@ def members() -> list[Example]:
     ]
     for norm_first in (True, False):
         for batch_first in (True, False):
-            found.append(Example(
-                name=f"bare_encoder_{'pre' if norm_first else 'post'}_{'batch' if batch_first else 'tokens'}_first",
-                build=seeded(lambda n=norm_first, b=batch_first: _encoder(n, b)),  # type: ignore[misc]
-                inputs=float_inputs if batch_first else tokens_first_inputs,
-                blocks=blocks_of("layers", range(2), SELF, MLP),
+            found.append(
+                Example(
+                    name=f"bare_encoder_{'pre' if norm_first else 'post'}_{'batch' if batch_first else 'tokens'}_first",
+                    build=seeded(lambda n=norm_first, b=batch_first: _encoder(n, b)),  # type: ignore[misc]
+                    inputs=float_inputs if batch_first else tokens_first_inputs,
+                    blocks=blocks_of("layers", range(2), SELF, MLP),
+                    norm_scheme="pre" if norm_first else "post",
+                    identity=norm_first,
+                    matrices=_matrices,
+                    note="the container itself is the model",
+                )
+            )
+        found.append(
+            Example(
+                name=f"torch_transformer_{'pre' if norm_first else 'post'}",
+                build=seeded(lambda n=norm_first: _transformer(n)),  # type: ignore[misc]
+                inputs=sequence_inputs,
+                blocks=blocks_of("encoder.layers", range(2), SELF, MLP) + _decoder_blocks("decoder.layers", 2),
                 norm_scheme="pre" if norm_first else "post",
                 identity=norm_first,
                 matrices=_matrices,
-                note="the container itself is the model",
-            ))
-        found.append(Example(
-            name=f"torch_transformer_{'pre' if norm_first else 'post'}",
-            build=seeded(lambda n=norm_first: _transformer(n)),  # type: ignore[misc]
-            inputs=sequence_inputs,
-            blocks=blocks_of("encoder.layers", range(2), SELF, MLP) + _decoder_blocks("decoder.layers", 2),
-            norm_scheme="pre" if norm_first else "post",
-            identity=norm_first,
-            matrices=_matrices,
-            note="layout (tokens, batch, width)",
-        ))
+                note="layout (tokens, batch, width)",
+            )
+        )
     found += [
-        Example("bare_decoder", seeded(lambda: nn.TransformerDecoder(
-            nn.TransformerDecoderLayer(**LAYER, batch_first=True, norm_first=True), 2)), memory_inputs,
-            _decoder_blocks("layers", 2), matrices=_matrices),
-        Example("encoder_layers_in_a_list", seeded(DecoderOnly), token_inputs,
-                blocks_of("blocks", range(3), SELF, MLP), matrices=_matrices, note="causal mask, no biases"),
-        Example("one_encoder_layer", seeded(lambda: nn.TransformerEncoderLayer(**LAYER, batch_first=True,
-                                                                              norm_first=True)),
-                float_inputs, (ExpectedBlock("", ("dropout1", "self_attn"), ("dropout2", "linear2")),),
-                matrices=_matrices, note="the model itself is the block"),
+        Example(
+            "bare_decoder",
+            seeded(
+                lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(**LAYER, batch_first=True, norm_first=True), 2)
+            ),
+            memory_inputs,
+            _decoder_blocks("layers", 2),
+            matrices=_matrices,
+        ),
+        Example(
+            "encoder_layers_in_a_list",
+            seeded(DecoderOnly),
+            token_inputs,
+            blocks_of("blocks", range(3), SELF, MLP),
+            matrices=_matrices,
+            note="causal mask, no biases",
+        ),
+        Example(
+            "one_encoder_layer",
+            seeded(lambda: nn.TransformerEncoderLayer(**LAYER, batch_first=True, norm_first=True)),
+            float_inputs,
+            (ExpectedBlock("", ("dropout1", "self_attn"), ("dropout2", "linear2")),),
+            matrices=_matrices,
+            note="the model itself is the block",
+        ),
     ]
     return found

@@ -1,0 +1,189 @@
+"""Models to refuse: nothing is added to a residual stream, or what is added cannot be told from the stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .arrangements import Embedded, Loop
+from .example import BATCH, HIDDEN, TOKENS, Example, Inputs, floats, seeded, token_inputs
+from .gpt import MLP, CausalSelfAttention
+
+
+class ReversibleLayer(nn.Module):
+    """Two streams, each receives a branch of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_f, self.norm_g = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
+        self.attn, self.mlp = CausalSelfAttention(), MLP()
+
+    def forward(self, streams: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cross over."""
+        left, right = streams
+        left = left + self.attn(self.norm_f(right))
+        right = right + self.mlp(self.norm_g(left))
+        return left, right
+
+
+class Reversible(nn.Module):
+    """A stack of reversible layers that starts from two different streams."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.split = nn.Linear(HIDDEN, 2 * HIDDEN)
+        self.layers = nn.ModuleList(ReversibleLayer() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Split, cross over, join."""
+        left, right = self.split(x).chunk(2, dim=-1)
+        for layer in self.layers:
+            left, right = layer((left, right))
+        return left + right
+
+
+class JoinedLayer(nn.Module):
+    """The stream is cut in two, each half gets its branch, and the halves are joined again, inside the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = CausalSelfAttention()
+        self.mlp = MLP()
+        self.merge = nn.Linear(2 * HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Nothing is added: the stream is joined with the branch and projected."""
+        x = self.merge(torch.cat([x, self.attn(x)], dim=-1))
+        return self.merge(torch.cat([x, self.mlp(x)], dim=-1))
+
+
+class HyperConnection(nn.Module):
+    """Four streams: read a mixture of them, add the branch to each with its own weight, mix the streams."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.branches = nn.ModuleList([CausalSelfAttention(), MLP()])
+        self.read = nn.Parameter(torch.randn(2, 4))
+        self.write = nn.Parameter(torch.randn(2, 4))
+        self.mix = nn.Parameter(torch.eye(4).repeat(2, 1, 1))
+
+    def forward(self, streams: Tensor) -> Tensor:
+        """``streams``: (4, batch, tokens, width)."""
+        for branch, read, write, mix in zip(self.branches, self.read, self.write, self.mix, strict=True):
+            y = branch(self.norm(torch.einsum("n,nbtd->btd", read, streams)))
+            streams = torch.einsum("mn,nbtd->mbtd", mix, streams) + write[:, None, None, None] * y
+        return streams
+
+
+class HyperConnected(nn.Module):
+    """A stack on four streams, summed at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(HyperConnection() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Copy, run, sum."""
+        streams = x.expand(4, -1, -1, -1)
+        for layer in self.layers:
+            streams = layer(streams)
+        return streams.sum(0)
+
+
+class PlainRecurrent(nn.Module):
+    """Stacked GRUs without any residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(HIDDEN, HIDDEN, num_layers=3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run along the tokens."""
+        return self.rnn(x)[0]
+
+
+class NoSkipLayer(nn.Module):
+    """Attention and MLP in sequence: nothing is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.attn, self.mlp = CausalSelfAttention(), MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """No residual."""
+        return self.mlp(self.attn(self.norm(x)))
+
+
+def vectors(model: nn.Module) -> Inputs:
+    """A batch of vectors."""
+    return (floats(BATCH, HIDDEN),), {}
+
+
+def pixels(model: nn.Module) -> Inputs:
+    """Small pictures."""
+    return (floats(BATCH, 3, 16, 16),), {}
+
+
+def plain_mlp() -> nn.Module:
+    """Linear layers and activations."""
+    return nn.Sequential(nn.Linear(HIDDEN, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 10))
+
+
+def plain_cnn() -> nn.Module:
+    """Convolutions, pooling, a classifier."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10)
+    )
+
+
+def build_cnn() -> nn.Module:
+    """The CNN with its last layer's width known."""
+    model = plain_cnn()
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 16, 16))
+    return model
+
+
+def members() -> list[Example]:
+    """Every model of this module."""
+
+    def refused(name: str, build: object, inputs: object, note: str) -> Example:
+        return Example(
+            name,
+            seeded(build),
+            inputs,
+            expected_refusal=True,
+            norm_scheme="none",
+            identity=False,  # type: ignore[arg-type]
+            note=note,
+        )
+
+    def stream(model: nn.Module) -> Inputs:
+        return (floats(BATCH, TOKENS, HIDDEN),), {}
+
+    return [
+        refused("refused_reversible", Reversible, stream, "two streams"),
+        refused(
+            "refused_joined_stream",
+            lambda: Embedded(Loop([JoinedLayer() for _ in range(3)])),
+            token_inputs,
+            "the stream is concatenated with the branch and projected",
+        ),
+        refused(
+            "refused_hyper_connections",
+            HyperConnected,
+            stream,
+            "four streams that mix: refuse, or report every block as unverified",
+        ),
+        refused("refused_mlp", plain_mlp, vectors, "no residual"),
+        refused("refused_cnn", build_cnn, pixels, "no residual"),
+        refused("refused_recurrent", PlainRecurrent, stream, "no residual"),
+        refused(
+            "refused_no_skip",
+            lambda: Embedded(Loop([NoSkipLayer() for _ in range(3)])),
+            token_inputs,
+            "attention and MLP, but nothing is added",
+        ),
+    ]
