@@ -1,0 +1,27 @@
+"""Linear operators without matrices, and the solvers that measure their spectral norms. Knows no Transformer."""
+
+from lightning_spectral.linalg.exact import ExactSVD
+from lightning_spectral.linalg.frobenius import frobenius_norm
+from lightning_spectral.linalg.matrix import Matrix
+from lightning_spectral.linalg.operators import Adjoint, Diagonal, Gather, LinearOperator, Product, Scaled
+from lightning_spectral.linalg.randomized import RandomizedSVD
+from lightning_spectral.linalg.solution import Memory, Solver, SolverState, SpectralNorm
+from lightning_spectral.linalg.stacked import Stacked
+
+__all__ = [
+    "Adjoint",
+    "Diagonal",
+    "ExactSVD",
+    "Gather",
+    "LinearOperator",
+    "Matrix",
+    "Memory",
+    "Product",
+    "RandomizedSVD",
+    "Scaled",
+    "Solver",
+    "SolverState",
+    "SpectralNorm",
+    "Stacked",
+    "frobenius_norm",
+]

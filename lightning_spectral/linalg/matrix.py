@@ -1,0 +1,112 @@
+"""The one operator that reads weights: every byte that a solver moves is moved here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_spectral.linalg.operators import LinearOperator, balanced_by_largest, check_weight, vector_dtype
+
+__all__ = ["Matrix"]
+
+# Elements that are converted at a time where a weight cannot be multiplied as it lies (16 bits, odd strides).
+_PIECE_SIZE = 1 << 18
+
+
+@final
+class Matrix(LinearOperator):
+    """A weight, read as ``(out_features, in_features)``, never copied.
+
+    Args:
+        weight: ``(m, n)`` with any strides, or ``(groups, rows, n)``, which is seen as the ``(groups * rows, n)``
+            matrix with the groups below each other, such as the values in fused rows ``(heads, 3, head_dim, n)[:, 2]``.
+            Groups of columns are the :class:`Adjoint` of a Matrix. Weights of 16 bits are converted a few rows at a
+            time.
+
+    Raises:
+        ConfigurationError: If the weight is on the meta device, quantized or integer, empty, or not 2-D or 3-D.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        check_weight(weight, "weight", dims=(2, 3))
+        weight = weight.detach()
+        self.weight = weight
+        self.shape = (weight.shape[:-1].numel(), weight.shape[-1])
+        self.dtype = vector_dtype(weight)
+        self.device = weight.device
+        # One matrix is stored by rows or, transposed (Conv1D), by columns; reading it is the same with roles swapped.
+        self._by_columns = weight.ndim == 2 and weight.stride(0) == 1 and weight.stride(1) != 1
+        self._rows = weight.mT if self._by_columns else weight
+
+    def matmat(self, X: Tensor) -> Tensor:
+        """Multiply: ``(n, k) -> (m, k)``."""
+        return self._down(X) if self._by_columns else self._across(X)
+
+    def adjoint(self, Y: Tensor) -> Tensor:
+        """Multiply by the transpose: ``(m, k) -> (n, k)``."""
+        return self._across(Y) if self._by_columns else self._down(Y)
+
+    def dense(self) -> Tensor:
+        """Convert the weight."""
+        return self.weight.double().cpu().reshape(self.shape)
+
+    def balanced(self) -> tuple[LinearOperator, int] | None:
+        """Take out the power of two of the largest entry."""
+        return balanced_by_largest(self, float(self.weight.abs().amax()))
+
+    def sum_of_squares(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+        """Return Σ (rowsᵢ · weightᵢⱼ · columnsⱼ)² without a copy of the weight.
+
+        Args:
+            rows: ``(m,)`` or ``None`` for ones.
+            columns: ``(n,)`` or ``None`` for ones.
+        """
+        if self._by_columns:
+            rows, columns = columns, rows
+        total, row = self.weight.new_zeros((), dtype=self.dtype), 0
+        for piece in self._pieces(small=True):
+            if columns is not None:
+                piece = piece * columns.to(self.dtype)
+            lengths = torch.linalg.vector_norm(piece, dim=1)
+            if rows is not None:
+                lengths = lengths * rows[row : row + len(piece)].to(self.dtype)
+            total = total + lengths.to(total.dtype).square().sum()
+            row += len(piece)
+        return total
+
+    def _across(self, X: Tensor) -> Tensor:
+        """Multiply the stored rows by a block: ``(p, k) -> (q, k)`` for stored rows ``(q, p)``."""
+        parts = [_times(piece, X) for piece in self._pieces()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _down(self, Y: Tensor) -> Tensor:
+        """Multiply the transpose of the stored rows by a block: ``(q, k) -> (p, k)``."""
+        result: Tensor | None = None
+        row = 0
+        for piece in self._pieces():
+            part = Y[row : row + len(piece)].mT
+            result = part @ piece if result is None else torch.addmm(result, part, piece)
+            row += len(piece)
+        assert result is not None
+        return result.mT
+
+    def _pieces(self, small: bool = False) -> Iterator[Tensor]:
+        """Yield the stored rows in order: as they lie where that can be multiplied, else converted a few at a time."""
+        for block in self._rows if self._rows.ndim == 3 else (self._rows,):
+            fits = block.dtype == self.dtype and block.stride(1) == 1
+            if fits and not small:
+                yield block
+                continue
+            for part in block.split(max(1, _PIECE_SIZE // block.shape[1])):
+                yield part if fits else part.to(self.dtype, memory_format=torch.contiguous_format)
+
+
+def _times(rows: Tensor, X: Tensor) -> Tensor:
+    """Return ``rows @ X``, in the fastest of the equivalent forms."""
+    if X.shape[1] <= 4:
+        return F.linear(X.mT, rows).mT
+    return rows @ X

@@ -1,0 +1,285 @@
+"""Batched randomized SVD: adaptive, warm-started, with an error bound for every value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.linalg.certificate import normal_quantile, spectral_norms, upper_bound
+from lightning_spectral.linalg.exact import largest_singular
+from lightning_spectral.linalg.iteration import Outcome, iterate
+from lightning_spectral.linalg.krylov import BlockKrylov, Ritz
+from lightning_spectral.linalg.operators import LinearOperator
+from lightning_spectral.linalg.solution import NOT_FINITE, OUT_OF_RANGE, Memory, SolverState, SpectralNorm
+from lightning_spectral.linalg.stacked import Stacked
+
+__all__ = ["RandomizedSVD"]
+
+# Operators solved side by side: enough to share the small dense steps, few enough to keep their bases small.
+_BATCH = 16
+# Up to this dimension a dense factorization is as cheap as iterating.
+_DENSE = 32
+# Products of a warm start: within the budget of reading each weight three times twice.
+_WARM_STEPS = 3
+
+Solved = tuple[SpectralNorm, Memory | None]
+
+
+@dataclass(frozen=True, slots=True)
+class RandomizedSVD:
+    """Spectral norms by randomized block Krylov iteration, warm-started, with a bound for every value.
+
+    *Cold.* The range finder of Halko, Martinsson and Tropp, "Finding structure with randomness" (SIAM Review 53, 2011),
+    Algorithm 4.4, with a Gaussian test matrix X of ``n_oversamples`` columns, keeping all blocks as Musco and Musco do
+    (see :class:`~lightning_spectral.linalg.krylov.BlockKrylov`): on spectra without a gap, those of random weights, the
+    Krylov subspace needs 5 or 6 products where subspace iteration needs dozens. An operator is iterated until its bound
+    falls below ``tolerance``; the others of its batch stop when they are done.
+
+    *Warm.* The state holds ``n_components`` right singular vectors V of every operator. They are iterated until the
+    second-order estimate of their error falls below ``warm_tolerance``; on slowly changing weights that is one or two
+    products. The bound is carried over: σ₁ can have grown by no more than the norm of the change of the operator, which
+    the images of the old probes under the new operator bound. When the carried bound exceeds twice the tolerance, the
+    operator is certified again, from [V X].
+
+    *What the bound means.* The value is a Rayleigh value: below σ₁, up to rounding, always. ``error_bound`` β claims
+    σ₁ ≤ (1 + β) · value. After a cold start this fails with a probability below ``failure_probability``, over the
+    choice of ``seed``, whatever the operator (see :mod:`~lightning_spectral.linalg.certificate`); after warm starts
+    with at most twice that, provided the operators do not depend on the probes, that is, on the seed.
+
+    Attributes:
+        n_components: Right singular vectors kept in the state.
+        n_oversamples: Random columns. The fewer, the weaker the bound at equal cost.
+        tolerance: Relative bound at which an operator is no longer iterated. The measured errors are about five times
+            smaller.
+        warm_tolerance: Relative estimated error at which a warm start is no longer iterated.
+        max_iter: Most products by AᵀA per operator; reached, the value comes with the bound it has.
+        failure_probability: Of the bound, see above.
+        seed: Of the probes. The global random state is never touched.
+
+    Raises:
+        ConfigurationError: If an attribute is out of its range.
+    """
+
+    n_components: int = 8
+    n_oversamples: int = 8
+    tolerance: float = 0.05
+    warm_tolerance: float = 1e-3
+    max_iter: int = 30
+    failure_probability: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the attributes."""
+        for name in ("n_components", "n_oversamples", "max_iter"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
+        for name in ("tolerance", "warm_tolerance", "failure_probability"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} must lie between 0 and 1, got {getattr(self, name)!r}.")
+
+    def init(self, operators: Sequence[LinearOperator]) -> SolverState:
+        """Return the state before the first measurement: nothing but the seed."""
+        return SolverState(self.seed, (None,) * len(operators))
+
+    def compute(
+        self, operators: Sequence[LinearOperator], state: SolverState
+    ) -> tuple[tuple[SpectralNorm, ...], SolverState]:
+        """Measure every operator.
+
+        Args:
+            operators: In the order of the state.
+            state: From :meth:`init` or the last call. A memory that does not fit its operator is not used.
+
+        Returns:
+            The norms, in the order of the operators, and the state for the next call.
+        """
+        old = state.memories if len(state.memories) == len(operators) else (None,) * len(operators)
+        memories = [self._fitting(operator, memory) for operator, memory in zip(operators, old, strict=True)]
+        norms: list[SpectralNorm] = [SpectralNorm(None, None)] * len(operators)
+        for indices in _batches(operators, memories):
+            batch = Stacked([operators[i] for i in indices])
+            with torch.no_grad(), torch.autocast(batch.device.type, enabled=False):
+                solved = _Batch(self, state.seed, batch, [memory for i in indices if (memory := memories[i])]).solve()
+            for i, (norm, memory) in zip(indices, solved, strict=True):
+                norms[i], memories[i] = norm, memory
+        return tuple(norms), SolverState(state.seed, tuple(memories))
+
+    def _fitting(self, operator: LinearOperator, memory: Memory | None) -> Memory | None:
+        m, n = operator.shape
+        shapes = ((n, self.n_components), (self.n_oversamples, m))
+        if memory is None or (tuple(memory.subspace.shape), tuple(memory.images.shape)) != shapes:
+            return None
+        subspace, images = (x.to(operator.device, operator.dtype) for x in (memory.subspace, memory.images))
+        return Memory(subspace, images, memory.upper, memory.exponent)
+
+
+def _batches(operators: Sequence[LinearOperator], memories: Sequence[Memory | None]) -> Iterator[list[int]]:
+    """Group the operators that can be solved side by side."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, (operator, memory) in enumerate(zip(operators, memories, strict=True)):
+        kind = (operator.shape, operator.dtype, operator.device, memory is None)
+        groups.setdefault(kind, []).append(i)
+    for group in groups.values():
+        for first in range(0, len(group), _BATCH):
+            yield group[first : first + _BATCH]
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """One measurement of same-shape operators, all with a memory or all without.
+
+    Attributes:
+        solver: The hyper-parameters.
+        seed: Of the probes.
+        operators: The batch.
+        memories: One per operator; empty for a cold start.
+        exponent: The power of two that was taken out of the operators; ``None`` before anybody looked.
+    """
+
+    solver: RandomizedSVD
+    seed: int
+    operators: Stacked
+    memories: list[Memory]
+    exponent: int | None = None
+
+    def solve(self) -> list[Solved]:
+        """Solve all operators, those whose arithmetic leaves the range of the dtype one by one."""
+        columns = self.solver.n_components + self.solver.n_oversamples
+        if min(self.operators.shape) <= max(_DENSE, 2 * columns):
+            return [largest_singular(operator, self.solver.n_components) for operator in self.operators.operators]
+        start = self._start()
+        images = self.operators.matmat(start)
+        healthy = self._in_range(images)
+        solved: list[Solved | None] = [None] * len(self.operators)
+        if healthy:
+            part = self if len(healthy) == len(solved) else self._select(healthy)
+            for i, result in zip(healthy, part._measure(start[healthy], images[healthy]), strict=True):
+                solved[i] = result
+        return [self._rescue(i, images[i]) if result is None else result for i, result in enumerate(solved)]
+
+    def _start(self) -> Tensor:
+        """Return the blocks [V X] as rows, ``(batch, p + s, n)``, or [X] for a cold start."""
+        generator = torch.Generator().manual_seed(self.seed)
+        n, s = self.operators.shape[1], self.solver.n_oversamples
+        # One X for all operators of a width: each bound holds for itself, and no operator depends on its neighbours.
+        X = torch.randn(s, n, generator=generator).to(self.operators.device, self.operators.dtype)
+        rows = X.expand(len(self.operators), s, n)
+        return (
+            torch.cat([torch.stack([memory.subspace.mT for memory in self.memories]), rows], 1)
+            if self.memories
+            else rows
+        )
+
+    def _in_range(self, images: Tensor) -> list[int]:
+        """Return the operators whose squares will neither overflow nor underflow. One host sync."""
+        limits = torch.finfo(images.dtype)
+        low, high = (limits.tiny**0.4, limits.max**0.4) if self.exponent is None else (0.0, limits.max)
+        largest = images.abs().amax((1, 2)).tolist()
+        return [i for i, size in enumerate(largest) if low < size < high]
+
+    def _rescue(self, i: int, images: Tensor) -> Solved:
+        """Take the power of two out of one operator and solve it again."""
+        if self.exponent is not None:  # balanced, and still out of range
+            zero = not images.any()
+            return (SpectralNorm(0.0, 0.0) if zero else SpectralNorm(None, None, OUT_OF_RANGE)), None
+        balanced = self.operators.operators[i].balanced()
+        if balanced is None:
+            return SpectralNorm(None, None, NOT_FINITE), None
+        single = _Batch(self.solver, self.seed, Stacked([balanced[0]]), self.memories[i : i + 1], balanced[1])
+        return single.solve()[0]
+
+    def _select(self, indices: Sequence[int]) -> _Batch:
+        memories = [self.memories[i] for i in indices] if self.memories else []
+        return _Batch(self.solver, self.seed, self.operators.select(indices), memories, self.exponent)
+
+    def _measure(self, start: Tensor, images: Tensor) -> list[Solved | None]:
+        """Refine the operators whose carried bound is tight enough, certify the others."""
+        if not self.memories:
+            return self._certify(start, images)
+        ceilings = self._ceilings(images)
+        values = spectral_norms(images[:, : self.solver.n_components]).tolist()
+        slack = 1 + 2 * self.solver.tolerance
+        keep = [i for i, (ceiling, value) in enumerate(zip(ceilings, values, strict=True)) if ceiling <= slack * value]
+        drop = [i for i in range(len(self.operators)) if i not in keep]
+        solved: list[Solved | None] = [None] * len(self.operators)
+        if keep:
+            results = self._select(keep)._refine(start[keep], images[keep], [ceilings[i] for i in keep])
+            for i, result in zip(keep, results, strict=True):
+                solved[i] = result
+        if drop:
+            for i, result in zip(drop, self._select(drop)._certify(start[drop], images[drop]), strict=True):
+                solved[i] = result
+        return solved
+
+    def _ceilings(self, images: Tensor) -> list[float]:
+        """Return the carried upper bounds of ‖A‖₂: the certified ones plus what can have been added since."""
+        old = torch.stack([memory.images for memory in self.memories])
+        changes = spectral_norms(images[:, self.solver.n_components :] - old) / self._delta
+        return [
+            memory.upper + change if memory.exponent == (self.exponent or 0) else math.inf
+            for memory, change in zip(self.memories, changes.tolist(), strict=True)
+        ]
+
+    def _refine(self, start: Tensor, images: Tensor, ceilings: list[float]) -> list[Solved | None]:
+        """Iterate V alone, until its own error is small; the bound is the carried one."""
+        p = self.solver.n_components
+        outcomes = iterate(
+            BlockKrylov(self.operators, start[:, :p], images[:, :p]),
+            lambda ritz, _: ritz.leak(),
+            tolerance=self.solver.warm_tolerance,
+            max_steps=_WARM_STEPS,
+            count=p,
+        )
+        return [
+            None if outcome is None else self._solved(outcome, ceiling, memory.images)
+            for outcome, ceiling, memory in zip(outcomes, ceilings, self.memories, strict=True)
+        ]
+
+    def _certify(self, start: Tensor, images: Tensor) -> list[Solved | None]:
+        """Iterate [V X] until the bound that X certifies is small."""
+        s = self.solver.n_oversamples
+        Q, R = torch.linalg.qr(start.mT)
+        # AQ = (A[V X])R⁻¹: the images are known, R is well conditioned (X is random, V orthonormal).
+        krylov = BlockKrylov(self.operators, Q.mT, torch.linalg.solve_triangular(R.mT, images, upper=False))
+        R_X = R[:, :, -s:].mT.cpu().double()
+
+        def bound(ritz: Ritz, active: Sequence[int]) -> Tensor:
+            above = upper_bound(ritz.theta, R_X[active] @ ritz.vectors[:, : R.shape[1]], ritz.coupling, self._delta)
+            return (above / ritz.theta[:, -1]).sqrt() - 1
+
+        outcomes = iterate(
+            krylov,
+            bound,
+            tolerance=self.solver.tolerance,
+            max_steps=self.solver.max_iter,
+            count=self.solver.n_components,
+        )
+        solved: list[Solved | None] = []
+        for i, outcome in enumerate(outcomes):
+            if outcome is None:
+                solved.append(None)
+            elif outcome.error > self.solver.tolerance and outcome.steps == krylov.capacity:
+                solved.append(largest_singular(self.operators.operators[i], self.solver.n_components))
+            else:
+                solved.append(self._solved(outcome, math.sqrt(outcome.theta) * (1 + outcome.error), images[i, -s:]))
+        return solved
+
+    def _solved(self, outcome: Outcome, ceiling: float, images: Tensor) -> Solved:
+        value, exponent = math.sqrt(outcome.theta), self.exponent or 0
+        # Rounding errors of long sums grow like the square root of their length.
+        rounding = 8 * torch.finfo(self.operators.dtype).eps * math.sqrt(max(self.operators.shape))
+        bound = max(ceiling / value - 1, 0.0) + rounding
+        memory = Memory(outcome.subspace, images, ceiling, exponent)
+        try:
+            return SpectralNorm(math.ldexp(value, exponent), bound, None, outcome.steps), memory
+        except OverflowError:
+            return SpectralNorm(None, None, OUT_OF_RANGE), None
+
+    @property
+    def _delta(self) -> float:
+        return normal_quantile(self.solver.n_oversamples, self.solver.failure_probability)

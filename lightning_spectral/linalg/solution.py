@@ -1,0 +1,110 @@
+"""What a solver returns, and what it remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.linalg.operators import LinearOperator
+
+__all__ = ["Memory", "Solver", "SolverState", "SpectralNorm"]
+
+NOT_FINITE = "weights are not finite (NaN or Inf)"
+OUT_OF_RANGE = "the spectral norm is outside the range of a float"
+
+
+@dataclass(frozen=True, slots=True)
+class SpectralNorm:
+    """The spectral norm of one operator.
+
+    Attributes:
+        value: An estimate from below of the largest singular value; ``None`` where it cannot be computed.
+        error_bound: A posteriori bound β ≥ 0 with σ₁ ≤ (1 + β) · value; ``None`` where there is no value. What is
+            proven and what holds with high probability is said by the solver.
+        reason: Why there is no value, ``None`` where there is one.
+        iterations: Multiplications by AᵀA, each of which reads every weight twice.
+    """
+
+    value: float | None
+    error_bound: float | None
+    reason: str | None = None
+    iterations: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Memory:
+    """What is remembered of one operator A = 2^exponent · Ã.
+
+    Attributes:
+        subspace: ``(n, p)``, orthonormal columns: approximate right singular vectors, the dominant one first.
+        images: ``(s, m)``, rows Ãx of the random probes x, as they were when the upper bound was certified.
+        upper: The certified upper bound of ‖Ã‖₂.
+        exponent: The power of two that was taken out.
+    """
+
+    subspace: Tensor
+    images: Tensor
+    upper: float
+    exponent: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SolverState:
+    """What a solver carries from one measurement to the next: plain numbers and tensors.
+
+    Attributes:
+        seed: Seed of the random probes. All randomness of a solver comes from it, so that resuming is exact.
+        memories: One entry per operator; ``None`` for an operator that has not been solved.
+    """
+
+    seed: int
+    memories: tuple[Memory | None, ...]
+
+    @property
+    def subspaces(self) -> tuple[Tensor | None, ...]:
+        """The right singular subspaces ``(n, p)``; column 0 approximates the dominant right singular vector."""
+        return tuple(None if memory is None else memory.subspace for memory in self.memories)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values and tensors, fit for ``torch.load(weights_only=True)``."""
+        memories = [
+            None
+            if memory is None
+            else {name: getattr(memory, name) for name in ("subspace", "images", "upper", "exponent")}
+            for memory in self.memories
+        ]
+        return {"seed": self.seed, "memories": memories}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> SolverState:
+        """Rebuild a state.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+
+        Raises:
+            ConfigurationError: If the mapping does not have the expected keys.
+        """
+        try:
+            memories = tuple(None if memory is None else Memory(**memory) for memory in state["memories"])
+            return cls(int(state["seed"]), memories)
+        except (KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"Not the state of a solver: expected the keys 'seed' and 'memories', got {sorted(state)}."
+            ) from error
+
+
+class Solver(Protocol):
+    """A solver: frozen hyper-parameters, and a pure function from operators and state to norms and state."""
+
+    def init(self, operators: Sequence[LinearOperator]) -> SolverState:
+        """Return the state before the first measurement."""
+
+    def compute(
+        self, operators: Sequence[LinearOperator], state: SolverState
+    ) -> tuple[tuple[SpectralNorm, ...], SolverState]:
+        """Return the spectral norm of every operator, and the state for the next measurement."""
