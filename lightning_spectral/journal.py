@@ -1,0 +1,113 @@
+"""The file of a run: ``spectral.jsonl``, one JSON object a line.
+
+The first line describes the run, each further line is one measurement as :meth:`Measurement.to_dict` gives it. A line
+is written in one piece and flushed, so a crash costs at most the line being written; a torn last line is ignored when
+the file is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.records import Measurement, ResidualBlock
+
+__all__ = ["Journal", "described", "read_journal"]
+
+FORMAT = "lightning_spectral"
+"""Key that only the first line has; its value is the version of the format."""
+
+
+class Journal:
+    """Appends measurements to a file, or keeps them in memory where there is no place for a file."""
+
+    def __init__(self, path: Path | None, header: Mapping[str, Any], *, resume_step: int | None = None) -> None:
+        """Begin a file, or go on with the file of the run that is resumed.
+
+        Args:
+            path: The file. ``None`` keeps everything in memory.
+            header: Plain values that describe the run, its ``"linearization"`` among them.
+            resume_step: Optimizer step from which a run goes on: what the file has of later steps is dropped, since it
+                will be measured again. ``None`` begins a new file.
+        """
+        self.path = path
+        self._lines: list[str] = [_line({FORMAT: 1, **header})]
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if resume_step is not None and path.exists():
+            self._take_over(path, header["linearization"], resume_step)
+        _replace(path, self._lines)
+        self._lines = []
+
+    def _take_over(self, path: Path, linearization: str, resume_step: int) -> None:
+        header, records = read_journal(path)
+        if header["linearization"] == linearization:
+            self._lines += [_line(record) for record in records if record["step"] <= resume_step]
+        else:  # two linearizations are never mixed in one series, and nothing measured is thrown away
+            path.rename(path.with_stem(f"{path.stem}-{header['linearization']}"))
+
+    def append(self, measurement: Measurement) -> None:
+        """Add one measurement."""
+        line = _line(measurement.to_dict())
+        if self.path is None:
+            self._lines.append(line)
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return every measurement of the run so far, those before a resume included."""
+        if self.path is None:
+            return [json.loads(line) for line in self._lines[1:]]
+        return read_journal(self.path)[1]
+
+
+def read_journal(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read the file of a run.
+
+    Args:
+        path: A ``spectral.jsonl``.
+
+    Returns:
+        The description of the run, and its measurements in the order in which they were taken.
+
+    Raises:
+        ConfigurationError: The file is not one of ours.
+    """
+    entries = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # torn by a crash, hence the last
+    if not entries or not isinstance(entries[0], dict) or FORMAT not in entries[0]:
+        raise ConfigurationError(f"{os.fspath(path)!r} does not begin with the header of a spectral journal")
+    return entries[0], entries[1:]
+
+
+def described(block: ResidualBlock) -> dict[str, Any]:
+    """Return what the first line of a journal tells of a block."""
+    attention, mlp = block.attention, block.mlp
+    return {
+        "index": block.index,
+        "name": block.name,
+        "attention": None if attention is None else attention.site,
+        "mlp": None if mlp is None else mlp.site,
+        "verified": block.verified,
+    }
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def _replace(path: Path, lines: list[str]) -> None:
+    """Write a whole file so that a crash leaves either the old or the new one."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text("".join(lines), encoding="utf-8")
+    draft.replace(path)

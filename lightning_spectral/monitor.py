@@ -1,0 +1,330 @@
+"""The callback: when to measure, where to log, what to save. The only module that imports Lightning."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from lightning_spectral import settings
+from lightning_spectral.alarms import announcement
+from lightning_spectral.discovery import find_blocks
+from lightning_spectral.errors import ConfigurationError, ExampleInputError, SpectralError
+from lightning_spectral.first_forward import FirstForward
+from lightning_spectral.journal import Journal, described
+from lightning_spectral.measure import Meter
+from lightning_spectral.records import Measurement, ResidualBlock
+from lightning_spectral.report import heatmap, one_screen, send_figure
+from lightning_spectral.series import Series, logged_values
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+else:
+    # `lightning` and `pytorch_lightning` are two copies of the same code. A callback that inherits from both is
+    # accepted by either Trainer, also where types are checked (command line).
+    try:
+        from lightning.pytorch.callbacks import Callback
+        from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+    except ModuleNotFoundError:
+        from pytorch_lightning.callbacks import Callback
+        from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+
+    if "pytorch_lightning" in sys.modules and not Callback.__module__.startswith("pytorch_lightning"):
+        from pytorch_lightning.callbacks import Callback as Twin
+
+        Callback = type("Callback", (Callback, Twin), {})
+
+__all__ = ["SpectralMonitor"]
+
+PATIENCE = 3  # failures in a row after which the monitor switches itself off
+
+
+class SpectralMonitor(Callback):
+    """Measures the spectral ratio of MLP to attention of every residual block while a model trains.
+
+    The first measurement is taken before the first step, then one whenever ``every_n_steps`` optimizer steps have
+    passed, and one at the end of fit. Training is bitwise the same with and without the monitor.
+
+    To every logger, with the number of stepped batches as index (the optimizer step, where there is one optimizer):
+
+    ========================================  =====  ===================================================
+    key                                       unit   meaning
+    ========================================  =====  ===================================================
+    ``spectral/ratio_min, _median, _max``     1      the spectral ratio ρ over the blocks
+    ``spectral/in_zone``                      1      fraction of the measurable blocks inside the zone
+    ``spectral/worst_layer``                  index  block farthest outside the zone, or nearest its edge
+    ``spectral/mlp_norm_max``                 1      largest spectral norm of an MLP branch
+    ``spectral/attention_norm_max``           1      largest spectral norm of an attention branch
+    ``spectral/unmeasured``                   count  branches that exist but could not be measured
+    ``spectral/seconds``                      s      wall time of the measurement
+    ``spectral/ratio/07`` and so on           1      with ``per_layer``: ratio and norms of every block
+    ========================================  =====  ===================================================
+
+    The same keys are in ``trainer.callback_metrics`` on all ranks, the summary keys also as ``spectral_ratio_max`` and
+    so on, for ``ModelCheckpoint`` and ``EarlyStopping``. The run's log directory gets ``spectral.jsonl`` with every
+    block of every measurement and, with matplotlib, ``spectral.png``, which loggers that take pictures get as well.
+
+    Args:
+        every_n_steps: Optimizer steps between two measurements.
+        auto_rescale: Whether to steer the ratios. Not available in this version.
+        linearization: The rule that turns branches into linear operators.
+        safe_zone: The interval of ratios that counts as balanced.
+        blocks: The blocks to measure, or hints for finding them; by default they are found in the model.
+        solver: How spectral norms are computed; by default randomized, warm-started from measurement to measurement.
+        per_layer: Whether to log every block, besides the summary.
+        on_error: What to do when a measurement fails: warn and train on, or raise.
+        prefix: First part of every key and file name. Two monitors in one Trainer need two of them.
+
+    Raises:
+        ConfigurationError: An argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        auto_rescale: bool = False,
+        *,
+        linearization: Literal["circuit", "paper"] = "circuit",
+        safe_zone: tuple[float, float] = (0.5, 2.0),
+        blocks: Sequence[ResidualBlock] | Mapping[str, Any] | None = None,
+        solver: Any = None,
+        per_layer: bool = False,
+        on_error: Literal["warn", "raise"] = "warn",
+        prefix: str = "spectral",
+    ) -> None:
+        super().__init__()
+        self.every_n_steps = settings.steps("every_n_steps", every_n_steps)
+        self.auto_rescale = settings.choice("auto_rescale", auto_rescale, (False,))  # steering comes later
+        self.linearization = settings.choice("linearization", linearization, ("circuit", "paper"))
+        self.safe_zone = settings.interval("safe_zone", safe_zone)
+        self.blocks = blocks
+        self.solver = solver
+        self.per_layer = per_layer
+        self.on_error = settings.choice("on_error", on_error, ("warn", "raise"))
+        self.prefix = settings.name("prefix", prefix)
+        self._series = Series(self.linearization)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop whatever belongs to one call of fit."""
+        self._active = False  # between on_train_start and on_train_end
+        self._rehearses = False  # fast_dev_run: measure once, write no files
+        self._meter: Meter | None = None
+        self._journal: Journal | None = None
+        self._folder: Path | None = None
+        self._resume_step: int | None = None
+        self._awaits_forward = False  # no input could be guessed: the first real forward pass will show one
+        self._first_forward: FirstForward | None = None
+        self._latest: Measurement | None = None
+        self._bar_is_old = False  # the progress bar shows an older measurement
+        self._failures = 0  # in a row
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint: one per prefix and linearization, so that other settings may change."""
+        return self._generate_state_key(prefix=self.prefix, linearization=self.linearization)
+
+    # When: Lightning's hooks, in the order in which they are called.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a second monitor that would write the same keys.
+
+        Raises:
+            ConfigurationError: Another monitor in this Trainer has the same prefix.
+        """
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not declared
+        rivals = [other for other in callbacks if isinstance(other, SpectralMonitor) and other is not self]
+        if any(other.prefix == self.prefix for other in rivals):
+            raise ConfigurationError(
+                f"two monitors in one Trainer would both write the keys '{self.prefix}/…'; "
+                f"give one of them another prefix, such as prefix='{self.prefix}_{self.linearization}'"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the blocks and measure them for the first time; on resume, publish what was measured last."""
+        self._forget()
+        if trainer.barebones:
+            rank_zero_info("SpectralMonitor is off, because the Trainer is barebones")
+            return
+        self._active = True
+        self._rehearses = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # public, but not declared
+        self._folder = _run_folder(trainer)
+        step = trainer.global_step
+        if self._series.reaches(step):
+            self._resume_step = step
+            self._publish(trainer, pl_module)
+        else:  # a new run, even if this object has watched another one before
+            batches = step // max(len(trainer.optimizers), 1)
+            self._series = Series(self.linearization, seen_step=step, batches=batches)
+        self._guard("finding the blocks", self._find, trainer, pl_module)
+        self._measure_if_due(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Listen to the first forward pass, where the model could not be run on a guessed input."""
+        if self._awaits_forward:
+            self._awaits_forward, self._first_forward = False, FirstForward(pl_module, batch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure if it is due, and bring the progress bar up to date."""
+        if not self._active:
+            return
+        self._series.end_batch(trainer.global_step)
+        if self._first_forward is not None:
+            self._guard("finding the blocks", self._find_late, trainer, self._first_forward)
+            self._first_forward = None
+        self._measure_if_due(trainer, pl_module)
+        if self._bar_is_old:
+            self._show(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the final weights, draw the run and print the last measurement."""
+        if not self._active:
+            return
+        if not self._rehearses and self._series.measured_step != trainer.global_step:
+            self._guard("measuring", self._measure, trainer, pl_module)
+        if self._journal is not None:
+            self._guard("drawing", self._draw, trainer, self._journal)
+        if self._latest is not None:
+            rank_zero_info(one_screen(self._latest))
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind in the model."""
+        self._release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an exact resume needs, as copies of plain values and tensors."""
+        self._keep_warm_start()
+        return self._series.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up an earlier state; what is unknown or missing in it does no harm."""
+        self._series = Series(self.linearization)
+        self._series.load_state_dict(state_dict)
+
+    # What: each of these may fail without harm to the training run.
+
+    def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        try:
+            self._watch(trainer, pl_module, self._blocks_of(pl_module))
+        except ExampleInputError:
+            self._awaits_forward = True
+
+    def _find_late(self, trainer: Trainer, first_forward: FirstForward) -> None:
+        first_forward.stop()
+        call = first_forward.call()
+        self._watch(trainer, call.module, self._blocks_of(call.module, *call.args, **call.kwargs))
+
+    def _blocks_of(self, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[ResidualBlock, ...]:
+        if self.blocks is None or isinstance(self.blocks, Mapping):
+            return find_blocks(model, *args, hints=self.blocks, **kwargs)
+        return tuple(self.blocks)
+
+    def _watch(self, trainer: Trainer, model: nn.Module, blocks: tuple[ResidualBlock, ...]) -> None:
+        zone, rule = self.safe_zone, self.linearization
+        self._meter = Meter(model, blocks, linearization=rule, solver=self.solver, safe_zone=zone)
+        if self._series.warm_start:
+            self._meter.load_state_dict(self._series.warm_start)
+        if trainer.is_global_zero and trainer.loggers and not self._rehearses:
+            header = {"linearization": rule, "safe_zone": zone, "every_n_steps": self.every_n_steps}
+            header["blocks"] = [described(block) for block in blocks]
+            path = None if self._folder is None else self._folder / f"{self.prefix}.jsonl"
+            self._journal = Journal(path, header, resume_step=self._resume_step)
+
+    def _measure_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        if self._meter is None or (self._rehearses and self._latest is not None):
+            return
+        if self._series.due(step, self.every_n_steps):
+            self._series.scheduled_step = step
+            self._guard("measuring", self._measure, trainer, pl_module)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._meter is None:
+            return
+        measurement = self._meter.measure(trainer.global_step)
+        values = logged_values(measurement, self.prefix, per_layer=self.per_layer)
+        crossings = self._series.add(measurement, values)
+        self._latest, self._bar_is_old = measurement, True
+        self._publish(trainer, pl_module)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=self._series.batches)
+        if self._journal is not None:
+            self._journal.append(measurement)
+        if crossings:
+            rank_zero_info(announcement(crossings, measurement))
+
+    def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the last values where other callbacks look for them. On all ranks: reading them may be a collective."""
+        values = self._series.values
+        names = values | {key.replace("/", "_"): value for key, value in values.items() if key.count("/") == 1}
+        trainer.callback_metrics.update(
+            {name: torch.tensor(value, device=pl_module.device) for name, value in names.items()}
+        )
+
+    def _show(self, pl_module: LightningModule) -> None:
+        """Put two numbers into the progress bar; `self.log` may do so only within a batch."""
+        self._bar_is_old = False
+        for name in ("ratio_median", "in_zone"):
+            if (value := self._series.values.get(f"{self.prefix}/{name}")) is not None:
+                pl_module.log(f"{self.prefix}_{name}", value, prog_bar=True, logger=False, batch_size=1)
+
+    def _draw(self, trainer: Trainer, journal: Journal) -> None:
+        try:
+            figure = heatmap(journal.records())
+        except ModuleNotFoundError as error:
+            rank_zero_info(f"SpectralMonitor: no heatmap; {error}")
+            return
+        if journal.path is not None:
+            figure.savefig(journal.path.with_suffix(".png"))
+        for logger in trainer.loggers:
+            send_figure(logger, figure, f"{self.prefix}/heatmap", self._series.batches)
+
+    def _guard(self, what: str, action: Callable[..., None], *args: Any) -> None:
+        """Run one piece of telemetry; a failure stops training only if asked to, or if the user can mend it."""
+        if self._failures >= PATIENCE:
+            return
+        try:
+            action(*args)
+        except SpectralError:
+            raise
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            self._failures += 1
+            end = "it is switched off now" if self._failures == PATIENCE else "training goes on"
+            rank_zero_warn(f"SpectralMonitor failed in {what} ({type(error).__name__}: {error}); {end}")
+        else:
+            self._failures = 0
+
+    def _keep_warm_start(self) -> None:
+        if self._meter is not None:
+            self._series.warm_start = self._meter.state_dict()
+
+    def _release(self) -> None:
+        """Let go of the model, keep the state."""
+        self._keep_warm_start()
+        if self._first_forward is not None:
+            self._first_forward.stop()
+        self._forget()
+
+
+def _run_folder(trainer: Trainer) -> Path | None:
+    """Return the folder of this run on this machine, ``None`` where there is none."""
+    folder = trainer.log_dir  # on all ranks: it is a broadcast
+    if not trainer.loggers or folder is None or "://" in folder:
+        return None
+    logger = trainer.loggers[0]
+    if hasattr(logger, "log_dir"):
+        return Path(folder)
+    # The folder of such a logger is shared by all its runs; ModelCheckpoint keeps them apart in the same way.
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(folder) / str(logger.name) / version

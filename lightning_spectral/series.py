@@ -1,0 +1,101 @@
+"""Where the series of measurements of one run stands: when the next is due, what is logged, what a checkpoint keeps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from lightning_spectral.alarms import Crossing, zone_crossings
+from lightning_spectral.records import LayerMeasurement, Linearization, Measurement
+
+__all__ = ["Series", "logged_values"]
+
+
+@dataclass
+class Series:
+    """The memory of a watched run, without the Trainer. All of it is plain values and tensors.
+
+    Attributes:
+        linearization: The linearization of every measurement in the series.
+        scheduled_step: Optimizer step of the last measurement that the schedule asked for, whether or not it succeeded.
+            The one at the end of fit is not in it, so that a run that goes on later keeps its schedule.
+        measured_step: Optimizer step of the last measurement of any kind.
+        seen_step: Optimizer step at the end of the last batch.
+        batches: Batches so far in which an optimizer stepped. This is the loggers' axis: index k holds what belongs to
+            the weights after k stepping batches, which are the weights that the loss logged at k was computed with.
+            It equals the optimizer step wherever there is one optimizer.
+        sides: Where each block was last, relative to the safe zone (see :func:`zone_crossings`).
+        values: What was logged last.
+        warm_start: State of the meter.
+    """
+
+    linearization: Linearization
+    scheduled_step: int | None = None
+    measured_step: int | None = None
+    seen_step: int = 0
+    batches: int = 0
+    sides: dict[int, int] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
+    warm_start: dict[str, Any] = field(default_factory=dict)
+
+    def reaches(self, step: int) -> bool:
+        """Tell whether the series can go on from an optimizer step: it has begun, and not later than there."""
+        return self.measured_step is not None and self.measured_step <= step
+
+    def due(self, step: int, every_n_steps: int) -> bool:
+        """Tell whether the schedule asks for a measurement: first at once, then whenever enough steps have passed."""
+        return self.scheduled_step is None or step - self.scheduled_step >= every_n_steps
+
+    def end_batch(self, step: int) -> None:
+        """Note the optimizer step at the end of a batch; gradient accumulation leaves it where it was."""
+        if step > self.seen_step:
+            self.seen_step, self.batches = step, self.batches + 1
+
+    def add(self, measurement: Measurement, values: Mapping[str, float]) -> list[Crossing]:
+        """Note a measurement and return the blocks that it found on another side of the zone than before."""
+        self.measured_step, self.values = measurement.step, dict(values)
+        crossings, self.sides = zone_crossings(self.sides, measurement)
+        return crossings
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of plain values and tensors."""
+        return {"version": 1, **asdict(self)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up an earlier state.
+
+        Unknown keys are ignored and missing ones keep their value. The state of another linearization is ignored as a
+        whole, because the numbers of two linearizations do not belong into one series.
+        """
+        if state.get("linearization", self.linearization) != self.linearization:
+            return
+        for known in fields(self):
+            if known.name in state:
+                setattr(self, known.name, copy.deepcopy(state[known.name]))
+
+
+def logged_values(measurement: Measurement, prefix: str, *, per_layer: bool) -> dict[str, float]:
+    """Return what is logged of a measurement, by key; what does not exist is absent.
+
+    Args:
+        measurement: What was measured.
+        prefix: First part of every key.
+        per_layer: Whether to add the ratio and both norms of every block.
+
+    Returns:
+        ``{prefix}/ratio_min`` and the other summary values and, if asked for, ``{prefix}/ratio/07`` and the like. The
+        index is padded with zeros so that keys sort like blocks.
+    """
+    values = {f"{prefix}/{name}": value for name, value in measurement.summary().items()}
+    if per_layer:
+        width = max(2, len(str(max((layer.index for layer in measurement), default=0))))
+        for layer in measurement:
+            values |= {f"{prefix}/{name}/{layer.index:0{width}d}": value for name, value in _numbers(layer)}
+    return values
+
+
+def _numbers(layer: LayerMeasurement) -> list[tuple[str, float]]:
+    numbers = (("ratio", layer.ratio), ("mlp_norm", layer.mlp_norm), ("attention_norm", layer.attention_norm))
+    return [(name, value) for name, value in numbers if value is not None]

@@ -1,0 +1,43 @@
+"""Arguments of the public door, checked once. Each message says what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from lightning_spectral.errors import ConfigurationError
+
+__all__ = ["choice", "interval", "name", "steps"]
+
+
+def steps(argument: str, value: Any) -> int:
+    """Return a positive number of steps."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigurationError(f"{argument}={value!r}: expected an integer of at least 1")
+    return value
+
+
+def choice(argument: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    """Return one of the choices."""
+    if not any(value is known or (isinstance(value, str) and value == known) for known in choices):
+        raise ConfigurationError(f"{argument}={value!r}: expected {' or '.join(map(repr, choices))} in this version")
+    return value
+
+
+def interval(argument: str, value: Any) -> tuple[float, float]:
+    """Return an interval of ratios, 0 < low < high."""
+    try:
+        low, high = map(float, value)
+    except (TypeError, ValueError):
+        low, high = 0.0, 0.0
+    if not 0 < low < high < math.inf:
+        raise ConfigurationError(f"{argument}={value!r}: expected two ratios, 0 < low < high, such as (0.5, 2.0)")
+    return low, high
+
+
+def name(argument: str, value: Any) -> str:
+    """Return a name that is safe in keys of loggers and in file names."""
+    if not isinstance(value, str) or not re.fullmatch(r"\w[\w.-]*", value, re.ASCII):
+        raise ConfigurationError(f"{argument}={value!r}: expected letters, digits, '_', '.' or '-', such as 'spectral'")
+    return value
