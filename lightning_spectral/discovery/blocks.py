@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from lightning_spectral.discovery.branches import FoundBranch, branches_of, finished
 from lightning_spectral.discovery.operations import is_product, matrix_operands
-from lightning_spectral.discovery.probe import Prober
+from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.residual import residual_adds
 from lightning_spectral.discovery.sites import linked
 from lightning_spectral.discovery.tape import Tape
@@ -22,28 +22,32 @@ __all__ = ["blocks_of"]
 _MOST_BRANCHES = 6
 
 
-def blocks_of(tape: Tape, model: nn.Module) -> list[ResidualBlock]:
-    """Return the residual blocks of a recorded forward pass, in the order of execution.
+def blocks_of(tape: Tape, model: nn.Module) -> tuple[list[ResidualBlock], list[str]]:
+    """Find the residual blocks of a recorded forward pass.
 
     Args:
         tape: The recorded forward pass.
         model: The model that was recorded.
 
     Returns:
-        The blocks; an empty list where the pass contains no residual add.
+        The blocks in the order of execution, and what was refused on the way.
     """
     prober = Prober(tape)
-    found = branches_of(tape, residual_adds(tape), prober)
+    adds, refused = residual_adds(tape)
+    found, homeless = branches_of(tape, adds, prober)
+    inside = 0
+    for branch in found:
+        inside |= branch.add.interior
     blocks = []
     for index, (name, members) in enumerate(_named_groups(model, found).items()):
         kinds = _settled_kinds(members)
         branches = tuple(
             finished(tape, model, name, branch, kind, prober) for branch, kind in zip(members, kinds, strict=True)
         )
-        problem = _problem(tape, name, members)
+        problem = _problem(tape, name, members, inside, prober)
         evidence = "trace" if problem is None else f"trace; not verified: {problem}"
         blocks.append(ResidualBlock(index, name, branches, problem is None, evidence))
-    return blocks
+    return blocks, [*refused, *homeless]
 
 
 def _named_groups(model: nn.Module, branches: Sequence[FoundBranch]) -> dict[str, list[FoundBranch]]:
@@ -116,7 +120,9 @@ def _settled_kinds(branches: Sequence[FoundBranch]) -> list[BranchKind]:
     return kinds
 
 
-def _problem(tape: Tape, name: str, branches: Sequence[FoundBranch]) -> str | None:
+def _problem(
+    tape: Tape, name: str, branches: Sequence[FoundBranch], inside: int, prober: Prober
+) -> str | None:
     """Return what fails in the self-check of a block, ``None`` where nothing does.
 
     With every site at zero nothing of the block is left but the stream, its norms and constants (zero test), and what
@@ -126,49 +132,38 @@ def _problem(tape: Tape, name: str, branches: Sequence[FoundBranch]) -> str | No
     for earlier, later in zip(adds, adds[1:], strict=False):
         if not linked(tape, later, earlier):
             return "its residual adds do not lie on one stream"
-    missed = _missed_weight(tape, name, branches)
+    missed = _missed_weight(tape, name, branches, inside)
     if missed is not None:
         return f"{missed} acts outside the branches that were found"
     for branch in branches:
         if not branch.site.path:
             return "no module or weight carries one of its branches"
-        if not _is_linear(tape, branch):
-            return f"the stream is not proportional to the output of {branch.site.path}"
+        region = Region(tape, branch.add.skip.leaf, branch.add.output)
+        if not prober.once(region, ("linear", region.local(branch.site.value)), partial(_is_linear, tape, branch)):
+            return f"with {branch.site.path} at zero the stream is not passed on, or it is not linear in it"
     return None
 
 
 def _is_linear(tape: Tape, branch: FoundBranch) -> bool:
-    site, output = branch.site.value, branch.add.output
-    content = tape._widened(site)
-    silent = {term.start: torch.zeros_like(tape._widened(term.start)) for term in branch.add.branches
-              if term not in branch.terms}
-    results = []
-    for factor in (0.0, 1.0, 3.0):
-        results.append(tape.replay({**silent, site: content * factor}, output))
-    zero, one, three = results
-    rest = tape.replay({**silent, site: torch.zeros_like(content)}, output)
-    skip = tape._widened(branch.add.skip.leaf)
-    tolerance = 1e-9 * float(three.abs().max() + 1e-300)
-    homogeneous = float((three - zero - 3 * (one - zero)).abs().max()) <= tolerance
-    alive = float((one - zero).abs().max()) > 0
-    return homogeneous and alive and _is_multiple(rest, skip, tape, branch)
-
-
-def _is_multiple(rest: torch.Tensor, skip: torch.Tensor, tape: Tape, branch: FoundBranch) -> bool:
-    """Whether what is left with the site at zero is the stream, up to the constants that multiply it."""
-    doubled = tape.replay(
-        {branch.site.value: torch.zeros_like(tape._widened(branch.site.value)), branch.add.skip.leaf: 2 * skip},
-        branch.add.output,
-        frozen=(),
+    """Whether the sum is the stream alone with the site at 0, and proportional to the factor at the site."""
+    content = tape._widened(branch.site.value)
+    rest = {
+        term.start: torch.zeros_like(tape._widened(term.start))
+        for term in branch.add.branches
+        if term not in branch.terms
+    }
+    zero, one, three = (
+        tape.replay({**rest, branch.site.value: content * factor}, branch.add.output) for factor in (0.0, 1.0, 3.0)
     )
-    return doubled.shape == rest.shape
+    tolerance = 1e-9 * float(three.abs().max() + 1e-300)
+    proportional = float((three - zero - 3 * (one - zero)).abs().max()) <= tolerance
+    alive = float((one - zero).abs().max()) > tolerance
+    stream = tape._widened(branch.add.skip.start).expand_as(zero)
+    return proportional and alive and float((zero - stream).abs().max()) <= tolerance
 
 
-def _missed_weight(tape: Tape, name: str, branches: Sequence[FoundBranch]) -> str | None:
+def _missed_weight(tape: Tape, name: str, branches: Sequence[FoundBranch], inside: int) -> str | None:
     """Return the name of a weight of the block that multiplies data outside every branch."""
-    inside = 0
-    for branch in branches:
-        inside |= branch.add.interior
     prefix = f"{name}." if name else ""
     for operation in tape.operations:
         path = tape.calls[operation.call].path if operation.call >= 0 else ""
@@ -181,8 +176,3 @@ def _missed_weight(tape: Tape, name: str, branches: Sequence[FoundBranch]) -> st
         if owned and prefix and any(tape.depends(output, branches[0].add.skip.leaf) for output in operation.outputs):
             return owned[-1]
     return None
-
-
-def with_index(blocks: Iterable[ResidualBlock]) -> tuple[ResidualBlock, ...]:
-    """Number blocks in the order given."""
-    return tuple(replace(block, index=index) for index, block in enumerate(blocks))

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_spectral.discovery.experts import with_all_experts
 from lightning_spectral.discovery.factors import Chain, chains
-from lightning_spectral.discovery.operations import is_attention, is_contraction, is_product, matrix_operands, refs
+from lightning_spectral.discovery.operations import is_attention, is_contraction, is_product, matrix_operands, refs, weight_operand
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.residual import ResidualAdd, Term
 from lightning_spectral.discovery.routes import UnmeasurableError
@@ -42,8 +42,8 @@ class FoundBranch:
     neighbours: int
 
 
-def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> list[FoundBranch]:
-    """Return every branch, in the order of execution."""
+def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> tuple[list[FoundBranch], list[str]]:
+    """Return every branch in the order of execution, and why some were refused."""
     serves: Counter[str] = Counter()
     for add in adds:
         for term in add.branches:
@@ -52,14 +52,20 @@ def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> list
     repeats = Counter(_first_module(tape, add, term) for add in adds for term in add.branches)
     most = max(repeats.values(), default=1)
     serves = Counter({path: -(-count // most) for path, count in serves.items()})
-    found = []
+    found, refusals = [], []
     for add in adds:
         for kind, terms, neighbours in _grouped(tape, add, prober):
-            others = [term for term in (add.skip, *add.branches) if term not in terms]
+            others = [term for term in (add.skip, *add.branches, *add.others) if term not in terms]
             site = choose_site(tape, add, terms, others, serves) or _parameter_site(tape, add, terms)
+            if site is None:
+                refusals.append(
+                    f"a branch of shape {tape.shape(terms[0].start)} is carried by no module, and its last weight is "
+                    "used more than once (a recurrence)"
+                )
+                continue
             modules = tuple(dict.fromkeys(path for term in terms for path in _modules(tape, add, term)))
             found.append(FoundBranch(kind, add, tuple(terms), site, modules, neighbours))
-    return sorted(found, key=lambda branch: min(term.start for term in branch.terms))
+    return sorted(found, key=lambda branch: min(term.start for term in branch.terms)), refusals
 
 
 def _first_module(tape: Tape, add: ResidualAdd, term: Term) -> tuple[str, ...]:
@@ -76,7 +82,7 @@ def _grouped(tape: Tape, add: ResidualAdd, prober: Prober) -> Iterator[tuple[Bra
         together = [first]
         for term in rest:
             trial = [*together, term]
-            others = [item for item in (add.skip, *add.branches) if item not in trial]
+            others = [item for item in (add.skip, *add.branches, *add.others) if item not in trial]
             if kinds[term.start][0] == kind and choose_site(tape, add, trial, others, Counter()) is not None:
                 together.append(term)
         remaining = [term for term in rest if term not in together]
@@ -101,23 +107,30 @@ def _kind(tape: Tape, add: ResidualAdd, term: Term, prober: Prober) -> tuple[Bra
 
 def _modules(tape: Tape, add: ResidualAdd, term: Term) -> Iterator[str]:
     """Yield the paths of the calls that made the products of a branch (all of its calls where it has none)."""
-    inside = tape.between(add.skip.leaf, term.start)[1:]
+    inside = [value for value in tape.between(add.skip.leaf, term.start) if value not in add.skip.spine]
     operations = [operation for value in inside if (operation := tape.producer(value)) is not None]
     products = [operation for operation in operations if is_product(tape, operation)] or operations
     for operation in products:
         yield tape.calls[operation.call].path if operation.call >= 0 else ""
 
 
-def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term]) -> Site:
-    """Name the last weight of a branch that no module carries: only the weight itself can be scaled."""
+def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term]) -> Site | None:
+    """Name the last weight of a branch that no module carries: only the weight itself can be scaled, if used once."""
     for value in reversed(tape.between(add.skip.leaf, terms[0].start)):
         operation = tape.producer(value)
-        if operation is not None and is_product(tape, operation):
-            known = [tape.names[item] for operand in matrix_operands(operation) if not tape.depends(operand, add.skip.leaf)
-                     for item in tape.parents_with_names(operand)]
-            if known:
-                return Site(f"param:{known[0]}", None, terms[0].start)
-    return Site("", None, terms[0].start)
+        if operation is None or not is_product(tape, operation):
+            continue
+        weight = weight_operand(tape, operation)
+        known = [] if weight is None else tape.parents_with_names(weight)
+        if len(known) != 1 or _product_count(tape, known[0]) > 1:
+            return None
+        return Site(f"param:{tape.names[known[0]]}", None, terms[0].start)
+    return None
+
+
+def _product_count(tape: Tape, parameter: int) -> int:
+    weights = [weight_operand(tape, operation) for operation in tape.operations if is_product(tape, operation)]
+    return sum(weight is not None and tape.depends(weight, parameter) for weight in weights)
 
 
 def finished(tape: Tape, model: nn.Module, block: str, branch: FoundBranch, kind: BranchKind, prober: Prober) -> Branch:

@@ -1,13 +1,14 @@
-"""``find_blocks``: from a model to its residual blocks."""
+"""``find_blocks``: from a model that nobody prepared to its residual blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from lightning_spectral.discovery.blocks import blocks_of
+from lightning_spectral.discovery.hints import with_hints
 from lightning_spectral.discovery.inputs import guesses
 from lightning_spectral.discovery.tape import Tape, record
 from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
@@ -15,26 +16,122 @@ from lightning_spectral.records import ResidualBlock
 
 __all__ = ["find_blocks"]
 
+_HATCH = """If the model has residual blocks, describe them (paths relative to the block, * for one path component):
+
+    find_blocks(model, hints={
+        "layers.*": {
+            "attention": {"site": "attn.out", "output": "attn.out.weight", "value": "attn.v.weight"},
+            "mlp": {"site": "mlp", "down": "mlp.w2.weight", "up": "mlp.w1.weight"},
+        },
+    })"""
+
 
 def find_blocks(
     model: nn.Module, *example_inputs: Any, hints: Mapping[str, Any] | None = None, **example_kwargs: Any
 ) -> tuple[ResidualBlock, ...]:
-    """Find every residual block of a model, its branches, their sites and their factors."""
-    tape, tried = _recorded(model, example_inputs, example_kwargs)
-    blocks = blocks_of(tape, model)
+    """Find every residual block of a model: its branches, their kinds, their sites and their factors.
+
+    The structure is read from one traced forward pass: what is added to the residual stream, which module returned it,
+    whether it mixes tokens, and which matrices lie on its linear path. Names only break ties. The pass leaves
+    parameters, buffers, hooks, training flags and random streams as they were.
+
+    Args:
+        model: Any module; a LightningModule, a compiled module or a module in DDP as well.
+        *example_inputs: Arguments of one forward pass; a tiny batch of two sequences is enough. Without them the
+            module's ``example_input_array``, the conventions of its ``config``, token ids below the size of its
+            embedding, images and floats of its width are tried in turn.
+        hints: Overrides for a model that is not understood; see :mod:`lightning_spectral.discovery.hints`.
+        **example_kwargs: Keyword arguments of the same pass.
+
+    Returns:
+        The blocks in the order of execution. Their ``verified`` says whether the self-check passed, ``evidence`` how
+        they were found and what failed.
+
+    Raises:
+        ExampleInputError: No example input could be run.
+        BlocksNotFoundError: The pass contains no residual block; the message says what was tried.
+        ConfigurationError: The hints do not fit the model.
+    """
+    try:
+        tape, description = _recorded(model, example_inputs, example_kwargs)
+        blocks, refusals = blocks_of(tape, model)
+    except ExampleInputError:
+        if hints is None:
+            raise
+        blocks, refusals, description = [], [], "nothing"
+    if hints is not None:
+        return with_hints(model, blocks, hints)
     if not blocks:
-        raise BlocksNotFoundError("no residual blocks; " + "; ".join(tried))
+        raise BlocksNotFoundError(_nothing_found(model, description, refusals))
     return tuple(blocks)
 
 
-def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tape, list[str]]:
-    if args or kwargs:
-        return record(model, lambda: model(*args, **kwargs), (args, kwargs)), []
-    tried = []
-    for description, make in guesses(model):
+def _nothing_found(model: nn.Module, description: str, refusals: list[str]) -> str:
+    lines = [
+        f"no residual block was found in {type(model).__name__}.",
+        f"Tried: one forward pass on {description}; a residual block is a sum x + f(x) in it, where f multiplies x "
+        "with weights.",
+    ]
+    lines += [f"Refused: {reason}." for reason in dict.fromkeys(refusals)]
+    return "\n".join([*lines, _HATCH])
+
+
+def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tape, str]:
+    """Record a pass on the given inputs, or on the first guess that runs."""
+    attempts: list[str] = []
+    for description, module, make in _attempts(model, args, kwargs):
         try:
-            given, named = make()
-            return record(model, lambda given=given, named=named: model(*given, **named), (given, named)), tried
-        except Exception as error:
-            tried.append(f"{description}: {type(error).__name__}: {error}")
-    raise ExampleInputError("; ".join(tried))
+            positional, named = make()
+            inputs = (positional, named)
+            return record(model, _call(module, positional, named), inputs), description
+        except Exception as error:  # whatever the user's forward raises
+            if (args or kwargs) and not isinstance(error, NotImplementedError):
+                raise ExampleInputError(
+                    f"the model cannot be run on the given example input: {type(error).__name__}: {error}"
+                ) from error
+            attempts.append(f"  {type(module).__name__} on {description}: {type(error).__name__}: {_short(error)}")
+    raise ExampleInputError(
+        "\n".join(
+            [
+                f"{type(model).__name__} could not be run on any guessed input, and its structure is read from one "
+                "forward pass. Pass an example: find_blocks(model, example_input), or set example_input_array on the "
+                "LightningModule. Tried:",
+                *(attempts or ["  nothing: the model gives no sign of what it takes"]),
+            ]
+        )
+    )
+
+
+def _call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], Any]:
+    return lambda: module(*args, **kwargs)
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else ""
+
+
+def _attempts(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, nn.Module, Callable[[], Any]]]:
+    for module in _runnable(model):
+        if args or kwargs:
+            yield "the given example input", module, lambda: (args, dict(kwargs))
+        else:
+            for description, make in guesses(module):
+                yield description, module, make
+
+
+def _runnable(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules worth running, the outermost first: wrappers without a forward of their own are looked into."""
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model.module
+    while True:
+        yield model
+        children = [child for child in model.children() if not isinstance(child, nn.ModuleList | nn.ModuleDict)]
+        sizes = [sum(parameter.numel() for parameter in child.parameters()) for child in children]
+        if not sizes or max(sizes) == 0:
+            return
+        model = children[sizes.index(max(sizes))]
+        if isinstance(model, nn.Linear | nn.Embedding):
+            return

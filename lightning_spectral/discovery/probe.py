@@ -79,15 +79,21 @@ class Prober:
     def _moved_positions(self, region: Region) -> int:
         tape = self.tape
         stream = tape._widened(region.stream).clone()
-        channel = _channel_dim(stream)
+        channel = self._channel_dim(region)
         before = tape.replay({region.stream: stream}, region.leaf)
         rows = stream.movedim(channel, -1)
         index = (0,) * (rows.dim() - 1)
         scale = float(rows.abs().mean()) or 1.0
         rows[index] += 1e-3 * scale * _noise(rows[index].shape, stream)
         after = tape.replay({region.stream: stream}, region.leaf)
-        change = (after - before).movedim(_channel_dim(before), -1).abs().amax(-1).flatten()
+        change = (after - before).movedim(channel, -1).abs().amax(-1).flatten()
         return int((change > 1e-9 * float(change.max())).sum()) - 1 if float(change.max()) > 0 else 0
+
+    def _channel_dim(self, region: Region) -> int:
+        # Feature maps of convolutions are (batch, channels, height, width); everything else keeps channels last.
+        operations = [self.tape.producer(value) for value in region.values[1:]]
+        convolved = any(operation is not None and "convolution" in operation.name for operation in operations)
+        return 1 if convolved and len(self.tape.shape(region.stream)) == 4 else -1
 
     def is_affine(self, region: Region, sources: Iterable[int], target: int, frozen: Iterable[int] = ()) -> bool:
         """Whether ``target`` is an affine function of all the sources together (midpoint test)."""
@@ -142,11 +148,12 @@ class Prober:
             shape = [1] * content.dim()
             shape[dimension] = count
             signs = (1 - 2 * flipped.to(content.dtype)).view(shape)
-            result = self._columns({value: content * signs}, target, frozen)
+            result = self._columns({value: content * signs}, target, frozen) - silent
             return (result * reference).sum(0) < 0.5 * (reference * reference).sum(0)
 
         try:
-            reference = self._columns({value: content}, target, frozen)
+            silent = self._columns({value: torch.zeros_like(content)}, target, frozen)  # biases alone
+            reference = self._columns({value: content}, target, frozen) - silent
             if not bool(follows(torch.ones_like(numbers, dtype=torch.bool)).all()):
                 return None
             found = torch.zeros(reference.shape[1], dtype=torch.long, device=content.device)
@@ -172,8 +179,3 @@ class Prober:
 def _noise(shape: Iterable[int], like: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(like.device, wide_dtype(like))
-
-
-def _channel_dim(stream: Tensor) -> int:
-    # Feature maps (batch, channels, height, width) come from convolutions; everything else keeps channels last.
-    return 1 if stream.dim() == 4 else -1

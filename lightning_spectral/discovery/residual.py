@@ -7,7 +7,7 @@ with a product with a weight in between.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lightning_spectral.discovery.operations import (
     addends,
@@ -48,19 +48,27 @@ class ResidualAdd:
     Attributes:
         output: The value of the sum.
         skip: The term that carries the stream.
-        branches: The other terms that were computed from it.
+        branches: The terms that were computed from it.
+        others: What else is added: nothing in a plain block.
         interior: Bit set of the values strictly between the skip and the sum.
     """
 
     output: int
     skip: Term
     branches: tuple[Term, ...]
+    others: tuple[Term, ...] = ()
     interior: int = 0
-    products: tuple[int, ...] = field(default=())
 
 
-def residual_adds(tape: Tape) -> list[ResidualAdd]:
-    """Return the residual adds of the outermost level, in the order of execution."""
+def residual_adds(tape: Tape) -> tuple[list[ResidualAdd], list[str]]:
+    """Find the residual adds of the outermost level.
+
+    Args:
+        tape: The recorded forward pass.
+
+    Returns:
+        The adds in the order of execution, and why some sums that look like one were refused.
+    """
     products = 0
     for operation in tape.operations:
         if is_product(tape, operation) or is_mixing_without_weights(operation):
@@ -75,7 +83,29 @@ def residual_adds(tape: Tape) -> list[ResidualAdd]:
         add = _as_residual(tape, operation.outputs[0], terms, products)
         if add is not None:
             found.append(add)
-    return _outermost(tape, found[::-1])
+    adds, refusals = [], []
+    for add in _outermost(tape, found[::-1]):
+        if _reads_second_stream(tape, add):
+            refusals.append(
+                f"a sum of shape {tape.shape(add.output)} adds a branch that reads a second stream (reversible or "
+                "crossed streams are not of the form x + f(x))"
+            )
+        else:
+            adds.append(add)
+    return adds, refusals
+
+
+def _reads_second_stream(tape: Tape, add: ResidualAdd) -> bool:
+    """Whether something of the stream's own size that does not depend on the stream is added inside the branch."""
+    size = tape.shape(add.output)
+    for value in bits(add.interior):
+        operation = tape.producer(value)
+        if operation is None or tape.shape(value) != size:
+            continue
+        parts = addends(tape, operation)
+        if len(parts) > 1 and not all(tape.depends(part, add.skip.leaf) for part in parts):
+            return True
+    return False
 
 
 def _terms(
@@ -114,7 +144,9 @@ def _transparent(tape: Tape, operation: Operation) -> tuple[int, int | float | N
     """Return the input of an operation that is linear and homogeneous in it, with the multiplier if there is one."""
     moved = moved_input(operation)
     if moved is not None:
-        return (moved, None) if tape.is_data(moved) else None
+        # A part of a tensor is a stream of its own.
+        whole = len(operation.outputs) == 1 and operation.name not in ("select", "slice", "index", "index_select")
+        return (moved, None) if whole and tape.is_data(moved) else None
     multiplied = multiplied_input(tape, operation)
     if multiplied is not None:
         return multiplied
@@ -136,7 +168,8 @@ def _as_residual(tape: Tape, output: int, terms: list[Term], products: int) -> R
                 branches.append(term)
         # Of several skips (a long skip joins the stream) the latest is the stream.
         if branches and (best is None or skip.leaf > best.skip.leaf):
-            best = ResidualAdd(output, skip, tuple(branches))
+            others = tuple(term for term in terms if term is not skip and term not in branches)
+            best = ResidualAdd(output, skip, tuple(branches), others)
     if best is not None:
         for term in best.branches:
             for value in tape.between(best.skip.leaf, term.start):

@@ -78,7 +78,8 @@ class Router:
         if anchor is not None:
             return [anchor]
         moved = moved_input(operation)
-        if moved is not None and tape.depends(moved, stream):
+        if moved is not None:
+            # Entries of something else, picked by the stream (an expert's bias): no path for the stream itself.
             return self.routes(moved)
         multiplied = multiplied_input(tape, operation)
         if multiplied is not None:

@@ -1,0 +1,124 @@
+"""The escape hatch: a short declarative mapping for a model that discovery does not understand.
+
+.. code-block:: python
+
+    hints = {
+        "layers.*": {                                    # block path; * stands for one component
+            "attention": {"site": "att.out",             # paths below are relative to the block
+                          "output": "att.out.weight",
+                          "value": {"parameter": "att.qkv.weight", "rows": [[128, 192]]},
+                          "pre_norm": "norm1.weight"},
+            "mlp": "ffn",                                # site only: the factors are those that the trace found
+        },
+    }
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+from torch import nn
+
+from lightning_spectral.discovery.experts import resolve
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.records import Branch, BranchKind, Factor, FactorRole, Path, ResidualBlock
+
+__all__ = ["with_hints"]
+
+# The order of the matrix product, from the site back to the stream.
+_ORDER: tuple[FactorRole, ...] = get_args(FactorRole)
+_KINDS: tuple[BranchKind, ...] = get_args(BranchKind)
+
+
+def with_hints(
+    model: nn.Module, blocks: Sequence[ResidualBlock], hints: Mapping[str, Any]
+) -> tuple[ResidualBlock, ...]:
+    """Override, or add to, what was found by what the user says.
+
+    Args:
+        model: The model; block paths and parameters must exist in it.
+        blocks: What discovery found, possibly nothing.
+        hints: Block pattern to branches, as the module's docstring shows.
+
+    Returns:
+        The blocks that match a hint, hinted; followed in the order of the modules by those that match none.
+
+    Raises:
+        ConfigurationError: Where a pattern matches no module, or a branch, a role or a parameter does not exist.
+    """
+    paths = [path for path, _ in model.named_modules()]
+    found = {block.name: block for block in blocks}
+    for pattern, branches in hints.items():
+        matches = [path for path in paths if _matches(pattern, path)]
+        if not matches:
+            raise ConfigurationError(
+                f"hints: {pattern!r} matches no module; expected the path of a block such as {paths[-1]!r}, with * for "
+                "one component"
+            )
+        for path in matches:
+            found[path] = _hinted(model, found.get(path, ResidualBlock(0, path, ())), branches)
+    ordered = sorted(found.values(), key=lambda block: paths.index(block.name) if block.name in paths else -1)
+    return tuple(replace(block, index=index) for index, block in enumerate(ordered))
+
+
+def _matches(pattern: str, path: str) -> bool:
+    return re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), path) is not None
+
+
+def _hinted(model: nn.Module, block: ResidualBlock, branches: Mapping[str, Any]) -> ResidualBlock:
+    result = {branch.kind: branch for branch in block.branches}
+    for kind, hint in branches.items():
+        if kind not in _KINDS:
+            raise ConfigurationError(f"hints: {kind!r} is not a kind of branch; expected one of {', '.join(_KINDS)}")
+        result[kind] = _branch(model, block.name, kind, hint, result.get(kind))
+    return replace(block, branches=tuple(result.values()), verified=False, evidence="hints")
+
+
+def _branch(model: nn.Module, block: str, kind: BranchKind, hint: Any, known: Branch | None) -> Branch:
+    given = {"site": hint} if isinstance(hint, str) else dict(hint)
+    site = given.pop("site", None)
+    index = given.pop("output_index", None)
+    if site is None and known is None:
+        raise ConfigurationError(f"hints: {block}.{kind} needs a 'site', the module whose output is added to the stream")
+    path = known.site if site is None and known is not None else _absolute(model, block, str(site))
+    factors = tuple(
+        sorted((_factor(model, block, role, value) for role, value in given.items()), key=lambda item: _rank(item.role))
+    )
+    paths = (Path(factors),) if factors else known.paths if known is not None else ()
+    reason = None if paths else "the hint names a site but no factors, and the trace found none"
+    return Branch(kind, path, known.output_index if index is None and known is not None else index, paths, reason)
+
+
+def _rank(role: FactorRole) -> int:
+    return _ORDER.index(role)
+
+
+def _factor(model: nn.Module, block: str, role: str, value: Any) -> Factor:
+    if role not in _ORDER:
+        raise ConfigurationError(f"hints: {role!r} is not a role of a factor; expected one of {', '.join(_ORDER)}")
+    if isinstance(value, int | float):
+        return Factor(role, None, constant=float(value))
+    given = {"parameter": value} if isinstance(value, str) else dict(value)
+    unknown = set(given) - {"parameter", "layout", "rows"}
+    if unknown or "parameter" not in given:
+        raise ConfigurationError(
+            f"hints: {block}.{role} came with {sorted(given)}; expected a parameter path, or a mapping with "
+            "'parameter' and optionally 'layout' and 'rows'"
+        )
+    path = _absolute(model, block, given["parameter"])
+    layout = tuple(tuple(step) if isinstance(step, list | tuple) else (step,) for step in given.get("layout", ()))
+    rows = tuple(range(*item) for item in given["rows"]) if "rows" in given else None
+    size = resolve(model, path).shape[-1] if role.endswith("_norm") else None  # type: ignore[attr-defined]
+    return Factor(role, path, layout, rows, size=size)
+
+
+def _absolute(model: nn.Module, block: str, relative: str) -> str:
+    path = f"{block}.{relative}" if block else relative
+    try:
+        resolve(model, path)
+    except AttributeError:
+        raise ConfigurationError(f"hints: the model has no {path!r} (paths are relative to the block)") from None
+    return path
