@@ -45,7 +45,7 @@ def surveyed() -> list[Example]:
 def _surveyed(entry: survey.Entry) -> Example:
     return Example(
         name=entry["name"],
-        build=seeded(functools.partial(_build, entry["class"], entry["overrides"])),
+        build=seeded(functools.partial(build, entry["class"], entry["overrides"])),
         inputs=uncached_inputs if entry["name"] in UNCACHED else INPUTS[entry["group"]],
         blocks=survey.expected_blocks(entry),
         norm_scheme=SCHEMES.get(entry["norm_scheme"], entry["norm_scheme"]),
@@ -55,7 +55,7 @@ def _surveyed(entry: survey.Entry) -> Example:
     )
 
 
-def _build(class_name: str, overrides: dict[str, Any]) -> nn.Module:
+def build(class_name: str, overrides: dict[str, Any]) -> nn.Module:
     """Build a model class on the base configuration."""
     model_class = getattr(transformers, class_name)
     config_class = model_class.config_class

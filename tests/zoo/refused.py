@@ -43,7 +43,7 @@ class Reversible(nn.Module):
 
 
 class JoinedLayer(nn.Module):
-    """The stream is cut in two, each half gets its branch, and the halves are joined again, inside the layer."""
+    """Stream and branch are concatenated and projected: nothing is added."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,9 +52,43 @@ class JoinedLayer(nn.Module):
         self.merge = nn.Linear(2 * HIDDEN, HIDDEN)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Nothing is added: the stream is joined with the branch and projected."""
+        """Join and project, twice."""
         x = self.merge(torch.cat([x, self.attn(x)], dim=-1))
         return self.merge(torch.cat([x, self.mlp(x)], dim=-1))
+
+
+class ClassTokenLayer(nn.Module):
+    """The class token is cut off, the other tokens get the branches, and both are joined again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
+        self.attn, self.mlp = CausalSelfAttention(), MLP()
+        self.pool = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Cut, add, pool, join."""
+        first, rest = x[:, :1], x[:, 1:]
+        rest = rest + self.attn(self.norm1(rest))
+        rest = rest + self.mlp(self.norm2(rest))
+        return torch.cat([self.pool(first + rest.mean(1, keepdim=True)), rest], dim=1)
+
+
+class MaskedLayer(nn.Module):
+    """The branches are added to every other token only, through an index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
+        self.attn, self.mlp = CausalSelfAttention(), MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add in place where the mask says so."""
+        mask = torch.arange(x.shape[1]) % 2 == 0
+        x = x.clone()
+        x[:, mask] += self.attn(self.norm1(x[:, mask]))
+        x[:, mask] += self.mlp(self.norm2(x[:, mask]))
+        return x
 
 
 class HyperConnection(nn.Module):
@@ -170,6 +204,18 @@ def members() -> list[Example]:
             lambda: Embedded(Loop([JoinedLayer() for _ in range(3)])),
             token_inputs,
             "the stream is concatenated with the branch and projected",
+        ),
+        refused(
+            "refused_class_token",
+            lambda: Embedded(Loop([ClassTokenLayer() for _ in range(3)])),
+            token_inputs,
+            "the stream is cut and joined inside the block",
+        ),
+        refused(
+            "refused_masked_add",
+            lambda: Embedded(Loop([MaskedLayer() for _ in range(3)])),
+            token_inputs,
+            "indexed residual adds: refuse, or report every block as unverified",
         ),
         refused(
             "refused_hyper_connections",
