@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
-from lightning_spectral.records import Linearization, Measurement, ResidualBlock
+from lightning_spectral.discovery import find_blocks
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.linalg import RandomizedSVD, Solver, SolverState, SpectralNorm, frobenius_norm
+from lightning_spectral.linearize import Linearized, WeightLinearization, linearize
+from lightning_spectral.records import Branch, LayerMeasurement, Linearization, Measurement, Path, ResidualBlock
 
 __all__ = ["Meter", "measure"]
 
+# Probes of the Frobenius norm behind a norm layer, and the standard deviations that its bound allows for.
+_PROBES, _DEVIATIONS = 64, 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """The norm of a branch: its value and bound, the expert that has it, or why there is none."""
+
+    norm: float | None = None
+    bound: float | None = None
+    expert: int | str | None = None
+    reason: str | None = None
+
 
 class Meter:
-    """Measures one model again and again, each time starting from the singular subspaces of the last time."""
+    """Measures one model again and again, each time starting from the singular subspaces of the last time.
+
+    Args:
+        model: The model that the blocks were found in.
+        blocks: The blocks to measure.
+        linearization: ``"circuit"`` or ``"paper"``.
+        solver: How spectral norms are computed, :class:`RandomizedSVD` by default.
+        safe_zone: Passed on to the measurements.
+
+    Raises:
+        ConfigurationError: The linearization is unknown.
+    """
 
     def __init__(
         self,
@@ -23,21 +53,64 @@ class Meter:
         blocks: Sequence[ResidualBlock],
         *,
         linearization: Linearization = "circuit",
-        solver: Any = None,
+        solver: Solver | None = None,
         safe_zone: tuple[float, float] = (0.5, 2.0),
-    ) -> None: ...
+    ) -> None:
+        self.model = model
+        self.blocks = tuple(blocks)
+        self.linearization = _checked(linearization)
+        self.solver: Solver = RandomizedSVD() if solver is None else solver
+        self.safe_zone = safe_zone
+        self._keys: tuple[str, ...] = ()
+        self._state: SolverState | None = None
 
     def measure(self, step: int = 0) -> Measurement:
-        """Measure every block now."""
-        raise NotImplementedError
+        """Measure every block now.
+
+        Args:
+            step: The optimizer step that the measurement is labelled with.
+
+        Returns:
+            One layer per block. A norm that cannot be computed is ``None`` with a reason.
+        """
+        start = time.perf_counter()
+        branches = [branch for block in self.blocks for branch in (block.attention, block.mlp) if branch is not None]
+        built = [self._linearized(branch) for branch in branches]
+        operators = [(path, item) for paths, _ in built for path, item in paths]
+        norms = iter(self._solve([item for _, item in operators], tuple(_key(path) for path, _ in operators)))
+        values = {
+            branch: _largest([(path, next(norms)) for path, _ in paths], reason)
+            for branch, (paths, reason) in zip(branches, built, strict=True)
+        }
+        layers = tuple(_layer(block, values) for block in self.blocks)
+        return Measurement(step, self.linearization, layers, self.safe_zone, time.perf_counter() - start)
+
+    def _linearized(self, branch: Branch) -> tuple[list[tuple[Path, Linearized]], str | None]:
+        try:
+            return [(path, linearize(self.model, path, self.linearization)) for path in branch.paths], branch.reason
+        except (ConfigurationError, AttributeError) as error:
+            return [], str(error)
+
+    def _solve(self, items: Sequence[Linearized], keys: tuple[str, ...]) -> list[SpectralNorm]:
+        """Return the spectral norms of the normalized operators, warm-started if they are the ones of last time."""
+        operators = [item.operator for item in items]
+        if self._state is None or keys != self._keys:
+            self._state = self.solver.init(operators)
+        norms, self._state = self.solver.compute(operators, self._state)
+        self._keys = keys
+        subspaces = self._state.subspaces
+        return [_normalized(norm, item, subspace) for norm, item, subspace in zip(norms, items, subspaces, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the warm start as plain values and tensors."""
-        raise NotImplementedError
+        state = None if self._state is None else self._state.state_dict()
+        return {"linearization": self.linearization, "keys": list(self._keys), "solver": state}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the warm start of an earlier run; a state that does not fit is dropped."""
-        raise NotImplementedError
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the warm start of an earlier run; a state of another linearization or of other keys is dropped."""
+        if state.get("linearization") != self.linearization or not state.get("solver"):
+            return
+        self._keys, self._state = tuple(state["keys"]), SolverState.from_state_dict(state["solver"])
 
 
 def measure(
@@ -45,8 +118,85 @@ def measure(
     blocks: Sequence[ResidualBlock] | None = None,
     *,
     linearization: Linearization = "circuit",
-    solver: Any = None,
+    solver: Solver | None = None,
     batch: Any = None,
 ) -> Measurement:
-    """Measure every block of a model once."""
-    raise NotImplementedError
+    """Measure every residual block of a model once.
+
+    Args:
+        model: Any module with residual blocks.
+        blocks: The blocks to measure; found in the model by default.
+        linearization: The rule that turns branches into linear operators: ``"circuit"`` (W_o W_v against
+            W_down W_up, norm gains and residual multipliers included) or ``"paper"`` (W_o against W_down W_up, as in
+            'The 1:1 Rule'). Never compare across rules.
+        solver: How spectral norms are computed: :class:`RandomizedSVD` by default, or :class:`ExactSVD`.
+        batch: Example input for finding the blocks, if none can be guessed: a tensor, a tuple of positional
+            arguments or a dict of keyword arguments.
+
+    Returns:
+        The measurement; ``print`` shows it as a table.
+
+    Raises:
+        BlocksNotFoundError: The model has no residual block.
+        ExampleInputError: The model could not be run on any example input.
+        ConfigurationError: The linearization is unknown.
+    """
+    _checked(linearization)
+    if blocks is None:
+        args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch if isinstance(batch, tuple) else (batch,), {})
+        blocks = find_blocks(model) if batch is None else find_blocks(model, *args, **kwargs)
+    return Meter(model, blocks, linearization=linearization, solver=solver).measure()
+
+
+def _checked(linearization: Linearization) -> WeightLinearization:
+    if linearization not in get_args(WeightLinearization):
+        known = " or ".join(map(repr, get_args(WeightLinearization)))
+        raise ConfigurationError(f"linearization={linearization!r}: expected {known} in this version")
+    return linearization  # type: ignore[return-value]
+
+
+def _key(path: Path) -> str:
+    """Name an operator by its parameters, so that a warm start is never taken for another one."""
+    return "|".join(f"{factor.parameter}{factor.layout}{factor.rows}" for factor in path.factors)
+
+
+def _normalized(norm: SpectralNorm, item: Linearized, subspace: Tensor | None) -> SpectralNorm:
+    """Divide by the expected size of what enters a norm behind a matrix."""
+    if item.normalized is None or norm.value is None:
+        return norm
+    right = item.normalized
+    generator = torch.Generator().manual_seed(0)
+    size = float(frobenius_norm(right, generator=generator, n_probes=_PROBES, subspace=subspace))
+    if not size:
+        return SpectralNorm(None, None, "the branch is zero, and so is what its norm divides by", norm.iterations)
+    value = norm.value * math.sqrt(right.shape[0]) / size
+    # The standard deviation of the estimate is at most 1 / √(2 · probes · r), r the stable rank of ``right``.
+    spread = _DEVIATIONS / math.sqrt(2 * _PROBES)
+    return SpectralNorm(value, (norm.error_bound or 0.0) + spread, None, norm.iterations)
+
+
+def _largest(norms: Sequence[tuple[Path, SpectralNorm]], reason: str | None) -> _Value:
+    """Return the largest norm over the paths of a branch (the experts of a mixture)."""
+    if not norms:
+        return _Value(reason=reason or "the branch has no factors")
+    failed = next((norm.reason for _, norm in norms if norm.value is None), None)
+    if failed is not None:
+        return _Value(reason=failed)
+    path, norm = max(norms, key=lambda item: item[1].value or 0.0)
+    return _Value(norm.value, norm.error_bound, path.expert)
+
+
+def _layer(block: ResidualBlock, values: Mapping[Branch, _Value]) -> LayerMeasurement:
+    attention = values[block.attention] if block.attention is not None else _Value()
+    mlp = values[block.mlp] if block.mlp is not None else _Value()
+    bounds = [value.bound for value in (attention, mlp) if value.bound is not None]
+    return LayerMeasurement(
+        index=block.index,
+        name=block.name,
+        mlp_norm=mlp.norm,
+        attention_norm=attention.norm,
+        mlp_expert=mlp.expert,
+        mlp_reason=mlp.reason,
+        attention_reason=attention.reason,
+        error_bound=max(bounds, default=None),
+    )

@@ -1,0 +1,211 @@
+"""Turn a branch, which holds names, into linear operators, which hold the weights of this moment.
+
+``"circuit"``: the product of all factors from the site back to the stream. A norm *behind* a matrix divides by the
+expected size of its input, ‖R‖_F / √d for everything R to its right and d channels: without that, the scale of R
+would move the measured norm although it has no effect on the function. A scalar right of a norm divides out again, so
+of several norms only the leftmost counts.
+
+``"paper"``: the definition of 'The 1:1 Rule', number for number: W_down · W_up, and W_o, or W_o W_oᵀ where W_o is not
+square, each times the residual multipliers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_spectral.discovery.experts import resolve
+from lightning_spectral.linalg import Adjoint, Diagonal, Gather, LinearOperator, Matrix, Product, Scaled
+from lightning_spectral.records import Factor, Path
+
+__all__ = ["Linearized", "WeightLinearization", "linearize", "reading"]
+
+WeightLinearization = Literal["circuit", "paper"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Linearized:
+    """A path as an operator.
+
+    Attributes:
+        operator: The product of the factors, ``(width, width)``, before normalization.
+        normalized: What stands right of a norm behind a matrix; ``None`` without such a norm. The spectral norm of the
+            path is ‖operator‖₂ · √d / ‖normalized‖_F with d the rows of ``normalized``.
+    """
+
+    operator: LinearOperator
+    normalized: LinearOperator | None = None
+
+
+@dataclass(slots=True)
+class _Chain:
+    """Operators from left to right, collected factor by factor."""
+
+    operators: list[LinearOperator] = field(default_factory=list)
+    scalars: list[float | Tensor] = field(default_factory=list)
+    norms: list[Factor] = field(default_factory=list)  # norms that wait for the matrix behind which they stand
+    normalized_from: int | None = None
+
+    def finished(self) -> Linearized:
+        operator = reduce(Scaled, self.scalars, Product(*self.operators))
+        if self.normalized_from is None:
+            return Linearized(operator)
+        return Linearized(operator, Product(*self.operators[self.normalized_from :]))
+
+
+def linearize(model: nn.Module, path: Path, linearization: WeightLinearization) -> Linearized:
+    """Build the operator of one path of a branch from the weights as they are now.
+
+    Nothing is copied: matrices are views of the parameters, products are never formed. Biases, activation derivatives
+    and the attention pattern are not part of it.
+
+    Args:
+        model: The model that the path belongs to.
+        path: A chain of factors.
+        linearization: ``"circuit"`` or ``"paper"``.
+
+    Returns:
+        The operator, and what to divide its norm by.
+
+    Raises:
+        ConfigurationError: A weight holds no numbers: it is on the meta device, packed, or of an integer dtype.
+    """
+    if linearization == "paper":
+        return Linearized(_paper(model, path))
+    chain = _Chain()
+    for factor in path.factors:
+        if factor.role in ("post_norm", "inner_norm"):
+            chain.norms.append(factor)
+        elif factor.role in ("scale", "pre_norm"):
+            _append_gain(model, chain, factor)
+        else:
+            _append_matrix(model, chain, factor)
+    return chain.finished()
+
+
+def _paper(model: nn.Module, path: Path) -> LinearOperator:
+    chain = _Chain()
+    for factor in path.factors:
+        if factor.role == "scale":
+            _append_gain(model, chain, factor)
+        elif factor.role in ("output", "down", "up"):
+            chain.operators += _selected(_tensor(model, factor), factor.rows)
+    last = chain.operators[-1]
+    if any(factor.role == "output" for factor in path.factors) and last.shape[0] != last.shape[1]:
+        chain.operators.append(Adjoint(last))
+    return chain.finished().operator
+
+
+def _append_gain(model: nn.Module, chain: _Chain, factor: Factor) -> None:
+    """Append a norm's gain or a residual multiplier."""
+    if factor.parameter is None:
+        if factor.constant != 1.0 and chain.normalized_from is None:
+            chain.scalars.append(factor.constant)
+        return
+    tensor = _tensor(model, factor)
+    if tensor.numel() > 1:
+        chain.operators.append(Diagonal(tensor.flatten()))
+    elif chain.normalized_from is None and not chain.norms:
+        chain.scalars.append(tensor.float() if tensor.dtype != torch.float64 else tensor)
+
+
+def _append_matrix(model: nn.Module, chain: _Chain, factor: Factor) -> None:
+    """Append a matrix, behind the norms that wait for it."""
+    operators = _selected(_tensor(model, factor), factor.rows)
+    for norm in chain.norms:
+        # A norm over the repeated heads stands left of the repetition, one over the heads themselves right of it.
+        place = 1 if len(operators) > 1 and norm.size != operators[0].shape[0] else 0
+        if norm.parameter is not None:
+            gain = _tensor(model, norm).flatten()
+            channels = operators[place].shape[0]
+            operators.insert(place, Diagonal(gain.repeat(channels // len(gain))))
+            place += 1
+        if chain.normalized_from is None:
+            chain.normalized_from = len(chain.operators) + place
+    chain.norms.clear()
+    chain.operators += operators
+
+
+def _selected(weight: Tensor, rows: tuple[range, ...] | None) -> list[LinearOperator]:
+    """Return the matrix whose rows are picked, as a view where the rows form a pattern, and as a repetition of one."""
+    if rows is None:
+        return [Matrix(weight)]
+    unique = tuple(sorted(set(rows), key=lambda run: run.start))
+    view = _view(weight, unique)
+    if view is None:
+        index = torch.cat([torch.tensor(run) for run in rows])
+        return [Gather(index.to(weight.device), weight.shape[0]), Matrix(weight)]
+    if unique == rows:
+        return [view]
+    starts = dict(zip(unique, _offsets(unique), strict=True))
+    index = torch.cat([torch.arange(starts[run], starts[run] + len(run)) for run in rows])
+    return [Gather(index.to(weight.device), view.shape[0]), view]
+
+
+def _offsets(runs: tuple[range, ...]) -> list[int]:
+    lengths = [len(run) for run in runs]
+    return [sum(lengths[:position]) for position in range(len(runs))]
+
+
+def _view(weight: Tensor, runs: tuple[range, ...]) -> Matrix | None:
+    """Return rows that lie at one distance from each other (heads) as a strided view, ``None`` where they do not."""
+    first = runs[0]
+    if len(runs) == 1:
+        return Matrix(weight[first.start : first.stop : first.step])
+    distances = {later.start - earlier.start for earlier, later in zip(runs, runs[1:], strict=False)}
+    if len(distances) != 1 or len({(len(run), run.step) for run in runs}) != 1 or min(distances) <= 0:
+        return None
+    row, column = weight.stride()
+    return Matrix(
+        weight.as_strided(
+            (len(runs), len(first), weight.shape[1]),
+            (distances.pop() * row, first.step * row, column),
+            weight.storage_offset() + first.start * row,
+        )
+    )
+
+
+def _tensor(model: nn.Module, factor: Factor) -> Tensor:
+    assert factor.parameter is not None
+    with torch.no_grad(), reading(model, factor.parameter) as tensor:
+        tensor = tensor.detach()
+        for name, *arguments in factor.layout:
+            tensor = getattr(tensor, name)(*arguments)
+    return tensor
+
+
+@contextmanager
+def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
+    """Fetch a parameter by attribute path without side effects.
+
+    Reading a ``spectral_norm``-parametrized weight in training mode advances its power iteration, so parametrizations
+    are in evaluation mode meanwhile.
+
+    Args:
+        model: The model.
+        path: Attribute path of a parameter, a buffer or a parametrized weight.
+
+    Yields:
+        The tensor.
+    """
+    owner, _, attribute = path.rpartition(".")
+    module = resolve(model, owner) if owner else model
+    assert isinstance(module, nn.Module)
+    parametrizations = getattr(module, "parametrizations", None)
+    inner = [] if parametrizations is None or attribute not in parametrizations else [*parametrizations.modules()]
+    modes = [(item, item.training) for item in inner]
+    for item in inner:
+        item.training = False
+    try:
+        tensor = getattr(module, attribute)
+        assert isinstance(tensor, Tensor)
+        yield tensor
+    finally:
+        for item, training in modes:
+            item.training = training
