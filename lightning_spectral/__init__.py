@@ -1,3 +1,36 @@
-"""Watch the spectral balance of MLP and attention in any Transformer."""
+"""Watch the spectral balance of MLP and attention in any Transformer that PyTorch Lightning trains.
+
+.. code-block:: python
+
+    Trainer(callbacks=[SpectralMonitor(every_n_steps=50)])  # watch a run
+    print(measure(model))                                   # or measure once, without a Trainer
+"""
+
+from lightning_spectral.discovery import find_blocks
+from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError, SpectralError
+from lightning_spectral.journal import read_journal
+from lightning_spectral.linalg import ExactSVD, RandomizedSVD
+from lightning_spectral.measure import measure
+from lightning_spectral.monitor import SpectralMonitor
+from lightning_spectral.records import Branch, LayerMeasurement, Measurement, ResidualBlock
+from lightning_spectral.report import heatmap
 
 __version__ = "0.1.0.dev0"
+
+__all__ = [
+    "BlocksNotFoundError",
+    "Branch",
+    "ConfigurationError",
+    "ExactSVD",
+    "ExampleInputError",
+    "LayerMeasurement",
+    "Measurement",
+    "RandomizedSVD",
+    "ResidualBlock",
+    "SpectralError",
+    "SpectralMonitor",
+    "find_blocks",
+    "heatmap",
+    "measure",
+    "read_journal",
+]

@@ -16,6 +16,7 @@ from lightning_spectral.discovery import find_blocks
 from lightning_spectral.errors import ConfigurationError, ExampleInputError, SpectralError
 from lightning_spectral.first_forward import FirstForward
 from lightning_spectral.journal import Journal, described
+from lightning_spectral.linalg import Solver
 from lightning_spectral.measure import Meter
 from lightning_spectral.records import Measurement, ResidualBlock
 from lightning_spectral.report import heatmap, one_screen, send_figure
@@ -93,7 +94,7 @@ class SpectralMonitor(Callback):
         linearization: Literal["circuit", "paper"] = "circuit",
         safe_zone: tuple[float, float] = (0.5, 2.0),
         blocks: Sequence[ResidualBlock] | Mapping[str, Any] | None = None,
-        solver: Any = None,
+        solver: Solver | None = None,
         per_layer: bool = False,
         on_error: Literal["warn", "raise"] = "warn",
         prefix: str = "spectral",
@@ -117,7 +118,6 @@ class SpectralMonitor(Callback):
         self._rehearses = False  # fast_dev_run: measure once, write no files
         self._meter: Meter | None = None
         self._journal: Journal | None = None
-        self._folder: Path | None = None
         self._resume_step: int | None = None
         self._awaits_forward = False  # no input could be guessed: the first real forward pass will show one
         self._first_forward: FirstForward | None = None
@@ -154,7 +154,6 @@ class SpectralMonitor(Callback):
             return
         self._active = True
         self._rehearses = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # public, but not declared
-        self._folder = _run_folder(trainer)
         step = trainer.global_step
         if self._series.reaches(step):
             self._resume_step = step
@@ -236,7 +235,8 @@ class SpectralMonitor(Callback):
         if trainer.is_global_zero and trainer.loggers and not self._rehearses:
             header = {"linearization": rule, "safe_zone": zone, "every_n_steps": self.every_n_steps}
             header["blocks"] = [described(block) for block in blocks]
-            path = None if self._folder is None else self._folder / f"{self.prefix}.jsonl"
+            folder = _run_folder(trainer)
+            path = None if folder is None else folder / f"{self.prefix}.jsonl"
             self._journal = Journal(path, header, resume_step=self._resume_step)
 
     def _measure_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -318,13 +318,13 @@ class SpectralMonitor(Callback):
 
 
 def _run_folder(trainer: Trainer) -> Path | None:
-    """Return the folder of this run on this machine, ``None`` where there is none."""
-    folder = trainer.log_dir  # on all ranks: it is a broadcast
-    if not trainer.loggers or folder is None or "://" in folder:
+    """Return the folder of this run on this machine, ``None`` where there is none. Only rank zero writes there."""
+    if not trainer.loggers:
         return None
     logger = trainer.loggers[0]
-    if hasattr(logger, "log_dir"):
-        return Path(folder)
-    # The folder of such a logger is shared by all its runs; ModelCheckpoint keeps them apart in the same way.
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(folder) / str(logger.name) / version
+    folder = logger.log_dir
+    if folder is None and logger.save_dir is not None:
+        # All runs of such a logger share one folder; ModelCheckpoint keeps them apart in the same way.
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = f"{logger.save_dir}/{logger.name}/{version}"
+    return None if folder is None or "://" in folder else Path(folder)

@@ -1,0 +1,106 @@
+"""Watching changes nothing: a run with the monitor is bitwise the run without it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from tiny_run import LitGPT, PickyLitGPT, SaveAt, fit
+
+from lightning_spectral import SpectralMonitor
+
+pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+
+MODES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "bf16-true": {"precision": "bf16-true"},
+    "accumulation": {"accumulate_grad_batches": 2, "max_epochs": 3, "max_steps": -1},
+    "validation": {"validate": True, "val_check_interval": 2, "num_sanity_val_steps": 1},
+    "clipping": {"gradient_clip_val": 0.1},
+}
+
+
+def everything(module: LitGPT, trainer) -> dict[str, Any]:
+    """Return whatever a run leaves behind."""
+    return {
+        "losses": module.losses,
+        "state": {name: value.clone() for name, value in module.state_dict().items()},
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "gradients": [None if p.grad is None else p.grad.clone() for p in module.parameters()],
+        "modes": [part.training for part in module.modules()],
+        "hooks": [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules()],
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+    }
+
+
+def assert_same(left: Any, right: Any) -> None:
+    if isinstance(left, torch.Tensor | np.ndarray):
+        assert left.dtype == right.dtype
+        assert bool((left == right).all())
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            assert_same(one, other)
+    else:
+        assert left == right
+
+
+def run(folder: Path, callbacks: list[Any], **flags: Any) -> dict[str, Any]:
+    seed_everything(0)
+    module = LitGPT(dropout=0.2)
+    trainer = fit(folder, callbacks, module=module, shuffle=True, **flags)
+    return everything(module, trainer)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_watched_run_is_bitwise_the_unwatched_run(tmp_path: Path, mode: str):
+    alone = run(tmp_path / "alone", [], **MODES[mode])
+    watched = run(tmp_path / "watched", [SpectralMonitor(every_n_steps=2, per_layer=True)], **MODES[mode])
+    assert_same(alone, watched)
+    assert (tmp_path / "watched" / "spectral.jsonl").exists()
+
+
+def test_a_watched_resume_is_bitwise_the_unwatched_resume(tmp_path: Path):
+    results = []
+    for name, monitors in (("alone", []), ("watched", [SpectralMonitor(every_n_steps=3)])):
+        folder = tmp_path / name
+        saved = folder / "middle.ckpt"
+        run(folder, [*monitors, SaveAt(saved, 5)])
+        fresh = [SpectralMonitor(every_n_steps=3)] if monitors else []
+        results.append(run(folder / "resumed", fresh, ckpt_path=str(saved), seed=2))
+    assert_same(*results)
+
+
+def test_a_checkpoint_of_a_watched_run_has_the_same_weights_by_the_same_names(tmp_path: Path):
+    saved = []
+    for name, monitors in (("alone", []), ("watched", [SpectralMonitor(every_n_steps=1)])):
+        trainer = fit(tmp_path / name, monitors, shuffle=True)
+        trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+        saved.append(torch.load(tmp_path / f"{name}.ckpt", weights_only=True))
+    alone, watched = saved
+    assert_same(alone["state_dict"], watched["state_dict"])
+    assert_same(alone["optimizer_states"], watched["optimizer_states"])
+    assert watched.keys() - alone.keys() <= {"callbacks"}
+
+
+def test_waiting_for_the_first_forward_pass_changes_nothing_either(tmp_path: Path):
+    results = []
+    for monitors in ([], [SpectralMonitor(every_n_steps=2)]):
+        seed_everything(0)
+        module = PickyLitGPT(dropout=0.2)
+        trainer = fit(tmp_path / str(len(monitors)), monitors, module=module, shuffle=True)
+        results.append(everything(module, trainer))
+    assert_same(*results)
+    assert (tmp_path / "1" / "spectral.jsonl").exists()
