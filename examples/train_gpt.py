@@ -199,7 +199,7 @@ def train(args: argparse.Namespace) -> Path:
         accelerator="cpu",
         logger=[table, board],
         callbacks=[SpectralMonitor(every_n_steps=args.every_n_steps, linearization=args.linearization)],
-        log_every_n_steps=10,
+        log_every_n_steps=1,
         val_check_interval=max(args.steps // 3, 1),
         limit_val_batches=10,
         gradient_clip_val=1.0,

@@ -207,7 +207,9 @@ def test_other_callbacks_can_monitor_a_key_on_the_first_day(tmp_path: Path):
 
 def test_the_progress_bar_shows_two_numbers(tmp_path: Path):
     class Bar(TQDMProgressBar):
-        seen: set[str] = set()
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: set[str] = set()
 
         def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
             super().on_train_batch_end(trainer, *args)

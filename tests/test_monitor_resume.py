@@ -14,7 +14,6 @@ from tiny_run import LitGPT, SaveAt, fit, loader
 from lightning_spectral import SpectralMonitor
 from lightning_spectral.journal import read_journal
 
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty"),

@@ -1,0 +1,186 @@
+"""The memory of a run: schedule, zone, logged names, and the parts that the monitor is made of."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_spectral.alarms import announcement, zone_crossings
+from lightning_spectral.errors import ExampleInputError
+from lightning_spectral.first_forward import FirstForward
+from lightning_spectral.records import LayerMeasurement, Measurement
+from lightning_spectral.report import one_screen
+from lightning_spectral.series import Series, logged_values
+
+
+def measurement(*ratios: float | None, step: int = 0) -> Measurement:
+    layers = tuple(LayerMeasurement(index, f"b.{index}", ratio, 1.0) for index, ratio in enumerate(ratios))
+    return Measurement(step, "circuit", layers, seconds=0.25)
+
+
+# Zone
+
+
+def test_a_block_that_starts_inside_says_nothing():
+    assert zone_crossings({}, measurement(1.0, 0.6))[0] == []
+
+
+def test_a_crossing_is_said_once_with_block_value_and_side():
+    sides: dict[int, int] = {}
+    told = []
+    for ratio in (1.0, 3.0, 4.0, 0.1, 1.0, 1.0):
+        crossings, sides = zone_crossings(sides, measurement(ratio))
+        told += [(crossing.index, crossing.ratio, crossing.side) for crossing in crossings]
+    assert told == [(0, 3.0, 1), (0, 0.1, -1), (0, 1.0, 0)]
+
+
+@pytest.mark.parametrize(("ratio", "side"), [(0.5, -1), (2.0, 1), (0.5001, 0), (1.9999, 0)])
+def test_the_edges_are_outside_as_in_the_summary(ratio: float, side: int):
+    assert zone_crossings({}, measurement(ratio))[1] == {0: side}
+    assert measurement(ratio).summary()["in_zone"] == (side == 0)
+
+
+def test_a_block_without_a_ratio_stays_where_it_was():
+    _, sides = zone_crossings({}, measurement(3.0))
+    crossings, sides = zone_crossings(sides, measurement(None))
+    assert (crossings, sides) == ([], {0: 1})
+
+
+def test_many_crossings_make_one_line():
+    many = measurement(*[3.0] * 96, step=7)
+    line = announcement(zone_crossings({}, many)[0], many)
+    assert line.startswith("spectral ratio, step 7, zone (0.5, 2): block 0 (b.0) is above the zone at 3; ")
+    assert line.endswith("; and 92 more")
+    assert "\n" not in line
+
+
+# Series
+
+
+def test_the_schedule_is_exact():
+    series, measured = Series("circuit"), []
+    for step in range(12):
+        if series.due(step, 5):
+            series.scheduled_step = step
+            measured.append(step)
+    assert measured == [0, 5, 10]
+
+
+def test_batches_count_only_where_an_optimizer_stepped():
+    series = Series("circuit")
+    for step in (0, 1, 1, 3):
+        series.end_batch(step)
+    assert series.batches == 2
+
+
+def test_a_series_goes_on_only_from_where_it_has_been():
+    series = Series("circuit")
+    assert not series.reaches(100)
+    series.add(measurement(1.0, step=10), {})
+    assert [series.reaches(step) for step in (9, 10, 11)] == [False, True, True]
+
+
+def test_a_state_survives_the_round_trip_and_shares_nothing():
+    series = Series("circuit", warm_start={"basis": torch.ones(2)})
+    series.add(measurement(3.0, step=4), {"spectral/ratio_max": 3.0})
+    copy = Series("circuit")
+    copy.load_state_dict(state := series.state_dict())
+    state["sides"][0] = 99
+    state["warm_start"]["basis"].zero_()
+    assert copy.sides == series.sides == {0: 1}
+    assert bool((copy.warm_start["basis"] == 1).all())
+    assert copy.measured_step == 4
+
+
+def test_the_state_of_another_linearization_is_not_taken_up():
+    series = Series("circuit")
+    series.load_state_dict({"linearization": "paper", "measured_step": 7})
+    assert series.measured_step is None
+
+
+# Names
+
+
+def test_values_that_do_not_exist_are_absent():
+    values = logged_values(measurement(None, None), "spectral", per_layer=True)
+    assert "spectral/ratio_max" not in values
+    assert "spectral/ratio/00" not in values
+    assert values["spectral/attention_norm/00"] == 1.0
+    assert all(math.isfinite(value) for value in values.values())
+
+
+@pytest.mark.parametrize(("blocks", "last"), [(3, "02"), (11, "10"), (101, "100")])
+def test_indices_are_padded_so_that_keys_sort_like_blocks(blocks: int, last: str):
+    keys = [key for key in logged_values(measurement(*[1.0] * blocks), "s", per_layer=True) if "s/ratio/" in key]
+    assert keys == sorted(keys)
+    assert keys[-1] == f"s/ratio/{last}"
+
+
+# Table
+
+
+def test_a_small_model_is_shown_whole():
+    text = one_screen(measurement(1.0, None, 4.0))
+    assert [f"b.{index}" in text for index in range(3)] == [True] * 3
+    assert text.splitlines()[-1] == "min 1, median 2, max 4; 1 of 2 blocks inside the zone; 250 ms"
+
+
+def test_a_deep_model_is_cut_to_the_blocks_farthest_from_balance():
+    ratios = [1.0] * 96
+    ratios[17], ratios[50] = 5.0, 0.1
+    lines = one_screen(measurement(*ratios), rows=10).splitlines()
+    assert len(lines) == 14
+    assert [name in "\n".join(lines) for name in ("b.17 ", "b.50 ")] == [True, True]
+    assert "… and 86 blocks nearer to balance" in lines[-2]
+
+
+def test_a_model_without_ratios_has_a_table_too():
+    assert one_screen(measurement(None)).splitlines()[-1] == "no block has a ratio"
+
+
+# The first forward pass
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = nn.Linear(2, 2), nn.Linear(2, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.large(self.small(x))
+
+
+def test_the_call_of_the_root_is_preferred():
+    root = Outer()
+    listener = FirstForward(root, batch=None)
+    x = torch.ones(1, 2)
+    root(x)
+    assert (listener.call().module, listener.call().args[0]) == (root, x)
+
+
+def test_without_it_the_largest_child_that_was_called_counts():
+    root = Outer()
+    listener = FirstForward(root, batch=None)
+    root.large(root.small(torch.ones(1, 2)))
+    assert listener.call().module is root.large
+
+
+def test_the_strategys_way_into_the_training_step_is_not_a_forward_pass():
+    root, batch = Outer(), torch.ones(1, 2)
+    listener = FirstForward(root, batch)
+    root.forward = lambda batch, batch_idx: root.small(batch)  # type: ignore[method-assign]
+    root(batch, 0)
+    assert listener.call().module is root.small
+
+
+def test_a_listener_that_was_stopped_leaves_nothing_behind():
+    root = Outer()
+    listener = FirstForward(root, batch=None)
+    listener.stop()
+    root(torch.ones(1, 2))
+    assert not any(module._forward_pre_hooks for module in root.modules())
+    with pytest.raises(ExampleInputError, match="set `example_input_array`"):
+        listener.call()
