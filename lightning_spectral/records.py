@@ -43,10 +43,10 @@ class Factor:
             ``"pre_norm"``, ``"inner_norm"`` and ``"post_norm"`` are norm gains; ``"scale"`` is a residual multiplier.
         parameter: Attribute path from the model, such as ``"layers.0.mlp.up_proj.weight"``; ``None`` for a norm
             without gain and for a constant multiplier.
-        layout: Steps from the stored parameter to the matrix ``(out_features, in_features)``. Empty for ``nn.Linear``.
+        layout: Tensor methods that make the matrix ``(out_features, in_features)``, or the gain, of the stored
+            parameter: empty for ``nn.Linear``, ``(("add", 1.0),)`` where a family stores gain - 1.
         rows: Output rows, in the order in which the next factor reads them; a row may repeat (grouped-query
             attention). ``None`` means all rows once, in order.
-        offset: Added to a gain or scale before use (1.0 where a family stores ``gain - 1``).
         constant: A constant multiplier, 1.0 for none.
         size: Number of channels of a norm (``None`` for matrices and multipliers).
     """
@@ -55,7 +55,6 @@ class Factor:
     parameter: str | None
     layout: tuple[tuple[Any, ...], ...] = ()
     rows: tuple[range, ...] | None = None
-    offset: float = 0.0
     constant: float = 1.0
     size: int | None = None
 

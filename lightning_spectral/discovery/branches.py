@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -14,7 +13,7 @@ from lightning_spectral.discovery.operations import is_attention, is_contraction
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.residual import ResidualAdd, Term
 from lightning_spectral.discovery.routes import UnmeasurableError
-from lightning_spectral.discovery.sites import Site, candidates, choose_site
+from lightning_spectral.discovery.sites import Site, choose_site, usable_modules
 from lightning_spectral.discovery.tape import Tape
 from lightning_spectral.records import Branch, BranchKind, Path
 
@@ -44,19 +43,12 @@ class FoundBranch:
 
 def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> tuple[list[FoundBranch], list[str]]:
     """Return every branch in the order of execution, and why some were refused."""
-    serves: Counter[str] = Counter()
-    for add in adds:
-        for term in add.branches:
-            serves.update(candidates(tape, add, term))
-    # A module that is called by several blocks (or several times) in the same role serves one branch.
-    repeats = Counter(_first_module(tape, add, term) for add in adds for term in add.branches)
-    most = max(repeats.values(), default=1)
-    serves = Counter({path: -(-count // most) for path, count in serves.items()})
+    usable = usable_modules(tape, adds)
     found, refusals = [], []
     for add in adds:
-        for kind, terms, neighbours in _grouped(tape, add, prober):
+        for kind, terms, neighbours in _grouped(tape, add, prober, usable):
             others = [term for term in (add.skip, *add.branches, *add.others) if term not in terms]
-            site = choose_site(tape, add, terms, others, serves) or _parameter_site(tape, add, terms)
+            site = choose_site(tape, add, terms, others, usable) or _parameter_site(tape, add, terms)
             if site is None:
                 refusals.append(
                     f"a branch of shape {tape.shape(terms[0].start)} is carried by no module, and its last weight is "
@@ -68,11 +60,9 @@ def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> tupl
     return sorted(found, key=lambda branch: min(term.start for term in branch.terms)), refusals
 
 
-def _first_module(tape: Tape, add: ResidualAdd, term: Term) -> tuple[str, ...]:
-    return tuple(_modules(tape, add, term))
-
-
-def _grouped(tape: Tape, add: ResidualAdd, prober: Prober) -> Iterator[tuple[BranchKind, list[Term], int]]:
+def _grouped(
+    tape: Tape, add: ResidualAdd, prober: Prober, usable: Container[str]
+) -> Iterator[tuple[BranchKind, list[Term], int]]:
     """Group the terms of a sum by kind where one module returns their partial sum (routed and shared experts)."""
     kinds = {term.start: _kind(tape, add, term, prober) for term in add.branches}
     remaining = list(add.branches)
@@ -83,7 +73,7 @@ def _grouped(tape: Tape, add: ResidualAdd, prober: Prober) -> Iterator[tuple[Bra
         for term in rest:
             trial = [*together, term]
             others = [item for item in (add.skip, *add.branches, *add.others) if item not in trial]
-            if kinds[term.start][0] == kind and choose_site(tape, add, trial, others, Counter()) is not None:
+            if kinds[term.start][0] == kind and choose_site(tape, add, trial, others, usable) is not None:
                 together.append(term)
         remaining = [term for term in rest if term not in together]
         yield kind, together, neighbours

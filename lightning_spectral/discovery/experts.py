@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os.path
-from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import nn
 
-from lightning_spectral.discovery.factors import Chain
+from lightning_spectral.discovery.factors import MATRICES, STACK, Chain
 from lightning_spectral.records import BranchKind, Factor, Path
 
 __all__ = ["resolve", "with_all_experts"]
-
-_MATRICES = ("output", "value", "latent", "down", "up")
 
 
 def resolve(model: nn.Module, path: str) -> object:
@@ -41,7 +38,7 @@ def with_all_experts(model: nn.Module, block: str, chains: tuple[Chain, ...], ki
     found: dict[Path, None] = {}
     dense = []
     for chain in chains:
-        family = list(_stacked(model, chain) or _listed(model, block, chain))
+        family = _stacked(model, chain) or _listed(model, block, chain)
         found.update(dict.fromkeys(family))
         if not family:
             dense.append(Path(chain, "shared" if len(chains) > 1 else None))
@@ -52,27 +49,33 @@ def with_all_experts(model: nn.Module, block: str, chains: tuple[Chain, ...], ki
     return (*found, *dense)
 
 
-def _stacked(model: nn.Module, chain: Chain) -> Iterator[Path] | None:
+def _stacked(model: nn.Module, chain: Chain) -> list[Path]:
     """Experts along dimension 0 of a parameter, in a batched product or picked by index."""
-    matrices = [factor for factor in chain if factor.role in _MATRICES]
-    if all(("stack",) in factor.layout for factor in matrices):
-        count = _count(model, matrices[0], matrices[0].layout.index(("stack",)))
-        return (Path(_map_layout(chain, ("stack",), ("select", 0, number)), number) for number in range(count))
+    matrices = [factor for factor in chain if factor.role in MATRICES]
+    stacks = [factor for factor in matrices if STACK in factor.layout]
+    if stacks:
+        count = _count(model, stacks[0], stacks[0].layout.index(STACK))
+        return [Path(_map_layout(chain, STACK, number, count), number) for number in range(count)]
     picked = [[step for step in factor.layout if step[:2] == ("select", 0)] for factor in matrices]
-    if len(matrices) > 1 and all(steps and steps[0] == picked[0][0] for steps in picked if steps) and all(picked):
+    if len(matrices) > 1 and all(steps and steps[0] == picked[0][0] for steps in picked):
         step = picked[0][0]
         count = _count(model, matrices[0], matrices[0].layout.index(step))
-        return (Path(_map_layout(chain, step, ("select", 0, number)), number) for number in range(count))
-    return None
+        return [Path(_map_layout(chain, step, number, count), number) for number in range(count)] if count > 1 else []
+    return []
 
 
-def _map_layout(chain: Chain, step: tuple[object, ...], new: tuple[object, ...]) -> Chain:
-    return tuple(
-        replace(factor, layout=tuple(new if item == step else item for item in factor.layout))
-        if step in factor.layout
-        else factor
-        for factor in chain
-    )
+def _map_layout(chain: Chain, step: tuple[object, ...], number: int, count: int) -> Chain:
+    """Return the chain of one expert: its entry of the stack, or its share of rows that hold all experts."""
+    result = []
+    for factor in chain:
+        if step in factor.layout:
+            layout = tuple(("select", 0, number) if item == step else item for item in factor.layout)
+            factor = replace(factor, layout=layout)
+        elif step == STACK and factor.rows is not None and factor.role in MATRICES:
+            share = len(factor.rows) // count
+            factor = replace(factor, rows=factor.rows[number * share : (number + 1) * share])
+        result.append(factor)
+    return tuple(result)
 
 
 def _count(model: nn.Module, factor: Factor, position: int) -> int:
@@ -86,7 +89,7 @@ def _count(model: nn.Module, factor: Factor, position: int) -> int:
 
 def _listed(model: nn.Module, block: str, chain: Chain) -> list[Path]:
     """Experts in a ``ModuleList`` inside the block."""
-    names = [factor.parameter for factor in chain if factor.role in _MATRICES and factor.parameter]
+    names = [factor.parameter for factor in chain if factor.role in MATRICES and factor.parameter]
     common = os.path.commonprefix([name.split(".") for name in names])
     modules = dict(model.named_modules())
     for depth in range(len(common), len(block.split(".")) if block else 0, -1):

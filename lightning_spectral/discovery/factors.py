@@ -17,6 +17,9 @@ __all__ = ["Chain", "chains"]
 
 Chain = tuple[Factor, ...]
 _MAX_CHAINS = 4096
+TRANSPOSE = ("transpose", -2, -1)
+MATRICES = ("output", "value", "latent", "down", "up")
+STACK = ("stack",)  # stands for picking an expert from dimension 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,7 @@ class _Reader:
 
     value: int
     channel: int
+    stacked: bool
     frozen: frozenset[int]
 
 
@@ -59,10 +63,15 @@ def chains(
             found.append(chain)
         if len(found) > _MAX_CHAINS:
             raise UnmeasurableError(f"more than {_MAX_CHAINS} ways lead through the branch")
-    found = [_with_roles(chain, kind) for chain in found]
-    if not found or not any(factor.role in ("output", "down") for chain in found for factor in chain):
+    weighted = [_with_roles(chain, kind) for chain in found if any(factor.role == "latent" for factor in chain)]
+    if not weighted:
         raise UnmeasurableError("no weight matrix lies on a linear path through the branch")
-    return tuple(chain for chain in found if any(factor.role in ("output", "down") for factor in chain))
+    if len({sum(factor.role in MATRICES for factor in chain) for chain in weighted}) > 1:
+        raise UnmeasurableError(
+            "its output is a sum over paths of different length (a low-rank update beside a weight): merge the update "
+            "into the weight to measure it"
+        )
+    return tuple(weighted)
 
 
 def _walk(tape: Tape, router: Router, value: int, reader: _Reader | None, single: bool) -> Iterator[Chain]:
@@ -98,7 +107,7 @@ def _from_anchor(
         matrix = _matrix(tape, geometry)
         if reader is not None:
             matrix = replace(matrix, rows=_rows(tape, router, geometry, route.anchor, reader))
-        following = _Reader(geometry.data, geometry.channel, frozenset())
+        following = _Reader(geometry.data, geometry.channel, geometry.stacked, frozenset())
         for chain in _walk(tape, router, geometry.data, following, single):
             yield (matrix, *chain)
 
@@ -200,23 +209,26 @@ def _matrix(tape: Tape, geometry: _Geometry) -> Factor:
     if geometry.channel == 1:
         steps = (*steps, ("flatten", 1))
     if geometry.transposed:
-        steps = steps[:-1] if steps and steps[-1] == ("transpose", -2, -1) else (*steps, ("transpose", -2, -1))
-    if geometry.stacked and any(step[0] in ("expand", "unsqueeze") for step in steps):
-        # One matrix, repeated over the batch.
-        steps = tuple(step for step in steps if step[0] not in ("expand", "unsqueeze"))
-    elif geometry.stacked:
-        steps = (("stack",), *steps)
+        steps = steps[:-1] if steps and steps[-1] == TRANSPOSE else (*steps, TRANSPOSE)
+    if geometry.stacked:
+        # A batch of one, or one matrix repeated over the batch, is a matrix; else the batch is one of experts.
+        single = tape.shape(geometry.weight)[0] == 1 or any(step[0] == "expand" for step in steps)
+        steps = (*steps, ("select", 0, 0) if single else STACK)
     return Factor("latent", name, layout=steps)
 
 
 def _rows(
     tape: Tape, router: Router, geometry: _Geometry, anchor: int, reader: _Reader
 ) -> tuple[range, ...] | None:
-    channel = geometry.channel if geometry.channel != 1 else 1
-    found = router.prober.channel_map(router.region, (anchor, channel), (reader.value, reader.channel), reader.frozen)
+    # One product for all experts at once: the reader's channels are those of each expert in turn.
+    joined = reader.stacked and not (geometry.stacked and tape.shape(geometry.weight)[0] > 1)
+    dims = (0, reader.channel) if joined else (reader.channel,)
+    found = router.prober.channel_map(
+        router.region, (anchor, geometry.channel), (reader.value, *dims), reader.frozen
+    )
     if found is None:
         raise UnmeasurableError("channels are mixed between two of its matrices, so they do not form a product")
-    if found == tuple(range(tape.shape(anchor)[channel])):
+    if not joined and found == tuple(range(tape.shape(anchor)[geometry.channel])):
         return None
     return _as_ranges(found)
 

@@ -6,6 +6,7 @@ and not of the weights. Blocks that run the same program share their answers: a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, TypeVar
@@ -114,8 +115,26 @@ class Prober:
         chord = (ends[0] + ends[1]) / 2
         return bool((ends[2] - chord).abs().max() <= _TOLERANCE * (chord.abs().max() + 1e-30))
 
+    def same_support(self, region: Region, source: int, first: int, second: int) -> bool:
+        """Whether two values of one shape depend, entry by entry, on the same channels of their common source."""
+        question = ("support", region.local(source), region.local(first), region.local(second))
+        return self.once(region, question, lambda: self._same_support(source, first, second))
+
+    def _same_support(self, source: int, first: int, second: int) -> bool:
+        content = _noise(self.tape.shape(source), self._like(source), seed=5)
+        coin = torch.rand(content.shape[-1], generator=torch.Generator().manual_seed(6)) < 0.5
+        other = torch.where(coin.to(content.device), content, _noise(content.shape, content, seed=7))
+        try:
+            moved = [
+                self.tape.replay({source: content}, value) != self.tape.replay({source: other}, value)
+                for value in (first, second)
+            ]
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return True
+        return moved[0].shape == moved[1].shape and float((moved[0] ^ moved[1]).double().mean()) < 0.1
+
     def channel_map(
-        self, region: Region, source: tuple[int, int], target: tuple[int, int], frozen: Iterable[int] = ()
+        self, region: Region, source: tuple[int, int], target: tuple[int, ...], frozen: Iterable[int] = ()
     ) -> tuple[int, ...] | None:
         """Find which channel of ``source`` feeds each channel of ``target``.
 
@@ -126,18 +145,18 @@ class Prober:
         Args:
             region: The branch.
             source: Value and channel dimension.
-            target: Value and channel dimension.
+            target: Value and channel dimension (several dimensions together form the channels).
             frozen: Values that keep their recorded content (the other operand of a gate, queries and keys).
 
         Returns:
             For each target channel the number of its source channel; ``None`` where channels are mixed on the way.
         """
         frozen = sorted(frozen)
-        question = ("channels", region.local(source[0]), region.local(target[0]), target[1])
+        question = ("channels", region.local(source[0]), region.local(target[0]), target[1:])
         return self.once(region, question, lambda: self._channel_map(source, target, frozen))
 
     def _channel_map(
-        self, source: tuple[int, int], target: tuple[int, int], frozen: Iterable[int]
+        self, source: tuple[int, int], target: tuple[int, ...], frozen: Iterable[int]
     ) -> tuple[int, ...] | None:
         value, dimension = source
         content = _noise(self.tape.shape(value), self._like(value), seed=3)
@@ -168,9 +187,11 @@ class Prober:
             return None
         return tuple(found.tolist())
 
-    def _columns(self, sources: Mapping[int, Tensor], target: tuple[int, int], frozen: Iterable[int]) -> Tensor:
-        result = self.tape.replay(sources, target[0], frozen=frozen)
-        return result.movedim(target[1], -1).reshape(-1, result.shape[target[1]])
+    def _columns(self, sources: Mapping[int, Tensor], target: tuple[int, ...], frozen: Iterable[int]) -> Tensor:
+        value, *dimensions = target
+        result = self.tape.replay(sources, value, frozen=frozen)
+        channels = math.prod(result.shape[dimension] for dimension in dimensions)
+        return result.movedim(dimensions, tuple(range(-len(dimensions), 0))).reshape(-1, channels)
 
     def _like(self, value: int) -> Tensor:
         return self.tape.tensors[value]

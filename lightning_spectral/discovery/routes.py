@@ -28,6 +28,9 @@ from lightning_spectral.discovery.tape import Operation, Tape
 
 __all__ = ["Route", "Router", "UnmeasurableError"]
 
+# Operations that read the shape of their input and nothing else.
+_ONLY_SHAPE = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
+
 
 class UnmeasurableError(Exception):
     """The branch has no weight linearization; the message is the reason that the user sees."""
@@ -74,6 +77,8 @@ class Router:
             return []
         operation = tape.producer(value)
         assert operation is not None
+        if operation.name in _ONLY_SHAPE:
+            return []
         anchor = self._anchor(operation, value)
         if anchor is not None:
             return [anchor]
@@ -172,9 +177,7 @@ class Router:
     def _same_channels(self, first: int, second: int, anchors: set[int]) -> bool:
         if len(anchors) != 1:
             return False
-        anchor = next(iter(anchors))
-        maps = [self.prober.channel_map(self.region, (anchor, -1), (value, -1)) for value in (first, second)]
-        return maps[0] is None or maps[1] is None or maps[0] == maps[1]
+        return self.prober.same_support(self.region, next(iter(anchors)), first, second)
 
     def _named_gate(self, value: int) -> bool:
         names = []

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
+from lightning_spectral.discovery.operations import moved_input
 from lightning_spectral.discovery.residual import ResidualAdd, Term, stream_source
-from lightning_spectral.discovery.tape import Call, Tape
+from lightning_spectral.discovery.tape import Tape
 
-__all__ = ["Site", "choose_site"]
+__all__ = ["Site", "choose_site", "linked", "usable_modules"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,61 +29,70 @@ class Site:
 
 
 def choose_site(
-    tape: Tape, add: ResidualAdd, terms: Sequence[Term], others: Iterable[Term], serves: Counter[str]
+    tape: Tape, add: ResidualAdd, terms: Sequence[Term], others: Iterable[Term], usable: Container[str]
 ) -> Site | None:
     """Return the site of one branch, ``None`` where no module carries it.
 
     A candidate returns the branch itself, or the branch before constants multiply it. Of several, those come first
-    whose output is exactly what is added, which serve no other branch, are called once per forward pass, and stand
-    outermost (fused kernels bypass inner projections); of equals, the one called first.
+    whose output is exactly what is added, then those that stand outermost (fused kernels bypass inner projections);
+    of equals, the one called first.
 
     Args:
         tape: The recorded forward pass.
         add: The residual add.
         terms: The terms of the sum that form the branch.
         others: The other terms of the sum.
-        serves: How many branches each module path is a candidate of.
+        usable: Paths of the modules that serve one branch, in every call.
     """
     shared = set(terms[0].spine).intersection(*(term.spine for term in terms[1:]))
     shared -= {value for term in others for value in term.spine} | {add.output}
     inner_multiplied = {value for term in terms for value, _ in term.multipliers}
-    calls_per_path = Counter(call.path for call in tape.calls)
     ranked = []
     for value in sorted(shared):
         exact = not any(value <= multiplied for multiplied in inner_multiplied)
         for call in tape.calls_that_return(value):
-            if tape.depends(value, add.skip.leaf) and _feeds_only(tape, value, add) and not _contains_skip(tape, call, add):
-                index = next(key for key, output in call.outputs if output == value)
-                rank = (serves[call.path] > 1, not exact, calls_per_path[call.path], call.path.count("."), call.index)
-                ranked.append((rank, Site(call.path, index, value)))
+            if call.path not in usable or not tape.depends(value, add.skip.leaf) or not _feeds_only(tape, value, add):
+                continue
+            index = next(key for key, output in call.outputs if output == value)
+            rank = (not exact, call.path.count("."), call.index)
+            ranked.append((rank, Site(call.path, index, value)))
     return min(ranked, key=lambda item: item[0])[1] if ranked else None
 
 
-def candidates(tape: Tape, add: ResidualAdd, term: Term) -> set[str]:
-    """Return the paths of the modules that return a value on the spine of a term."""
-    return {call.path for value in term.spine if value != add.output for call in tape.calls_that_return(value)}
+def usable_modules(tape: Tape, adds: Iterable[ResidualAdd]) -> set[str]:
+    """Return the paths of the modules that carry one branch: scaling their output scales that branch and nothing else.
 
-
-def _contains_skip(tape: Tape, call: Call, add: ResidualAdd) -> bool:
-    # A block that was skipped as a whole (stochastic depth over blocks) is not a branch.
-    return any(output == add.output for _, output in call.outputs)
+    A dropout that several branches share, or that is also applied to attention weights, is no such module. A module
+    that is called at several depths (a shared block) is, if it has the same place among the branches each time.
+    """
+    places: defaultdict[str, set[frozenset[str]]] = defaultdict(set)
+    uses: Counter[str] = Counter()
+    for add in adds:
+        beside: defaultdict[int, set[str]] = defaultdict(set)
+        for term in add.branches:
+            returned = [call for value in term.spine if value != add.output for call in tape.calls_that_return(value)]
+            for call in returned:
+                beside[call.index].update(other.path for other in returned)
+        for index, paths in beside.items():
+            path = tape.calls[index].path
+            places[path].add(frozenset(paths))
+            uses[path] += 1
+    calls = Counter(call.path for call in tape.calls)
+    return {path for path, others in places.items() if calls[path] == uses[path] and len(others) == 1}
 
 
 def _feeds_only(tape: Tape, value: int, add: ResidualAdd) -> bool:
-    """Whether everything that reads the value leads to the add and to nothing else."""
+    """Whether everything that is computed from the value leads to the add (views that nobody computes with aside)."""
     seen, queue = {value}, [value]
     while queue:
-        current = queue.pop()
-        for reader in tape.readers[current]:
-            for output in tape.operations[reader].outputs:
-                if output == add.output or output in seen:
-                    continue
-                if not tape.depends(add.output, output):
-                    if tape.readers[output]:
-                        return False
-                    continue
-                seen.add(output)
-                queue.append(output)
+        for reader in set(tape.readers[queue.pop()]):
+            operation = tape.operations[reader]
+            outputs = [output for output in operation.outputs if output != add.output and output not in seen]
+            leads = any(tape.depends(add.output, output) for output in operation.outputs)
+            if not leads and moved_input(operation) is None:
+                return False
+            seen.update(outputs)
+            queue += outputs
     return True
 
 
