@@ -31,7 +31,7 @@ from torch import Tensor
 __all__ = ["normal_quantile", "spectral_norms", "upper_bound"]
 
 _COARSE = 2.0 ** torch.arange(-14, 9, dtype=torch.float64)  # relative excess of t over θ₁: 6e-5 … 256
-_FINE = 2.0 ** torch.linspace(-1, 0, 9, dtype=torch.float64)[1:]
+_FINE = 2.0 ** torch.linspace(-1, 0, 13, dtype=torch.float64)[1:]
 
 
 @cache

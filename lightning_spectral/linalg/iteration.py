@@ -11,9 +11,9 @@ from lightning_spectral.linalg.krylov import BlockKrylov, Ritz
 
 __all__ = ["Outcome", "iterate"]
 
-# Far above its tolerance an operator is looked at every other step: solving the projected problem costs as much as
+# Far from its end an operator is looked at every other step: solving the projected problem costs as much as
 # multiplying by a small weight.
-_FAR = 8.0
+_FAR = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,31 +22,30 @@ class Outcome:
 
     Attributes:
         theta: The largest Ritz value, at most σ₁².
-        error: What the caller's error function said.
+        bound: Relative, of √σ₁²/θ − 1 from above.
         subspace: ``(n, count)``, right singular vectors, improved by one power step.
         steps: Products by AᵀA.
     """
 
     theta: float
-    error: float
+    bound: float
     subspace: Tensor
     steps: int
 
 
 def iterate(
     krylov: BlockKrylov,
-    error: Callable[[Ritz, Sequence[int]], Tensor],
+    judge: Callable[[Ritz, Sequence[int]], tuple[Tensor, Tensor]],
     *,
-    tolerance: float,
     max_steps: int,
     count: int,
 ) -> list[Outcome | None]:
-    """Expand until every operator is below the tolerance or out of steps.
+    """Expand until every operator is good enough or out of steps.
 
     Args:
         krylov: The subspaces before their first step.
-        error: Maps the Ritz pairs of the operators that still run, and their positions in the batch, to ``(batch,)``.
-        tolerance: At which an operator stops.
+        judge: Maps the Ritz pairs of the operators that still run, and their positions in the batch, to what is left
+            to do, ``(batch,)``, with 1 or less where an operator may stop, and to the relative bounds, ``(batch,)``.
         max_steps: At which all stop. A subspace also stops before it fills its space.
         count: Singular vectors wanted.
 
@@ -62,17 +61,19 @@ def iterate(
         if krylov.steps < min(due, max_steps):
             continue
         ritz = krylov.ritz()
-        errors = error(ritz, active).tolist()
+        excess, bounds = (column.tolist() for column in judge(ritz, active))
         stops = [
-            krylov.steps == max_steps or not fine or e <= tolerance for fine, e in zip(ritz.finite, errors, strict=True)
+            krylov.steps == max_steps or not fine or left <= 1 for fine, left in zip(ritz.finite, excess, strict=True)
         ]
         if any(stops):
             subspaces = krylov.dominant(ritz, count)
             for i in (i for i, stop in enumerate(stops) if stop and ritz.finite[i]):
-                outcomes[active[i]] = Outcome(float(ritz.theta[i, -1]), errors[i], subspaces[i].mT, krylov.steps)
+                outcomes[active[i]] = Outcome(
+                    float(ritz.theta[i, -1]), bounds[i], subspaces[i].clone().mT, krylov.steps
+                )
         going = [i for i, stop in enumerate(stops) if not stop]
         if going and len(going) < len(active):
             krylov = krylov.select(going)
         active = [active[i] for i in going]
-        due = krylov.steps + (2 if min((errors[i] for i in going), default=0.0) > _FAR * tolerance else 1)
+        due = krylov.steps + (2 if min((excess[i] for i in going), default=0.0) > _FAR else 1)
     return outcomes

@@ -1,8 +1,8 @@
 """Matrix-free linear operators: what a branch of a model is to a solver.
 
 An operator knows its shape and how to multiply a block of vectors from the left, by itself and by its adjoint.
-Operators hold references to weights and never copy one. :class:`LinearOperator` is abstract; every subclass is final: to
-get another operator, compose the existing ones.
+Operators hold references to weights and never copy one. :class:`LinearOperator` is abstract; every subclass is final:
+to get another operator, compose the existing ones.
 """
 
 from __future__ import annotations

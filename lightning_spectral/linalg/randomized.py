@@ -26,6 +26,9 @@ _BATCH = 16
 _DENSE = 32
 # Products of a warm start: within the budget of reading each weight three times twice.
 _WARM_STEPS = 3
+# Times ``max_bound``: a carried bound that is still good enough. Below, every measurement of weights that move quickly
+# would pay for a new certificate.
+_SLACK = 2.0
 
 Solved = tuple[SpectralNorm, Memory | None]
 
@@ -35,15 +38,16 @@ class RandomizedSVD:
     """Spectral norms by randomized block Krylov iteration, warm-started, with a bound for every value.
 
     *Cold.* The range finder of Halko, Martinsson and Tropp, "Finding structure with randomness" (SIAM Review 53, 2011),
-    Algorithm 4.4, with a Gaussian test matrix X of ``n_oversamples`` columns, keeping all blocks as Musco and Musco do
-    (see :class:`~lightning_spectral.linalg.krylov.BlockKrylov`): on spectra without a gap, those of random weights, the
-    Krylov subspace needs 5 or 6 products where subspace iteration needs dozens. An operator is iterated until its bound
-    falls below ``tolerance``; the others of its batch stop when they are done.
+    Algorithm 4.4, from a Gaussian test matrix X of ``n_components + n_oversamples`` columns, keeping all blocks as
+    Musco and Musco do (see :class:`~lightning_spectral.linalg.krylov.BlockKrylov`): on spectra without a gap, those of
+    random weights, the Krylov subspace needs 5 products where subspace iteration needs dozens. An operator is iterated
+    until its estimated error falls below ``tolerance`` and its bound below ``max_bound``; the others of its batch stop
+    when they are done.
 
     *Warm.* The state holds ``n_components`` right singular vectors V of every operator. They are iterated until the
     second-order estimate of their error falls below ``warm_tolerance``; on slowly changing weights that is one or two
     products. The bound is carried over: σ₁ can have grown by no more than the norm of the change of the operator, which
-    the images of the old probes under the new operator bound. When the carried bound exceeds twice the tolerance, the
+    the images of the old probes under the new operator bound. When the carried bound exceeds twice ``max_bound``, the
     operator is certified again, from [V X].
 
     *What the bound means.* The value is a Rayleigh value: below σ₁, up to rounding, always. ``error_bound`` β claims
@@ -53,9 +57,10 @@ class RandomizedSVD:
 
     Attributes:
         n_components: Right singular vectors kept in the state.
-        n_oversamples: Random columns. The fewer, the weaker the bound at equal cost.
-        tolerance: Relative bound at which an operator is no longer iterated. The measured errors are about five times
-            smaller.
+        n_oversamples: Random columns beside them. The fewer, the weaker the bound at equal cost.
+        tolerance: Relative estimated error at which an operator is no longer iterated.
+        max_bound: Relative bound at which an operator is no longer iterated. The bound lies three to a thousand times
+            above the error, so it is allowed to be larger than the tolerance.
         warm_tolerance: Relative estimated error at which a warm start is no longer iterated.
         max_iter: Most products by AᵀA per operator; reached, the value comes with the bound it has.
         failure_probability: Of the bound, see above.
@@ -65,9 +70,10 @@ class RandomizedSVD:
         ConfigurationError: If an attribute is out of its range.
     """
 
-    n_components: int = 8
+    n_components: int = 4
     n_oversamples: int = 8
-    tolerance: float = 0.05
+    tolerance: float = 1e-2
+    max_bound: float = 0.05
     warm_tolerance: float = 1e-3
     max_iter: int = 30
     failure_probability: float = 1e-3
@@ -78,7 +84,7 @@ class RandomizedSVD:
         for name in ("n_components", "n_oversamples", "max_iter"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
-        for name in ("tolerance", "warm_tolerance", "failure_probability"):
+        for name in ("tolerance", "max_bound", "warm_tolerance", "failure_probability"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must lie between 0 and 1, got {getattr(self, name)!r}.")
 
@@ -163,17 +169,15 @@ class _Batch:
         return [self._rescue(i, images[i]) if result is None else result for i, result in enumerate(solved)]
 
     def _start(self) -> Tensor:
-        """Return the blocks [V X] as rows, ``(batch, p + s, n)``, or [X] for a cold start."""
+        """Return the blocks [V X] as rows, ``(batch, p + s, n)``; for a cold start all of them are random."""
         generator = torch.Generator().manual_seed(self.seed)
         n, s = self.operators.shape[1], self.solver.n_oversamples
         # One X for all operators of a width: each bound holds for itself, and no operator depends on its neighbours.
-        X = torch.randn(s, n, generator=generator).to(self.operators.device, self.operators.dtype)
-        rows = X.expand(len(self.operators), s, n)
-        return (
-            torch.cat([torch.stack([memory.subspace.mT for memory in self.memories]), rows], 1)
-            if self.memories
-            else rows
-        )
+        X = torch.randn(self.solver.n_components + s, n, generator=generator)
+        rows = X.to(self.operators.device, self.operators.dtype).expand(len(self.operators), -1, n)
+        if not self.memories:
+            return rows
+        return torch.cat([torch.stack([memory.subspace.mT for memory in self.memories]), rows[:, :s]], dim=1)
 
     def _in_range(self, images: Tensor) -> list[int]:
         """Return the operators whose squares will neither overflow nor underflow. One host sync."""
@@ -203,7 +207,7 @@ class _Batch:
             return self._certify(start, images)
         ceilings = self._ceilings(images)
         values = spectral_norms(images[:, : self.solver.n_components]).tolist()
-        slack = 1 + 2 * self.solver.tolerance
+        slack = 1 + _SLACK * self.solver.max_bound
         keep = [i for i, (ceiling, value) in enumerate(zip(ceilings, values, strict=True)) if ceiling <= slack * value]
         drop = [i for i in range(len(self.operators)) if i not in keep]
         solved: list[Solved | None] = [None] * len(self.operators)
@@ -219,7 +223,8 @@ class _Batch:
     def _ceilings(self, images: Tensor) -> list[float]:
         """Return the carried upper bounds of ‖A‖₂: the certified ones plus what can have been added since."""
         old = torch.stack([memory.images for memory in self.memories])
-        changes = spectral_norms(images[:, self.solver.n_components :] - old) / self._delta
+        delta = normal_quantile(self.solver.n_oversamples, self.solver.failure_probability)
+        changes = spectral_norms(images[:, self.solver.n_components :] - old) / delta
         return [
             memory.upper + change if memory.exponent == (self.exponent or 0) else math.inf
             for memory, change in zip(self.memories, changes.tolist(), strict=True)
@@ -230,56 +235,57 @@ class _Batch:
         p = self.solver.n_components
         outcomes = iterate(
             BlockKrylov(self.operators, start[:, :p], images[:, :p]),
-            lambda ritz, _: ritz.leak(),
-            tolerance=self.solver.warm_tolerance,
+            lambda ritz, _: (ritz.leak() / self.solver.warm_tolerance, ritz.leak()),
             max_steps=_WARM_STEPS,
             count=p,
         )
         return [
-            None if outcome is None else self._solved(outcome, ceiling, memory.images)
+            None if outcome is None else self._solved(outcome, ceiling, memory)
             for outcome, ceiling, memory in zip(outcomes, ceilings, self.memories, strict=True)
         ]
 
     def _certify(self, start: Tensor, images: Tensor) -> list[Solved | None]:
         """Iterate [V X] until the bound that X certifies is small."""
         s = self.solver.n_oversamples
+        random = s if self.memories else start.shape[1]
+        delta = normal_quantile(random, self.solver.failure_probability)
         Q, R = torch.linalg.qr(start.mT)
         # AQ = (A[V X])R⁻¹: the images are known, R is well conditioned (X is random, V orthonormal).
         krylov = BlockKrylov(self.operators, Q.mT, torch.linalg.solve_triangular(R.mT, images, upper=False))
-        R_X = R[:, :, -s:].mT.cpu().double()
+        R_X = R[:, :, -random:].mT.cpu().double()
 
-        def bound(ritz: Ritz, active: Sequence[int]) -> Tensor:
-            above = upper_bound(ritz.theta, R_X[active] @ ritz.vectors[:, : R.shape[1]], ritz.coupling, self._delta)
-            return (above / ritz.theta[:, -1]).sqrt() - 1
+        def judge(ritz: Ritz, active: Sequence[int]) -> tuple[Tensor, Tensor]:
+            above = upper_bound(ritz.theta, R_X[active] @ ritz.vectors[:, : R.shape[1]], ritz.coupling, delta)
+            bound = (above / ritz.theta[:, -1]).sqrt() - 1
+            return torch.maximum(bound / self.solver.max_bound, ritz.leak() / self.solver.tolerance), bound
 
         outcomes = iterate(
             krylov,
-            bound,
-            tolerance=self.solver.tolerance,
+            judge,
             max_steps=self.solver.max_iter,
             count=self.solver.n_components,
         )
+        probes = images[:, start.shape[1] - random :][:, :s]
         solved: list[Solved | None] = []
         for i, outcome in enumerate(outcomes):
             if outcome is None:
                 solved.append(None)
-            elif outcome.error > self.solver.tolerance and outcome.steps == krylov.capacity:
+            elif outcome.bound > self.solver.max_bound and outcome.steps == krylov.capacity:
                 solved.append(largest_singular(self.operators.operators[i], self.solver.n_components))
             else:
-                solved.append(self._solved(outcome, math.sqrt(outcome.theta) * (1 + outcome.error), images[i, -s:]))
+                ceiling = math.sqrt(outcome.theta) * (1 + outcome.bound)
+                anchor = Memory(outcome.subspace, probes[i].clone(), ceiling, self.exponent or 0)
+                solved.append(self._solved(outcome, ceiling, anchor))
         return solved
 
-    def _solved(self, outcome: Outcome, ceiling: float, images: Tensor) -> Solved:
+    def _solved(self, outcome: Outcome, ceiling: float, anchor: Memory) -> Solved:
+        """Return the norm, and the memory: new singular vectors beside the last certificate, the anchor."""
         value, exponent = math.sqrt(outcome.theta), self.exponent or 0
         # Rounding errors of long sums grow like the square root of their length.
         rounding = 8 * torch.finfo(self.operators.dtype).eps * math.sqrt(max(self.operators.shape))
         bound = max(ceiling / value - 1, 0.0) + rounding
-        memory = Memory(outcome.subspace, images, ceiling, exponent)
+        memory = Memory(outcome.subspace, anchor.images, anchor.upper, exponent)
         try:
             return SpectralNorm(math.ldexp(value, exponent), bound, None, outcome.steps), memory
         except OverflowError:
             return SpectralNorm(None, None, OUT_OF_RANGE), None
-
-    @property
-    def _delta(self) -> float:
-        return normal_quantile(self.solver.n_oversamples, self.solver.failure_probability)
