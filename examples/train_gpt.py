@@ -175,7 +175,7 @@ def parse() -> argparse.Namespace:
     for name, default in (("layers", 8), ("width", 176), ("heads", 8), ("context", 128), ("batch-size", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
     parser.add_argument("--every-n-steps", type=int, default=10, help="optimizer steps between two measurements")
     parser.add_argument("--linearization", default="circuit", choices=["circuit", "paper"])
     parser.add_argument("--out", default="runs", help="folder for everything that is written")

@@ -15,21 +15,6 @@ from lightning_spectral.journal import read_journal
 ROOT = Path(__file__).parents[1]
 MODEL = ["--layers", "3", "--width", "32", "--heads", "2", "--context", "32"]
 RUN = ["--batch-size", "8", "--steps", "30", "--every-n-steps", "10"]
-    "--layers",
-    "3",
-    "--width",
-    "32",
-    "--heads",
-    "2",
-    "--context",
-    "32",
-    "--batch-size",
-    "8",
-    "--steps",
-    "30",
-    "--every-n-steps",
-    "10",
-]
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
