@@ -143,7 +143,9 @@ def measure(
     """
     _checked(linearization)
     if blocks is None:
-        args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch if isinstance(batch, tuple) else (batch,), {})
+        args, kwargs = (
+            ((), batch) if isinstance(batch, Mapping) else (batch if isinstance(batch, tuple) else (batch,), {})
+        )
         blocks = find_blocks(model) if batch is None else find_blocks(model, *args, **kwargs)
     return Meter(model, blocks, linearization=linearization, solver=solver).measure()
 

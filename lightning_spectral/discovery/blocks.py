@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_spectral.discovery.branches import FoundBranch, branches_of, finished
-from lightning_spectral.discovery.operations import is_product, matrix_operands
+from lightning_spectral.discovery.operations import is_product, weight_operand
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.residual import residual_adds
 from lightning_spectral.discovery.sites import linked
@@ -35,28 +35,26 @@ def blocks_of(tape: Tape, model: nn.Module) -> tuple[list[ResidualBlock], list[s
     prober = Prober(tape)
     adds, refused = residual_adds(tape)
     found, homeless = branches_of(tape, adds, prober)
-    inside = 0
-    for branch in found:
-        inside |= branch.add.interior
+    modules = dict(model.named_modules())
+    outside = _weights_outside(tape, found)
     blocks = []
-    for index, (name, members) in enumerate(_named_groups(model, found).items()):
+    for index, (name, members) in enumerate(_named_groups(modules, found).items()):
         kinds = _settled_kinds(members)
         branches = tuple(
-            finished(tape, model, name, branch, kind, prober) for branch, kind in zip(members, kinds, strict=True)
+            finished(tape, modules, name, branch, kind, prober) for branch, kind in zip(members, kinds, strict=True)
         )
-        problem = _problem(tape, name, members, inside, prober)
+        problem = _problem(tape, name, members, outside, prober)
         evidence = "trace" if problem is None else f"trace; not verified: {problem}"
         blocks.append(ResidualBlock(index, name, branches, problem is None, evidence))
     return blocks, [*refused, *homeless]
 
 
-def _named_groups(model: nn.Module, branches: Sequence[FoundBranch]) -> dict[str, list[FoundBranch]]:
+def _named_groups(modules: Mapping[str, nn.Module], branches: Sequence[FoundBranch]) -> dict[str, list[FoundBranch]]:
     """Group branches by the entry of a container (``ModuleList``, ``Sequential``) that holds a mixer and an MLP.
 
     Where no entry holds both, a branch belongs to the innermost entry around its modules; where there is no container
     at all, to the module around them. A block that is called several times is listed once.
     """
-    modules = dict(model.named_modules())
     members: dict[str, dict[str, FoundBranch]] = {}
     entries = {id(branch): _entries(modules, branch.modules) for branch in branches}
     for branch in branches:
@@ -99,14 +97,19 @@ def _enclosing(paths: Iterable[str]) -> str:
 def _is_complete(branches: Sequence[FoundBranch]) -> bool:
     kinds = [branch.kind for branch in branches]
     mixers = sum(kind in ("attention", "mixer") for kind in kinds)
-    return len(kinds) <= _MOST_BRANCHES and mixers > 0 and (len(kinds) > mixers + kinds.count("cross_attention")
-                                                            or _token_shift(branches) is not None)
+    return (
+        len(kinds) <= _MOST_BRANCHES
+        and mixers > 0
+        and (len(kinds) > mixers + kinds.count("cross_attention") or _token_shift(branches) is not None)
+    )
 
 
 def _token_shift(branches: Sequence[FoundBranch]) -> int | None:
     """Return the position of a mixer that reads one neighbouring token only, beside a real mixer: a channel mix."""
     mixers = [position for position, branch in enumerate(branches) if branch.kind in ("mixer", "attention")]
-    shifts = [position for position in mixers if branches[position].kind == "mixer" and branches[position].neighbours == 1]
+    shifts = [
+        position for position in mixers if branches[position].kind == "mixer" and branches[position].neighbours == 1
+    ]
     if len(mixers) == 2 and len(shifts) == 1 and all(branch.kind != "mlp" for branch in branches):
         return shifts[0]
     return None
@@ -121,7 +124,7 @@ def _settled_kinds(branches: Sequence[FoundBranch]) -> list[BranchKind]:
 
 
 def _problem(
-    tape: Tape, name: str, branches: Sequence[FoundBranch], inside: int, prober: Prober
+    tape: Tape, name: str, branches: Sequence[FoundBranch], outside: Sequence[tuple[int, str]], prober: Prober
 ) -> str | None:
     """Return what fails in the self-check of a block, ``None`` where nothing does.
 
@@ -132,9 +135,10 @@ def _problem(
     for earlier, later in zip(adds, adds[1:], strict=False):
         if not linked(tape, later, earlier):
             return "its residual adds do not lie on one stream"
-    missed = _missed_weight(tape, name, branches, inside)
-    if missed is not None:
-        return f"{missed} acts outside the branches that were found"
+    stream = branches[0].add.skip.leaf
+    for value, weight in outside:
+        if weight.startswith(f"{name}.") and tape.depends(value, stream):
+            return f"{weight} acts outside the branches that were found"
     for branch in branches:
         if not branch.site.path:
             return "no module or weight carries one of its branches"
@@ -162,17 +166,16 @@ def _is_linear(tape: Tape, branch: FoundBranch) -> bool:
     return proportional and alive and float((zero - stream).abs().max()) <= tolerance
 
 
-def _missed_weight(tape: Tape, name: str, branches: Sequence[FoundBranch], inside: int) -> str | None:
-    """Return the name of a weight of the block that multiplies data outside every branch."""
-    prefix = f"{name}." if name else ""
+def _weights_outside(tape: Tape, branches: Sequence[FoundBranch]) -> list[tuple[int, str]]:
+    """Return the products that lie in no branch, each with the name of its weight."""
+    inside = 0
+    for branch in branches:
+        inside |= branch.add.interior
+    found = []
     for operation in tape.operations:
-        path = tape.calls[operation.call].path if operation.call >= 0 else ""
-        if not path.startswith(prefix) or not is_product(tape, operation):
+        if not is_product(tape, operation) or any(inside >> output & 1 for output in operation.outputs):
             continue
-        if any(inside >> output & 1 for output in operation.outputs):
-            continue
-        known = [tape.names[item] for operand in matrix_operands(operation) for item in tape.parents_with_names(operand)]
-        owned = [item for item in known if item.startswith(prefix)]
-        if owned and prefix and any(tape.depends(output, branches[0].add.skip.leaf) for output in operation.outputs):
-            return owned[-1]
-    return None
+        weight = weight_operand(tape, operation)
+        names = [tape.names[item] for item in tape.parents_with_names(weight)] if weight is not None else []
+        found += [(operation.outputs[0], name) for name in names]
+    return found

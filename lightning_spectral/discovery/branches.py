@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from lightning_spectral.discovery.experts import with_all_experts
 from lightning_spectral.discovery.factors import Chain, chains
-from lightning_spectral.discovery.operations import is_attention, is_contraction, is_product, matrix_operands, refs, weight_operand
+from lightning_spectral.discovery.operations import (
+    is_attention,
+    is_contraction,
+    is_product,
+    matrix_operands,
+    refs,
+    weight_operand,
+)
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.residual import ResidualAdd, Term
 from lightning_spectral.discovery.routes import UnmeasurableError
@@ -123,7 +130,9 @@ def _product_count(tape: Tape, parameter: int) -> int:
     return sum(weight is not None and tape.depends(weight, parameter) for weight in weights)
 
 
-def finished(tape: Tape, model: nn.Module, block: str, branch: FoundBranch, kind: BranchKind, prober: Prober) -> Branch:
+def finished(
+    tape: Tape, modules: Mapping[str, nn.Module], block: str, branch: FoundBranch, kind: BranchKind, prober: Prober
+) -> Branch:
     """Return the record of a branch, with the factors of its weight linearizations or the reason for their absence."""
     site = branch.site
     record = Branch(kind, site.path, site.output_index)
@@ -136,7 +145,7 @@ def finished(tape: Tape, model: nn.Module, block: str, branch: FoundBranch, kind
         for term in branch.terms:
             region = Region(tape, branch.add.skip.leaf, term.start)
             found += chains(tape, region, prober, kind, term.outer)
-        paths: tuple[Path, ...] = with_all_experts(model, block, tuple(dict.fromkeys(found)), kind)
+        paths: tuple[Path, ...] = with_all_experts(modules, block, tuple(dict.fromkeys(found)), kind)
     except UnmeasurableError as error:
         return replace(record, reason=str(error))
     return replace(record, paths=paths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os.path
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -21,14 +22,16 @@ def resolve(model: nn.Module, path: str) -> object:
     return value
 
 
-def with_all_experts(model: nn.Module, block: str, chains: tuple[Chain, ...], kind: BranchKind) -> tuple[Path, ...]:
+def with_all_experts(
+    modules: Mapping[str, nn.Module], block: str, chains: tuple[Chain, ...], kind: BranchKind
+) -> tuple[Path, ...]:
     """Return one path per chain, and per expert where the chains are those of a mixture of experts.
 
     Experts lie in one of three ways: stacked along dimension 0 of a parameter and multiplied in one batched product,
     stacked and picked one by one, or in a ``ModuleList``. Which experts run depends on the batch; all are measured.
 
     Args:
-        model: The model, asked for the number of experts.
+        modules: The modules of the model by path.
         block: Module path of the block; containers above it hold blocks, not experts.
         chains: The chains that were found on the tape.
         kind: The kind of the branch.
@@ -38,7 +41,7 @@ def with_all_experts(model: nn.Module, block: str, chains: tuple[Chain, ...], ki
     found: dict[Path, None] = {}
     dense = []
     for chain in chains:
-        family = _stacked(model, chain) or _listed(model, block, chain)
+        family = _stacked(modules, chain) or _listed(modules, block, chain)
         found.update(dict.fromkeys(family))
         if not family:
             dense.append(Path(chain, "shared" if len(chains) > 1 else None))
@@ -49,17 +52,17 @@ def with_all_experts(model: nn.Module, block: str, chains: tuple[Chain, ...], ki
     return (*found, *dense)
 
 
-def _stacked(model: nn.Module, chain: Chain) -> list[Path]:
+def _stacked(modules: Mapping[str, nn.Module], chain: Chain) -> list[Path]:
     """Experts along dimension 0 of a parameter, in a batched product or picked by index."""
     matrices = [factor for factor in chain if factor.role in MATRICES]
     stacks = [factor for factor in matrices if STACK in factor.layout]
     if stacks:
-        count = _count(model, stacks[0], stacks[0].layout.index(STACK))
+        count = _count(modules, stacks[0], stacks[0].layout.index(STACK))
         return [Path(_map_layout(chain, STACK, number, count), number) for number in range(count)]
     picked = [[step for step in factor.layout if step[:2] == ("select", 0)] for factor in matrices]
     if len(matrices) > 1 and all(steps and steps[0] == picked[0][0] for steps in picked):
         step = picked[0][0]
-        count = _count(model, matrices[0], matrices[0].layout.index(step))
+        count = _count(modules, matrices[0], matrices[0].layout.index(step))
         return [Path(_map_layout(chain, step, number, count), number) for number in range(count)] if count > 1 else []
     return []
 
@@ -78,20 +81,19 @@ def _map_layout(chain: Chain, step: tuple[object, ...], number: int, count: int)
     return tuple(result)
 
 
-def _count(model: nn.Module, factor: Factor, position: int) -> int:
+def _count(modules: Mapping[str, nn.Module], factor: Factor, position: int) -> int:
     """Return the size of dimension 0 before the step that picks from it."""
     assert factor.parameter is not None
-    tensor = resolve(model, factor.parameter)
+    tensor = resolve(modules[""], factor.parameter)
     for name, *arguments in factor.layout[:position]:
         tensor = getattr(tensor, name)(*arguments)
     return int(tensor.shape[0])  # type: ignore[attr-defined]
 
 
-def _listed(model: nn.Module, block: str, chain: Chain) -> list[Path]:
+def _listed(modules: Mapping[str, nn.Module], block: str, chain: Chain) -> list[Path]:
     """Experts in a ``ModuleList`` inside the block."""
     names = [factor.parameter for factor in chain if factor.role in MATRICES and factor.parameter]
     common = os.path.commonprefix([name.split(".") for name in names])
-    modules = dict(model.named_modules())
     for depth in range(len(common), len(block.split(".")) if block else 0, -1):
         container = modules.get(".".join(common[: depth - 1]))
         if not isinstance(container, nn.ModuleList | nn.ModuleDict) or len(container) < 2:
@@ -100,7 +102,7 @@ def _listed(model: nn.Module, block: str, chain: Chain) -> list[Path]:
         family = []
         for key in (name for name, _ in container.named_children()):
             sibling = tuple(_moved(factor, f"{head}.{common[depth - 1]}.", f"{head}.{key}.") for factor in chain)
-            if all(_exists(model, factor) for factor in sibling):
+            if all(_exists(modules[""], factor) for factor in sibling):
                 family.append(Path(sibling, int(key) if key.isdigit() else key))
         if len(family) > 1:
             return family

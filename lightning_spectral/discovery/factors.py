@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from lightning_spectral.discovery.operations import base_name, is_norm, matrix_operands, refs, weight_operand
 from lightning_spectral.discovery.probe import Prober, Region
-from lightning_spectral.discovery.recipes import NoRecipeError, recipe
+from lightning_spectral.discovery.recipes import NoRecipeError, recipe, shortest
 from lightning_spectral.discovery.routes import Route, Router, UnmeasurableError, normalized_operand, value_operand
 from lightning_spectral.discovery.tape import Operation, Tape
 from lightning_spectral.records import BranchKind, Factor, FactorRole
@@ -204,7 +204,9 @@ def _matrix(tape: Tape, geometry: _Geometry) -> Factor:
         name, steps = recipe(tape, geometry.weight)
     except NoRecipeError as error:
         names = [tape.names[known] for known in tape.parents_with_names(geometry.weight)]
-        raise UnmeasurableError(f"the weight made of {', '.join(names) or 'constants'} cannot be read: {error}") from None
+        raise UnmeasurableError(
+            f"the weight made of {', '.join(names) or 'constants'} cannot be read: {error}"
+        ) from None
     steps = tuple(step for step in steps if step != ("experts",))
     if geometry.channel == 1:
         steps = (*steps, ("flatten", 1))
@@ -214,18 +216,16 @@ def _matrix(tape: Tape, geometry: _Geometry) -> Factor:
         # A batch of one, or one matrix repeated over the batch, is a matrix; else the batch is one of experts.
         single = tape.shape(geometry.weight)[0] == 1 or any(step[0] == "expand" for step in steps)
         steps = (*steps, ("select", 0, 0) if single else STACK)
+    parameter = tape.parents_with_names(geometry.weight)[0]
+    steps = shortest(steps, tape.shape(parameter))
     return Factor("latent", name, layout=steps)
 
 
-def _rows(
-    tape: Tape, router: Router, geometry: _Geometry, anchor: int, reader: _Reader
-) -> tuple[range, ...] | None:
+def _rows(tape: Tape, router: Router, geometry: _Geometry, anchor: int, reader: _Reader) -> tuple[range, ...] | None:
     # One product for all experts at once: the reader's channels are those of each expert in turn.
     joined = reader.stacked and not (geometry.stacked and tape.shape(geometry.weight)[0] > 1)
     dims = (0, reader.channel) if joined else (reader.channel,)
-    found = router.prober.channel_map(
-        router.region, (anchor, geometry.channel), (reader.value, *dims), reader.frozen
-    )
+    found = router.prober.channel_map(router.region, (anchor, geometry.channel), (reader.value, *dims), reader.frozen)
     if found is None:
         raise UnmeasurableError("channels are mixed between two of its matrices, so they do not form a product")
     if not joined and found == tuple(range(tape.shape(anchor)[geometry.channel])):
@@ -244,9 +244,11 @@ def _as_ranges(numbers: tuple[int, ...]) -> tuple[range, ...]:
         else:
             runs.append(range(number, number + 1))
     length = math.gcd(*map(len, runs))
-    return tuple(
-        run[start : start + length] for run in runs for start in range(0, len(run), length)
-    ) if len({run.step for run in runs}) == 1 and len(runs) > 1 and length > 1 else tuple(runs)
+    return (
+        tuple(run[start : start + length] for run in runs for start in range(0, len(run), length))
+        if len({run.step for run in runs}) == 1 and len(runs) > 1 and length > 1
+        else tuple(runs)
+    )
 
 
 def _is_value(multiplier: int | float) -> bool:

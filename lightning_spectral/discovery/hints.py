@@ -82,7 +82,9 @@ def _branch(model: nn.Module, block: str, kind: BranchKind, hint: Any, known: Br
     site = given.pop("site", None)
     index = given.pop("output_index", None)
     if site is None and known is None:
-        raise ConfigurationError(f"hints: {block}.{kind} needs a 'site', the module whose output is added to the stream")
+        raise ConfigurationError(
+            f"hints: {block}.{kind} needs a 'site', the module whose output is added to the stream"
+        )
     path = known.site if site is None and known is not None else _absolute(model, block, str(site))
     factors = tuple(
         sorted((_factor(model, block, role, value) for role, value in given.items()), key=lambda item: _rank(item.role))

@@ -96,8 +96,11 @@ def _images(model: nn.Module) -> Iterator[tuple[int, int]]:
     convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if convolution is None:
         return
-    named = [getattr(owner, name, None) for owner in (model, getattr(model, "config", None)) for name in
-             ("image_size", "img_size", "input_size")]
+    named = [
+        getattr(owner, name, None)
+        for owner in (model, getattr(model, "config", None))
+        for name in ("image_size", "img_size", "input_size")
+    ]
     sizes = [item[-1] if isinstance(item, tuple | list) else item for item in named if item]
     for size in dict.fromkeys([*sizes, 224, 32, 16]):
         if isinstance(size, int):

@@ -34,13 +34,44 @@ _MOVES = {
 
 _MULTIPLICATIONS = {"mul", "div", "multiply", "true_divide"}
 _ADDITIONS = {"add", "sub", "rsub"}
-_SCATTERS = {"index_add": 3, "index_put": 2, "scatter_add": 3, "index_copy": 3, "scatter": 3, "slice_scatter": 1,
-             "select_scatter": 1, "masked_scatter": 2, "_unsafe_index_put": 2, "scatter_reduce": 3}
+_SCATTERS = {
+    "index_add": 3,
+    "index_put": 2,
+    "scatter_add": 3,
+    "index_copy": 3,
+    "scatter": 3,
+    "slice_scatter": 1,
+    "select_scatter": 1,
+    "masked_scatter": 2,
+    "_unsafe_index_put": 2,
+    "scatter_reduce": 3,
+}
 # The position of the weight is found by asking which operand derives from a parameter.
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "grouped_mm", "convolution", "linear", "matmul", "addbmm",
-             "mv", "addmv", "_convolution", "conv1d", "conv2d", "_addmm_activation", "mkldnn_rnn_layer",
-             "_thnn_fused_gru_cell", "_thnn_fused_lstm_cell", "_scaled_mm", "_int_mm", "_weight_int4pack_mm",
-             "_weight_int8pack_mm"}
+_PRODUCTS = {
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "_grouped_mm",
+    "grouped_mm",
+    "convolution",
+    "linear",
+    "matmul",
+    "addbmm",
+    "mv",
+    "addmv",
+    "_convolution",
+    "conv1d",
+    "conv2d",
+    "_addmm_activation",
+    "mkldnn_rnn_layer",
+    "_thnn_fused_gru_cell",
+    "_thnn_fused_lstm_cell",
+    "_scaled_mm",
+    "_int_mm",
+    "_weight_int4pack_mm",
+    "_weight_int8pack_mm",
+}
 _WITH_BIAS_FIRST = {"addmm", "baddbmm", "addbmm", "addmv", "_addmm_activation"}
 _WEIGHTLESS_MIXERS = ("fft", "pool", "cumsum", "cumprod")
 
@@ -97,7 +128,9 @@ def multiplied_input(tape: Tape, operation: Operation) -> tuple[int, int | float
     others = [value for value in operation.inputs if value != data[0]]
     if others:
         return data[0], others[0]
-    number = next((item for item in (*operation.args, *operation.kwargs.values()) if isinstance(item, int | float)), 1.0)
+    number = next(
+        (item for item in (*operation.args, *operation.kwargs.values()) if isinstance(item, int | float)), 1.0
+    )
     return data[0], 1.0 / number if name in ("div", "true_divide") else float(number)
 
 
@@ -159,6 +192,12 @@ def weight_operand(tape: Tape, operation: Operation) -> int | None:
 
 def is_product(tape: Tape, operation: Operation) -> bool:
     """Whether the operation multiplies data with a weight matrix (or is a kernel of unknown kind that takes one)."""
+    if operation.index not in tape.products:
+        tape.products[operation.index] = _is_product(tape, operation)
+    return tape.products[operation.index]
+
+
+def _is_product(tape: Tape, operation: Operation) -> bool:
     known = base_name(operation) in _PRODUCTS
     foreign = operation.function is not None and not operation.function._schema.name.startswith(("aten::", "prims::"))
     if not (known or foreign) or not any(tape.is_data(output) for output in operation.outputs):

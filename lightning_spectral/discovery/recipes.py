@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from lightning_spectral.discovery.operations import base_name, moved_input
 from lightning_spectral.discovery.tape import Operation, Tape
 
-__all__ = ["NoRecipeError", "recipe"]
+__all__ = ["NoRecipeError", "recipe", "shortest"]
 
 Step = tuple[Any, ...]
 _COPIES = {"_to_copy", "clone", "detach", "contiguous", "alias", "lift_fresh", "to", "copy"}
@@ -120,3 +125,33 @@ def _simplified(steps: tuple[Step, ...]) -> tuple[Step, ...]:
         else:
             result.append(step)
     return tuple(result)
+
+
+@lru_cache(maxsize=64)
+def shortest(steps: tuple[Step, ...], shape: tuple[int, ...]) -> tuple[Step, ...]:
+    """Return an equal recipe of views where there is one: ``einsum`` rearranges weights in ways that copy them.
+
+    Args:
+        steps: A recipe; ``("stack",)`` stands for picking entry e of dimension 0.
+        shape: Shape of the parameter.
+    """
+    if not any(step[0] in ("permute", "reshape", "unsqueeze", "squeeze") for step in steps):
+        return steps
+    numbers = torch.arange(math.prod(shape), dtype=torch.int32).view(shape)
+    wanted = _applied(numbers, steps)
+    pick = [step for step in steps if step == ("stack",)]
+    for candidate in ((), (("flatten", 0, 1),), (("flatten", 1, 2),), (("flatten",),)):
+        for turned in ((), (("transpose", -2, -1),)):
+            simple = (*candidate, *turned, *pick)
+            try:
+                if torch.equal(_applied(numbers, simple), wanted):
+                    return simple
+            except (RuntimeError, IndexError):
+                continue
+    return steps
+
+
+def _applied(tensor: Tensor, steps: tuple[Step, ...]) -> Tensor:
+    for name, *arguments in steps:
+        tensor = tensor[-1] if name == "stack" else getattr(tensor, name)(*arguments)
+    return tensor

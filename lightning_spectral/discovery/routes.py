@@ -88,8 +88,9 @@ class Router:
             return self.routes(moved)
         multiplied = multiplied_input(tape, operation)
         if multiplied is not None:
-            return [replace(route, multipliers=(multiplied[1], *route.multipliers)) for route in
-                    self.routes(multiplied[0])]
+            return [
+                replace(route, multipliers=(multiplied[1], *route.multipliers)) for route in self.routes(multiplied[0])
+            ]
         shifted = shifted_input(tape, operation, stream)
         if shifted is not None:
             return self.routes(shifted)

@@ -92,6 +92,7 @@ class Tape:
         self.readers: defaultdict[int, list[int]] = defaultdict(list)
         self.data = 0
         self.parameters = 0
+        self.products: dict[int, bool] = {}  # which operations multiply with a weight, as far as that was asked
         self._returned: dict[int, list[Call]] | None = None
         self._wide: dict[int, Tensor] = {}
 
@@ -213,9 +214,7 @@ def bits(mask: int) -> Iterator[int]:
         mask ^= low
 
 
-def _execute(
-    tape: Tape, operation: Operation, fetch: Callable[[int], Tensor], wide: bool
-) -> Sequence[Tensor | None]:
+def _execute(tape: Tape, operation: Operation, fetch: Callable[[int], Tensor], wide: bool) -> Sequence[Tensor | None]:
     """Run one operation functionally: what the original wrote in place is written to a copy."""
     if operation.function is None:
         return [_refresh(tape, operation, fetch)]
