@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,84 +40,65 @@ def frobenius_norm(
         subspace: ``(n, p)``, orthonormal columns, such as the right singular vectors in a solver's state.
 
     Returns:
-        A scalar in float64, or float32 where the device has no float64. NaN or infinite if the weights are.
+        A scalar in float64, or float32 where the device has no float64. NaN if a weight is NaN or infinite.
     """
     with torch.no_grad(), torch.autocast(operator.device.type, enabled=False):
-        squared = _squared(operator, generator, n_probes, subspace)
-        if _in_range(squared):
-            return squared.sqrt()
+        before = generator.get_state()
+        norm = _norm(operator, generator, n_probes, subspace)
+        limits = torch.finfo(torch.float32)
+        if limits.tiny**0.2 < float(norm) < limits.max**0.2:
+            return norm
         balanced = operator.balanced()
         if balanced is None:
-            return squared.sqrt()
-        return torch.ldexp(_squared(balanced[0], generator, n_probes, subspace).sqrt(), torch.tensor(balanced[1]))
+            return norm.fill_(math.nan)
+        generator.set_state(before)
+        return _norm(balanced[0], generator, n_probes, subspace) * 2.0 ** balanced[1]
 
 
-def _in_range(squared: Tensor) -> bool:
-    limits = torch.finfo(torch.float32)
-    return bool((squared > limits.tiny**0.4) & (squared < limits.max**0.4))
+def _norm(operator: LinearOperator, generator: torch.Generator, n_probes: int, subspace: Tensor | None) -> Tensor:
+    factors = _factors(operator)
+    others = [factor for factor in factors if not isinstance(factor, Diagonal)]
+    if not others:
+        norm: Tensor = torch.linalg.vector_norm(_gain(factors))
+        return norm
+    weight = others[0].operator if isinstance(others[0], Adjoint) else others[0]
+    if len(others) > 1 or not isinstance(weight, Matrix):
+        return _estimated(operator, generator, n_probes, subspace)
+    middle = factors.index(others[0])
+    left, right = _gain(factors[:middle]), _gain(factors[middle + 1 :])
+    return weight.weighted_norm(left, right) if weight is others[0] else weight.weighted_norm(right, left)
 
 
-def _squared(operator: LinearOperator, generator: torch.Generator, n_probes: int, subspace: Tensor | None) -> Tensor:
-    c, factors = _flatten(operator)
-    matrices = [factor for factor in factors if not isinstance(factor, Diagonal)]
-    if len(matrices) <= 1 and all(_weight(factor) is not None for factor in matrices):
-        return c * c * _exact(factors)
-    return _estimated(operator, generator, n_probes, subspace)
+def _factors(operator: LinearOperator) -> list[LinearOperator]:
+    """Return the factors of nested products, with multiples as diagonals."""
+    match operator:
+        case Product():
+            return [factor for part in operator.operators for factor in _factors(part)]
+        case Scaled():
+            n = operator.shape[1]
+            return [*_factors(operator.operator), Diagonal(_empty(operator).new_ones(n) * operator.c)]
+        case Adjoint() if not isinstance(operator.operator, Matrix):
+            inner = reversed(_factors(operator.operator))
+            return [factor if isinstance(factor, Diagonal) else Adjoint(factor) for factor in inner]
+        case _:
+            return [operator]
 
 
-def _flatten(operator: LinearOperator) -> tuple[float | Tensor, list[LinearOperator]]:
-    """Return the constant and the factors of nested products and multiples."""
-    if isinstance(operator, Scaled):
-        c, factors = _flatten(operator.operator)
-        return c * operator.c, factors
-    if isinstance(operator, Product):
-        c = 1.0
-        factors = []
-        for part in operator.operators:
-            part_c, part_factors = _flatten(part)
-            c, factors = c * part_c, factors + part_factors
-        return c, factors
-    if isinstance(operator, Adjoint) and not isinstance(operator.operator, Matrix):
-        c, factors = _flatten(operator.operator)
-        return c, [factor if isinstance(factor, Diagonal) else Adjoint(factor) for factor in reversed(factors)]
-    return 1.0, [operator]
+def _empty(operator: LinearOperator) -> Tensor:
+    """Return an empty tensor of the device and dtype that sums are kept in."""
+    dtype = torch.float32 if operator.device.type == "mps" else torch.float64
+    return torch.empty(0, dtype=dtype, device=operator.device)
 
 
-def _weight(operator: LinearOperator) -> Matrix | None:
-    inner = operator.operator if isinstance(operator, Adjoint) else operator
-    return inner if isinstance(inner, Matrix) else None
-
-
-def _exact(factors: list[LinearOperator]) -> Tensor:
-    """Return Σ lᵢ² wᵢⱼ² rⱼ² for diagonals l, at most one matrix w, and diagonals r."""
-    middle = next((i for i, factor in enumerate(factors) if not isinstance(factor, Diagonal)), len(factors) - 1)
-    gains = [factor.gain.detach() if isinstance(factor, Diagonal) else None for factor in factors]
-    left, right = (_product_of(gains[:middle]), _product_of(gains[middle + 1 :]))
-    matrix = _weight(factors[middle])
-    if matrix is None:
-        diagonal = _product_of(gains)
-        assert diagonal is not None
-        return diagonal.square().sum()
-    if isinstance(factors[middle], Adjoint):
-        left, right = right, left
-    return matrix.sum_of_squares(left, right)
-
-
-def _product_of(gains: list[Tensor | None]) -> Tensor | None:
-    result: Tensor | None = None
-    for gain in gains:
-        if gain is not None:
-            result = gain.to(_summing(gain)) if result is None else result * gain
-    return result
-
-
-def _summing(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+def _gain(diagonals: Sequence[LinearOperator]) -> Tensor | None:
+    """Return the product of diagonals as a vector, ``None`` for no diagonal."""
+    gains = [diagonal.gain.detach().to(_empty(diagonal)) for diagonal in diagonals if isinstance(diagonal, Diagonal)]
+    return torch.stack(gains).prod(0) if gains else None
 
 
 def _estimated(operator: LinearOperator, generator: torch.Generator, n_probes: int, V: Tensor | None) -> Tensor:
     """Hutch++ with the given subspace."""
-    total = torch.zeros((), dtype=_summing(torch.empty(0, device=operator.device)), device=operator.device)
+    total = _empty(operator).new_zeros(())
     if V is not None:
         V = V.to(operator.device, operator.dtype)
         total += operator.matmat(V).to(total.dtype).square().sum()
@@ -125,4 +109,4 @@ def _estimated(operator: LinearOperator, generator: torch.Generator, n_probes: i
         if V is not None:
             G = G - V @ (V.mT @ G)
         total += operator.matmat(G).to(total.dtype).square().sum() / n_probes
-    return total
+    return total.sqrt()

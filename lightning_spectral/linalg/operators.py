@@ -278,7 +278,7 @@ def balanced_by_largest(operator: LinearOperator, largest: float) -> tuple[Linea
     """Balance an operator whose largest entry is known; see :meth:`LinearOperator.balanced`."""
     if not math.isfinite(largest):
         return None
-    # The scale itself must stay a normal number: 2**±126 in float32, 2**±1022 in float64.
-    limit = 900 if operator.dtype == torch.float64 else 100
+    # The scale, and a vector multiplied by it, must stay normal numbers: 2**±126 in float32, 2**±1022 in float64.
+    limit = 1000 if operator.dtype == torch.float64 else 120
     exponent = max(-limit, min(limit, math.frexp(largest)[1]))
     return (Scaled(operator, math.ldexp(1.0, -exponent)), exponent) if exponent else (operator, 0)

@@ -1,0 +1,1 @@
+"""Tests of operators and solvers against dense matrices in float64."""
