@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import reduce
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -53,7 +53,9 @@ class _Chain:
     normalized_from: int | None = None
 
     def finished(self) -> Linearized:
-        operator = reduce(Scaled, self.scalars, Product(*self.operators))
+        operator: LinearOperator = Product(*self.operators)
+        for scalar in self.scalars:
+            operator = Scaled(operator, scalar)
         if self.normalized_from is None:
             return Linearized(operator)
         return Linearized(operator, Product(*self.operators[self.normalized_from :]))
@@ -158,7 +160,7 @@ def _view(weight: Tensor, runs: tuple[range, ...]) -> Matrix | None:
     first = runs[0]
     if len(runs) == 1:
         return Matrix(weight[first.start : first.stop : first.step])
-    distances = {later.start - earlier.start for earlier, later in zip(runs, runs[1:], strict=False)}
+    distances = {later.start - earlier.start for earlier, later in pairwise(runs)}
     if len(distances) != 1 or len({(len(run), run.step) for run in runs}) != 1 or min(distances) <= 0:
         return None
     row, column = weight.stride()

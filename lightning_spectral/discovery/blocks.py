@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
@@ -11,6 +12,7 @@ from torch import nn
 from lightning_spectral.discovery.branches import FoundBranch, branches_of, finished
 from lightning_spectral.discovery.operations import is_product, weight_operand
 from lightning_spectral.discovery.probe import Prober, Region
+from lightning_spectral.discovery.replay import replay
 from lightning_spectral.discovery.residual import residual_adds
 from lightning_spectral.discovery.sites import linked
 from lightning_spectral.discovery.tape import Tape
@@ -132,7 +134,7 @@ def _problem(
     reaches the stream is proportional to the factor at each site (linear test).
     """
     adds = list({branch.add.output: branch.add for branch in branches}.values())
-    for earlier, later in zip(adds, adds[1:], strict=False):
+    for earlier, later in itertools.pairwise(adds):
         if not linked(tape, later, earlier):
             return "its residual adds do not lie on one stream"
     stream = branches[0].add.skip.leaf
@@ -150,19 +152,17 @@ def _problem(
 
 def _is_linear(tape: Tape, branch: FoundBranch) -> bool:
     """Whether the sum is the stream alone with the site at 0, and proportional to the factor at the site."""
-    content = tape._widened(branch.site.value)
+    content = tape.wide(branch.site.value)
     rest = {
-        term.start: torch.zeros_like(tape._widened(term.start))
-        for term in branch.add.branches
-        if term not in branch.terms
+        term.start: torch.zeros_like(tape.wide(term.start)) for term in branch.add.branches if term not in branch.terms
     }
     zero, one, three = (
-        tape.replay({**rest, branch.site.value: content * factor}, branch.add.output) for factor in (0.0, 1.0, 3.0)
+        replay(tape, {**rest, branch.site.value: content * factor}, branch.add.output) for factor in (0.0, 1.0, 3.0)
     )
     tolerance = 1e-9 * float(three.abs().max() + 1e-300)
     proportional = float((three - zero - 3 * (one - zero)).abs().max()) <= tolerance
     alive = float((one - zero).abs().max()) > tolerance
-    stream = tape._widened(branch.add.skip.start).expand_as(zero)
+    stream = tape.wide(branch.add.skip.start).expand_as(zero)
     return proportional and alive and float((zero - stream).abs().max()) <= tolerance
 
 

@@ -93,7 +93,7 @@ def _count(modules: Mapping[str, nn.Module], factor: Factor, position: int) -> i
 def _listed(modules: Mapping[str, nn.Module], block: str, chain: Chain) -> list[Path]:
     """Experts in a ``ModuleList`` inside the block."""
     names = [factor.parameter for factor in chain if factor.role in MATRICES and factor.parameter]
-    common = os.path.commonprefix([name.split(".") for name in names])
+    common = os.path.commonpath([name.split(".") for name in names])
     for depth in range(len(common), len(block.split(".")) if block else 0, -1):
         container = modules.get(".".join(common[: depth - 1]))
         if not isinstance(container, nn.ModuleList | nn.ModuleDict) or len(container) < 2:

@@ -239,7 +239,7 @@ def _as_ranges(numbers: tuple[int, ...]) -> tuple[range, ...]:
     for number in numbers:
         last = runs[-1] if runs else range(0)
         step = number - last[-1] if last else 1
-        if len(last) == 1 and step > 0 or len(last) > 1 and step == last.step:
+        if (len(last) == 1 and step > 0) or (len(last) > 1 and step == last.step):
             runs[-1] = range(last[0], number + 1, step)
         else:
             runs.append(range(number, number + 1))

@@ -10,7 +10,8 @@ from torch import nn
 from lightning_spectral.discovery.blocks import blocks_of
 from lightning_spectral.discovery.hints import with_hints
 from lightning_spectral.discovery.inputs import guesses
-from lightning_spectral.discovery.tape import Tape, record
+from lightning_spectral.discovery.recorder import record
+from lightning_spectral.discovery.tape import Tape
 from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
 from lightning_spectral.records import ResidualBlock
 
@@ -48,10 +49,15 @@ def find_blocks(
         they were found and what failed.
 
     Raises:
-        ExampleInputError: No example input could be run.
+        ExampleInputError: No example input could be run, or the model is on the meta device.
         BlocksNotFoundError: The pass contains no residual block; the message says what was tried.
         ConfigurationError: The hints do not fit the model.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ExampleInputError(
+            f"{type(model).__name__} has parameters on the meta device, which hold no numbers: materialize it first "
+            "(to_empty and initialize, or load a checkpoint), then look for its blocks"
+        )
     try:
         tape, description = _recorded(model, example_inputs, example_kwargs)
         blocks, refusals = blocks_of(tape, model)
@@ -69,8 +75,10 @@ def find_blocks(
 def _nothing_found(model: nn.Module, description: str, refusals: list[str]) -> str:
     lines = [
         f"no residual block was found in {type(model).__name__}.",
-        f"Tried: one forward pass on {description}; a residual block is a sum x + f(x) in it, where f multiplies x "
-        "with weights.",
+        (
+            f"Tried: one forward pass on {description}; a residual block is a sum x + f(x) in it, where f multiplies x "
+            "with weights."
+        ),
     ]
     lines += [f"Refused: {reason}." for reason in dict.fromkeys(refusals)]
     return "\n".join([*lines, _HATCH])
@@ -90,16 +98,12 @@ def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
                     f"the model cannot be run on the given example input: {type(error).__name__}: {error}"
                 ) from error
             attempts.append(f"  {type(module).__name__} on {description}: {type(error).__name__}: {_short(error)}")
-    raise ExampleInputError(
-        "\n".join(
-            [
-                f"{type(model).__name__} could not be run on any guessed input, and its structure is read from one "
-                "forward pass. Pass an example: find_blocks(model, example_input), or set example_input_array on the "
-                "LightningModule. Tried:",
-                *(attempts or ["  nothing: the model gives no sign of what it takes"]),
-            ]
-        )
+    advice = (
+        f"{type(model).__name__} could not be run on any guessed input, and its structure is read from one forward "
+        "pass. Pass an example: find_blocks(model, example_input), or set example_input_array on the LightningModule. "
+        "Tried:"
     )
+    raise ExampleInputError("\n".join([advice, *(attempts or ["  nothing: the model gives no sign of what it takes"])]))
 
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], Any]:

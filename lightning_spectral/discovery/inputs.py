@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,22 +29,22 @@ def guesses(model: nn.Module) -> Iterator[tuple[str, Callable[[], Inputs]]]:
         yield "example_input_array", lambda: _as_inputs(model.example_input_array)
     if getattr(model, "config", None) is not None and hasattr(model, "main_input_name"):
         yield f"{model.main_input_name} by the model's config", lambda: ((), _by_config(model))
-    vocabulary = _vocabulary(model)
     count = len(_required(model))
+    vocabulary = _vocabulary(model)
     if vocabulary is not None:
         yield (
             f"{count} argument(s) of token ids below {vocabulary}, shape ({_BATCH}, {_TOKENS})",
-            lambda: (tuple(_ids(model, vocabulary) for _ in range(count)), {}),
+            partial(_repeated, partial(_ids, model, vocabulary), count),
         )
-    for channels, size in _images(model):
-        shape = (_BATCH, channels, size, size)
-        yield f"floats of shape {shape}", lambda shape=shape: ((_floats(model, shape),), {})
-    for width in _widths(model):
-        shapes = [(_BATCH, _TOKENS, width)] * count
+    for shape in (*_image_shapes(model), *((_BATCH, _TOKENS, width) for width in _widths(model))):
         yield (
-            f"{count} argument(s) of floats of shape ({_BATCH}, {_TOKENS}, {width})",
-            lambda shapes=shapes: (tuple(_floats(model, shape) for shape in shapes), {}),
+            f"{count} argument(s) of floats of shape {shape}",
+            partial(_repeated, partial(_floats, model, shape), count),
         )
+
+
+def _repeated(make: Callable[[], Tensor], count: int) -> Inputs:
+    return tuple(make() for _ in range(count)), {}
 
 
 def _as_inputs(example: Any) -> Inputs:
@@ -92,19 +93,16 @@ def _widths(model: nn.Module) -> list[int]:
     return list(dict.fromkeys(candidates))
 
 
-def _images(model: nn.Module) -> Iterator[tuple[int, int]]:
+def _image_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if convolution is None:
         return
-    named = [
-        getattr(owner, name, None)
-        for owner in (model, getattr(model, "config", None))
-        for name in ("image_size", "img_size", "input_size")
-    ]
-    sizes = [item[-1] if isinstance(item, tuple | list) else item for item in named if item]
+    owners = (model, getattr(model, "config", None))
+    named = [getattr(owner, name, None) for owner in owners for name in ("image_size", "img_size", "input_size")]
+    sizes = [size[-1] if isinstance(size, tuple | list) else size for size in named if size]
     for size in dict.fromkeys([*sizes, 224, 32, 16]):
         if isinstance(size, int):
-            yield convolution.in_channels * (convolution.groups == 1) or convolution.in_channels, size
+            yield _BATCH, convolution.in_channels, size, size
 
 
 def _by_config(model: Any) -> dict[str, Any]:

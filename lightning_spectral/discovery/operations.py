@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from lightning_spectral.discovery.tape import Operation, Ref, Tape
 
@@ -20,17 +20,18 @@ __all__ = [
 
 # Data movement, casts and linear reductions: the output holds the entries of one input. The number is the position of
 # that input among the arguments.
-_MOVES = {
-    name: 0
-    for name in (
-        "view _unsafe_view reshape permute transpose t expand squeeze unsqueeze slice select split split_with_sizes "
-        "unsafe_split unsafe_chunk chunk unbind clone _to_copy to contiguous alias detach lift_fresh index "
-        "index_select gather take_along_dim roll flip constant_pad_nd pad repeat repeat_interleave narrow unflatten "
-        "flatten movedim as_strided unfold sum cumsum native_dropout dropout masked_fill _reshape_alias squeeze_copy "
-        "expand_copy fill_diagonal tril triu diagonal avg_pool1d avg_pool2d _adaptive_avg_pool2d mean slice_backward "
-        "_conj resolve_conj real view_as_real view_as_complex pixel_shuffle pixel_unshuffle col2im im2col"
-    ).split()
-} | {"copy": 1, "where": 1}
+# fmt: off
+_MOVES = dict.fromkeys((
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "movedim", "flatten",
+    "unflatten", "expand", "expand_copy", "squeeze", "squeeze_copy", "unsqueeze", "slice", "select", "split",
+    "split_with_sizes", "unsafe_split", "unsafe_chunk", "chunk", "unbind", "narrow", "as_strided", "unfold",
+    "diagonal", "index", "index_select", "gather", "take_along_dim", "roll", "flip", "repeat", "repeat_interleave",
+    "constant_pad_nd", "pad", "pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", "clone", "contiguous", "alias",
+    "detach", "lift_fresh", "_to_copy", "to", "_conj", "resolve_conj", "real", "view_as_real", "view_as_complex",
+    "sum", "mean", "cumsum", "avg_pool1d", "avg_pool2d", "_adaptive_avg_pool2d", "tril", "triu", "masked_fill",
+    "dropout", "native_dropout",
+), 0) | {"copy": 1, "where": 1}
+# fmt: on
 
 _MULTIPLICATIONS = {"mul", "div", "multiply", "true_divide"}
 _ADDITIONS = {"add", "sub", "rsub"}
@@ -199,7 +200,8 @@ def is_product(tape: Tape, operation: Operation) -> bool:
 
 def _is_product(tape: Tape, operation: Operation) -> bool:
     known = base_name(operation) in _PRODUCTS
-    foreign = operation.function is not None and not operation.function._schema.name.startswith(("aten::", "prims::"))
+    schema = getattr(operation.function, "_schema", None)
+    foreign = schema is not None and not schema.name.startswith(("aten::", "prims::"))
     if not (known or foreign) or not any(tape.is_data(output) for output in operation.outputs):
         return False
     weight = weight_operand(tape, operation)
@@ -224,8 +226,3 @@ def is_mixing_without_weights(operation: Operation) -> bool:
 def is_norm(operation: Operation) -> bool:
     """Whether the operation is a fused normalization."""
     return operation.name in ("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm", "native_group_norm")
-
-
-def shape_of(tape: Tape, values: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes of several values."""
-    return tuple(tape.shape(value) for value in values)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_spectral.discovery.replay import replay
 from lightning_spectral.discovery.tape import Tape, wide_dtype
 
 __all__ = ["Prober", "Region"]
@@ -79,14 +80,14 @@ class Prober:
 
     def _moved_positions(self, region: Region) -> int:
         tape = self.tape
-        stream = tape._widened(region.stream).clone()
+        stream = tape.wide(region.stream).clone()
         channel = self._channel_dim(region)
-        before = tape.replay({region.stream: stream}, region.leaf)
+        before = replay(tape, {region.stream: stream}, region.leaf)
         rows = stream.movedim(channel, -1)
         index = (0,) * (rows.dim() - 1)
         scale = float(rows.abs().mean()) or 1.0
         rows[index] += 1e-3 * scale * _noise(rows[index].shape, stream)
-        after = tape.replay({region.stream: stream}, region.leaf)
+        after = replay(tape, {region.stream: stream}, region.leaf)
         change = (after - before).movedim(channel, -1).abs().amax(-1).flatten()
         return int((change > 1e-9 * float(change.max())).sum()) - 1 if float(change.max()) > 0 else 0
 
@@ -107,7 +108,7 @@ class Prober:
         second = {value: _noise(self.tape.shape(value), self._like(value), seed=2) for value in sources}
         middle = {value: (first[value] + second[value]) / 2 for value in first}
         try:
-            ends = [self.tape.replay(content, target, frozen=frozen) for content in (first, second, middle)]
+            ends = [replay(self.tape, content, target, frozen=frozen) for content in (first, second, middle)]
         except (RuntimeError, IndexError, ValueError, TypeError):
             return False  # content-dependent shapes: certainly not affine
         if not ends[0].is_floating_point():
@@ -126,7 +127,7 @@ class Prober:
         other = torch.where(coin.to(content.device), content, _noise(content.shape, content, seed=7))
         try:
             moved = [
-                self.tape.replay({source: content}, value) != self.tape.replay({source: other}, value)
+                replay(self.tape, {source: content}, value) != replay(self.tape, {source: other}, value)
                 for value in (first, second)
             ]
         except (RuntimeError, IndexError, ValueError, TypeError):
@@ -189,7 +190,7 @@ class Prober:
 
     def _columns(self, sources: Mapping[int, Tensor], target: tuple[int, ...], frozen: Iterable[int]) -> Tensor:
         value, *dimensions = target
-        result = self.tape.replay(sources, value, frozen=frozen)
+        result = replay(self.tape, sources, value, frozen=frozen)
         channels = math.prod(result.shape[dimension] for dimension in dimensions)
         return result.movedim(dimensions, tuple(range(-len(dimensions), 0))).reshape(-1, channels)
 

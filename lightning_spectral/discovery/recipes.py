@@ -88,32 +88,41 @@ def _step(tape: Tape, operation: Operation, value: int) -> tuple[int, tuple[Step
 
 
 def _view_step(tape: Tape, operation: Operation, name: str, source: int, value: int) -> Step:
-    args = [list(item) if isinstance(item, tuple) else item for item in operation.args]
+    args = tuple(tuple(item) if isinstance(item, list) else item for item in operation.args[1:])
     shape = tape.shape(source)
-    if name == "t":
-        return ("transpose", -2, -1)
-    if name == "transpose":
-        return ("transpose", *sorted(item if item < 0 else item - len(shape) for item in args[1:3]))
+    if name in ("t", "transpose"):
+        dims: tuple[Any, ...] = args[:2] if name == "transpose" else (-2, -1)
+        return ("transpose", *sorted(item if item < 0 else item - len(shape) for item in dims))
     if name in ("squeeze", "unsqueeze", "permute", "expand", "movedim"):
-        return (name, *(tuple(item) if isinstance(item, list) else item for item in args[1:]))
+        return (name, *args)
     if name in ("view", "_unsafe_view", "reshape", "unflatten", "flatten"):
         return ("reshape", tape.shape(value))
-    if name == "select":
-        return ("select", args[1], args[2])
-    number = operation.outputs.index(value)
-    if name == "unbind":
-        return ("select", args[1] if len(args) > 1 else 0, number)
-    if name in ("split", "split_with_sizes", "chunk"):
-        dimension = args[2] if len(args) > 2 else 0
-        start = sum(tape.shape(output)[dimension] for output in operation.outputs[:number])
-        return ("narrow", dimension, start, tape.shape(value)[dimension])
-    if name == "slice" and (len(args) < 5 or args[4] == 1):
-        dimension = args[1] if len(args) > 1 else 0
-        start = args[2] if len(args) > 2 and args[2] is not None else 0
-        return ("narrow", dimension, start % shape[dimension] if start < 0 else start, tape.shape(value)[dimension])
     if name in ("index", "index_select", "gather") and len(shape) >= 3:
         return ("experts",)
-    raise NoRecipeError(f"it is rearranged by the operation {operation.name!r}")
+    part = _part_step(tape, operation, name, args, shape, value)
+    if part is None:
+        raise NoRecipeError(f"it is rearranged by the operation {operation.name!r}")
+    return part
+
+
+def _part_step(
+    tape: Tape, operation: Operation, name: str, args: tuple[Any, ...], shape: tuple[int, ...], value: int
+) -> Step | None:
+    """Return the step that takes one part of a tensor."""
+    number = operation.outputs.index(value)
+    if name == "select":
+        return ("select", args[0], args[1])
+    if name == "unbind":
+        return ("select", args[0] if args else 0, number)
+    if name in ("split", "split_with_sizes", "chunk"):
+        dimension = int(args[1]) if len(args) > 1 else 0
+        start = sum(tape.shape(output)[dimension] for output in operation.outputs[:number])
+        return ("narrow", dimension, start, tape.shape(value)[dimension])
+    if name == "slice" and (len(args) < 4 or args[3] == 1):
+        dimension = int(args[0]) if args else 0
+        start = int(args[1] or 0) if len(args) > 1 else 0
+        return ("narrow", dimension, start % shape[dimension] if start < 0 else start, tape.shape(value)[dimension])
+    return None
 
 
 def _simplified(steps: tuple[Step, ...]) -> tuple[Step, ...]:

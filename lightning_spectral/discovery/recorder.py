@@ -1,0 +1,245 @@
+"""Record one forward pass, and leave the model as it was."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path
+
+from lightning_spectral.discovery.replay import map_leaves, tensors_in, written_tensors
+from lightning_spectral.discovery.tape import Call, Operation, Place, Ref, Tape
+
+__all__ = ["record"]
+
+
+@dataclass(slots=True)
+class _Storage:
+    """What is known of one storage: the values in it, those that a write made stale, and the writes so far."""
+
+    current: dict[Place, int] = field(default_factory=dict)
+    stale: dict[Place, tuple[int, int]] = field(default_factory=dict)
+    writes: list[int] = field(default_factory=list)
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Appends every operation below autograd to a tape."""
+
+    supports_higher_order_operators = True  # flex_attention
+
+    def __init__(self, tape: Tape, names: Mapping[Place, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tape = tape
+        self.storages: defaultdict[int, _Storage] = defaultdict(_Storage)
+        self.names = names
+        self.owned = {place.storage for place in names}
+        self.changed: dict[int, tuple[Tensor, Tensor]] = {}
+        self.stack: list[int] = []
+        self.keep: list[Tensor] = []
+
+    def lookup(self, tensor: Tensor, *, data: bool = False) -> int:
+        """Return the value that a tensor holds now, adding it where it is new."""
+        place = _place(tensor)
+        storage = self.storages[place.storage]
+        if place in storage.current:
+            return storage.current[place]
+        if place in storage.stale:
+            return self._refresh(tensor, place, storage)
+        value = self.tape.add_value(tensor.detach(), place, -1, ())
+        self.keep.append(tensor)
+        if place in self.names:
+            self.tape.names[value] = self.names[place]
+            self.tape.parameters |= 1 << value
+        if data:
+            self.tape.data |= 1 << value
+        storage.current[place] = value
+        return value
+
+    def _refresh(self, tensor: Tensor, place: Place, storage: _Storage) -> int:
+        old, since = storage.stale.pop(place)
+        inputs = (old, *storage.writes[since:])
+        operation = Operation(len(self.tape.operations), "refresh", None, (), {}, inputs, call=self._call)
+        value = self._append(operation, [tensor.detach()], [place])
+        storage.current[place] = value
+        return value
+
+    @property
+    def _call(self) -> int:
+        return self.stack[-1] if self.stack else -1
+
+    def _append(self, operation: Operation, tensors: Sequence[Tensor], places: Sequence[Place]) -> int:
+        tape = self.tape
+        tape.operations.append(operation)
+        operation.outputs = tuple(
+            tape.add_value(tensor, place, operation.index, operation.inputs)
+            for tensor, place in zip(tensors, places, strict=True)
+        )
+        for parent in operation.inputs:
+            tape.readers[parent].append(operation.index)
+        return operation.outputs[0] if operation.outputs else -1
+
+    def _before_write(self, tensor: Tensor) -> None:
+        """Keep what a storage holds before it is written to, in every value that lives in it."""
+        place = _place(tensor)
+        storage = self.storages[place.storage]
+        flat = tensor.detach().as_strided((_storage_length(tensor),), (1,), 0).clone()
+        if place.storage in self.owned and place.storage not in self.changed:
+            self.changed[place.storage] = (tensor.detach().as_strided(flat.shape, (1,), 0), flat)
+        for known, value in storage.current.items():
+            if known.dtype == place.dtype:
+                self.tape.tensors[value] = flat.as_strided(known.shape, known.strides, known.offset)
+            storage.stale[known] = (value, len(storage.writes))
+        storage.current.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and note it."""
+        kwargs = kwargs or {}
+        inputs: list[int] = []
+
+        def note(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            inputs.append(self.lookup(leaf))
+            return Ref(inputs[-1])
+
+        noted_args, noted_kwargs = map_leaves(note, tuple(args)), map_leaves(note, dict(kwargs))
+        written = written_tensors(func, args, kwargs)
+        for tensor in written:
+            self._before_write(tensor)
+        result = func(*args, **kwargs)
+        self._note_result(func, noted_args, noted_kwargs, tuple(dict.fromkeys(inputs)), written, result)
+        return result
+
+    def _note_result(
+        self, func: Any, args: Any, kwargs: Any, inputs: tuple[int, ...], written: list[Tensor], result: Any
+    ) -> None:
+        tensors = written + tensors_in(result)
+        places = [_place(tensor) for tensor in tensors]
+        schema = getattr(func, "_schema", None)
+        name = func.name() if schema is None else schema.name.split("::")[-1]
+        operation = Operation(len(self.tape.operations), name, func, args, kwargs, inputs, call=self._call)
+        if not written and len(places) == 1 and places[0] in self.storages[places[0].storage].current:
+            return  # a view of the whole (detach, alias, view to the same shape) is the value itself
+        self._append(operation, [tensor.detach() for tensor in tensors], places)
+        self.keep += tensors
+        for number, (place, value) in enumerate(zip(places, operation.outputs, strict=True)):
+            storage = self.storages[place.storage]
+            if number < len(written):
+                storage.writes.append(value)
+            if number < len(written) or place not in storage.current:
+                storage.current[place] = value
+                storage.stale.pop(place, None)
+
+    def restore(self) -> None:
+        """Undo what the forward pass wrote into parameters and buffers."""
+        for live, before in self.changed.values():
+            live.copy_(before)
+
+
+def _place(tensor: Tensor) -> Place:
+    shape = tuple(map(int, tensor.shape))
+    try:
+        storage = tensor.untyped_storage()._cdata
+        return Place(storage, int(tensor.storage_offset()), shape, tuple(map(int, tensor.stride())), tensor.dtype)
+    except (NotImplementedError, RuntimeError):  # sparse tensors and wrappers have no storage of their own
+        return Place(id(tensor), 0, shape, (), tensor.dtype)
+
+
+def _storage_length(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes() // tensor.element_size()
+
+
+def _watch_calls(model: nn.Module, recorder: _Recorder, stack: ExitStack) -> None:
+    """Hook every module until the stack closes, so that the tape knows which call made which value."""
+    calls = recorder.tape.calls
+
+    def enter(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            call = Call(len(calls), path, recorder.stack[-1] if recorder.stack else -1)
+            calls.append(call)
+            recorder.stack.append(call.index)
+
+        return hook
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls[recorder.stack.pop()].outputs = tuple(_values(recorder, output))
+
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            stack.callback(module.register_forward_pre_hook(enter(path), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
+
+
+def _values(recorder: _Recorder, output: Any) -> Iterator[tuple[int | str | None, int]]:
+    """Yield the place in a returned structure (index, key or field) and the value there, for every tensor in it."""
+    if isinstance(output, Tensor):
+        yield None, recorder.lookup(output)
+        return
+    for path, leaf in tree_flatten_with_path(output)[0]:
+        if isinstance(leaf, Tensor) and path:
+            key = next((getattr(path[0], name) for name in ("idx", "key", "name") if hasattr(path[0], name)), None)
+            yield key, recorder.lookup(leaf)
+
+
+def record(model: nn.Module, run: Callable[[], Any], inputs: Any) -> Tape:
+    """Record one forward pass.
+
+    The pass runs in evaluation mode, without autocast and with grad enabled (which keeps the fused fast path of
+    ``torch.nn`` transformer layers off). Parameters, buffers, hooks, training flags and every random stream are as
+    before afterwards.
+
+    Args:
+        model: The model whose modules are watched.
+        run: Runs the forward pass.
+        inputs: The arguments of that pass; every tensor in them counts as data.
+
+    Returns:
+        The recorded graph.
+    """
+    tape = Tape()
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    recorder = _Recorder(tape, {_place(tensor): name for name, tensor in reversed(tensors)})
+    with ExitStack() as stack:
+        stack.enter_context(_undisturbed(model, {tensor.device for _, tensor in tensors}))
+        stack.enter_context(torch.enable_grad())
+        for leaf in tree_flatten(inputs)[0]:
+            if isinstance(leaf, Tensor):
+                recorder.lookup(leaf, data=True)
+        _watch_calls(model, recorder, stack)
+        try:
+            with recorder:
+                run()
+        finally:
+            with torch.no_grad():
+                recorder.restore()
+    return tape
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[None]:
+    """Evaluation mode, no autocast, no compilation; training flags and random streams are put back at the end."""
+    accelerators = [device for device in devices if device.type == "cuda"]
+    modes = [(module, module.training) for module in model.modules()]
+    streams = random.getstate(), np.random.get_state()  # a user's forward may draw from them
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(accelerators))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for kind in {"cpu", *(device.type for device in devices)} - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        try:
+            for module, _ in modes:
+                module.training = False  # not .eval(), which a module may have overridden
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            random.setstate(streams[0])
+            np.random.set_state(streams[1])

@@ -1,0 +1,160 @@
+"""Run a slice of a recorded forward pass again, on other content, in float64, without touching the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.discovery.tape import Operation, Place, Ref, Tape, bits
+
+__all__ = ["map_leaves", "replay", "tensors_in", "written_tensors"]
+
+
+def replay(tape: Tape, sources: Mapping[int, Tensor], target: int, *, frozen: Iterable[int] = ()) -> Tensor:
+    """Compute a value from other values.
+
+    Args:
+        tape: The recorded forward pass.
+        sources: New content for some values, in float64 where it is floating point.
+        target: The value to compute.
+        frozen: Values that keep their recorded content even where they depend on a source.
+
+    Returns:
+        The content that ``target`` has with the new sources.
+    """
+    environment: dict[int, Tensor] = dict(sources)
+    fixed = {*frozen, *sources}
+
+    def fetch(value: int) -> Tensor:
+        return environment[value] if value in environment else tape.wide(value)
+
+    done: set[int] = set()
+    with torch.no_grad():
+        for value in bits(tape.ancestors[target] & ~((1 << min(sources)) - 1)):
+            operation = tape.producer(value)
+            if operation is None or operation.index in done or value in fixed:
+                continue
+            if not any(parent in environment for parent in operation.inputs):
+                continue
+            done.add(operation.index)
+            for output, tensor in zip(operation.outputs, _execute(tape, operation, fetch), strict=True):
+                if output not in fixed and tensor is not None:
+                    environment[output] = tensor
+    return fetch(target)
+
+
+def _execute(tape: Tape, operation: Operation, fetch: Callable[[int], Tensor]) -> Sequence[Tensor | None]:
+    """Run one operation functionally: what the original wrote in place is written to a copy."""
+    if operation.function is None:
+        return [_refresh(tape, operation, fetch)]
+
+    def restore(leaf: Any) -> Any:
+        if isinstance(leaf, Ref):
+            return fetch(leaf.value)
+        if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
+            return torch.float64
+        return leaf
+
+    args, kwargs = map_leaves(restore, operation.args), map_leaves(restore, operation.kwargs)
+    written = written_tensors(operation.function, args, kwargs)
+    copies = {id(tensor): tensor.clone() for tensor in written}
+    if copies:
+        args, kwargs = (
+            map_leaves(lambda leaf: copies.get(id(leaf), leaf), part) if part else part for part in (args, kwargs)
+        )
+    result = _call(operation, args, kwargs)
+    found = [copies[id(tensor)] for tensor in written] + tensors_in(result)
+    return [*found, *[None] * len(operation.outputs)][: len(operation.outputs)]
+
+
+def _call(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call the operation, or what stands in for a kernel that knows no float64."""
+    assert operation.function is not None
+    try:
+        return operation.function(*args, **kwargs)
+    except (RuntimeError, NotImplementedError):
+        if operation.name == "_grouped_mm":
+            return _grouped_product(*args, **kwargs)
+        single = [map_leaves(_in_float32, part) for part in (tuple(args), dict(kwargs))]
+        return map_leaves(_in_float64, operation.function(*single[0], **single[1]))
+
+
+def _grouped_product(rows: Tensor, weights: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    if offsets is None or rows.dim() != 2 or weights.dim() != 3:
+        return rows @ weights
+    ends = offsets.tolist()
+    parts = [rows[start:end] @ weight for start, end, weight in zip([0, *ends], ends, weights, strict=False)]
+    return torch.cat([*parts, rows.new_zeros(rows.shape[0] - ends[-1], weights.shape[-1])])
+
+
+def _in_float32(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) and leaf.dtype == torch.float64:
+        return leaf.float()
+    return torch.float32 if leaf == torch.float64 else leaf
+
+
+def _in_float64(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.dtype == torch.float32 else leaf
+
+
+def _refresh(tape: Tape, operation: Operation, fetch: Callable[[int], Tensor]) -> Tensor:
+    """Recompute a view after writes to its storage: lay the old content out, write the changed parts, read the view."""
+    old, *writes = operation.inputs
+    place = tape.places[operation.outputs[0]]
+    extents = [_extent(tape.places[value]) for value in operation.inputs]
+    content = fetch(old)
+    flat = content.new_zeros(max(extents))
+    for value in (old, *writes):
+        part = tape.places[value]
+        flat.as_strided(part.shape, part.strides, part.offset).copy_(fetch(value))
+    return flat.as_strided(place.shape, place.strides, place.offset).clone()
+
+
+def _extent(place: Place) -> int:
+    if 0 in place.shape:
+        return place.offset
+    return place.offset + 1 + sum((size - 1) * stride for size, stride in zip(place.shape, place.strides, strict=True))
+
+
+def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
+    """Apply a function to every leaf of nested lists, tuples and dicts."""
+    # Arguments of an operation are lists, tuples and dicts only; torch's general tree_map takes four times as long.
+    if type(structure) in (list, tuple):
+        return type(structure)([map_leaves(function, item) for item in structure])
+    if type(structure) is dict:
+        return {key: map_leaves(function, item) for key, item in structure.items()}
+    return function(structure)
+
+
+def tensors_in(structure: Any) -> list[Tensor]:
+    """Return the tensors in the arguments or the result of an operation."""
+    if isinstance(structure, Tensor):
+        return [structure]
+    if isinstance(structure, dict):
+        structure = structure.values()
+    elif not isinstance(structure, list | tuple):
+        return []
+    return [tensor for item in structure for tensor in tensors_in(item)]
+
+
+def written_tensors(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors that an operation writes to, by its schema."""
+    tensors: list[Tensor] = []
+    if getattr(function, "_schema", None) is None:
+        return tensors  # a higher-order operator
+    for position, name in _write_positions(function):
+        tensors += tensors_in(args[position] if position < len(args) else kwargs.get(name))
+    return tensors
+
+
+@cache
+def _write_positions(function: Any) -> tuple[tuple[int, str], ...]:
+    return tuple(
+        (len(function._schema.arguments) if argument.kwarg_only else position, argument.name)
+        for position, argument in enumerate(function._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
