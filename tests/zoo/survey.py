@@ -23,10 +23,10 @@ def expected_blocks(entry: Entry) -> tuple[ExpectedBlock, ...]:
     """The blocks of an entry, stack by stack and in order within each stack."""
     stacks = list(dict.fromkeys(pattern["list"] for pattern in entry["blocks"]))
     numbered = [(stacks.index(pattern["list"]), i, pattern) for pattern in entry["blocks"] for i in pattern["indices"]]
-    return tuple(_block(pattern, index) for _, index, pattern in sorted(numbered, key=lambda item: item[:2]))
+    return tuple(_block(entry, pattern, index) for _, index, pattern in sorted(numbered, key=lambda item: item[:2]))
 
 
-def _block(pattern: Entry, index: int) -> ExpectedBlock:
+def _block(entry: Entry, pattern: Entry, index: int) -> ExpectedBlock:
     name = f"{pattern['list']}.{index}"
     others = tuple(_sites(pattern, name, site) for site in pattern["other"])
     return ExpectedBlock(
@@ -38,6 +38,7 @@ def _block(pattern: Entry, index: int) -> ExpectedBlock:
         mlp_kinds=("mlp", "mixer") if "3-D parameters" in pattern["mlp_flags"] else ("mlp",),
         other_kinds=tuple("mlp" if "per_layer_input" in site else "cross_attention" for site in pattern["other"]),
         calls=_calls(pattern),
+        verified=entry["residual_add"] != "affine (h+b)*s",
     )
 
 

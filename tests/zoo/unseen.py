@@ -262,22 +262,29 @@ def encoders() -> list[Example]:
         _member(
             "wav2vec2",
             "Wav2Vec2Model",
-            _decoder(
-                "encoder.layers",
-                ("attention", "attention.out_proj", "dropout"),
-                ("feed_forward", "feed_forward.output_dense", "feed_forward.output_dropout"),
+            (
+                ExpectedBlock("encoder.pos_conv_embed", ("encoder.pos_conv_embed",), kinds=("mixer",)),
+                *_decoder(
+                    "encoder.layers",
+                    ("attention", "attention.out_proj", "dropout"),
+                    ("feed_forward", "feed_forward.output_dense", "feed_forward.output_dropout"),
+                ),
             ),
             WAV2VEC2,
             sound_inputs,
             norm_scheme="post",
-            note="before the blocks a convolution of the positions is added to the stream",
+            note="the first block is a convolution of the positions, added to the stream",
         ),
         _member(
             "siglip_vision",
             "SiglipVisionModel",
-            _decoder("encoder.layers", ("self_attn", "self_attn.out_proj"), ("mlp", "mlp.fc2")),
+            (
+                *_decoder("encoder.layers", ("self_attn", "self_attn.out_proj"), ("mlp", "mlp.fc2")),
+                ExpectedBlock("head", None, ("head.mlp", "head.mlp.fc2"), verified=False),
+            ),
             {"image_size": 16, "patch_size": 8},
             vision_inputs,
+            note="the head pools by attention, and adds an MLP to what it pooled",
         ),
         _member(
             "swin",
