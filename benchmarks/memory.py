@@ -1,4 +1,4 @@
-"""What watching needs: the peak of memory during a measurement beyond what the model has, over the bytes of its weights.
+"""What watching needs: the peak of memory while measuring, beyond what the model has, over the bytes of its weights.
 
     python benchmarks/memory.py
 

@@ -37,7 +37,7 @@ class Crossing:
     def __str__(self) -> str:
         """Say what happened in one clause."""
         where = {-1: "is below", 0: "is back in", 1: "is above"}[self.side]
-        return f"block {self.index} ({self.name}) {where} the zone at {self.ratio:.3g}"
+        return f"block {self.index} ({self.name}) {where} the zone at {self.ratio:.4g}"
 
 
 def zone_crossings(sides: Mapping[int, int], measurement: Measurement) -> tuple[list[Crossing], Sides]:

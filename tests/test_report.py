@@ -20,7 +20,9 @@ from lightning_spectral.report import heatmap
 
 def measurement(step: int, ratios: Sequence[float | None], **fields: object) -> Measurement:
     layers = tuple(
-        LayerMeasurement(index, f"blocks.{index}", mlp_norm=ratio, attention_norm=1.0, mlp_reason=None if ratio else "NaN")
+        LayerMeasurement(
+            index, f"blocks.{index}", mlp_norm=ratio, attention_norm=1.0, mlp_reason=None if ratio else "NaN"
+        )
         for index, ratio in enumerate(ratios)
     )
     return Measurement(step, **{"linearization": "circuit", "layers": layers} | fields)  # type: ignore[arg-type]
