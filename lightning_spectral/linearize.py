@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_spectral.discovery.experts import resolve
+from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.linalg import Adjoint, Diagonal, Gather, LinearOperator, Matrix, Product, Scaled
 from lightning_spectral.records import Factor, Path
 

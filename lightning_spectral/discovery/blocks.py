@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_spectral.discovery.branches import FoundBranch, branches_of, finished
 from lightning_spectral.discovery.operations import is_product, weight_operand
+from lightning_spectral.discovery.paths import common_parts
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.replay import replay
 from lightning_spectral.discovery.residual import residual_adds
@@ -76,24 +77,14 @@ def _named_groups(modules: Mapping[str, nn.Module], branches: Sequence[FoundBran
 
 def _entries(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[str]:
     """Return the container entries around some modules, the innermost first."""
-    parts = _common(paths)
+    parts = common_parts(paths)
     prefixes = [(".".join(parts[:depth]), ".".join(parts[: depth - 1])) for depth in range(len(parts), 0, -1)]
     containers = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
     return [entry for entry, parent in prefixes if isinstance(modules.get(parent), containers)]
 
 
-def _common(paths: Iterable[str]) -> list[str]:
-    split = [path.split(".") if path else [] for path in paths]
-    common = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return common
-
-
 def _enclosing(paths: Iterable[str]) -> str:
-    return ".".join(_common(paths)[:-1])
+    return ".".join(common_parts(paths)[:-1])
 
 
 def _is_complete(branches: Sequence[FoundBranch]) -> bool:
@@ -139,7 +130,7 @@ def _problem(
             return "its residual adds do not lie on one stream"
     stream = branches[0].add.skip.leaf
     for value, weight in outside:
-        if weight.startswith(f"{name}.") and tape.depends(value, stream):
+        if weight.startswith(f"{name}.") and value != stream and tape.depends(value, stream):
             return f"{weight} acts outside the branches that were found"
     for branch in branches:
         if not branch.site.path:

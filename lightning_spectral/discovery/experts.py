@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
 
 from lightning_spectral.discovery.factors import MATRICES, STACK, Chain
+from lightning_spectral.discovery.paths import common_parts, resolve
 from lightning_spectral.records import BranchKind, Factor, Path
 
-__all__ = ["resolve", "with_all_experts"]
-
-
-def resolve(model: nn.Module, path: str) -> object:
-    """Return the attribute at a dotted path (parameters, buffers and parametrized weights alike)."""
-    value: object = model
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
+__all__ = ["with_all_experts"]
 
 
 def with_all_experts(
@@ -93,7 +85,7 @@ def _count(modules: Mapping[str, nn.Module], factor: Factor, position: int) -> i
 def _listed(modules: Mapping[str, nn.Module], block: str, chain: Chain) -> list[Path]:
     """Experts in a ``ModuleList`` inside the block."""
     names = [factor.parameter for factor in chain if factor.role in MATRICES and factor.parameter]
-    common = os.path.commonpath([name.split(".") for name in names])
+    common = common_parts(names)
     for depth in range(len(common), len(block.split(".")) if block else 0, -1):
         container = modules.get(".".join(common[: depth - 1]))
         if not isinstance(container, nn.ModuleList | nn.ModuleDict) or len(container) < 2:

@@ -22,7 +22,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from lightning_spectral.discovery.experts import resolve
+from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import Branch, BranchKind, Factor, FactorRole, Path, ResidualBlock
 
