@@ -463,6 +463,45 @@ def test_it_can_be_pickled_before_and_after_a_run(tmp_path: Path):
     assert pickle.loads(pickle.dumps(monitor)).state_dict()["measured_step"] == 8
 
 
+def run_script(folder: Path, text: str) -> None:
+    (folder / "script.py").write_text(text)
+    tests = Path(__file__).parent
+    here = os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(command, cwd=folder, env=here, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_agree_write_once_and_train_as_if_unwatched(tmp_path: Path):
+    run_script(
+        tmp_path,
+        """
+import sys
+from datetime import timedelta
+from pathlib import Path
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from tiny_run import LitGPT, fit
+from lightning_spectral import SpectralMonitor
+from lightning.pytorch import seed_everything
+
+for name, monitors in (("alone", []), ("watched", [SpectralMonitor(every_n_steps=2, on_error="raise")])):
+    seed_everything(0)
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=30))
+    module = LitGPT(dropout=0.2)
+    trainer = fit(Path(name), monitors, module=module, max_steps=4, devices=2, strategy=strategy)
+    metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k != "train/loss" and "seconds" not in k}
+    torch.save({"weights": module.state_dict(), "metrics": metrics}, f"{name}-{trainer.global_rank}.pt")
+""",
+    )
+    alone, watched, other = (torch.load(tmp_path / name) for name in ("alone-0.pt", "watched-0.pt", "watched-1.pt"))
+    assert all(bool((value == watched["weights"][key]).all()) for key, value in alone["weights"].items())
+    assert watched["metrics"] == other["metrics"]
+    assert "spectral/ratio_max" in other["metrics"]
+    assert journal_steps(tmp_path / "watched") == [0, 2, 4]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["lightning.pytorch", "pytorch_lightning"])
 def test_it_works_in_the_trainers_of_both_namespaces(tmp_path: Path, first: str):
@@ -485,7 +524,4 @@ trainer = {first}.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_c
 trainer.fit(Lit(), data)
 assert "spectral/ratio_max" in trainer.callback_metrics
 """
-    here = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, env=here, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_script(tmp_path, script)
