@@ -30,8 +30,7 @@ def guesses(model: nn.Module) -> Iterator[tuple[str, Callable[[], Inputs]]]:
     if getattr(model, "config", None) is not None and hasattr(model, "main_input_name"):
         yield f"{model.main_input_name} by the model's config", lambda: ((), _by_config(model))
     count = len(_required(model))
-    vocabulary = _vocabulary(model)
-    if vocabulary is not None:
+    for vocabulary in _vocabularies(model):
         yield (
             f"{count} argument(s) of token ids below {vocabulary}, shape ({_BATCH}, {_TOKENS})",
             partial(_repeated, partial(_ids, model, vocabulary), count),
@@ -79,10 +78,10 @@ def _ids(model: nn.Module, vocabulary: int) -> Tensor:
     )
 
 
-def _vocabulary(model: nn.Module) -> int | None:
-    """Return the size of the token embedding: the first embedding that is called on ids, which is the largest."""
-    sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
-    return max(sizes) if sizes else None
+def _vocabularies(model: nn.Module) -> list[int]:
+    """Return the sizes of the embeddings, the largest first: more positions than tokens occur too."""
+    sizes = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
+    return sorted(sizes, reverse=True)
 
 
 def _widths(model: nn.Module) -> list[int]:
