@@ -30,8 +30,8 @@ from torch import Tensor
 
 __all__ = ["normal_quantile", "spectral_norms", "upper_bound"]
 
-_COARSE = 2.0 ** torch.arange(-14, 9, dtype=torch.float64)  # relative excess of t over θ₁: 6e-5 … 256
-_FINE = 2.0 ** torch.linspace(-1, 0, 13, dtype=torch.float64)[1:]
+_COARSE = 4.0 ** torch.arange(-7, 5, dtype=torch.float64)  # relative excess of t over θ₁: 6e-5 … 256
+_FINE = 4.0 ** torch.linspace(-1, 0, 17, dtype=torch.float64)[1:]
 
 
 @cache
@@ -64,7 +64,7 @@ def upper_bound(theta: Tensor, start: Tensor, coupling: Tensor, delta: float) ->
         ``(batch,)``; infinite where the subspace excludes nothing.
     """
     excess = _first_excluded(theta, start, coupling, delta, _COARSE.expand(len(theta), -1))
-    # The coarse points double; the crossing lies in the last octave.
+    # The coarse points are a factor of 4 apart; the crossing lies in the last interval.
     excess = _first_excluded(theta, start, coupling, delta, excess.unsqueeze(1) * _FINE)
     return theta[:, -1] * (1 + excess)
 

@@ -88,7 +88,7 @@ class Matrix(LinearOperator):
         row = 0
         for piece in self._pieces():
             part = Y[row : row + len(piece)].mT
-            result = part @ piece if result is None else torch.addmm(result, part, piece)
+            result = torch.mm(part, piece) if result is None else torch.addmm(result, part, piece)
             row += len(piece)
         assert result is not None
         return result.mT
@@ -118,9 +118,9 @@ def _times(rows: Tensor, X: Tensor) -> Tensor:
     (Yᵀ @ rows)ᵀ            44-60  29-41  30-38  24-34  17-22  10-13
     ======================  =====  =====  =====  =====  =====  =====
 
-    Hence ``linear`` up to 4 columns here, always the last form in ``_down``, and blocks of 12 columns in the solver, which
-    read as fast as 8 and need fewer products. Whether X is stored by rows or by columns makes no difference from 8 on.
+    Hence ``linear`` up to 4 columns here, always the last form in ``_down``, and blocks of 12 columns in the solver,
+    which read as fast as 8 and need fewer products. From 8 columns on it does not matter whether X is stored by rows.
     """
     if X.shape[1] <= 4:
         return F.linear(X.mT, rows).mT
-    return rows @ X
+    return torch.mm(rows, X)
