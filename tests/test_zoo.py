@@ -102,11 +102,6 @@ def through(model: nn.Module, member: Example, block: str) -> list[tuple[Tensor,
     return seen
 
 
-def only_adding(member: Example) -> list[ExpectedBlock]:
-    """The blocks whose every matrix is in a branch: not those that also make the stream that they add to."""
-    return [block for block in member.blocks if block.verified or not member.identity]
-
-
 def alternatives(blocks: Iterable[ExpectedBlock]) -> Iterator[dict[str, float]]:
     """Zeros on one acceptable site per branch, until every acceptable site was used."""
     branches = [sites for block in blocks for sites in block.branches]
@@ -175,7 +170,8 @@ def test_zero_sites_leave_no_branch(name: str) -> None:
     args, kwargs = member.inputs(model)
     inside = {
         f"{block.name}.{path}": parameter
-        for block in only_adding(member)
+        for block in member.blocks
+        if block.whole
         for path, parameter in model.get_submodule(block.name).named_parameters()
         if parameter.ndim >= 2 and parameter.requires_grad
     }
@@ -194,7 +190,7 @@ def test_zero_sites_make_the_block_the_identity(name: str) -> None:
     """With its sites at zero a block returns the stream, exactly."""
     member = example(name)
     model = member.build()
-    for block in only_adding(member):
+    for block in filter(lambda block: block.whole, member.blocks):
         for zeros in alternatives([block]):
             with scaled(model, zeros), torch.no_grad():
                 calls = through(model, member, block.name)
@@ -209,7 +205,7 @@ def test_every_site_scales_its_branch(name: str) -> None:
     """With the other branches at zero, what a block adds is proportional to the factor on this site, and not zero."""
     member = example(name)
     model = member.build()
-    for block in only_adding(member):
+    for block in filter(lambda block: block.whole, member.blocks):
         for sites in block.branches:
             others = {group[0]: 0.0 for group in block.branches if group is not sites}
             for site in sites:

@@ -37,8 +37,8 @@ class ExpectedBlock:
         mlp_kinds: Acceptable kinds of ``mlp``: two of them where a token shift or a convolution hides inside.
         other_kinds: Kind of every further branch.
         calls: How often one forward of the model runs the block.
-        verified: Whether the block does nothing but add its branches to the stream, so that its self-check passes. It
-            fails where a bias is added to a zeroed branch, and where the block also makes the stream that it adds to.
+        verified: Whether the self-check of the block passes; not where a bias is added to a branch at zero.
+        whole: Whether the module takes and returns the stream; not where it also makes the stream that it adds to.
     """
 
     name: str
@@ -50,6 +50,7 @@ class ExpectedBlock:
     other_kinds: tuple[str, ...] = ()
     calls: int = 1
     verified: bool = True
+    whole: bool = True
 
     @property
     def branches(self) -> tuple[Sites, ...]:

@@ -1,0 +1,170 @@
+"""Every member of the zoo: its blocks, branches, kinds and sites are the known ones, or it is refused with a reason."""
+
+from __future__ import annotations
+
+import pytest
+from found import Search
+from zoo import example, examples
+
+from lightning_spectral import Branch, find_blocks
+
+ALL = [member.name for member in examples()]
+WITH_BLOCKS = [member.name for member in examples() if not member.expected_refusal]
+REFUSED = [member.name for member in examples() if member.expected_refusal]
+
+MIXER = "a token mixer that is not attention has no weight linearization"
+CROSS = "cross-attention reads another sequence and is not part of the ratio"
+PATHS = "its output is a sum over {} paths, not a product of matrices"
+LOW_RANK = "its output is a sum over paths of different length"
+
+# Every model of the zoo that has a branch without a norm, and why. No other model may have a reason.
+REASONS = {
+    "state space": (MIXER, ("mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "nemotron_h", "granitemoehybrid")),
+    "recurrence": (MIXER, ("rwkv", "recurrent_gemma", "xlstm", "qwen3_next", "qwen3_5_text", "minimax", "hybrid")),
+    "convolution": (MIXER, ("lfm2", "convnext", "conformer", "wav2vec2")),
+    "no weights, or weights over tokens": (MIXER, ("fnet", "mlp_mixer")),
+    "encoder-decoder": (
+        CROSS,
+        (
+            *("t5", "bart", "mbart", "marian", "whisper", "bare_decoder", "torch_decoder_pre", "torch_decoder_post"),
+            *("torch_transformer_pre", "torch_transformer_post"),
+        ),
+    ),
+    "difference of two attentions": (PATHS.format(2), ("diffllama",)),
+    "values of three projections": (PATHS.format(3), ("zaya",)),
+    "low-rank updates in attention": (PATHS.format(2), ("low_rank_updates",)),
+    "low-rank updates in the MLP": (LOW_RANK, ("low_rank_updates",)),
+}
+
+
+def expected_reasons(name: str) -> list[str]:
+    return [reason for reason, names in REASONS.values() if name in names]
+
+
+def sites(branches: tuple[Branch, ...]) -> list[str]:
+    return [branch.site for branch in branches]
+
+
+@pytest.mark.parametrize("name", WITH_BLOCKS)
+def test_blocks_are_the_known_ones_in_order(name: str, found: Search) -> None:
+    """Names and indices, in the order of execution."""
+    result = found(name)
+    assert result.refusal is None
+    assert [block.name for block in result.blocks] == [block.name for block in result.member.blocks]
+    assert [block.index for block in result.blocks] == list(range(len(result.blocks)))
+
+
+@pytest.mark.parametrize("name", WITH_BLOCKS)
+def test_every_branch_has_an_accepted_site(name: str, found: Search) -> None:
+    """As many branches as there are, each at one of the modules that carry it."""
+    result = found(name)
+    for block, expected in zip(result.blocks, result.member.blocks, strict=True):
+        assert len(block.branches) == len(expected.branches), (block.name, sites(block.branches))
+        for accepted in expected.branches:
+            assert len(set(accepted).intersection(sites(block.branches))) == 1, (accepted, sites(block.branches))
+
+
+@pytest.mark.parametrize("name", WITH_BLOCKS)
+def test_kinds_are_the_known_ones(name: str, found: Search) -> None:
+    """The token mixer is ``attention``, the branch on each token alone is ``mlp``, and the others are what they are."""
+    result = found(name)
+    for block, expected in zip(result.blocks, result.member.blocks, strict=True):
+        kinds = {branch.site: branch.kind for branch in block.branches}
+        for branch, accepted, words in (
+            (block.attention, expected.attention, expected.kinds),
+            (block.mlp, expected.mlp, expected.mlp_kinds),
+        ):
+            assert (branch is None) == (accepted is None), block
+            assert branch is None or accepted is None or (branch.site in accepted and branch.kind in words), block
+        for accepted, kind in zip(expected.other, expected.other_kinds, strict=True):
+            assert [kinds[site] for site in accepted if site in kinds] == [kind]
+
+
+@pytest.mark.parametrize("name", WITH_BLOCKS)
+def test_blocks_verify_themselves(name: str, found: Search) -> None:
+    """The self-check passes wherever the block does nothing but add its branches, and says so; else it says why not."""
+    result = found(name)
+    for block, expected in zip(result.blocks, result.member.blocks, strict=True):
+        assert block.verified == expected.verified, block.evidence
+        assert (block.evidence == "trace") == block.verified
+        assert block.evidence.startswith("trace")
+
+
+@pytest.mark.parametrize("name", WITH_BLOCKS)
+def test_every_branch_is_measurable_or_says_why_not(name: str, found: Search) -> None:
+    """A branch has chains of factors or a reason, and only the models of the table have reasons."""
+    reasons = []
+    for branch in (branch for block in found(name).blocks for branch in block.branches):
+        assert bool(branch.paths) != bool(branch.reason), branch
+        reasons += [branch.reason] if branch.reason else []
+        assert branch.kind not in ("mixer", "cross_attention") or branch.reason in (MIXER, CROSS)
+    expected = expected_reasons(name)
+    assert all(any(reason.startswith(start) for start in expected) for reason in reasons), set(reasons)
+    assert all(any(reason.startswith(start) for reason in reasons) for start in expected), set(reasons)
+
+
+def test_the_table_of_reasons_names_models_of_the_zoo() -> None:
+    """No reason outlives its model."""
+    assert {name for _, names in REASONS.values() for name in names} <= set(ALL)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_stack_of_branches_is_refused_or_unverified(name: str, found: Search) -> None:
+    """Never wrong in silence."""
+    result = found(name)
+    assert not any(block.verified for block in result.blocks)
+    assert all("not verified: " in block.evidence for block in result.blocks)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "refused_joined_stream",
+        "refused_masked_add",
+        "refused_hyper_connections",
+        "refused_mlp",
+        "refused_cnn",
+        "refused_recurrent",
+        "refused_no_skip",
+    ],
+)
+def test_a_refusal_says_what_was_tried_and_shows_the_way_out(name: str, found: Search) -> None:
+    """The message names the model and the input, and contains hints to copy."""
+    result = found(name)
+    message = str(result.refusal)
+    assert f"no residual block was found in {type(result.model).__name__}" in message
+    assert "Tried: one forward pass on the given example input" in message
+    assert "find_blocks(model, hints={" in message
+    assert '"layers.*"' in message
+
+
+def test_a_refusal_names_the_guess_that_was_tried() -> None:
+    """Without an example input, the guessed one is described."""
+    member = example("refused_joined_stream")
+    with pytest.raises(Exception, match=r"no residual block was found in Embedded.\n.*token ids below 61"):
+        find_blocks(member.build())
+
+
+def test_crossed_streams_are_refused_by_name(found: Search) -> None:
+    """A recurrent cell is told that its sums are crossed."""
+    assert "Refused: a sum of shape (2, 32) adds a branch that reads a second stream" in str(
+        found("refused_recurrent").refusal
+    )
+
+
+def test_branches_are_listed_in_the_order_of_execution(found: Search) -> None:
+    """In blocks with more than two branches and in blocks whose MLP is registered first."""
+    assert [site.split(".")[3] for site in sites(found("macaron").blocks[0].branches)] == ["ffn1", "self_attn", "ffn2"]
+    assert [branch.kind for branch in found("conformer").blocks[1].branches] == ["mlp", "attention", "mixer", "mlp"]
+    assert [branch.kind for branch in found("nanogpt_mlp_first").blocks[2].branches] == ["attention", "mlp"]
+    assert [branch.kind for branch in found("t5").blocks[2].branches] == ["attention", "cross_attention", "mlp"]
+
+
+def test_finding_twice_finds_the_same(found: Search) -> None:
+    """The answer is a function of the model, for a second copy of it and for other inputs."""
+    first = found("experts_modules_shared")
+    member = example("experts_modules_shared")
+    again = member.build()
+    assert find_blocks(again, *member.inputs(again)[0]) == first.blocks
+    assert find_blocks(again) == first.blocks
+    assert hash(first.blocks) == hash(find_blocks(again))
