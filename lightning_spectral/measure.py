@@ -19,8 +19,9 @@ from lightning_spectral.records import Branch, LayerMeasurement, Linearization, 
 
 __all__ = ["Meter", "measure"]
 
-# Probes of the Frobenius norm behind a norm layer, and the standard deviations that its bound allows for.
-_PROBES, _DEVIATIONS = 64, 3.0
+# The Frobenius norm that a norm layer divides by: estimated with this many probes, exact up to this width; the error
+# bound allows for three standard deviations of the estimate.
+_PROBES, _EXACT_WIDTH, _DEVIATIONS = 128, 512, 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,17 +165,20 @@ def _key(path: Path) -> str:
 
 def _normalized(norm: SpectralNorm, item: Linearized, subspace: Tensor | None) -> SpectralNorm:
     """Divide by the expected size of what enters a norm behind a matrix."""
-    if item.normalized is None or norm.value is None:
-        return norm
     right = item.normalized
-    generator = torch.Generator().manual_seed(0)
-    size = float(frobenius_norm(right, generator=generator, n_probes=_PROBES, subspace=subspace))
+    if right is None or norm.value is None:
+        return norm
+    probes = max(_PROBES, right.shape[1] if right.shape[1] <= _EXACT_WIDTH else 0)
+    size = float(frobenius_norm(right, generator=torch.Generator().manual_seed(0), n_probes=probes, subspace=subspace))
     if not size:
-        return SpectralNorm(None, None, "the branch is zero, and so is what its norm divides by", norm.iterations)
+        return SpectralNorm(None, None, "what enters the norm behind the branch is zero", norm.iterations)
     value = norm.value * math.sqrt(right.shape[0]) / size
-    # The standard deviation of the estimate is at most 1 / √(2 · probes · r), r the stable rank of ``right``.
-    spread = _DEVIATIONS / math.sqrt(2 * _PROBES)
-    return SpectralNorm(value, (norm.error_bound or 0.0) + spread, None, norm.iterations)
+    deviation = 0.0
+    if right.shape[1] > probes and subspace is not None:
+        # Relative standard deviation of the estimate: at most 1 / √(2 · probes · r), r the stable rank.
+        largest = float(torch.linalg.matrix_norm(right.matmat(subspace), ord=2))
+        deviation = largest / size / math.sqrt(2 * probes)
+    return SpectralNorm(value, (norm.error_bound or 0.0) + _DEVIATIONS * deviation, None, norm.iterations)
 
 
 def _largest(norms: Sequence[tuple[Path, SpectralNorm]], reason: str | None) -> _Value:

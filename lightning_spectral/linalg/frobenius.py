@@ -22,9 +22,9 @@ def frobenius_norm(
 ) -> Tensor:
     """Return ‖A‖_F.
 
-    Exact for a :class:`Matrix`, a :class:`Diagonal`, a matrix between diagonals, and multiples and adjoints of these.
-    For other products the estimator of Meyer, Musco, Musco and Woodruff, "Hutch++" (SOSA 2021), Algorithm 1: with a
-    known orthonormal subspace V,
+    Exact for a :class:`Matrix`, a :class:`Diagonal`, a matrix between diagonals, and multiples and adjoints of these,
+    and wherever there are as many probes as columns. For other products the estimator of Meyer, Musco, Musco and
+    Woodruff, "Hutch++" (SOSA 2021), Algorithm 1: with a known orthonormal subspace V,
 
         ‖A‖_F² = ‖AV‖_F² + E‖A(I − VVᵀ)g‖²,
 
@@ -63,6 +63,8 @@ def _norm(operator: LinearOperator, generator: torch.Generator, n_probes: int, s
         return norm
     weight = others[0].operator if isinstance(others[0], Adjoint) else others[0]
     if len(others) > 1 or not isinstance(weight, Matrix):
+        if operator.shape[1] <= n_probes:
+            return _by_columns(operator)
         return _estimated(operator, generator, n_probes, subspace)
     middle = factors.index(others[0])
     left, right = _gain(factors[:middle]), _gain(factors[middle + 1 :])
@@ -94,6 +96,15 @@ def _gain(diagonals: Sequence[LinearOperator]) -> Tensor | None:
     """Return the product of diagonals as a vector, ``None`` for no diagonal."""
     gains = [diagonal.gain.detach().to(_empty(diagonal)) for diagonal in diagonals if isinstance(diagonal, Diagonal)]
     return torch.stack(gains).prod(0) if gains else None
+
+
+def _by_columns(operator: LinearOperator) -> Tensor:
+    """Multiply by every unit vector: exact, and no dearer than as many probes."""
+    units = torch.eye(operator.shape[1], dtype=operator.dtype, device=operator.device)
+    total = _empty(operator).new_zeros(())
+    for block in torch.split(units, _COLUMNS, dim=1):
+        total += operator.matmat(block).to(total.dtype).square().sum()
+    return total.sqrt()
 
 
 def _estimated(operator: LinearOperator, generator: torch.Generator, n_probes: int, V: Tensor | None) -> Tensor:
