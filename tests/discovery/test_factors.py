@@ -1,0 +1,281 @@
+"""The factors that were found: an affine probe on the real model, the survey's own probe, and the known products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from found import Found, Search
+from torch import Tensor, nn
+from zoo import example, examples, survey
+
+from lightning_spectral import Branch, ResidualBlock
+from lightning_spectral.linearize import linearize
+from lightning_spectral.records import Factor, Path
+
+MATRICES = ("output", "value", "latent", "down", "up")
+COMPUTED = ("spectral_norm_weights", "weight_norm_weights")  # their weights are results, not parameters
+PROBED = [
+    member.name
+    for member in examples()
+    if not member.expected_refusal and member.callable and member.name not in COMPUTED
+]
+GATED = (
+    *("gated_separate", "gate_up", "up_gate", "gate_up_interleaved", "experts_out_in", "experts_looped"),
+    *("experts_looped_idle", "experts_modules", "experts_modules_shared", "experts_modules_idle"),
+    *("phi3", "exaone4", "seed_oss", "glm4", "granitemoehybrid", "phimoe"),
+)
+# The output is not affine in a matrix with a norm behind it, nor in values that also make the mask.
+BENT = {"bitnet": ("value", "up"), "gemma4_text": ("value",), "doge": ("value",)}
+
+
+class SeenError(Exception):
+    """The branch was seen; the rest of the forward pass is of no interest."""
+
+
+@pytest.fixture(autouse=True)
+def eager() -> Iterator[None]:
+    """Compiled code would not notice that hooks come and go."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def branch_output(result: Found, branch: Branch) -> Tensor:
+    """The branch at its site in the first call; before the norm where the site is a norm behind the branch."""
+    behind = result.member.norm_scheme in ("sandwich", "branchpost")
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, args: Any, output: Any) -> None:
+        value = args[0] if behind else output
+        caught.append(value if isinstance(value, Tensor) else value[branch.output_index])
+        raise SeenError
+
+    args, kwargs = result.member.inputs(result.model)
+    site = result.model.get_submodule(branch.site)
+    with site.register_forward_hook(catch), torch.no_grad(), pytest.raises(SeenError, match=r"^$"):
+        result.model(*args, **kwargs)
+    return caught[0].double()
+
+
+def numbers(parameter: Tensor, factor: Factor) -> Tensor:
+    """The entries of the stored parameter that a factor claims, as positions in it."""
+    positions = torch.arange(parameter.numel()).view_as(parameter)
+    for name, *arguments in factor.layout:
+        if name not in ("add", "sub", "mul", "div"):
+            positions = getattr(positions, name)(*arguments)
+    assert positions.ndim == 2
+    return positions if factor.rows is None else positions[[row for run in factor.rows for row in run]]
+
+
+def claims(result: Found, branch: Branch) -> dict[str, dict[str, Tensor]]:
+    """For each role and each parameter, the mask of what the branch claims of it, all experts together."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for factor in branch.factors:
+        if factor.role in MATRICES and factor.parameter is not None:
+            parameter = result.model.get_parameter(factor.parameter)
+            mask = found.setdefault(factor.role, {}).setdefault(
+                factor.parameter, torch.zeros(parameter.shape, dtype=torch.bool)
+            )
+            mask.view(-1)[numbers(parameter, factor).flatten()] = True
+    return found
+
+
+@contextmanager
+def multiplied(model: nn.Module, masks: dict[str, Tensor], factor: float) -> Iterator[None]:
+    """Multiply parts of parameters."""
+    before = {name: model.get_parameter(name).detach().clone() for name in masks}
+    for name, mask in masks.items():
+        model.get_parameter(name).data[mask] *= factor
+    yield
+    for name, content in before.items():
+        model.get_parameter(name).data.copy_(content)
+
+
+def bend(result: Found, branch: Branch, masks: dict[str, Tensor], once: Tensor) -> float | None:
+    """How far the output at 0, 1 and -3 times the masked weights is from a straight line; ``None`` if it stays."""
+    outputs = []
+    for factor in (0.0, -3.0):
+        with multiplied(result.model, masks, factor):
+            outputs.append(branch_output(result, branch))
+    zero, other = outputs
+    if torch.equal(zero, once) and torch.equal(other, once):
+        return None
+    size = max(float((zero - once).abs().max()), float((other - once).abs().max()), 1e-6 * float(once.abs().max()))
+    return float((other - (4 * zero - 3 * once)).abs().max()) / size
+
+
+def one_of_each(blocks: Sequence[ResidualBlock]) -> list[Branch]:
+    """The first branch of each make: the others are the same program."""
+    makes: dict[tuple[object, ...], Branch] = {}
+    for block in blocks:
+        for branch in block.branches:
+            roles = tuple((factor.role, (factor.parameter or "")[len(block.name) :]) for factor in branch.factors)
+            if branch.paths and not branch.site.startswith("param:"):
+                makes.setdefault((branch.site[len(block.name) :], branch.kind, roles), branch)
+    return list(makes.values())
+
+
+def bends(result: Found, branch: Branch, role: str) -> bool:
+    """Whether the output is not affine in a factor: up without a gate, a latent, which makes keys too, and the table."""
+    name = result.member.name
+    if role == "up" and (not is_gated(name, branch.site) or "per_layer" in branch.site):
+        return True
+    return role == "latent" or role in BENT.get(name, ())
+
+
+def is_gated(name: str, site: str) -> bool:
+    """Whether the MLP at a site has a gate: by the survey's flags, or by the list above."""
+    if name not in survey.entries():
+        return name in GATED
+    for pattern in survey.entries()[name]["blocks"]:
+        if any(site.startswith(f"{pattern['list']}.{index}.") for index in pattern["indices"]):
+            return not {"gated (separate)", "fused gate_up"}.isdisjoint(pattern["mlp_flags"])
+    raise KeyError(site)
+
+
+@pytest.mark.parametrize("name", PROBED)
+def test_the_branch_is_affine_in_its_factors_and_in_nothing_else(name: str, found: Search) -> None:
+    """Affine in value and output, in down always, in up iff the MLP is gated; bent by queries, keys, gates, routers."""
+    result = found(name)
+    for branch in one_of_each(result.blocks):
+        once = branch_output(result, branch)
+        claimed = claims(result, branch)
+        for role, masks in claimed.items():
+            straight = not bends(result, branch, role)
+            bent = bend(result, branch, masks, once)
+            assert bent is not None, (branch.site, role)
+            assert (bent < 1e-4) if straight else (bent > 1e-2), (branch.site, role, bent)
+        known: dict[str, Tensor] = {}
+        for masks in claimed.values():
+            for parameter, mask in masks.items():
+                known[parameter] = known.get(parameter, torch.zeros_like(mask)) | mask
+        block = next(block for block in result.blocks if branch in block.branches)
+        for path, parameter in result.model.get_submodule(block.name).named_parameters():
+            full = f"{block.name}.{path}" if block.name else path
+            rest = ~known.get(full, torch.zeros(parameter.shape, dtype=torch.bool))
+            if parameter.ndim >= 2 and "bias" not in path and rest.any():
+                bent = bend(result, branch, {full: rest}, once)
+                assert bent is None or bent > 1e-3, (branch.site, full, bent)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in survey.entries() if example(name).norm_scheme not in ("sandwich", "branchpost")]
+)
+def test_the_factors_of_the_mlp_are_those_of_the_survey(name: str, found: Search) -> None:
+    """What the survey saw the output affine in is claimed, in full or in the half that it names."""
+    result = found(name)
+    for block_name, parameters in survey.entries()[name].get("mlp_affine", {}).items():
+        block = next(block for block in result.blocks if block.name == block_name)
+        assert block.mlp is not None
+        masks = {path: mask for role in claims(result, block.mlp).values() for path, mask in role.items()}
+        for path, affine in parameters.items():
+            full = f"{block_name}.{path}"
+            if path.endswith("bias"):
+                continue
+            if affine is True:
+                assert masks[full].all(), path
+            elif isinstance(affine, str):
+                dimension = int(affine.split("dim ")[1].rstrip(")"))
+                first, second = masks[full].chunk(2, dim=dimension)
+                assert second.all(), path
+                assert not first.any(), path
+            else:
+                ups = [factor.parameter for factor in block.mlp.factors if factor.role == "up"]
+                assert full not in masks or full in ups, path
+
+
+@pytest.mark.parametrize("name", [member.name for member in examples() if member.matrices])
+def test_the_product_of_the_factors_is_the_known_matrix(name: str, found: Search) -> None:
+    """W_o · W_v and W_down · W_up, of every block and every expert."""
+    result = found(name)
+    assert result.member.matrices is not None
+    if name == "low_rank_updates":
+        assert all(branch.reason for block in result.blocks for branch in block.branches)
+        return
+    blocks = {block.name: block for block in result.blocks}
+    known = result.member.matrices(result.model)
+    assert set(known) == set(blocks)
+    for block_name, branches in known.items():
+        for kind, matrices in branches.items():
+            branch = getattr(blocks[block_name], kind)
+            assert len(branch.paths) == len(matrices)
+            for path, matrix in zip(branch.paths, matrices, strict=True):
+                bare = Path(tuple(factor for factor in path.factors if factor.role in MATRICES))
+                product = linearize(result.model, bare, "circuit").operator.dense()
+                torch.testing.assert_close(product, matrix.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["experts_looped", "mixtral", "experts_modules", "gpt_oss", "dbrx"])
+def test_experts_are_numbered(name: str, found: Search) -> None:
+    """Every expert once, those that no token reached included."""
+    for block in found(name).blocks:
+        assert block.mlp is not None
+        assert [path.expert for path in block.mlp.paths] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["experts_modules_shared", "experts_modules_idle", "deepseek_v3", "qwen2_moe"])
+def test_an_expert_that_always_runs_is_called_shared(name: str, found: Search) -> None:
+    """It stands behind the routed ones."""
+    last = found(name).blocks[-1]
+    assert last.mlp is not None
+    assert [path.expert for path in last.mlp.paths] == [0, 1, 2, 3, "shared"]
+
+
+def test_a_dense_branch_has_one_path_and_no_expert(found: Search) -> None:
+    """The MLP of a GPT is no mixture."""
+    for block in found("nanogpt").blocks:
+        assert [[path.expert for path in branch.paths] for branch in block.branches] == [[None], [None]]
+
+
+def test_factors_read_from_the_site_back_to_the_stream(found: Search) -> None:
+    """Scale, norm behind, matrices, norm before: the order of the matrix product."""
+
+    def roles(name: str) -> tuple[list[str], list[str]]:
+        block = found(name).blocks[0]
+        assert block.attention is not None
+        assert block.mlp is not None
+        return [factor.role for factor in block.attention.factors], [factor.role for factor in block.mlp.factors]
+
+    assert roles("nanogpt") == (["output", "value", "pre_norm"], ["down", "up", "pre_norm"])
+    assert roles("gemma2") == (
+        ["post_norm", "output", "value", "pre_norm"],
+        ["post_norm", "down", "up", "pre_norm"],
+    )
+    assert roles("olmo2") == (["post_norm", "output", "value"], ["post_norm", "down", "up"])
+    assert roles("plain_layer_scale") == (
+        ["scale", "output", "value", "pre_norm"],
+        ["scale", "down", "up", "pre_norm"],
+    )
+    assert roles("plain_two_alphas") == (["scale", "output", "value"], ["scale", "down", "up"])
+    assert roles("deepseek_v3")[0] == ["output", "value", "inner_norm", "latent", "pre_norm"]
+    assert roles("bitnet")[1] == ["down", "inner_norm", "up", "pre_norm"]
+    assert roles("bert") == (["output", "value"], ["down", "up"])
+
+
+def test_gains_are_read_as_they_act(found: Search) -> None:
+    """1 + w where a family stores it so; no parameter where a norm has none; the constant of a residual multiplier."""
+
+    def first(name: str, role: str) -> Factor:
+        attention = found(name).blocks[0].attention
+        assert attention is not None
+        return next(factor for factor in attention.factors if factor.role == role)
+
+    for name in ("gemma", "gemma2", "nemotron", "qwen3_next", "vaultgemma"):
+        result = found(name)
+        gain = next(
+            factor
+            for block in result.blocks
+            for branch in block.branches
+            for factor in branch.factors
+            if factor.role == "pre_norm"
+        )
+        assert gain.layout == (("add", 1.0),)
+    for name in ("llama", "gemma4_text", "gpt2"):
+        assert first(name, "pre_norm").layout == ()
+    for name in ("olmo", "nanochat", "plain_functional_norm"):
+        assert first(name, "pre_norm") == Factor("pre_norm", None, size=32)
+    assert math.isclose(first("granite", "scale").constant, found("granite").model.config.residual_multiplier)
