@@ -120,7 +120,7 @@ def one_of_each(blocks: Sequence[ResidualBlock]) -> list[Branch]:
 
 
 def bends(result: Found, branch: Branch, role: str) -> bool:
-    """Whether the output is not affine in a factor: up without a gate, a latent, which makes keys too, and the table."""
+    """Whether the output is not affine in a factor: up without a gate, latents (they make keys too), and the table."""
     name = result.member.name
     if role == "up" and (not is_gated(name, branch.site) or "per_layer" in branch.site):
         return True

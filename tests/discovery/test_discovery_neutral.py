@@ -1,0 +1,204 @@
+"""Finding blocks changes nothing: weights, buffers, gradients, hooks, flags and random streams are as before."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from zoo import examples
+
+from lightning_spectral import BlocksNotFoundError, ExampleInputError, find_blocks
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+# One of each way to build, wrap, train and write.
+NEUTRAL = [
+    member.name
+    for member in examples()
+    if not member.survey
+    or member.name in ("gpt2", "falcon_7b", "mixtral", "qwen3_next", "gemma2", "deepseek_v3", "dbrx", "rwkv", "t5")
+]
+
+
+def random_streams() -> tuple[Any, ...]:
+    return torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Everything of a model that a search could disturb, tensors as copies."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {
+        "names": [name for name, _ in model.named_modules(remove_duplicate=False)],
+        "identities": [(name, id(tensor), tensor.data_ptr()) for name, tensor in tensors],
+        "values": [tensor.detach().clone() for _, tensor in tensors],
+        "gradients": [None if tensor.grad is None else tensor.grad.clone() for _, tensor in tensors],
+        "requires_grad": [tensor.requires_grad for _, tensor in tensors],
+        "training": [module.training for module in model.modules()],
+        "hooks": [[len(getattr(module, hooks)) for hooks in HOOKS] for module in model.modules()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+    }
+
+
+def same(before: Any, after: Any) -> bool:
+    if isinstance(before, Tensor):
+        return isinstance(after, Tensor) and before.dtype == after.dtype and torch.equal(before, after)
+    if isinstance(before, list):
+        return len(before) == len(after) and all(map(same, before, after))
+    return bool(before == after)
+
+
+def assert_untouched(model: nn.Module, search: Callable[[], Any]) -> None:
+    before, streams = state(model), random_streams()
+    search()
+    after = state(model)
+    for what in before:
+        assert same(before[what], after[what]), what
+    assert random_streams() == streams
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_a_search_leaves_a_model_in_training_as_it_was(name: str) -> None:
+    """In train mode, with gradients, with some modules in eval mode."""
+    member = next(member for member in examples() if member.name == name)
+    model = member.build().train()
+    next(iter(model.children()), model).eval()
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    args, kwargs = member.inputs(model)
+    given = copy.deepcopy([args, kwargs])
+
+    def search() -> None:
+        try:
+            find_blocks(model, *args, **kwargs)
+        except BlocksNotFoundError:
+            assert member.expected_refusal
+
+    assert_untouched(model, search)
+    for tensor, copied in zip(flat([args, kwargs]), flat(given), strict=True):
+        assert torch.equal(tensor, copied)
+
+
+def flat(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in items for tensor in flat(item)]
+
+
+class Counting(nn.Module):
+    """A layer that writes into its buffers, its own parameter and the global random streams in every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.BatchNorm1d(16), nn.MultiheadAttention(16, 2, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(16),
+            nn.Linear(16, 24),
+            nn.Dropout(0.5),
+            nn.GELU(),
+            parametrizations.spectral_norm(nn.Linear(24, 16)),
+        )
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("cache", torch.zeros(4, 16))
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.cache[1:3].mul_(0.5).add_(x.detach().mean((0, 1)))
+        self.cache[0] = torch.rand(16)
+        self.scale.data.copy_(self.scale.data * 0.9)
+        random.random()
+        np.random.rand()
+        h = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.scale * self.attn(h, h, h, need_weights=False)[0]
+        return x + self.mlp(x) * (1 + 0 * torch.randn(()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_forward_writes_is_undone(training: bool) -> None:
+    """Counters, caches, running statistics, power iterations and even parameters that a forward changes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Counting(), Counting()).train(training)
+    x = torch.randn(2, 5, 16)
+    assert_untouched(model, lambda: find_blocks(model, x))
+    assert_untouched(model, lambda: find_blocks(model))
+    assert [block.name for block in find_blocks(model, x)] == ["0", "1"]
+
+
+def test_a_search_that_fails_leaves_the_model_as_it_was() -> None:
+    """Also when the forward raises in its middle."""
+
+    class Failing(Counting):
+        def forward(self, x: Tensor) -> Tensor:
+            super().forward(x)
+            raise ValueError("no way")
+
+    model = nn.Sequential(Counting(), Failing()).train()
+
+    def search() -> None:
+        with pytest.raises(ExampleInputError, match="ValueError: no way"):
+            find_blocks(model, torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)))
+
+    assert_untouched(model, search)
+
+
+def test_a_search_does_not_depend_on_who_calls_it() -> None:
+    """Under no_grad, inference mode and autocast, in train mode and in eval mode the answer is the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Counting(), Counting())
+    x = torch.randn(2, 5, 16)
+    expected = find_blocks(model.eval(), x)
+    assert all(block.verified for block in expected)
+    assert find_blocks(model.train(), x) == expected
+    with torch.no_grad():
+        assert find_blocks(model, x) == expected
+    with torch.inference_mode():
+        assert find_blocks(model, x) == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        assert find_blocks(model, x) == expected
+
+
+@pytest.mark.parametrize("name", ["plain_dropout", "spectral_norm_weights", "checkpointed", "experts_looped"])
+def test_a_search_between_forward_and_backward_changes_no_gradient(name: str) -> None:
+    """The graph of a training step that is under way survives."""
+    member = next(member for member in examples() if member.name == name)
+    args, _ = member.inputs(member.build())
+
+    def gradients(searched: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = member.build().train()
+        loss = model(*args).square().mean()
+        if searched:
+            find_blocks(model, *args)
+        loss.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    with torch.random.fork_rng(devices=[]):
+        assert same(gradients(True), gradients(False))
+
+
+def test_a_search_between_backward_and_step_changes_no_training() -> None:
+    """Two runs, one of them searched after every backward: weights and random stream stay equal, bit by bit."""
+
+    def trained(searched: bool) -> tuple[list[Tensor], Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(Counting(), Counting())
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(2, 5, 16)).square().mean().backward()
+            if searched:
+                find_blocks(model)
+            optimizer.step()
+        return [tensor.detach() for tensor in model.state_dict().values()], torch.get_rng_state()
+
+    with torch.random.fork_rng(devices=[]):
+        watched, alone = trained(True), trained(False)
+    assert same([*watched[0], watched[1]], [*alone[0], alone[1]])
