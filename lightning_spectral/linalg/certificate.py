@@ -73,7 +73,8 @@ def _first_excluded(theta: Tensor, start: Tensor, coupling: Tensor, delta: float
     """Return, per operator, the smallest excess from which on every given point is excluded, ``(batch,)``."""
     t = theta[:, -1:] * (1 + excess)  # (batch, points)
     weights = 1 / (t.unsqueeze(2) - theta.unsqueeze(1)).clamp_min(torch.finfo(t.dtype).tiny)  # (batch, points, k)
-    M = (start.unsqueeze(1) * weights.unsqueeze(2)) @ coupling.mT.unsqueeze(1)  # (batch, points, s, b)
+    weighted = start.unsqueeze(1) * weights.unsqueeze(2)  # (batch, points, s, k)
+    M = (weighted.flatten(1, 2) @ coupling.mT).reshape(*weighted.shape[:3], -1)  # (batch, points, s, b)
     # Schatten-8 in place of the spectral norm: from above, within 8^(1/8), and two products instead of an SVD.
     scale = M.abs().amax((2, 3), keepdim=True).clamp_min(torch.finfo(t.dtype).tiny)
     gram = (M / scale) @ (M / scale).mT

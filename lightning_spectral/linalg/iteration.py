@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,10 +11,6 @@ from torch import Tensor
 from lightning_spectral.linalg.krylov import BlockKrylov, Ritz
 
 __all__ = ["Outcome", "iterate"]
-
-# Far from its end an operator is looked at every other step: solving the projected problem costs as much as
-# multiplying by a small weight.
-_FAR = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +34,7 @@ def iterate(
     krylov: BlockKrylov,
     judge: Callable[[Ritz, Sequence[int]], tuple[Tensor, Tensor]],
     *,
+    first: int,
     max_steps: int,
     count: int,
 ) -> list[Outcome | None]:
@@ -46,6 +44,7 @@ def iterate(
         krylov: The subspaces before their first step.
         judge: Maps the Ritz pairs of the operators that still run, and their positions in the batch, to what is left
             to do, ``(batch,)``, with 1 or less where an operator may stop, and to the relative bounds, ``(batch,)``.
+        first: Step at which to judge for the first time.
         max_steps: At which all stop. A subspace also stops before it fills its space.
         count: Singular vectors wanted.
 
@@ -55,25 +54,55 @@ def iterate(
     max_steps = min(max_steps, krylov.capacity)
     active = list(range(len(krylov.operators)))
     outcomes: list[Outcome | None] = [None] * len(active)
-    due = 1
+    paces = [_Pace(due=first) for _ in active]
     while active:
         krylov.expand()
-        if krylov.steps < min(due, max_steps):
+        judged = [j for j, i in enumerate(active) if krylov.steps >= min(paces[i].due, max_steps)]
+        if not judged:
             continue
-        ritz = krylov.ritz()
-        excess, bounds = (column.tolist() for column in judge(ritz, active))
-        stops = [
-            krylov.steps == max_steps or not fine or left <= 1 for fine, left in zip(ritz.finite, excess, strict=True)
-        ]
-        if any(stops):
-            subspaces = krylov.dominant(ritz, count)
-            for i in (i for i, stop in enumerate(stops) if stop and ritz.finite[i]):
-                outcomes[active[i]] = Outcome(
-                    float(ritz.theta[i, -1]), bounds[i], subspaces[i].clone().mT, krylov.steps
-                )
-        going = [i for i, stop in enumerate(stops) if not stop]
-        if going and len(going) < len(active):
+        part = krylov if len(judged) == len(active) else krylov.select(judged)
+        ritz = part.ritz()
+        positions = [active[j] for j in judged]
+        excess, bounds = (column.tolist() for column in judge(ritz, positions))
+        stopped = [j for j, left in enumerate(excess) if krylov.steps == max_steps or left <= 1 or not ritz.finite[j]]
+        if stopped:
+            subspaces = part.dominant(ritz, count)
+            for j in (j for j in stopped if ritz.finite[j]):
+                theta, subspace = float(ritz.theta[j, -1]), subspaces[j].clone().mT
+                outcomes[positions[j]] = Outcome(theta, bounds[j], subspace, krylov.steps)
+        for i, left in zip(positions, excess, strict=True):
+            paces[i] = paces[i].after(krylov.steps, left)
+        gone = {positions[j] for j in stopped}
+        going = [j for j, i in enumerate(active) if i not in gone]
+        if gone and going:
             krylov = krylov.select(going)
-        active = [active[i] for i in going]
-        due = krylov.steps + (2 if min((excess[i] for i in going), default=0.0) > _FAR else 1)
+        active = [active[j] for j in going]
     return outcomes
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """When to judge an operator again: judging costs as much as multiplying by a small weight.
+
+    Each operator keeps its own pace, so that its result does not depend on its neighbours.
+
+    Attributes:
+        due: The step of the next judgement.
+        seen: The step of the last one, and
+        excess: what was left to do then; before the first, what is typical of the first step.
+    """
+
+    due: int
+    seen: int = 1
+    excess: float = 60.0
+
+    def after(self, step: int, excess: float) -> _Pace:
+        """Return the pace after a judgement.
+
+        What is left to do falls by a factor that falls itself from step to step on hard spectra, so that the last factor
+        names a step before which nothing will be found.
+        """
+        if not 1 < excess < math.inf:
+            return _Pace(step + 1, step, self.excess)
+        rate = max((self.excess / excess) ** (1 / max(step - self.seen, 1)), 1.5)
+        return _Pace(step + min(math.ceil(math.log(excess) / math.log(rate)), 3), step, excess)
