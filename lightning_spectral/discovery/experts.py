@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_spectral.discovery.factors import MATRICES, STACK, Chain
+from lightning_spectral.discovery.factors import Chain
 from lightning_spectral.discovery.paths import common_parts, resolve
+from lightning_spectral.discovery.products import MATRICES, STACK
 from lightning_spectral.records import BranchKind, Factor, Path
 
 __all__ = ["with_all_experts"]

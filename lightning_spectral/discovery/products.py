@@ -1,0 +1,145 @@
+"""Read a product with a weight: which matrix it applies to which channels, and which of its rows are read next."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lightning_spectral.discovery.operations import base_name, matrix_operands, weight_operand
+from lightning_spectral.discovery.probe import Prober, Region
+from lightning_spectral.discovery.recipes import NoRecipeError, recipe, shortest
+from lightning_spectral.discovery.routes import UnmeasurableError
+from lightning_spectral.discovery.tape import Operation, Tape
+from lightning_spectral.records import Factor
+
+__all__ = ["MATRICES", "STACK", "Reader", "WeightProduct", "matrix_factor", "rows_read", "weight_product"]
+
+MATRICES = ("output", "value", "latent", "down", "up")
+STACK = ("stack",)  # stands for picking an expert from dimension 0
+_TRANSPOSE = ("transpose", -2, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightProduct:
+    """How a product reads its operands: its weight or the transpose of it, applied to the channels of the data.
+
+    Attributes:
+        data: The value that is multiplied.
+        weight: The value of the weight.
+        transposed: Whether the matrix is the transpose of the weight.
+        channel: Dimension of the channels, in the data and in the result.
+        stacked: Whether the weight is a stack of matrices, one per expert.
+    """
+
+    data: int
+    weight: int
+    transposed: bool
+    channel: int
+    stacked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """The matrix that reads what is looked for next, and what is held fixed on the way to it.
+
+    Attributes:
+        product: The product that reads.
+        frozen: Gates, queries and keys passed since.
+    """
+
+    product: WeightProduct
+    frozen: frozenset[int] = frozenset()
+
+
+def weight_product(tape: Tape, operation: Operation) -> WeightProduct:
+    """Read the operands of a product with a weight.
+
+    Raises:
+        UnmeasurableError: The operation is a convolution over tokens, or a kernel of unknown layout.
+    """
+    name, weight = base_name(operation), weight_operand(tape, operation)
+    operands = matrix_operands(operation)
+    assert weight is not None
+    if name in ("convolution", "_convolution"):
+        kernel = tape.shape(weight)[2:]
+        if any(size != 1 for size in kernel) or operation.args[-1] != 1:
+            raise UnmeasurableError(f"it passes through a convolution with kernel {tuple(kernel)}")
+        return WeightProduct(operands[0], weight, False, 1, False)
+    if name == "linear":
+        return WeightProduct(operands[0], weight, False, -1, False)
+    if name not in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "grouped_mm", "_addmm_activation", "matmul"):
+        raise UnmeasurableError(f"it passes through the kernel {operation.name!r}, whose weight layout is unknown")
+    stacked = len(tape.shape(weight)) == 3
+    if weight == operands[1]:
+        return WeightProduct(operands[0], weight, True, -1, stacked)
+    return WeightProduct(operands[1], weight, False, -2, stacked)
+
+
+def matrix_factor(tape: Tape, product: WeightProduct) -> Factor:
+    """Return the matrix of a product as a factor whose role is still open.
+
+    Raises:
+        UnmeasurableError: The weight is made of its parameters in a way that cannot be repeated.
+    """
+    try:
+        name, steps = recipe(tape, product.weight)
+    except NoRecipeError as error:
+        names = [tape.names[known] for known in tape.parents_with_names(product.weight)]
+        raise UnmeasurableError(
+            f"the weight made of {', '.join(names) or 'constants'} cannot be read: {error}"
+        ) from None
+    steps = tuple(step for step in steps if step != ("experts",))
+    if product.channel == 1:
+        steps = (*steps, ("flatten", 1))
+    if product.transposed:
+        steps = steps[:-1] if steps and steps[-1] == _TRANSPOSE else (*steps, _TRANSPOSE)
+    if product.stacked:
+        # A batch of one, or one matrix repeated over the batch, is a matrix; else the batch is one of experts.
+        single = tape.shape(product.weight)[0] == 1 or any(step[0] == "expand" for step in steps)
+        steps = (*steps, ("select", 0, 0) if single else STACK)
+    parameter = tape.parents_with_names(product.weight)[0]
+    steps = shortest(steps, tape.shape(parameter))
+    return Factor("latent", name, layout=steps)
+
+
+def rows_read(
+    prober: Prober, region: Region, product: WeightProduct, result: int, reader: Reader
+) -> tuple[range, ...] | None:
+    """Return the rows of a matrix in the order in which the next one reads them, ``None`` for all of them in order.
+
+    Args:
+        prober: Answers the question.
+        region: The branch.
+        product: The product whose rows are asked for.
+        result: The value of that product.
+        reader: Who reads them.
+
+    Raises:
+        UnmeasurableError: Channels are mixed on the way.
+    """
+    # One product for all experts at once: the reader's channels are those of each expert in turn.
+    tape, read = region.tape, reader.product
+    joined = read.stacked and not (product.stacked and tape.shape(product.weight)[0] > 1)
+    target = (read.data, 0, read.channel) if joined else (read.data, read.channel)
+    found = prober.channel_map(region, (result, product.channel), target, reader.frozen)
+    if found is None:
+        raise UnmeasurableError("channels are mixed between two of its matrices, so they do not form a product")
+    if not joined and found == tuple(range(tape.shape(result)[product.channel])):
+        return None
+    return _as_ranges(found)
+
+
+def _as_ranges(numbers: tuple[int, ...]) -> tuple[range, ...]:
+    """Write a sequence of numbers as ranges of one length and one step where that is possible (heads, mostly)."""
+    runs: list[range] = []
+    for number in numbers:
+        last = runs[-1] if runs else range(0)
+        step = number - last[-1] if last else 1
+        if (len(last) == 1 and step > 0) or (len(last) > 1 and step == last.step):
+            runs[-1] = range(last[0], number + 1, step)
+        else:
+            runs.append(range(number, number + 1))
+    length = math.gcd(*map(len, runs))
+    if length == 1 or len({run.step for run in runs}) > 1:
+        return tuple(runs)
+    return tuple(run[start : start + length] for run in runs for start in range(0, len(run), length))
