@@ -139,7 +139,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 storage.stale.pop(place, None)
 
     def restore(self) -> None:
-        """Undo what the forward pass wrote into parameters and buffers."""
+        """Undo what the forward pass wrote into parameters, buffers and its own inputs."""
         for live, before in self.changed.values():
             live.copy_(before)
 
@@ -213,6 +213,7 @@ def record(model: nn.Module, run: Callable[[], Any], inputs: Any) -> Tape:
         for leaf in tree_flatten(inputs)[0]:
             if isinstance(leaf, Tensor):
                 recorder.lookup(leaf, data=True)
+                recorder.owned.add(_place(leaf).storage)
         _watch_calls(model, recorder, stack)
         try:
             with recorder:

@@ -132,6 +132,25 @@ def test_what_a_forward_writes_is_undone(training: bool) -> None:
     assert [block.name for block in find_blocks(model, x)] == ["0", "1"]
 
 
+def test_a_batch_that_a_forward_adds_to_in_place_is_put_back() -> None:
+    """The batch is the caller's: the next training step wants it as it was."""
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x += self.mlp(x)
+            return x
+
+    model = nn.Sequential(InPlace(), InPlace())
+    batch = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    before = batch.clone()
+    assert [block.verified for block in find_blocks(model, batch)] == [True, True]
+    assert torch.equal(batch, before)
+
+
 def test_a_search_that_fails_leaves_the_model_as_it_was() -> None:
     """Also when the forward raises in its middle."""
 
