@@ -99,7 +99,7 @@ class _Pace:
     def after(self, step: int, excess: float) -> _Pace:
         """Return the pace after a judgement.
 
-        What is left to do falls by a factor that falls itself from step to step on hard spectra, so that the last factor
+        What is left to do falls by a factor that itself falls from step to step on hard spectra, so the last factor
         names a step before which nothing will be found.
         """
         if not 1 < excess < math.inf:

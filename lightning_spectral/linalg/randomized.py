@@ -21,7 +21,7 @@ from lightning_spectral.linalg.stacked import Stacked
 __all__ = ["RandomizedSVD"]
 
 # Operators solved side by side: enough to share the small dense steps, few enough to keep their bases small.
-_BATCH = 16
+_BATCH = 8
 # Up to this dimension a dense factorization is as cheap as iterating.
 _DENSE = 32
 # Products of a warm start: within the budget of reading each weight three times twice.
@@ -47,8 +47,8 @@ class RandomizedSVD:
     *Warm.* The state holds ``n_components`` right singular vectors V of every operator. They are iterated until the
     second-order estimate of their error falls below ``warm_tolerance``; on slowly changing weights that is one or two
     products. The bound is carried over: σ₁ can have grown by no more than the norm of the change of the operator, which
-    the images of the old probes under the new operator bound. When the carried bound exceeds 2.5 times ``max_bound``, the
-    operator is certified again, from [V X].
+    the images of the old probes under the new operator bound. When the carried bound exceeds 2.5 times ``max_bound``,
+    the operator is certified again, from [V X].
 
     *What the bound means.* The value is a Rayleigh value: below σ₁, up to rounding, always. ``error_bound`` β claims
     σ₁ ≤ (1 + β) · value. After a cold start this fails with a probability below ``failure_probability``, over the
@@ -75,7 +75,7 @@ class RandomizedSVD:
     n_oversamples: int = 8
     tolerance: float = 1e-2
     max_bound: float = 0.04
-    warm_tolerance: float = 1e-3
+    warm_tolerance: float = 5e-4
     max_iter: int = 30
     failure_probability: float = 1e-3
     seed: int = 0
