@@ -136,19 +136,22 @@ def _problem(
         if not branch.site.path:
             return "no module or weight carries one of its branches"
         region = Region(tape, branch.add.skip.leaf, branch.add.output)
-        if not prober.once(region, ("linear", region.local(branch.site.value)), partial(_is_linear, tape, branch)):
+        if not prober.once(region, ("linear", region.local(branch.site.value)), partial(_is_linear, prober, branch)):
             return f"with {branch.site.path} at zero the stream is not passed on, or it is not linear in it"
     return None
 
 
-def _is_linear(tape: Tape, branch: FoundBranch) -> bool:
+def _is_linear(prober: Prober, branch: FoundBranch) -> bool:
     """Whether the sum is the stream alone with the site at 0, and proportional to the factor at the site."""
-    content = tape.wide(branch.site.value)
+    tape = prober.tape
+    content = 1 + tape.wide(branch.site.value)  # what was recorded may be zero
+    held = prober.made_up_weights(Region(tape, branch.site.value, branch.add.output))
     rest = {
         term.start: torch.zeros_like(tape.wide(term.start)) for term in branch.add.branches if term not in branch.terms
     }
     zero, one, three = (
-        replay(tape, {**rest, branch.site.value: content * factor}, branch.add.output) for factor in (0.0, 1.0, 3.0)
+        replay(tape, {**rest, branch.site.value: content * factor}, branch.add.output, held=held)
+        for factor in (0.0, 1.0, 3.0)
     )
     tolerance = 1e-9 * float(three.abs().max() + 1e-300)
     proportional = float((three - zero - 3 * (one - zero)).abs().max()) <= tolerance

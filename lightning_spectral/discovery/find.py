@@ -127,14 +127,14 @@ def _attempts(
 
 
 def _runnable(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules worth running, the outermost first: wrappers without a forward of their own are looked into."""
+    """Yield the modules worth running, the outermost first: a wrapper is looked into, half of a model is not one."""
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         model = model.module
     while True:
         yield model
         children = [child for child in model.children() if not isinstance(child, nn.ModuleList | nn.ModuleDict)]
         sizes = [sum(parameter.numel() for parameter in child.parameters()) for child in children]
-        if not sizes or max(sizes) == 0:
+        if max(sizes, default=0) <= 0.8 * sum(parameter.numel() for parameter in model.parameters()):
             return
         model = children[sizes.index(max(sizes))]
         if isinstance(model, nn.Linear | nn.Embedding):

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_spectral.discovery.operations import base_name, is_product, matrix_operands
 from lightning_spectral.discovery.replay import replay
 from lightning_spectral.discovery.tape import Tape, wide_dtype
 
@@ -79,17 +80,39 @@ class Prober:
         return self.once(region, "moved", lambda: self._moved_positions(region))
 
     def _moved_positions(self, region: Region) -> int:
-        tape = self.tape
-        stream = tape.wide(region.stream).clone()
+        # A branch that starts at zero moves nothing; with made-up weights in place of zeros it shows what it is.
+        try:
+            return self._moved_with(region, self.made_up_weights(region))
+        except (RuntimeError, IndexError):  # a router chose otherwise, and shapes depend on its choice
+            return self._moved_with(region, {})
+
+    def _moved_with(self, region: Region, held: Mapping[int, Tensor]) -> int:
+        stream = self.tape.wide(region.stream).clone()
         channel = self._channel_dim(region)
-        before = replay(tape, {region.stream: stream}, region.leaf)
+        before = replay(self.tape, {region.stream: stream}, region.leaf, held=held)
         rows = stream.movedim(channel, -1)
         index = (0,) * (rows.dim() - 1)
         scale = float(rows.abs().mean()) or 1.0
-        rows[index] += 1e-3 * scale * _noise(rows[index].shape, stream)
-        after = replay(tape, {region.stream: stream}, region.leaf)
+        rows[index] += 1e-3 * scale * _noise(rows[index])
+        after = replay(self.tape, {region.stream: stream}, region.leaf, held=held)
         change = (after - before).movedim(channel, -1).abs().amax(-1).flatten()
-        return int((change > 1e-9 * float(change.max())).sum()) - 1 if float(change.max()) > 0 else 0
+        largest = float(change.max())
+        return int((change > 1e-9 * largest).sum()) - 1 if 0 < largest < math.inf else 0
+
+    def made_up_weights(self, region: Region) -> dict[int, Tensor]:
+        """Return content for the weights and gains of a region that are zero: matrices of noise, gains around 1."""
+        content = {}
+        for value in region.values[1:]:
+            operation = self.tape.producer(value)
+            if operation is None or base_name(operation) in ("add", "sub"):
+                continue
+            for item in matrix_operands(operation) if is_product(self.tape, operation) else operation.inputs:
+                like = self.tape.tensors[item]
+                if self.tape.made_of_parameters(item) and like.is_floating_point() and not bool(like.any()):
+                    noise = _noise(like, seed=8)
+                    matrix = sum(size > 1 for size in like.shape) > 1
+                    content[item] = noise / math.sqrt(max(like.shape[-2:])) if matrix else 1 + 0.1 * noise
+        return content
 
     def _channel_dim(self, region: Region) -> int:
         # Feature maps of convolutions are (batch, channels, height, width); everything else keeps channels last.
@@ -97,18 +120,18 @@ class Prober:
         convolved = any(operation is not None and "convolution" in operation.name for operation in operations)
         return 1 if convolved and len(self.tape.shape(region.stream)) == 4 else -1
 
-    def is_affine(self, region: Region, sources: Iterable[int], target: int, frozen: Iterable[int] = ()) -> bool:
+    def is_affine(self, region: Region, sources: Iterable[int], target: int) -> bool:
         """Whether ``target`` is an affine function of all the sources together (midpoint test)."""
-        sources, frozen = sorted(sources), sorted(frozen)
+        sources = sorted(sources)
         question = ("affine", *map(region.local, sources), region.local(target))
-        return self.once(region, question, lambda: self._is_affine(sources, target, frozen))
+        return self.once(region, question, lambda: self._is_affine(sources, target))
 
-    def _is_affine(self, sources: Iterable[int], target: int, frozen: Iterable[int]) -> bool:
-        first = {value: _noise(self.tape.shape(value), self._like(value), seed=1) for value in sources}
-        second = {value: _noise(self.tape.shape(value), self._like(value), seed=2) for value in sources}
+    def _is_affine(self, sources: Iterable[int], target: int) -> bool:
+        first = {value: _noise(self.tape.tensors[value], seed=1) for value in sources}
+        second = {value: _noise(self.tape.tensors[value], seed=2) for value in sources}
         middle = {value: (first[value] + second[value]) / 2 for value in first}
         try:
-            ends = [replay(self.tape, content, target, frozen=frozen) for content in (first, second, middle)]
+            ends = [replay(self.tape, content, target) for content in (first, second, middle)]
         except (RuntimeError, IndexError, ValueError, TypeError):
             return False  # content-dependent shapes: certainly not affine
         if not ends[0].is_floating_point():
@@ -122,9 +145,9 @@ class Prober:
         return self.once(region, question, lambda: self._same_support(source, first, second))
 
     def _same_support(self, source: int, first: int, second: int) -> bool:
-        content = _noise(self.tape.shape(source), self._like(source), seed=5)
+        content = _noise(self.tape.tensors[source], seed=5)
         coin = torch.rand(content.shape[-1], generator=torch.Generator().manual_seed(6)) < 0.5
-        other = torch.where(coin.to(content.device), content, _noise(content.shape, content, seed=7))
+        other = torch.where(coin.to(content.device), content, _noise(content, seed=7))
         try:
             moved = [
                 replay(self.tape, {source: content}, value) != replay(self.tape, {source: other}, value)
@@ -147,7 +170,7 @@ class Prober:
             region: The branch.
             source: Value and channel dimension.
             target: Value and channel dimension (several dimensions together form the channels).
-            frozen: Values that keep their recorded content (the other operand of a gate, queries and keys).
+            frozen: Values that are held fixed (the other operand of a gate, queries and keys).
 
         Returns:
             For each target channel the number of its source channel; ``None`` where channels are mixed on the way.
@@ -160,7 +183,9 @@ class Prober:
         self, source: tuple[int, int], target: tuple[int, ...], frozen: Iterable[int]
     ) -> tuple[int, ...] | None:
         value, dimension = source
-        content = _noise(self.tape.shape(value), self._like(value), seed=3)
+        # Gates and patterns are held at noise: what was recorded may be zero.
+        held = {item: self._noise_like(item) for item in frozen}
+        content = _noise(self.tape.tensors[value], seed=3)
         count = content.shape[dimension]
         numbers = torch.arange(count, device=content.device)
 
@@ -168,12 +193,12 @@ class Prober:
             shape = [1] * content.dim()
             shape[dimension] = count
             signs = (1 - 2 * flipped.to(content.dtype)).view(shape)
-            result = self._columns({value: content * signs}, target, frozen) - silent
+            result = self._columns({value: content * signs}, target, held) - silent
             return (result * reference).sum(0) < 0.5 * (reference * reference).sum(0)
 
         try:
-            silent = self._columns({value: torch.zeros_like(content)}, target, frozen)  # biases alone
-            reference = self._columns({value: content}, target, frozen) - silent
+            silent = self._columns({value: torch.zeros_like(content)}, target, held)  # biases alone
+            reference = self._columns({value: content}, target, held) - silent
             if not bool(follows(torch.ones_like(numbers, dtype=torch.bool)).all()):
                 return None
             found = torch.zeros(reference.shape[1], dtype=torch.long, device=content.device)
@@ -188,16 +213,20 @@ class Prober:
             return None
         return tuple(found.tolist())
 
-    def _columns(self, sources: Mapping[int, Tensor], target: tuple[int, ...], frozen: Iterable[int]) -> Tensor:
+    def _columns(self, sources: Mapping[int, Tensor], target: tuple[int, ...], held: Mapping[int, Tensor]) -> Tensor:
         value, *dimensions = target
-        result = replay(self.tape, sources, value, frozen=frozen)
+        result = replay(self.tape, sources, value, held=held)
         channels = math.prod(result.shape[dimension] for dimension in dimensions)
         return result.movedim(dimensions, tuple(range(-len(dimensions), 0))).reshape(-1, channels)
 
-    def _like(self, value: int) -> Tensor:
-        return self.tape.tensors[value]
+    def _noise_like(self, value: int) -> Tensor:
+        recorded = self.tape.wide(value)
+        if not recorded.is_floating_point() or not self.tape.is_data(value):
+            return recorded
+        return 1 + _noise(recorded, seed=9)
 
 
-def _noise(shape: Iterable[int], like: Tensor, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(like.device, wide_dtype(like))
+def _noise(like: Tensor, seed: int = 0) -> Tensor:
+    """Return normal noise with the shape and the strides of a tensor: views of it must stay possible."""
+    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.empty_like(like, dtype=wide_dtype(like), requires_grad=False).copy_(noise)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,23 +14,29 @@ from lightning_spectral.discovery.tape import Operation, Place, Ref, Tape, bits
 __all__ = ["map_leaves", "replay", "tensors_in", "written_tensors"]
 
 
-def replay(tape: Tape, sources: Mapping[int, Tensor], target: int, *, frozen: Iterable[int] = ()) -> Tensor:
+def replay(
+    tape: Tape, sources: Mapping[int, Tensor], target: int, *, held: Mapping[int, Tensor] | None = None
+) -> Tensor:
     """Compute a value from other values.
 
     Args:
         tape: The recorded forward pass.
         sources: New content for some values, in float64 where it is floating point.
         target: The value to compute.
-        frozen: Values that keep their recorded content even where they depend on a source.
+        held: Content for values that are not recomputed even where they depend on a source; unlike a source, such a
+            value does not make what depends on it be computed again.
 
     Returns:
         The content that ``target`` has with the new sources.
     """
     environment: dict[int, Tensor] = dict(sources)
-    fixed = {*frozen, *sources}
+    held = held or {}
+    fixed = {*held, *sources}
 
     def fetch(value: int) -> Tensor:
-        return environment[value] if value in environment else tape.wide(value)
+        if value in environment:
+            return environment[value]
+        return held[value] if value in held else tape.wide(value)
 
     done: set[int] = set()
     with torch.no_grad():

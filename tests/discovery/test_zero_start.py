@@ -1,0 +1,40 @@
+"""Branches that start at zero (zero-initialized outputs, ReZero, LayerScale) are found for what they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from zoo import example
+
+from lightning_spectral import find_blocks, measure
+
+LAST = ("c_proj", "o_proj", "down_proj", "out_proj", "linear2", "alpha", "ls1", "ls2", "output.dense", ".w2", ".wo.")
+MODELS = ["nanogpt", "llama", "gemma2", "bert", "torch_encoder_pre", "plain_rezero", "plain_layer_scale", "gpt_oss"]
+
+
+@pytest.mark.parametrize("name", [*MODELS, "experts_modules", "qwen3_moe", "t5"])
+def test_zero_outputs_change_nothing_in_what_is_found(name):
+    chosen = example(name)
+    model = chosen.build()
+    args, kwargs = chosen.inputs(model)
+    before = find_blocks(model, *args, **kwargs)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if any(word in path for word in LAST):
+                parameter.zero_()
+    assert find_blocks(model, *args, **kwargs) == before
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_even_a_model_of_zeros_is_understood(name):
+    chosen = example(name)
+    model = chosen.build()
+    args, kwargs = chosen.inputs(model)
+    before = find_blocks(model, *args, **kwargs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.zero_()
+    found = find_blocks(model, *args, **kwargs)
+    assert found == before
+    assert all(layer.ratio is None for layer in measure(model, found))
