@@ -35,6 +35,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--round-steps", type=int, default=50)
+    parser.add_argument("--threads", type=int, help="fewer than the cores, where other work shares them")
     parser.add_argument("--linearization", default="circuit", choices=["circuit", "paper"])
     return parser.parse_args()
 
@@ -78,6 +79,8 @@ def run_round(
 def main() -> None:
     """Print one line per interval."""
     args = parse()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     print(describe())
     model, step = trainer(args)
     parameters = sum(parameter.numel() for parameter in model.parameters())
