@@ -24,7 +24,7 @@ from lightning_spectral.discovery.sites import Site, choose_site, usable_modules
 from lightning_spectral.discovery.tape import Tape
 from lightning_spectral.records import Branch, BranchKind, Path
 
-__all__ = ["FoundBranch", "branches_of"]
+__all__ = ["FoundBranch", "branches_of", "finished"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,19 @@ from lightning_spectral.discovery.tape import Operation, Ref, Tape
 
 __all__ = [
     "addends",
+    "base_name",
     "is_attention",
+    "is_contraction",
     "is_mixing_without_weights",
+    "is_norm",
     "is_product",
+    "matrix_operands",
     "moved_input",
     "multiplied_input",
     "parameter_of",
     "refs",
+    "scattered_inputs",
+    "shifted_input",
     "weight_operand",
 ]
 

@@ -12,7 +12,7 @@ from lightning_spectral.discovery.routes import UnmeasurableError
 from lightning_spectral.discovery.tape import Operation, Tape
 from lightning_spectral.records import Factor
 
-__all__ = ["MATRICES", "STACK", "Reader", "WeightProduct", "matrix_factor", "rows_read", "weight_product"]
+__all__ = ["Reader", "WeightProduct", "matrix_factor", "rows_read", "weight_product"]
 
 MATRICES = ("output", "value", "latent", "down", "up")
 STACK = ("stack",)  # stands for picking an expert from dimension 0

@@ -26,7 +26,7 @@ from lightning_spectral.discovery.operations import (
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.tape import Operation, Tape
 
-__all__ = ["Route", "Router", "UnmeasurableError"]
+__all__ = ["Route", "Router", "UnmeasurableError", "normalized_operand", "value_operand"]
 
 # Operations that read the shape of their input and nothing else.
 _ONLY_SHAPE = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}

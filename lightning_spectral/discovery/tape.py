@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Call", "Operation", "Place", "Ref", "Tape", "bits"]
+__all__ = ["Call", "Operation", "Place", "Ref", "Tape", "bits", "wide_dtype"]
 
 
 class Ref(NamedTuple):

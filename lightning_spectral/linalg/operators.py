@@ -17,7 +17,17 @@ from torch import Tensor
 
 from lightning_spectral.errors import ConfigurationError
 
-__all__ = ["Adjoint", "Diagonal", "Gather", "LinearOperator", "Product", "Scaled"]
+__all__ = [
+    "Adjoint",
+    "Diagonal",
+    "Gather",
+    "LinearOperator",
+    "Product",
+    "Scaled",
+    "balanced_by_largest",
+    "check_weight",
+    "vector_dtype",
+]
 
 
 class LinearOperator(ABC):
