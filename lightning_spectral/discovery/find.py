@@ -62,10 +62,10 @@ def find_blocks(
         tape, description = _recorded(model, example_inputs, example_kwargs)
         blocks, refusals = blocks_of(tape, model)
     except ExampleInputError:
-        if hints is None:
+        if not hints:
             raise
         blocks, refusals, description = [], [], "nothing"
-    if hints is not None:
+    if hints:
         return with_hints(model, blocks, hints)
     if not blocks:
         raise BlocksNotFoundError(_nothing_found(model, description, refusals))

@@ -29,7 +29,8 @@ from lightning_spectral.records import Branch, BranchKind, Factor, FactorRole, P
 __all__ = ["with_hints"]
 
 # The order of the matrix product, from the site back to the stream.
-_ORDER: tuple[FactorRole, ...] = get_args(FactorRole)
+_FIRST: tuple[FactorRole, ...] = ("scale", "post_norm", "output", "down", "inner_norm")
+_ORDER: tuple[FactorRole, ...] = (*_FIRST, "value", "latent", "up", "pre_norm")
 _KINDS: tuple[BranchKind, ...] = get_args(BranchKind)
 
 
@@ -44,7 +45,7 @@ def with_hints(
         hints: Block pattern to branches, as the module's docstring shows.
 
     Returns:
-        The blocks that match a hint, hinted; followed in the order of the modules by those that match none.
+        The blocks, hinted where a hint matches: in the order of execution, or, where a hint adds one, of the modules.
 
     Raises:
         ConfigurationError: Where a pattern matches no module, or a branch, a role or a parameter does not exist.
@@ -60,7 +61,9 @@ def with_hints(
             )
         for path in matches:
             found[path] = _hinted(model, found.get(path, ResidualBlock(0, path, ())), branches)
-    ordered = sorted(found.values(), key=lambda block: paths.index(block.name) if block.name in paths else -1)
+    ordered = list(found.values())  # in the order of execution, as far as it is known
+    if len(found) > len(blocks):
+        ordered.sort(key=lambda block: paths.index(block.name) if block.name in paths else -1)
     return tuple(replace(block, index=index) for index, block in enumerate(ordered))
 
 
@@ -69,12 +72,16 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def _hinted(model: nn.Module, block: ResidualBlock, branches: Mapping[str, Any]) -> ResidualBlock:
-    result = {branch.kind: branch for branch in block.branches}
+    result = list(block.branches)
     for kind, hint in branches.items():
         if kind not in _KINDS:
             raise ConfigurationError(f"hints: {kind!r} is not a kind of branch; expected one of {', '.join(_KINDS)}")
-        result[kind] = _branch(model, block.name, kind, hint, result.get(kind))
-    return replace(block, branches=tuple(result.values()), verified=False, evidence="hints")
+        known = next((branch for branch in result if branch.kind == kind), None)
+        hinted = _branch(model, block.name, kind, hint, known)
+        places = [place for place, branch in enumerate(result) if branch is known or branch.site == hinted.site]
+        place = places[0] if places else len(result)
+        result[place : place + 1] = [hinted]
+    return replace(block, branches=tuple(result), verified=False, evidence="hints")
 
 
 def _branch(model: nn.Module, block: str, kind: BranchKind, hint: Any, known: Branch | None) -> Branch:
@@ -102,6 +109,8 @@ def _factor(model: nn.Module, block: str, role: str, value: Any) -> Factor:
     if role not in _ORDER:
         raise ConfigurationError(f"hints: {role!r} is not a role of a factor; expected one of {', '.join(_ORDER)}")
     if isinstance(value, int | float):
+        if role != "scale" and not role.endswith("_norm"):
+            raise ConfigurationError(f"hints: {block}.{role} came with {value!r}; expected a parameter path")
         return Factor(role, None, constant=float(value))
     given = {"parameter": value} if isinstance(value, str) else dict(value)
     unknown = set(given) - {"parameter", "layout", "rows"}
