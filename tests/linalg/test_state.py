@@ -73,7 +73,7 @@ def test_a_jump_is_certified_again(weights, generator):
 def test_subspace_holds_the_dominant_singular_vectors(generator):
     A = with_spectrum(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.5]), 120, 100, generator)
     Vh = torch.linalg.svd(A).Vh
-    for solver in (RandomizedSVD(), ExactSVD(n_components=4)):
+    for solver in (RandomizedSVD(n_components=4), ExactSVD(n_components=4)):
         operators = [Matrix(A.float())]
         _, state = solver.compute(operators, solver.init(operators))
         V = state.subspaces[0].double()
