@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral.errors import ExampleInputError
@@ -20,6 +21,17 @@ class Call:
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def shortened(self) -> Call:
+        """Return the call on the first two samples, where every tensor agrees on how many there are.
+
+        A traced pass keeps every intermediate value, and two samples show all of the structure.
+        """
+        tensors = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        if len({tensor.shape[:1] for tensor in tensors}) != 1 or not tensors[0].ndim:
+            return self
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor[:2], (self.args, self.kwargs))
+        return Call(self.module, args, kwargs)
 
 
 class FirstForward:

@@ -220,7 +220,11 @@ class SpectralMonitor(Callback):
     def _find_late(self, trainer: Trainer, first_forward: FirstForward) -> None:
         first_forward.stop()
         call = first_forward.call()
-        self._watch(trainer, call.module, self._blocks_of(call.module, *call.args, **call.kwargs))
+        try:
+            blocks = self._blocks_of(call.module, *call.shortened().args, **call.shortened().kwargs)
+        except ExampleInputError:  # a model that wants its batch whole
+            blocks = self._blocks_of(call.module, *call.args, **call.kwargs)
+        self._watch(trainer, call.module, blocks)
 
     def _blocks_of(self, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[ResidualBlock, ...]:
         if self.blocks is None or isinstance(self.blocks, Mapping):
