@@ -7,7 +7,7 @@ with a product with a weight in between.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_spectral.discovery.operations import (
     addends,
@@ -171,6 +171,11 @@ def _as_residual(tape: Tape, output: int, terms: list[Term], products: int) -> R
             others = tuple(term for term in terms if term is not skip and term not in branches)
             best = ResidualAdd(output, skip, tuple(branches), others)
     if best is not None:
+        # What multiplies the stream before the branches leave it (an embedding's scale, the gain of a norm behind the
+        # last sum) is the stream's, not theirs.
+        leaves = [term.leaf for term in best.branches]
+        fork = next(value for value in best.skip.spine if all(tape.depends(leaf, value) for leaf in leaves))
+        best.skip = replace(best.skip, leaf=fork)
         for term in best.branches:
             for value in tape.between(best.skip.leaf, term.start):
                 if value != best.skip.leaf:
