@@ -87,7 +87,7 @@ def linearize(model: nn.Module, path: Path, linearization: WeightLinearization) 
         elif factor.role in ("scale", "pre_norm"):
             _append_gain(model, chain, factor)
         else:
-            _append_matrix(model, chain, factor)
+            _append(model, chain, _selected(_tensor(model, factor), factor.rows))
     return chain.finished()
 
 
@@ -107,19 +107,18 @@ def _paper(model: nn.Module, path: Path) -> LinearOperator:
 def _append_gain(model: nn.Module, chain: _Chain, factor: Factor) -> None:
     """Append a norm's gain or a residual multiplier."""
     if factor.parameter is None:
-        if factor.constant != 1.0 and chain.normalized_from is None:
+        if factor.constant != 1.0 and chain.normalized_from is None and not chain.norms:
             chain.scalars.append(factor.constant)
         return
     tensor = _tensor(model, factor)
     if tensor.numel() > 1:
-        chain.operators.append(Diagonal(tensor.flatten()))
+        _append(model, chain, [Diagonal(tensor.flatten())])
     elif chain.normalized_from is None and not chain.norms:
         chain.scalars.append(tensor.float() if tensor.dtype != torch.float64 else tensor)
 
 
-def _append_matrix(model: nn.Module, chain: _Chain, factor: Factor) -> None:
-    """Append a matrix, behind the norms that wait for it."""
-    operators = _selected(_tensor(model, factor), factor.rows)
+def _append(model: nn.Module, chain: _Chain, operators: list[LinearOperator]) -> None:
+    """Append a matrix or a diagonal, behind the norms that wait for it."""
     for norm in chain.norms:
         # A norm over the repeated heads stands left of the repetition, one over the heads themselves right of it.
         place = 1 if len(operators) > 1 and norm.size != operators[0].shape[0] else 0
