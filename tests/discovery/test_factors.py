@@ -12,8 +12,9 @@ import torch
 from found import Found, Search
 from torch import Tensor, nn
 from zoo import example, examples, survey
+from zoo.gpt import MLP, Block, CausalSelfAttention, NanoGPT
 
-from lightning_spectral import Branch, ResidualBlock
+from lightning_spectral import Branch, ResidualBlock, find_blocks
 from lightning_spectral.linearize import linearize
 from lightning_spectral.records import Factor, Path
 
@@ -279,3 +280,60 @@ def test_gains_are_read_as_they_act(found: Search) -> None:
     for name in ("olmo", "nanochat", "plain_functional_norm"):
         assert first(name, "pre_norm") == Factor("pre_norm", None, size=32)
     assert math.isclose(first("granite", "scale").constant, found("granite").model.config.residual_multiplier)
+
+
+class RootMeanSquare(nn.Module):
+    """A norm written out, with a gain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class PostNorm(Block):
+    """The norm stands on the stream, behind the add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = RootMeanSquare(), RootMeanSquare()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.ln_1(x + self.attn(x))
+        return self.ln_2(x + self.mlp(x))
+
+
+class Unnormed(nn.Module):
+    """No norm at all; what leaves the block is halved."""
+
+    def __init__(self, factor: float = 0.5) -> None:
+        super().__init__()
+        self.attn, self.mlp, self.factor = CausalSelfAttention(), MLP(), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        return (x + self.mlp(x)) * self.factor
+
+
+class ScaledEmbedding(NanoGPT):
+    """The stream starts eight times as large as the embedding."""
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.transformer["wte"](idx) * 8.0
+        for block in self.transformer["h"]:
+            x = block(x)
+        return self.lm_head(x)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [NanoGPT(PostNorm), NanoGPT(Unnormed), ScaledEmbedding(lambda: Unnormed(1.0)), ScaledEmbedding(PostNorm)],
+    ids=["post-norm written out", "halved stream", "scaled embedding", "both"],
+)
+def test_what_multiplies_the_stream_is_no_factor_of_a_branch(model: nn.Module) -> None:
+    """A gain behind the last add, or a constant on the stream, multiplies the skip as well: it is not the branch's."""
+    for block in find_blocks(model.eval()):
+        roles = [[factor.role for factor in branch.factors] for branch in block.branches]
+        assert roles == [["output", "value"], ["down", "up"]]
