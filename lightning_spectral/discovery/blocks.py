@@ -55,20 +55,23 @@ def blocks_of(tape: Tape, model: nn.Module) -> tuple[list[ResidualBlock], list[s
 def _named_groups(modules: Mapping[str, nn.Module], branches: Sequence[FoundBranch]) -> dict[str, list[FoundBranch]]:
     """Group branches by the entry of a container (``ModuleList``, ``Sequential``) that holds a mixer and an MLP.
 
-    Where no entry holds both, a branch belongs to the innermost entry around its modules; where there is no container
-    at all, to the module around them. A block that is called several times is listed once.
+    An entry that holds another such entry is a stack of blocks. Where no entry holds both, a branch belongs to the
+    innermost entry around its modules; where there is no container at all, to the module around them. A block that is
+    called several times is listed once.
     """
     members: dict[str, dict[str, FoundBranch]] = {}
     entries = {id(branch): _entries(modules, branch.modules) for branch in branches}
     for branch in branches:
         for entry in entries[id(branch)]:
             members.setdefault(entry, {}).setdefault(branch.site.path, branch)
+    complete = [entry for entry, held in members.items() if _is_complete(list(held.values()))]
+    stacks = {entry for entry in complete if any(other.startswith(f"{entry}.") for other in complete)}
     groups: dict[str, list[FoundBranch]] = {}
     taken: set[tuple[str, str]] = set()
     for branch in branches:
         own = entries[id(branch)]
-        complete = [entry for entry in own if _is_complete(list(members[entry].values()))]
-        name = (complete or own or [_enclosing(branch.modules)])[0]
+        whole = [entry for entry in own if entry in complete and entry not in stacks]
+        name = (whole or own or [_enclosing(branch.modules)])[0]
         if (name, branch.site.path) not in taken:
             taken.add((name, branch.site.path))
             groups.setdefault(name, []).append(branch)

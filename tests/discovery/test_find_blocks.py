@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 from found import Search
+from torch import Tensor
 from zoo import example, examples
+from zoo.gpt import Block, NanoGPT
 
 from lightning_spectral import Branch, find_blocks
 
@@ -158,6 +160,22 @@ def test_branches_are_listed_in_the_order_of_execution(found: Search) -> None:
     assert [branch.kind for branch in found("conformer").blocks[1].branches] == ["mlp", "attention", "mixer", "mlp"]
     assert [branch.kind for branch in found("nanogpt_mlp_first").blocks[2].branches] == ["attention", "mlp"]
     assert [branch.kind for branch in found("t5").blocks[2].branches] == ["attention", "cross_attention", "mlp"]
+
+
+class WithoutMLP(Block):
+    """Attention only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attn(self.ln_1(x))
+
+
+def test_a_block_without_mlp_in_a_short_stack_is_a_block() -> None:
+    """Two blocks have few branches together; the stack is no block all the same."""
+    model = NanoGPT(layers=2)
+    model.transformer["h"][1] = WithoutMLP()
+    blocks = find_blocks(model.eval())
+    assert [block.name for block in blocks] == ["transformer.h.0", "transformer.h.1"]
+    assert [len(block.branches) for block in blocks] == [2, 1]
 
 
 def test_finding_twice_finds_the_same(found: Search) -> None:
