@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import Adjoint, Diagonal, Gather, LinearOperator, Matrix, Product, Scaled
 from lightning_spectral.records import Factor, Path
 
@@ -76,7 +77,8 @@ def linearize(model: nn.Module, path: Path, linearization: WeightLinearization) 
         The operator, and what to divide its norm by.
 
     Raises:
-        ConfigurationError: A weight holds no numbers: it is on the meta device, packed, or of an integer dtype.
+        ConfigurationError: A weight holds no numbers (it is on the meta device, packed, or of an integer dtype), or it
+            has another shape than the one that the path was made for.
     """
     if linearization == "paper":
         return Linearized(_paper(model, path))
@@ -176,8 +178,13 @@ def _tensor(model: nn.Module, factor: Factor) -> Tensor:
     assert factor.parameter is not None
     with torch.no_grad(), reading(model, factor.parameter) as tensor:
         tensor = tensor.detach()
-        for name, *arguments in factor.layout:
-            tensor = getattr(tensor, name)(*arguments)
+        try:
+            for name, *arguments in factor.layout:
+                tensor = getattr(tensor, name)(*arguments)
+        except (RuntimeError, IndexError) as error:
+            raise ConfigurationError(f"{factor.parameter} has not the shape it was found with: {error}") from None
+    if factor.rows is not None and max((run[-1] for run in factor.rows if run), default=0) >= tensor.shape[0]:
+        raise ConfigurationError(f"{factor.parameter} has {tensor.shape[0]} rows, fewer than it was found with")
     return tensor
 
 
