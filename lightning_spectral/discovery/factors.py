@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lightning_spectral.discovery.operations import is_norm, refs
+from lightning_spectral.discovery.operations import Divisor, Multiplier, is_norm, refs
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.products import MATRICES, Reader, matrix_factor, rows_read, weight_product
 from lightning_spectral.discovery.recipes import NoRecipeError, recipe
@@ -24,7 +24,7 @@ def chains(
     region: Region,
     prober: Prober,
     kind: BranchKind,
-    multipliers: Sequence[tuple[int, int | float]] = (),
+    multipliers: Sequence[tuple[int, Multiplier]] = (),
 ) -> tuple[Chain, ...]:
     """Return the chains of factors of one branch, the factor nearest the site first.
 
@@ -134,16 +134,24 @@ def _holding(reader: Reader | None, frozen: frozenset[int]) -> Reader | None:
     return None if reader is None else replace(reader, frozen=reader.frozen | frozen)
 
 
-def _scales(tape: Tape, multipliers: Sequence[int | float]) -> Iterator[Factor]:
-    """Yield the multipliers of a path as factors; a float is a constant, an int a value of the tape."""
+def _scales(tape: Tape, multipliers: Sequence[Multiplier]) -> Iterator[Factor]:
+    """Yield the multipliers of a path as factors."""
     for multiplier in multipliers:
         if isinstance(multiplier, float):
             if multiplier != 1.0:
                 yield Factor("scale", None, constant=multiplier)
-        elif tape.made_of_parameters(multiplier):
-            yield _gain(tape, multiplier)
-        elif not tape.is_data(multiplier) and tape.tensors[multiplier].numel() == 1:
-            yield Factor("scale", None, constant=float(tape.tensors[multiplier]))
+            continue
+        divides = isinstance(multiplier, Divisor)
+        value = multiplier.value if isinstance(multiplier, Divisor) else multiplier
+        if tape.made_of_parameters(value):
+            gain = _gain(tape, value)
+            yield replace(gain, layout=(*gain.layout, ("reciprocal",))) if divides else gain
+        elif not tape.is_data(value):
+            content = tape.tensors[value].double()
+            if float(content.min()) != float(content.max()):
+                raise UnmeasurableError("it is multiplied by a tensor that belongs to no parameter and no buffer")
+            number = float(content.max())
+            yield Factor("scale", None, constant=1 / number if divides else number)
 
 
 def _gain(tape: Tape, value: int) -> Factor:

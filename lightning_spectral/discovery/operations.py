@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from lightning_spectral.discovery.tape import Operation, Ref, Tape
 
 __all__ = [
+    "Divisor",
+    "Multiplier",
     "addends",
     "base_name",
     "is_attention",
@@ -117,11 +120,18 @@ def moved_input(operation: Operation) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def multiplied_input(tape: Tape, operation: Operation) -> tuple[int, int | float] | None:
-    """Return ``(value, multiplier)`` for a product of data with a constant or with something made of parameters.
+class Divisor(NamedTuple):
+    """A value by which another one is divided."""
 
-    The multiplier is a number, or the value that holds it.
-    """
+    value: int
+
+
+# A number, the value that holds it, or the value that holds its reciprocal.
+Multiplier = float | int | Divisor
+
+
+def multiplied_input(tape: Tape, operation: Operation) -> tuple[int, Multiplier] | None:
+    """Return ``(value, multiplier)`` for a product of data with a constant or with something made of parameters."""
     name = base_name(operation)
     if name == "neg":
         return operation.inputs[0], -1.0
@@ -134,7 +144,7 @@ def multiplied_input(tape: Tape, operation: Operation) -> tuple[int, int | float
         return None
     others = [value for value in operation.inputs if value != data[0]]
     if others:
-        return data[0], others[0]
+        return data[0], Divisor(others[0]) if name in ("div", "true_divide") else others[0]
     number = next(
         (item for item in (*operation.args, *operation.kwargs.values()) if isinstance(item, int | float)), 1.0
     )

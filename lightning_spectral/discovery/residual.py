@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lightning_spectral.discovery.operations import (
+    Multiplier,
     addends,
     is_mixing_without_weights,
     is_norm,
     is_product,
     moved_input,
     multiplied_input,
+    refs,
 )
 from lightning_spectral.discovery.tape import Operation, Tape, bits
 
@@ -37,8 +39,8 @@ class Term:
     start: int
     leaf: int
     spine: tuple[int, ...]
-    multipliers: tuple[tuple[int, int | float], ...] = ()
-    outer: tuple[tuple[int, int | float], ...] = ()
+    multipliers: tuple[tuple[int, Multiplier], ...] = ()
+    outer: tuple[tuple[int, Multiplier], ...] = ()
 
 
 @dataclass(slots=True)
@@ -112,12 +114,14 @@ def _terms(
     tape: Tape,
     operation: Operation,
     spine: tuple[int, ...],
-    multipliers: tuple[tuple[int, int | float], ...],
+    multipliers: tuple[tuple[int, Multiplier], ...],
     absorbed: set[int],
 ) -> Iterator[Term]:
     """Flatten a sum into its terms; a partial sum that only this sum reads is part of it."""
+    alpha = operation.kwargs.get("alpha", 1)  # add and sub multiply their second operand by it
     for start in addends(tape, operation):
-        value, path, factors, private = start, spine, multipliers, True
+        outer = (*multipliers, (start, float(alpha))) if alpha != 1 and start in refs(operation, 1) else multipliers
+        value, path, factors, private = start, spine, outer, True
         while True:
             path = (*path, value)
             private = private and len(set(tape.readers[value])) == 1
@@ -137,10 +141,10 @@ def _terms(
                 factors = (*factors, (step[0], step[1]))
             value = step[0]
         if path:
-            yield Term(start, value, path, factors, multipliers)
+            yield Term(start, value, path, factors, outer)
 
 
-def _transparent(tape: Tape, operation: Operation) -> tuple[int, int | float | None] | None:
+def _transparent(tape: Tape, operation: Operation) -> tuple[int, Multiplier | None] | None:
     """Return the input of an operation that is linear and homogeneous in it, with the multiplier if there is one."""
     moved = moved_input(operation)
     if moved is not None:

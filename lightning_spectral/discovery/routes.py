@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lightning_spectral.discovery.operations import (
+    Multiplier,
     addends,
     base_name,
     is_attention,
@@ -51,7 +52,7 @@ class Route:
     anchor: int
     kind: str
     nonlinear: bool = False
-    multipliers: tuple[int | float, ...] = ()
+    multipliers: tuple[Multiplier, ...] = ()
     frozen: frozenset[int] = frozenset()
 
 
