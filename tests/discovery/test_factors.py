@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -315,6 +315,64 @@ class Unnormed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(x)
         return (x + self.mlp(x)) * self.factor
+
+
+class Multiplied(Block):
+    """The branches are multiplied in every way that a constant or a parameter can multiply."""
+
+    WAYS: ClassVar[dict[str, tuple[Callable[[Any, Tensor, Tensor], Tensor], float]]] = {
+        "alpha": (lambda block, x, y: torch.add(x, y, alpha=0.25), 0.25),
+        "alpha in place": (lambda block, x, y: (x + 0).add_(y, alpha=-0.25), 0.25),
+        "alpha of a difference": (lambda block, x, y: torch.sub(x, y, alpha=0.25), 0.25),
+        "minus": (lambda block, x, y: x - 4 * y, 4.0),
+        "divided by a number": (lambda block, x, y: x + y / 4, 0.25),
+        "divided by a constant": (lambda block, x, y: x + y / torch.tensor(4.0), 0.25),
+        "times a constant": (lambda block, x, y: torch.tensor(4.0) * y + x, 4.0),
+        "divided by a parameter": (lambda block, x, y: x + y / block.four, 0.25),
+        "times a parameter": (lambda block, x, y: x + y.mul(block.four), 4.0),
+        "times a function of a parameter": (lambda block, x, y: x + y * (block.four / 8).tanh(), math.tanh(0.5)),
+        "divided by a gain": (lambda block, x, y: x + y / block.fours, 0.25),
+        "times a constant vector": (lambda block, x, y: x + y * torch.full((32,), 4.0), 4.0),
+        "twice": (lambda block, x, y: torch.add(x, (y * 3) / block.four, alpha=2), 1.5),
+    }
+
+    def __init__(self, way: str = "minus") -> None:
+        super().__init__()
+        self.way = way
+        self.four, self.fours = nn.Parameter(torch.tensor(4.0)), nn.Parameter(torch.full((32,), 4.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        add = self.WAYS[self.way][0]
+        x = add(self, x, self.attn(self.ln_1(x)))
+        return add(self, x, self.mlp(self.ln_2(x)))
+
+
+@pytest.mark.parametrize("way", Multiplied.WAYS)
+def test_every_multiplier_of_a_branch_is_a_factor(way: str) -> None:
+    """The norm is that of the matrices times the size of what multiplies the branch."""
+    model = NanoGPT(lambda: Multiplied(way), layers=2).eval()
+    for block in find_blocks(model):
+        assert block.verified, block.evidence
+        for branch in block.branches:
+            bare = Path(tuple(factor for factor in branch.paths[0].factors if factor.role != "scale"))
+            with_scale, without = (
+                torch.linalg.matrix_norm(linearize(model, path, "circuit").operator.dense(), 2)
+                for path in (branch.paths[0], bare)
+            )
+            assert float(with_scale / without) == pytest.approx(Multiplied.WAYS[way][1], rel=1e-6)
+
+
+def test_a_multiplier_that_nobody_owns_is_a_reason() -> None:
+    """A vector made in the forward cannot be read again later: no norm rather than a wrong one."""
+
+    class Ramp(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attn(self.ln_1(x))
+            return x + self.mlp(self.ln_2(x)) * torch.linspace(0.5, 2.0, 32)
+
+    for block in find_blocks(NanoGPT(Ramp).eval()):
+        assert block.mlp is not None
+        assert block.mlp.reason == "it is multiplied by a tensor that belongs to no parameter and no buffer"
 
 
 class ScaledEmbedding(NanoGPT):
