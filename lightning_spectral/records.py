@@ -16,6 +16,7 @@ from typing import Any, Literal
 __all__ = [
     "Branch",
     "BranchKind",
+    "End",
     "Factor",
     "FactorRole",
     "LayerMeasurement",
@@ -73,6 +74,20 @@ class Path:
 
 
 @dataclass(frozen=True, slots=True)
+class End:
+    """A parameter at the end of a branch. All ends of a branch together carry its size.
+
+    Attributes:
+        parameter: Attribute path from the model.
+        offset: What the model adds to the stored parameter before it uses it: 1.0 for the gain of a norm that is stored
+            as ``w`` and used as ``1 + w``, else 0. To scale the end by c, store ``c * (offset + w) - offset``.
+    """
+
+    parameter: str
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Branch:
     """A path from the residual stream back into it.
 
@@ -84,6 +99,9 @@ class Branch:
         paths: The linear chains of the branch: one for a dense branch, one per expert for a mixture of experts, none
             where no weight linearization exists.
         reason: Why there is no weight linearization, ``None`` where there is one.
+        ends: The parameters (weights and biases, or gain and bias of a norm behind them) that have to be scaled to
+            scale the branch: its output is homogeneous of degree one in them together, and nothing else uses them.
+        ends_reason: Why there are no such parameters, ``None`` where there are.
     """
 
     kind: BranchKind
@@ -91,6 +109,8 @@ class Branch:
     output_index: int | str | None = None
     paths: tuple[Path, ...] = ()
     reason: str | None = None
+    ends: tuple[End, ...] = ()
+    ends_reason: str | None = None
 
     @property
     def factors(self) -> tuple[Factor, ...]:
