@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.discovery import find_blocks
+from lightning_spectral.discovery.scaled import log_scale_tensor, with_scales
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import RandomizedSVD, Solver, SolverState, SpectralNorm, frobenius_norm
 from lightning_spectral.linearize import Linearized, WeightLinearization, linearize
@@ -58,7 +59,7 @@ class Meter:
         safe_zone: tuple[float, float] = (0.5, 2.0),
     ) -> None:
         self.model = model
-        self.blocks = tuple(blocks)
+        self.blocks = with_scales(model, blocks)
         self.linearization = _checked(linearization)
         self.solver: Solver = RandomizedSVD() if solver is None else solver
         self.safe_zone = safe_zone
@@ -83,7 +84,8 @@ class Meter:
             branch: _largest([(path, next(norms)) for path, _ in paths], reason)
             for branch, (paths, reason) in zip(branches, built, strict=True)
         }
-        layers = tuple(_layer(block, values) for block in self.blocks)
+        scales = _scales(self.model, branches)
+        layers = tuple(_layer(block, values, scales) for block in self.blocks)
         return Measurement(step, self.linearization, layers, self.safe_zone, time.perf_counter() - start)
 
     def _linearized(self, branch: Branch) -> tuple[list[tuple[Path, Linearized]], str | None]:
@@ -192,7 +194,18 @@ def _largest(norms: Sequence[tuple[Path, SpectralNorm]], reason: str | None) -> 
     return _Value(norm.value, norm.error_bound, path.expert)
 
 
-def _layer(block: ResidualBlock, values: Mapping[Branch, _Value]) -> LayerMeasurement:
+def _scales(model: nn.Module, branches: Sequence[Branch]) -> dict[Branch | None, float]:
+    """Return the residual scale of every branch that has one, read in a single transfer from the device."""
+    logs = {branch: tensor for branch in branches if (tensor := log_scale_tensor(model, branch)) is not None}
+    if not logs:
+        return {}
+    values = torch.stack([tensor.detach().double().reshape(()) for tensor in logs.values()]).exp().tolist()
+    return dict(zip(logs, values, strict=True))
+
+
+def _layer(
+    block: ResidualBlock, values: Mapping[Branch, _Value], scales: Mapping[Branch | None, float]
+) -> LayerMeasurement:
     attention = values[block.attention] if block.attention is not None else _Value()
     mlp = values[block.mlp] if block.mlp is not None else _Value()
     bounds = [value.bound for value in (attention, mlp) if value.bound is not None]
@@ -201,6 +214,8 @@ def _layer(block: ResidualBlock, values: Mapping[Branch, _Value]) -> LayerMeasur
         name=block.name,
         mlp_norm=mlp.norm,
         attention_norm=attention.norm,
+        mlp_scale=scales.get(block.mlp, 1.0),
+        attention_scale=scales.get(block.attention, 1.0),
         mlp_expert=mlp.expert,
         mlp_reason=mlp.reason,
         attention_reason=attention.reason,

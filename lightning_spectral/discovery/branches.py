@@ -18,6 +18,7 @@ from lightning_spectral.discovery.operations import (
     weight_operand,
 )
 from lightning_spectral.discovery.probe import Prober, Region
+from lightning_spectral.discovery.recipes import attribute_path
 from lightning_spectral.discovery.residual import ResidualAdd, Term
 from lightning_spectral.discovery.routes import UnmeasurableError
 from lightning_spectral.discovery.sites import Site, choose_site, usable_modules
@@ -119,9 +120,10 @@ def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term]) -> Site
             continue
         weight = weight_operand(tape, operation)
         known = [] if weight is None else tape.parents_with_names(weight)
-        if len(known) != 1 or _product_count(tape, known[0]) > 1:
+        paths = {attribute_path(tape.names[value]) for value in known}  # a parametrized weight has several parents
+        if len(paths) != 1 or any(_product_count(tape, value) > 1 for value in known):
             return None
-        return Site(f"param:{tape.names[known[0]]}", None, terms[0].start)
+        return Site(f"param:{paths.pop()}", None, terms[0].start)
     return None
 
 

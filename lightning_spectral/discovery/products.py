@@ -97,8 +97,9 @@ def matrix_factor(tape: Tape, product: WeightProduct) -> Factor:
         # A batch of one, or one matrix repeated over the batch, is a matrix; else the batch is one of experts.
         single = tape.shape(product.weight)[0] == 1 or any(step[0] == "expand" for step in steps)
         steps = (*steps, ("select", 0, 0) if single else STACK)
-    parameter = tape.parents_with_names(product.weight)[0]
-    steps = shortest(steps, tape.shape(parameter))
+    # Of the parents of a parametrized weight (a magnitude, a scale), the largest has its shape.
+    shapes = [tape.shape(parameter) for parameter in tape.parents_with_names(product.weight)]
+    steps = shortest(steps, max(shapes, key=math.prod))
     return Factor("latent", name, layout=steps)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_spectral.discovery.operations import base_name, moved_input
 from lightning_spectral.discovery.tape import Operation, Tape
 
-__all__ = ["NoRecipeError", "recipe", "shortest"]
+__all__ = ["NoRecipeError", "attribute_path", "recipe", "shortest"]
 
 Step = tuple[Any, ...]
 _COPIES = {"_to_copy", "clone", "detach", "contiguous", "alias", "lift_fresh", "to", "copy"}
@@ -37,7 +37,7 @@ def recipe(tape: Tape, value: int) -> tuple[str, tuple[Step, ...]]:
         NoRecipeError: Where the value is made of several parameters, or by an unknown operation.
     """
     if value in tape.names:
-        return _attribute(tape.names[value]), ()
+        return attribute_path(tape.names[value]), ()
     operation = tape.producer(value)
     if operation is None:
         raise NoRecipeError("it is a constant that belongs to no parameter")
@@ -49,7 +49,7 @@ def recipe(tape: Tape, value: int) -> tuple[str, tuple[Step, ...]]:
     return name, _simplified((*steps, *step))
 
 
-def _attribute(name: str) -> str:
+def attribute_path(name: str) -> str:
     """Turn ``layer.parametrizations.weight.original`` into ``layer.weight``: the attribute holds the real weight."""
     head, separator, tail = name.partition(".parametrizations.")
     return f"{head}.{tail.split('.')[0]}" if separator else name
@@ -58,7 +58,7 @@ def _attribute(name: str) -> str:
 def _parametrized(tape: Tape, value: int) -> str | None:
     # Only the output of the parametrization itself: what is done to it afterwards has steps of its own.
     parents = [tape.names[known] for known in tape.parents_with_names(value)]
-    targets = {_attribute(name) for name in parents if ".parametrizations." in name}
+    targets = {attribute_path(name) for name in parents if ".parametrizations." in name}
     if len(targets) != 1:
         return None
     target = targets.pop()

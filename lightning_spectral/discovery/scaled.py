@@ -1,0 +1,72 @@
+"""Residual scales that are attached to a model: where they are, and what they are to a branch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.records import Branch, Factor, Path, ResidualBlock
+
+__all__ = ["CHILD", "log_scale_path", "log_scale_tensor", "with_scales"]
+
+CHILD = "residual_scale"
+"""Name of the child module of a site that holds its scale."""
+
+
+def log_scale_path(model: nn.Module, branch: Branch) -> str | None:
+    """Return the attribute path of the logarithm of a branch's scale, ``None`` where none is attached.
+
+    A scale is a child of the module that carries the branch; where a weight alone carries it (``param:`` sites), it is
+    a parametrization of that weight.
+    """
+    if branch.site.startswith("param:"):
+        owner, _, name = branch.site.removeprefix("param:").rpartition(".")
+        module = _module(model, owner)
+        listed = getattr(getattr(module, "parametrizations", None), name, ())
+        found = [place for place, item in enumerate(listed) if hasattr(item, "log_scale")]
+        return _join(owner, f"parametrizations.{name}.{found[0]}.log_scale") if found else None
+    child = getattr(_module(model, branch.site), CHILD, None)
+    return _join(branch.site, f"{CHILD}.log_scale") if hasattr(child, "log_scale") else None
+
+
+def log_scale_tensor(model: nn.Module, branch: Branch | None) -> Tensor | None:
+    """Return the parameter of shape (1,) that holds the logarithm of a branch's scale, if it has one."""
+    path = None if branch is None else log_scale_path(model, branch)
+    found = None if path is None else resolve(model, path)
+    return found if isinstance(found, Tensor) else None
+
+
+def with_scales(model: nn.Module, blocks: Iterable[ResidualBlock]) -> tuple[ResidualBlock, ...]:
+    """Add the scales that are attached to the model to the factors of its blocks, where they are not yet.
+
+    Blocks that were found before the scales were attached are measured with them in this way: a ratio measured without
+    the scales that a controller moves would never answer to it.
+    """
+    return tuple(
+        replace(block, branches=tuple(_with_scale(model, branch) for branch in block.branches)) for block in blocks
+    )
+
+
+def _with_scale(model: nn.Module, branch: Branch) -> Branch:
+    path = log_scale_path(model, branch)
+    if path is None or branch.site.startswith("param:"):  # a parametrized weight is read with its scale
+        return branch
+    factor = Factor("scale", path, (("exp",),))
+    paths = (
+        chain
+        if any(known.parameter == path for known in chain.factors)
+        else Path((factor, *chain.factors), chain.expert)
+        for chain in branch.paths
+    )
+    return replace(branch, paths=tuple(paths))
+
+
+def _module(model: nn.Module, path: str) -> object:
+    return resolve(model, path) if path else model
+
+
+def _join(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if owner else name
