@@ -62,7 +62,9 @@ class _Chain:
         return Linearized(operator, Product(*self.operators[self.normalized_from :]))
 
 
-def linearize(model: nn.Module, path: Path, linearization: WeightLinearization) -> Linearized:
+def linearize(
+    model: nn.Module, path: Path, linearization: WeightLinearization, *, differentiable: bool = False
+) -> Linearized:
     """Build the operator of one path of a branch from the weights as they are now.
 
     Nothing is copied: matrices are views of the parameters, products are never formed. Biases, activation derivatives
@@ -72,6 +74,8 @@ def linearize(model: nn.Module, path: Path, linearization: WeightLinearization) 
         model: The model that the path belongs to.
         path: A chain of factors.
         linearization: ``"circuit"`` or ``"paper"``.
+        differentiable: Whether the tensors that the operators hold keep their graphs, so that a caller can
+            differentiate by the parameters. The products that the operators take themselves are never part of a graph.
 
     Returns:
         The operator, and what to divide its norm by.
@@ -80,8 +84,11 @@ def linearize(model: nn.Module, path: Path, linearization: WeightLinearization) 
         ConfigurationError: A weight holds no numbers (it is on the meta device, packed, or of an integer dtype), or it
             has another shape than the one that the path was made for.
     """
-    if linearization == "paper":
-        return Linearized(_paper(model, path))
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        return _circuit(model, path) if linearization == "circuit" else Linearized(_paper(model, path))
+
+
+def _circuit(model: nn.Module, path: Path) -> Linearized:
     chain = _Chain()
     for factor in path.factors:
         if factor.role in ("post_norm", "inner_norm"):
@@ -176,8 +183,8 @@ def _view(weight: Tensor, runs: tuple[range, ...]) -> Matrix | None:
 
 def _tensor(model: nn.Module, factor: Factor) -> Tensor:
     assert factor.parameter is not None
-    with torch.no_grad(), reading(model, factor.parameter) as tensor:
-        tensor = tensor.detach()
+    with reading(model, factor.parameter) as tensor:
+        tensor = tensor if torch.is_grad_enabled() else tensor.detach()
         try:
             for name, *arguments in factor.layout:
                 tensor = getattr(tensor, name)(*arguments)

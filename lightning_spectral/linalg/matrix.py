@@ -33,8 +33,8 @@ class Matrix(LinearOperator):
 
     def __init__(self, weight: Tensor) -> None:
         check_weight(weight, "weight", dims=(2, 3))
+        self.weight = weight  # as given, with its graph; products are taken without
         weight = weight.detach()
-        self.weight = weight
         self.shape = (weight.shape[:-1].numel(), weight.shape[-1])
         self.dtype = vector_dtype(weight)
         self.device = weight.device
@@ -52,11 +52,11 @@ class Matrix(LinearOperator):
 
     def dense(self) -> Tensor:
         """Convert the weight."""
-        return self.weight.double().cpu().reshape(self.shape)
+        return self.weight.detach().double().cpu().reshape(self.shape)
 
     def balanced(self) -> tuple[LinearOperator, int] | None:
         """Take out the power of two of the largest entry."""
-        return balanced_by_largest(self, float(self.weight.abs().amax()))
+        return balanced_by_largest(self, float(self.weight.detach().abs().amax()))
 
     def weighted_norm(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
         """Return √Σ (rowsᵢ · weightᵢⱼ · columnsⱼ)², a few rows at a time.

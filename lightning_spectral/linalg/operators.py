@@ -151,24 +151,25 @@ class Scaled(LinearOperator):
 
     def __init__(self, operator: LinearOperator, c: float | Tensor) -> None:
         self.operator = operator
-        self.c = c.detach().reshape(()) if isinstance(c, Tensor) else float(c)
+        self.c = c.reshape(()) if isinstance(c, Tensor) else float(c)  # as given, with its graph
+        self._value = self.c.detach() if isinstance(self.c, Tensor) else self.c
         self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
 
     def matmat(self, X: Tensor) -> Tensor:
         """Scale, then multiply: a factor that balances a huge weight must come before it."""
-        return self.operator.matmat(X * self.c)
+        return self.operator.matmat(X * self._value)
 
     def adjoint(self, Y: Tensor) -> Tensor:
         """Scale, then multiply by the transpose."""
-        return self.operator.adjoint(Y * self.c)
+        return self.operator.adjoint(Y * self._value)
 
     def dense(self) -> Tensor:
         """Form the matrix and scale it."""
-        return self.operator.dense() * float(self.c)
+        return self.operator.dense() * float(self._value)
 
     def balanced(self) -> tuple[LinearOperator, int] | None:
         """Take out the power of two of the operator and of the factor."""
-        inner, c = self.operator.balanced(), float(self.c)
+        inner, c = self.operator.balanced(), float(self._value)
         if inner is None or not math.isfinite(c):
             return None
         mantissa, exponent = math.frexp(c)
