@@ -2,13 +2,15 @@
 
 .. code-block:: python
 
-    Trainer(callbacks=[SpectralMonitor(every_n_steps=50)])  # watch a run
-    print(measure(model))                                   # or measure once, without a Trainer
+    Trainer(callbacks=[SpectralMonitor(every_n_steps=50)])                     # watch a run
+    Trainer(callbacks=[SpectralMonitor(every_n_steps=50, auto_rescale=True)])  # watch and steer
+    print(measure(model))                                                      # or measure once, without a Trainer
 """
 
+from lightning_spectral.control import ResidualRescaler, ResidualScales, attach_scales, fuse_scales
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError, SpectralError
-from lightning_spectral.journal import read_journal
+from lightning_spectral.journal import read_actions, read_journal
 from lightning_spectral.linalg import ExactSVD, RandomizedSVD
 from lightning_spectral.measure import measure
 from lightning_spectral.monitor import SpectralMonitor
@@ -27,10 +29,15 @@ __all__ = [
     "Measurement",
     "RandomizedSVD",
     "ResidualBlock",
+    "ResidualRescaler",
+    "ResidualScales",
     "SpectralError",
     "SpectralMonitor",
+    "attach_scales",
     "find_blocks",
+    "fuse_scales",
     "heatmap",
     "measure",
+    "read_actions",
     "read_journal",
 ]

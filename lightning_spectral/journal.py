@@ -1,22 +1,22 @@
 """The file of a run: ``spectral.jsonl``, one JSON object a line.
 
-The first line describes the run, each further line is one measurement as :meth:`Measurement.to_dict` gives it. A line
-is written in one piece and flushed, so a crash costs at most the line being written; a torn last line is ignored when
-the file is read.
+The first line describes the run, each further line is one measurement as :meth:`Measurement.to_dict` gives it, or one
+action of the controller. A line is written in one piece and flushed, so a crash costs at most the line being written; a
+torn last line is ignored when the file is read.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import Measurement, ResidualBlock
 
-__all__ = ["Journal", "described", "read_journal"]
+__all__ = ["Journal", "described", "read_actions", "read_journal"]
 
 FORMAT = "lightning_spectral"
 """Key that only the first line has; its value is the version of the format."""
@@ -45,15 +45,15 @@ class Journal:
         self._lines = []
 
     def _take_over(self, path: Path, linearization: str, resume_step: int) -> None:
-        header, records = read_journal(path)
+        header, *entries = _entries(path)
         if header["linearization"] == linearization:
-            self._lines += [_line(record) for record in records if record["step"] <= resume_step]
+            self._lines += [_line(entry) for entry in entries if entry["step"] <= resume_step]
         else:  # two linearizations are never mixed in one series, and nothing measured is thrown away
             path.rename(path.with_stem(f"{path.stem}-{header['linearization']}"))
 
-    def append(self, measurement: Measurement) -> None:
-        """Add one measurement."""
-        line = _line(measurement.to_dict())
+    def append(self, measurement: Measurement, actions: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Add one measurement, and what was done after it: plain values, each with a ``"step"`` and an ``"action"``."""
+        line = "".join(map(_line, (measurement.to_dict(), *actions)))
         if self.path is None:
             self._lines.append(line)
             return
@@ -63,7 +63,7 @@ class Journal:
     def records(self) -> list[dict[str, Any]]:
         """Return every measurement of the run so far, those before a resume included."""
         if self.path is None:
-            return [json.loads(line) for line in self._lines[1:]]
+            return _measurements(json.loads(line) for line in self._lines[1:])
         return read_journal(self.path)[1]
 
 
@@ -79,7 +79,32 @@ def read_journal(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dic
     Raises:
         ConfigurationError: The file is not one of ours.
     """
-    entries = []
+    header, *entries = _entries(path)
+    return header, _measurements(entries)
+
+
+def read_actions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read what the controller did in a run.
+
+    Args:
+        path: A ``spectral.jsonl``.
+
+    Returns:
+        The actions in the order in which they were taken: step, block, ratio before, changes of the logarithms of both
+        scales, reason.
+
+    Raises:
+        ConfigurationError: The file is not one of ours.
+    """
+    return [entry for entry in _entries(path)[1:] if "action" in entry]
+
+
+def _measurements(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for entry in entries if "layers" in entry]
+
+
+def _entries(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
             entries.append(json.loads(line))
@@ -87,7 +112,7 @@ def read_journal(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dic
             break  # torn by a crash, hence the last
     if not entries or not isinstance(entries[0], dict) or FORMAT not in entries[0]:
         raise ConfigurationError(f"{os.fspath(path)!r} does not begin with the header of a spectral journal")
-    return entries[0], entries[1:]
+    return entries
 
 
 def described(block: ResidualBlock) -> dict[str, Any]:

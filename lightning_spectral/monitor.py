@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral import settings
-from lightning_spectral.alarms import announcement
+from lightning_spectral.alarms import Crossing, announcement
+from lightning_spectral.control.actions import described_action, news
+from lightning_spectral.control.fuse import MARKER, lost_scales, refuse_lost_scales, scale_keys
+from lightning_spectral.control.law import Action, ResidualRescaler
+from lightning_spectral.control.steering import Steering
 from lightning_spectral.discovery import find_blocks
-from lightning_spectral.errors import ConfigurationError, ExampleInputError, SpectralError
+from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError, SpectralError
 from lightning_spectral.first_forward import FirstForward
 from lightning_spectral.journal import Journal, described
 from lightning_spectral.linalg import Solver
@@ -50,7 +56,11 @@ class SpectralMonitor(Callback):
     """Measures the spectral ratio of MLP to attention of every residual block while a model trains.
 
     The first measurement is taken before the first step, then one whenever ``every_n_steps`` optimizer steps have
-    passed, and one at the end of fit. Training is bitwise the same with and without the monitor.
+    passed, and one at the end of fit. Training is bitwise the same with and without a monitor that only watches.
+
+    With ``auto_rescale``, every branch gets a learnable residual scale (:func:`attach_scales`), and after a measurement
+    the scales of blocks whose ratio has left the safe zone are moved (:class:`ResidualRescaler` has the law). The model
+    then has parameters that are saved with it; :func:`fuse_scales` folds them into the weights.
 
     To every logger, with the number of stepped batches as index (the optimizer step, where there is one optimizer):
 
@@ -64,16 +74,19 @@ class SpectralMonitor(Callback):
     ``spectral/attention_norm_max``           1      largest spectral norm of an attention branch
     ``spectral/unmeasured``                   count  branches that exist but could not be measured
     ``spectral/seconds``                      s      wall time of the measurement
-    ``spectral/ratio/07`` and so on           1      with ``per_layer``: ratio and norms of every block
+    ``spectral/scale_min, _max``              1      with ``auto_rescale``: the residual scales at the measurement
+    ``spectral/rescaled``                     count  with ``auto_rescale``: blocks whose scales were moved after it
+    ``spectral/ratio/07`` and so on           1      with ``per_layer``: ratio, norms and scales of every block
     ========================================  =====  ===================================================
 
     The same keys are in ``trainer.callback_metrics`` on all ranks, the summary keys also as ``spectral_ratio_max`` and
     so on, for ``ModelCheckpoint`` and ``EarlyStopping``. The run's log directory gets ``spectral.jsonl`` with every
-    block of every measurement and, with matplotlib, ``spectral.png``, which loggers that take pictures get as well.
+    block of every measurement and every action and, with matplotlib, ``spectral.png``, which loggers that take pictures
+    get as well.
 
     Args:
         every_n_steps: Optimizer steps between two measurements.
-        auto_rescale: Whether to steer the ratios. Not available in this version.
+        auto_rescale: Whether to steer the ratios: ``True``, or a :class:`ResidualRescaler` with settings.
         linearization: The rule that turns branches into linear operators.
         safe_zone: The interval of ratios that counts as balanced.
         blocks: The blocks to measure, or hints for finding them; by default they are found in the model.
@@ -89,7 +102,7 @@ class SpectralMonitor(Callback):
     def __init__(
         self,
         every_n_steps: int = 50,
-        auto_rescale: bool = False,
+        auto_rescale: bool | ResidualRescaler = False,
         *,
         linearization: Literal["circuit", "paper"] = "circuit",
         safe_zone: tuple[float, float] = (0.5, 2.0),
@@ -101,15 +114,18 @@ class SpectralMonitor(Callback):
     ) -> None:
         super().__init__()
         self.every_n_steps = settings.steps("every_n_steps", every_n_steps)
-        self.auto_rescale = settings.choice("auto_rescale", auto_rescale, (False,))  # steering comes later
+        self.auto_rescale = auto_rescale
         self.linearization = settings.choice("linearization", linearization, ("circuit", "paper"))
         self.safe_zone = settings.interval("safe_zone", safe_zone)
+        rescaler = _rescaler(auto_rescale)
+        self._steering = None if rescaler is None else Steering(rescaler, self.safe_zone)
         self.blocks = blocks
         self.solver = solver
         self.per_layer = per_layer
         self.on_error = settings.choice("on_error", on_error, ("warn", "raise"))
         self.prefix = settings.name("prefix", prefix)
         self._series = Series(self.linearization)
+        self._load_hook: RemovableHandle | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -133,22 +149,40 @@ class SpectralMonitor(Callback):
     # When: Lightning's hooks, in the order in which they are called.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a second monitor that would write the same keys.
+        """Attach the residual scales, in every stage, so that checkpoints fit; refuse what cannot work.
 
         Raises:
-            ConfigurationError: Another monitor in this Trainer has the same prefix.
+            ConfigurationError: Another monitor in this Trainer has the same prefix or steers as well, or a callback
+                that copies the model comes before this one.
+            ExampleInputError, BlocksNotFoundError: The blocks to steer cannot be found.
         """
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not declared
-        rivals = [other for other in callbacks if isinstance(other, SpectralMonitor) and other is not self]
-        if any(other.prefix == self.prefix for other in rivals):
-            raise ConfigurationError(
-                f"two monitors in one Trainer would both write the keys '{self.prefix}/…'; "
-                f"give one of them another prefix, such as prefix='{self.prefix}_{self.linearization}'"
-            )
+        self._check_neighbours(trainer)
+        if self._steering is None:
+            hook = pl_module.register_load_state_dict_pre_hook(refuse_lost_scales)  # type: ignore[no-untyped-call]
+            self._load_hook = hook
+            return
+        try:
+            self._steering.attach(pl_module, None if self.blocks is None else self._blocks_of(pl_module))
+        except (BlocksNotFoundError, ExampleInputError):
+            if not _overrides(pl_module, "configure_model"):
+                raise
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the optimizers train the scales.
+
+        Raises:
+            ConfigurationError: They do not, or the model was built in ``configure_model`` without scales.
+        """
+        if self._steering is None:
+            return
+        if self._steering.scales is None:
+            self._steering.adopt(pl_module, self._blocks_of(pl_module))
+        self._steering.begin(trainer.optimizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks and measure them for the first time; on resume, publish what was measured last."""
         self._forget()
+        self._remove_hooks()
         if trainer.barebones:
             rank_zero_info("SpectralMonitor is off, because the Trainer is barebones")
             return
@@ -169,17 +203,22 @@ class SpectralMonitor(Callback):
         if self._awaits_forward:
             self._awaits_forward, self._first_forward = False, FirstForward(pl_module, batch)
 
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check once that every scale is alive."""
+        if self._steering is not None:
+            self._steering.check_gradients()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure if it is due, and bring the progress bar up to date."""
+        """Measure if it is due, steer, and bring the progress bar up to date."""
         if not self._active:
             return
         self._series.end_batch(trainer.global_step)
         if self._first_forward is not None:
             self._guard("finding the blocks", self._find_late, trainer, self._first_forward)
             self._first_forward = None
-        self._measure_if_due(trainer, pl_module)
+        self._measure_if_due(trainer, pl_module, steer=True)
         if self._bar_is_old:
             self._show(pl_module)
 
@@ -196,8 +235,30 @@ class SpectralMonitor(Callback):
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind in the model."""
+        """Leave no hook of the monitor behind in the model."""
         self._release()
+        self._remove_hooks()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hook of the monitor behind; the scales stay, since the model shall go on computing what it did."""
+        self._remove_hooks()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Mark a checkpoint that has residual scales."""
+        if self._steering is not None:
+            self._steering.mark(checkpoint)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to lose scales (a sharded checkpoint is loaded without a word); say where there were none.
+
+        Raises:
+            ConfigurationError: The checkpoint has scales and the model has none.
+        """
+        message = lost_scales(pl_module, checkpoint.get(MARKER, {}).get("scales", []))
+        if message is not None:
+            raise ConfigurationError(message)
+        if self._steering is not None and MARKER not in checkpoint and not scale_keys(checkpoint.get("state_dict", {})):
+            rank_zero_info("SpectralMonitor: the checkpoint has no residual scales; they start at 1")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an exact resume needs, as copies of plain values and tensors."""
@@ -211,7 +272,31 @@ class SpectralMonitor(Callback):
 
     # What: each of these may fail without harm to the training run.
 
+    def _check_neighbours(self, trainer: Trainer) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not declared
+        rivals = [other for other in callbacks if isinstance(other, SpectralMonitor) and other is not self]
+        if any(other.prefix == self.prefix for other in rivals):
+            raise ConfigurationError(
+                f"two monitors in one Trainer would both write the keys '{self.prefix}/…'; "
+                f"give one of them another prefix, such as prefix='{self.prefix}_{self.linearization}'"
+            )
+        if self._steering is None:
+            return
+        if any(other.auto_rescale for other in rivals):
+            raise ConfigurationError(
+                "two monitors in one Trainer would both move the scales: let one of them only watch"
+            )
+        for callback in callbacks[: callbacks.index(self)]:
+            if {"WeightAveraging", "StochasticWeightAveraging"} & {base.__name__ for base in type(callback).__mro__}:
+                raise ConfigurationError(
+                    f"{type(callback).__name__} copies the model before SpectralMonitor attaches its residual scales: "
+                    "put SpectralMonitor before it in Trainer(callbacks=[...])"
+                )
+
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._steering is not None and self._steering.scales is not None:
+            self._watch(trainer, pl_module, self._steering.scales.blocks)
+            return
         try:
             self._watch(trainer, pl_module, self._blocks_of(pl_module))
         except ExampleInputError:
@@ -238,33 +323,45 @@ class SpectralMonitor(Callback):
             self._meter.load_state_dict(self._series.warm_start)
         if trainer.is_global_zero and trainer.loggers and not self._rehearses:
             header = {"linearization": rule, "safe_zone": zone, "every_n_steps": self.every_n_steps}
+            header["rescaler"] = None if self._steering is None else asdict(self._steering.rescaler)
             header["blocks"] = [described(block) for block in blocks]
             folder = _run_folder(trainer)
             path = None if folder is None else folder / f"{self.prefix}.jsonl"
             self._journal = Journal(path, header, resume_step=self._resume_step)
 
-    def _measure_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _measure_if_due(self, trainer: Trainer, pl_module: LightningModule, *, steer: bool = False) -> None:
         step = trainer.global_step
         if self._meter is None or (self._rehearses and self._latest is not None):
             return
         if self._series.due(step, self.every_n_steps):
             self._series.scheduled_step = step
-            self._guard("measuring", self._measure, trainer, pl_module)
+            self._guard("measuring", self._measure, trainer, pl_module, steer)
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, steer: bool = False) -> None:
         if self._meter is None:
             return
         measurement = self._meter.measure(trainer.global_step)
-        values = logged_values(measurement, self.prefix, per_layer=self.per_layer)
+        actions: tuple[Action, ...] = ()
+        if steer and self._steering is not None:
+            actions, self._series.law = self._steering.act(measurement, self._series.law, trainer.optimizers)
+        rescaled = None if self._steering is None else sum(action.moves for action in actions)
+        values = logged_values(measurement, self.prefix, per_layer=self.per_layer, rescaled=rescaled)
         crossings = self._series.add(measurement, values)
         self._latest, self._bar_is_old = measurement, True
         self._publish(trainer, pl_module)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=self._series.batches)
+        self._report(measurement, crossings, actions)
+
+    def _report(self, measurement: Measurement, crossings: Sequence[Crossing], actions: Sequence[Action]) -> None:
+        """Write to the journal, and to the console what is new."""
+        told = None if self._steering is None else news(actions, measurement, self._steering.rescaler)
         if self._journal is not None:
-            self._journal.append(measurement)
+            self._journal.append(measurement, [described_action(action, measurement) for action in actions])
         if crossings:
             rank_zero_info(announcement(crossings, measurement))
+        if told:
+            rank_zero_info(told)
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the last values where other callbacks look for them. On all ranks: reading them may be a collective."""
@@ -313,12 +410,32 @@ class SpectralMonitor(Callback):
         if self._meter is not None:
             self._series.warm_start = self._meter.state_dict()
 
+    def _remove_hooks(self) -> None:
+        if self._load_hook is not None:
+            self._load_hook.remove()
+        if self._steering is not None:
+            self._steering.release()
+
     def _release(self) -> None:
         """Let go of the model, keep the state."""
         self._keep_warm_start()
         if self._first_forward is not None:
             self._first_forward.stop()
         self._forget()
+
+
+def _rescaler(auto_rescale: bool | ResidualRescaler) -> ResidualRescaler | None:
+    if isinstance(auto_rescale, ResidualRescaler):
+        return auto_rescale
+    if not isinstance(auto_rescale, bool):
+        raise ConfigurationError(f"auto_rescale={auto_rescale!r}: expected True, False or a ResidualRescaler(...)")
+    return ResidualRescaler() if auto_rescale else None
+
+
+def _overrides(pl_module: LightningModule, hook: str) -> bool:
+    """Whether the user's class defines a hook of LightningModule (of either copy of the framework)."""
+    owner = next(base for base in type(pl_module).__mro__ if hook in vars(base))
+    return owner.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")
 
 
 def _run_folder(trainer: Trainer) -> Path | None:

@@ -29,6 +29,7 @@ class Series:
         sides: Where each block was last, relative to the safe zone (see :func:`zone_crossings`).
         values: What was logged last.
         warm_start: State of the meter.
+        law: State of the control law, one entry per block; empty without one.
     """
 
     linearization: Linearization
@@ -39,6 +40,7 @@ class Series:
     sides: dict[int, int] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
     warm_start: dict[str, Any] = field(default_factory=dict)
+    law: list[dict[str, Any]] = field(default_factory=list)
 
     def reaches(self, step: int) -> bool:
         """Tell whether the series can go on from an optimizer step: it has begun, and not later than there."""
@@ -76,26 +78,37 @@ class Series:
                 setattr(self, known.name, copy.deepcopy(state[known.name]))
 
 
-def logged_values(measurement: Measurement, prefix: str, *, per_layer: bool) -> dict[str, float]:
+def logged_values(
+    measurement: Measurement, prefix: str, *, per_layer: bool, rescaled: int | None = None
+) -> dict[str, float]:
     """Return what is logged of a measurement, by key; what does not exist is absent.
 
     Args:
         measurement: What was measured.
         prefix: First part of every key.
         per_layer: Whether to add the ratio and both norms of every block.
+        rescaled: How many blocks were steered after this measurement; ``None`` in a run that is only watched.
 
     Returns:
         ``{prefix}/ratio_min`` and the other summary values and, if asked for, ``{prefix}/ratio/07`` and the like. The
-        index is padded with zeros so that keys sort like blocks.
+        index is padded with zeros so that keys sort like blocks. In a steered run also the smallest and the largest
+        residual scale, as they were when the ratio was measured with them, and those of every block.
     """
     values = {f"{prefix}/{name}": value for name, value in measurement.summary().items()}
+    if rescaled is not None:
+        scales = [scale for layer in measurement for scale in (layer.mlp_scale, layer.attention_scale)]
+        values |= {f"{prefix}/scale_min": min(scales), f"{prefix}/scale_max": max(scales)}
+        values[f"{prefix}/rescaled"] = float(rescaled)
     if per_layer:
         width = max(2, len(str(max((layer.index for layer in measurement), default=0))))
         for layer in measurement:
-            values |= {f"{prefix}/{name}/{layer.index:0{width}d}": value for name, value in _numbers(layer)}
+            numbers = _numbers(layer, steered=rescaled is not None)
+            values |= {f"{prefix}/{name}/{layer.index:0{width}d}": value for name, value in numbers}
     return values
 
 
-def _numbers(layer: LayerMeasurement) -> list[tuple[str, float]]:
-    numbers = (("ratio", layer.ratio), ("mlp_norm", layer.mlp_norm), ("attention_norm", layer.attention_norm))
+def _numbers(layer: LayerMeasurement, *, steered: bool) -> list[tuple[str, float]]:
+    numbers = [("ratio", layer.ratio), ("mlp_norm", layer.mlp_norm), ("attention_norm", layer.attention_norm)]
+    if steered:
+        numbers += [("mlp_scale", layer.mlp_scale), ("attention_scale", layer.attention_scale)]
     return [(name, value) for name, value in numbers if value is not None]

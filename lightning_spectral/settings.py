@@ -8,13 +8,30 @@ from typing import Any
 
 from lightning_spectral.errors import ConfigurationError
 
-__all__ = ["choice", "interval", "name", "steps"]
+__all__ = ["choice", "flag", "interval", "name", "number", "steps"]
 
 
-def steps(argument: str, value: Any) -> int:
-    """Return a positive number of steps."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigurationError(f"{argument}={value!r}: expected an integer of at least 1")
+def steps(argument: str, value: Any, *, least: int = 1) -> int:
+    """Return a number of steps."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigurationError(f"{argument}={value!r}: expected an integer of at least {least}")
+    return value
+
+
+def number(argument: str, value: Any, low: float, high: float, *, above: bool = False, below: bool = False) -> float:
+    """Return a finite number between two others, which it may equal unless it has to be above or below."""
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not fits or not math.isfinite(value) or (above and value == low) or (below and value == high):
+        floor = f"above {low:g}" if above else f"at least {low:g}"
+        ceiling = "" if high == math.inf else f" and below {high:g}" if below else f" and at most {high:g}"
+        raise ConfigurationError(f"{argument}={value!r}: expected a number {floor}{ceiling}")
+    return float(value)
+
+
+def flag(argument: str, value: Any) -> bool:
+    """Return a truth value."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{argument}={value!r}: expected True or False")
     return value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
@@ -16,7 +16,7 @@ from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.discovery.scaled import CHILD
 from lightning_spectral.errors import ConfigurationError
 
-__all__ = ["MARKER", "fuse_scales", "scale_keys"]
+__all__ = ["MARKER", "fuse_scales", "lost_scales", "refuse_lost_scales", "scale_keys"]
 
 MARKER = "lightning_spectral"
 """Entry of a Lightning checkpoint that says that its model has residual scales."""
@@ -63,6 +63,38 @@ def fuse_scales(target: nn.Module | Mapping[str, Any]) -> nn.Module | dict[str, 
 def scale_keys(keys: Iterable[str]) -> list[str]:
     """Return those keys of a state dict that hold a residual scale."""
     return [key for key in keys if _KEY.fullmatch(key)]
+
+
+def lost_scales(model: nn.Module, names: Sequence[str]) -> str | None:
+    """Say that the scales of a checkpoint would be lost in a model, ``None`` where they would not.
+
+    Args:
+        model: The model that the checkpoint is loaded into.
+        names: The scales of the checkpoint.
+    """
+    if not names or any(isinstance(module, ResidualScale) for module in model.modules()):
+        return None
+    return (
+        f"the checkpoint has {len(names)} residual scales, and the model has none, so it would compute something else: "
+        "fold them into the weights, fuse_scales(torch.load(path)), or give the model its scales, attach_scales(model) "
+        "or SpectralMonitor(auto_rescale=True)"
+    )
+
+
+def refuse_lost_scales(
+    module: nn.Module,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Hook for ``register_load_state_dict_pre_hook``: refuse to drop scales, which torch does without ``strict``."""
+    message = lost_scales(module, scale_keys(state_dict))
+    if message is not None:
+        error_msgs.append(message)
 
 
 def _fuse_model(model: nn.Module) -> nn.Module:

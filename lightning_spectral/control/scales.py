@@ -10,7 +10,7 @@ import copy
 import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,9 +182,11 @@ def attach_scales(
         BlocksNotFoundError: The model has no residual block.
         ExampleInputError: The model could not be run on any example input.
     """
+    chosen = blocks
     if blocks is None:
-        blocks = _trusted(find_blocks(model))
-    missing = [branch for block in blocks for branch in block.branches if log_scale_tensor(model, branch) is None]
+        blocks = find_blocks(model)
+        chosen = _trusted(blocks)
+    missing = [branch for block in chosen or () for branch in block.branches if log_scale_tensor(model, branch) is None]
     if missing:
         _refuse_sharded(model)
     for branch in missing:
@@ -193,8 +195,7 @@ def attach_scales(
     return ResidualScales(model, with_scales(model, blocks))
 
 
-def _trusted(blocks: Iterable[ResidualBlock]) -> tuple[ResidualBlock, ...]:
-    blocks = tuple(blocks)
+def _trusted(blocks: Sequence[ResidualBlock]) -> list[ResidualBlock]:
     doubtful = [f"{block.name} ({block.evidence})" for block in blocks if not block.verified]
     if doubtful:
         warnings.warn(
@@ -202,7 +203,7 @@ def _trusted(blocks: Iterable[ResidualBlock]) -> tuple[ResidualBlock, ...]:
             "Pass them as blocks=find_blocks(model) if you know that their sites are right.",
             stacklevel=3,
         )
-    return tuple(block for block in blocks if block.verified)
+    return [block for block in blocks if block.verified]
 
 
 def _refuse_sharded(model: nn.Module) -> None:

@@ -1,0 +1,47 @@
+"""What a controller did, for a journal and for a reader."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_spectral.control.law import Action, ResidualRescaler
+from lightning_spectral.records import Measurement
+
+__all__ = ["described_action", "news"]
+
+TOLD_AT_ONCE = 4  # blocks named in one message
+
+
+def described_action(action: Action, measurement: Measurement) -> dict[str, Any]:
+    """Return an action as one line of a journal: plain values."""
+    layer = measurement.layers[action.block]
+    return {
+        "step": measurement.step,
+        "action": "rescale" if action.moves else "hold",
+        "block": layer.index,
+        "name": layer.name,
+        "ratio": layer.ratio,
+        "smoothed_ratio": math.exp(action.log_ratio),
+        "mlp_scale": layer.mlp_scale,
+        "attention_scale": layer.attention_scale,
+        "mlp_log_change": action.mlp,
+        "attention_log_change": action.attention,
+        "reason": action.reason,
+    }
+
+
+def news(actions: Sequence[Action], measurement: Measurement, rescaler: ResidualRescaler) -> str | None:
+    """Say in one line which blocks are steered from now on and which are held by a bound; ``None`` for no news."""
+    told = [action for action in actions if action.begins or action.held]
+    if not told:
+        return None
+    listed = []
+    for action in told[:TOLD_AT_ONCE]:
+        layer = measurement.layers[action.block]
+        what = action.reason if action.held else f"{action.reason} at {math.exp(action.log_ratio):.4g}"
+        listed.append(f"block {layer.index} ({layer.name}): {what}")
+    more = f"; and {len(told) - TOLD_AT_ONCE} more" if len(told) > TOLD_AT_ONCE else ""
+    verb = "would steer (dry run)" if rescaler.dry_run else "steering"
+    return f"residual scales, step {measurement.step}, {verb}: {'; '.join(listed)}{more}"

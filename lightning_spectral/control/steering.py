@@ -1,0 +1,199 @@
+"""Between the control law, which knows numbers, and a model: read its scales, move them, see that they are alive."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_spectral.control.fuse import MARKER
+from lightning_spectral.control.law import Action, BlockState, Reading, ResidualRescaler, check_zones, decide
+from lightning_spectral.control.optimizers import check_optimized, forget_momentum, with_fresh_scales
+from lightning_spectral.control.scales import ResidualScale, ResidualScales, attach_scales
+from lightning_spectral.discovery import find_blocks
+from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.discovery.scaled import log_scale_tensor, with_scales
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.records import Branch, LayerMeasurement, Measurement, ResidualBlock
+
+__all__ = ["Steering"]
+
+_MATRICES = {"output", "value", "latent", "down", "up"}
+
+
+class Steering:
+    """The residual scales of a model in the life of a run: attach, check, act, mark checkpoints.
+
+    Args:
+        rescaler: The settings of the law.
+        safe_zone: The interval of ratios that counts as balanced.
+
+    Raises:
+        ConfigurationError: The inner zone of the law does not lie inside the safe zone.
+    """
+
+    def __init__(self, rescaler: ResidualRescaler, safe_zone: tuple[float, float]) -> None:
+        check_zones(rescaler, safe_zone)
+        self.rescaler, self.safe_zone = rescaler, safe_zone
+        self.scales: ResidualScales | None = None
+        self._unseen: list[Branch] = []
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, model: nn.Module, blocks: Sequence[ResidualBlock] | None) -> None:
+        """Attach the scales to a model, unless they are; a dry run attaches nothing.
+
+        Args:
+            model: The model.
+            blocks: Its blocks; found in it by default.
+
+        Raises:
+            ConfigurationError, BlocksNotFoundError, ExampleInputError: As :func:`attach_scales` does.
+        """
+        if self.scales is not None and self.scales.model is model:
+            return
+        if self.rescaler.dry_run:
+            self.scales = ResidualScales(model, with_scales(model, find_blocks(model) if blocks is None else blocks))
+        else:
+            self.scales = attach_scales(model, blocks, learnable=self.rescaler.learnable)
+
+    def adopt(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
+        """Take over the scales that the user attached to a model that was built late.
+
+        Raises:
+            ConfigurationError: There are none.
+        """
+        self.scales = ResidualScales(model, with_scales(model, blocks))
+        if not len(self.scales) and not self.rescaler.dry_run:
+            raise ConfigurationError(
+                f"{type(model).__name__} is built in configure_model, after callbacks could attach anything to it: end "
+                "configure_model with lightning_spectral.attach_scales(self), before fully_shard"
+            )
+
+    def begin(self, optimizers: Sequence[Optimizer]) -> None:
+        """Check that the optimizers train the scales; until :meth:`release`, let them load states without scales.
+
+        Raises:
+            ConfigurationError: A trainable scale is in no optimizer.
+        """
+        if self.scales is None:
+            return
+        check_optimized(optimizers, self.scales)
+        self._unseen = [branch for block in self.scales.blocks for branch in block.branches]
+        completed = partial(with_fresh_scales, scales=self.scales.parameters())
+        self._handles += [optimizer.register_load_state_dict_pre_hook(completed) for optimizer in optimizers]
+
+    def release(self) -> None:
+        """Remove the hooks from the optimizers. The scales stay: the model shall go on computing what it did."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def act(
+        self, measurement: Measurement, law: Sequence[Mapping[str, Any]], optimizers: Iterable[Optimizer]
+    ) -> tuple[tuple[Action, ...], list[dict[str, Any]]]:
+        """Decide after a measurement, and move the scales unless the run is dry.
+
+        Args:
+            measurement: The measurement, one layer per block.
+            law: State of the law: plain values, as the previous call returned them; empty at first.
+            optimizers: Their momentum of the scales that are moved is forgotten, or it would undo the move.
+
+        Returns:
+            The actions, and the new state of the law.
+        """
+        assert self.scales is not None
+        readings = [self._reading(layer, block) for layer, block in zip(measurement, self.scales.blocks, strict=True)]
+        states = [BlockState.from_dict(values) for values in law] if len(law) == len(readings) else []
+        actions, after = decide(self.rescaler, self.safe_zone, measurement.step, readings, states)
+        if not self.rescaler.dry_run:
+            moved = [self._moved(self.scales.blocks[action.block], action) for action in actions]
+            forget_momentum(optimizers, chain.from_iterable(moved))
+        return actions, [state.to_dict() for state in after]
+
+    def _reading(self, layer: LayerMeasurement, block: ResidualBlock) -> Reading:
+        scales = ((block.mlp, layer.mlp_scale), (block.attention, layer.attention_scale))
+        mlp, attention = (math.log(scale) if self._has_scale(branch) else None for branch, scale in scales)
+        return Reading(layer.log_ratio, mlp, attention)
+
+    def _has_scale(self, branch: Branch | None) -> bool:
+        assert self.scales is not None
+        return branch is not None and (self.rescaler.dry_run or log_scale_tensor(self.scales.model, branch) is not None)
+
+    @torch.no_grad()
+    def _moved(self, block: ResidualBlock, action: Action) -> list[Tensor]:
+        """Move the scales of a block and return those that moved."""
+        assert self.scales is not None
+        moved = []
+        for branch, change in ((block.mlp, action.mlp), (block.attention, action.attention)):
+            scale = log_scale_tensor(self.scales.model, branch)
+            if change and scale is not None:
+                scale.add_(change)
+                moved.append(scale)
+        return moved
+
+    def check_gradients(self) -> None:
+        """Check after a backward pass that every trainable scale received a gradient.
+
+        A scale whose branch had no part in this pass (a dropped layer) is checked again after the next one.
+
+        Raises:
+            ConfigurationError: The weights of a branch received gradients and its scale did not: the scale multiplies
+                nothing. The message names the site and says why.
+        """
+        if not self._unseen or self.scales is None:
+            return
+        model = self.scales.model
+        waiting: list[Branch] = []
+        dead: list[Branch] = []
+        for branch in self._unseen:
+            scale = log_scale_tensor(model, branch)
+            if scale is None or not scale.requires_grad or scale.grad is not None:
+                continue
+            (dead if _ran(model, branch) else waiting).append(branch)
+        if dead:
+            told = "; ".join(f"{branch.site} ({_cause_of_death(model, branch)})" for branch in dead)
+            raise ConfigurationError(
+                f"{len(dead)} residual scale(s) received no gradient although the weights of their branches did, so "
+                f"they multiply nothing: {told}"
+            )
+        self._unseen = waiting
+
+    def mark(self, checkpoint: dict[str, Any]) -> None:
+        """Say in a checkpoint that its model has residual scales."""
+        sites = [] if self.scales is None else [site for site, _ in self.scales.named_parameters()]
+        if sites:
+            checkpoint[MARKER] = {"version": 1, "scales": sites}
+
+
+def _ran(model: nn.Module, branch: Branch) -> bool:
+    """Whether a matrix of the branch received a gradient; a gain may get one from another branch that shares it."""
+    matrices = [factor.parameter for factor in branch.factors if factor.role in _MATRICES and factor.parameter]
+    return any(
+        isinstance(weight := resolve(model, path), nn.Parameter) and weight.grad is not None for path in matrices
+    )
+
+
+def _cause_of_death(model: nn.Module, branch: Branch) -> str:
+    site = resolve(model, branch.site) if branch.site else model
+    assert isinstance(site, nn.Module)
+    if not any(hook.__module__ == ResidualScale.__module__ for hook in site._forward_hooks.values()):
+        return "its forward hook was removed; attach_scales puts it back only on a fresh model"
+    names = branch.site.split(".")
+    around = [resolve(model, ".".join(names[:depth])) if depth else model for depth in range(len(names) + 1)]
+    compiled = any(isinstance(item, torch._dynamo.OptimizedModule) for item in around)
+    if compiled or any(getattr(item, "_compiled_call_impl", None) is not None for item in around):
+        return (
+            "the model was compiled and run before the scale was attached, and compiled code ignores later hooks; "
+            "attach first, or call torch._dynamo.reset()"
+        )
+    return (
+        "its forward is never called, because something reads its weights directly; name another site in the hints "
+        "for find_blocks"
+    )
