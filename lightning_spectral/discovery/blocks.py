@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_spectral.discovery.branches import FoundBranch, branches_of, finished
+from lightning_spectral.discovery.ends import EndFinder
 from lightning_spectral.discovery.operations import is_product, weight_operand
 from lightning_spectral.discovery.paths import common_parts
 from lightning_spectral.discovery.probe import Prober, Region
@@ -40,11 +41,13 @@ def blocks_of(tape: Tape, model: nn.Module) -> tuple[list[ResidualBlock], list[s
     found, homeless = branches_of(tape, adds, prober)
     modules = dict(model.named_modules())
     outside = _weights_outside(tape, found)
+    finder = EndFinder(tape, model, found, prober)
     blocks = []
     for index, (name, members) in enumerate(_named_groups(modules, found).items()):
         kinds = _settled_kinds(members)
         branches = tuple(
-            finished(tape, modules, name, branch, kind, prober) for branch, kind in zip(members, kinds, strict=True)
+            finder.with_ends(finished(tape, modules, name, branch, kind, prober), branch, name)
+            for branch, kind in zip(members, kinds, strict=True)
         )
         problem = _problem(tape, name, members, outside, prober)
         evidence = "trace" if problem is None else f"trace; not verified: {problem}"

@@ -11,6 +11,10 @@
             "mlp": "ffn",                                # site only: the factors are those that the trace found
         },
     }
+
+Where the hint names the site of a traced branch of its kind, the ends of the branch (see
+:class:`~lightning_spectral.records.Branch`) are those that the trace found. Elsewhere they are taken on trust: the norm
+behind the branch, or else the first matrix, each with the ``bias`` beside it.
 """
 
 from __future__ import annotations
@@ -24,13 +28,14 @@ from torch import nn
 
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.records import Branch, BranchKind, Factor, FactorRole, Path, ResidualBlock
+from lightning_spectral.records import Branch, BranchKind, End, Factor, FactorRole, Path, ResidualBlock
 
 __all__ = ["with_hints"]
 
 # The order of the matrix product, from the site back to the stream.
 _FIRST: tuple[FactorRole, ...] = ("scale", "post_norm", "output", "down", "inner_norm")
 _ORDER: tuple[FactorRole, ...] = (*_FIRST, "value", "latent", "up", "pre_norm")
+_ENDS: tuple[FactorRole, ...] = ("post_norm", "output", "down", "value", "latent", "up")
 _KINDS: tuple[BranchKind, ...] = get_args(BranchKind)
 
 
@@ -98,7 +103,34 @@ def _branch(model: nn.Module, block: str, kind: BranchKind, hint: Any, known: Br
     )
     paths = (Path(factors),) if factors else known.paths if known is not None else ()
     reason = None if paths else "the hint names a site but no factors, and the trace found none"
-    return Branch(kind, path, known.output_index if index is None and known is not None else index, paths, reason)
+    element = known.output_index if index is None and known is not None else index
+    branch = Branch(kind, path, element, paths, reason)
+    if known is not None and (path, element) == (known.site, known.output_index):
+        return replace(branch, ends=known.ends, ends_reason=known.ends_reason)
+    return _with_ends(model, branch)
+
+
+def _with_ends(model: nn.Module, branch: Branch) -> Branch:
+    """Add the ends that the factors speak for."""
+    leading = (next((item for item in path.factors if item.role in _ENDS), None) for path in branch.paths)
+    ends: dict[End, None] = {}
+    for factor in leading:
+        offsets = [step[1] for step in factor.layout if step[0] == "add"] if factor is not None else []
+        parts = {"narrow", "select"}.intersection(step[0] for step in factor.layout) if factor is not None else ()
+        if factor is None or factor.parameter is None or factor.rows is not None or parts:
+            return replace(branch, ends_reason="the hint names no whole parameter at its end")
+        ends[End(factor.parameter, *offsets)] = None
+        bias = f"{factor.parameter.rpartition('.')[0]}.bias"
+        if factor.parameter != bias and _exists(model, bias):
+            ends[End(bias)] = None
+    return replace(branch, ends=tuple(ends), ends_reason=None if ends else branch.reason)
+
+
+def _exists(model: nn.Module, path: str) -> bool:
+    try:
+        return resolve(model, path) is not None
+    except AttributeError:
+        return False
 
 
 def _rank(role: FactorRole) -> int:
