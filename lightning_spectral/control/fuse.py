@@ -138,7 +138,7 @@ def _folds(
     """Return what to multiply: path, factor and offset. All problems are told at once, before anything is changed."""
     folds, problems = [], []
     for name, (log_scale, ends, reason) in scales.items():
-        factor, site = math.exp(float(log_scale)), name.rpartition(".")[0]
+        factor, site = math.exp(log_scale.detach().item()), name.rpartition(".")[0]
         paths = [(absolute_path(site, path), offset) for path, offset in ends]
         absent = [path for path, _ in paths if lookup(path) is None]
         if absent:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -189,6 +190,7 @@ def attach_scales(
     missing = [branch for block in chosen or () for branch in block.branches if log_scale_tensor(model, branch) is None]
     if missing:
         _refuse_sharded(model)
+        _forget_compiled_code()
     for branch in missing:
         if log_scale_tensor(model, branch) is None:  # not attached through another block that shares the site
             _attach(model, branch, learnable=learnable)
@@ -220,10 +222,21 @@ def _refuse_sharded(model: nn.Module) -> None:
         )
 
 
+def _forget_compiled_code() -> None:
+    """Let compiled code be compiled anew: it ignores hooks that came later, even in another model of the same class."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 def _attach(model: nn.Module, branch: Branch, *, learnable: bool) -> None:
     by_weight = branch.site.startswith("param:")
     owner, _, name = branch.site.removeprefix("param:").rpartition(".") if by_weight else (branch.site, "", "")
-    module = resolve(model, owner) if owner else model
+    try:
+        module = resolve(model, owner) if owner else model
+    except AttributeError:
+        raise ConfigurationError(
+            f"the model has no {branch.site!r}: pass blocks that were found in this very model, find_blocks(model)"
+        ) from None
     assert isinstance(module, nn.Module)
     parameters = [resolve(model, end.parameter) for end in branch.ends] or list(module.parameters())
     tensors = [parameter for parameter in parameters if isinstance(parameter, Tensor)]

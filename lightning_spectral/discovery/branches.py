@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from lightning_spectral.discovery.experts import with_all_experts
-from lightning_spectral.discovery.factors import Chain, chains
+from lightning_spectral.discovery.factors import Chain, chains, check_sum
 from lightning_spectral.discovery.operations import (
     is_attention,
     is_contraction,
@@ -147,6 +147,7 @@ def finished(
         for term in branch.terms:
             region = Region(tape, branch.add.skip.leaf, term.start)
             found += chains(tape, region, prober, kind, term.outer)
+        check_sum(found, kind)
         paths: tuple[Path, ...] = with_all_experts(modules, block, tuple(dict.fromkeys(found)), kind)
     except UnmeasurableError as error:
         return replace(record, reason=str(error))

@@ -13,7 +13,7 @@ from lightning_spectral.discovery.routes import Route, Router, UnmeasurableError
 from lightning_spectral.discovery.tape import Operation, Tape
 from lightning_spectral.records import BranchKind, Factor, FactorRole
 
-__all__ = ["Chain", "chains"]
+__all__ = ["Chain", "chains", "check_sum"]
 
 Chain = tuple[Factor, ...]
 _MAX_CHAINS = 4096
@@ -51,12 +51,23 @@ def chains(
     weighted = [_with_roles(chain, kind) for chain in found if any(factor.role == "latent" for factor in chain)]
     if not weighted:
         raise UnmeasurableError("no weight matrix lies on a linear path through the branch")
-    if len({sum(factor.role in MATRICES for factor in chain) for chain in weighted}) > 1:
+    check_sum(weighted, kind)
+    return tuple(weighted)
+
+
+def check_sum(found: Sequence[Chain], kind: BranchKind) -> None:
+    """Check that chains which are added up are alternatives: the experts of a mixture.
+
+    Raises:
+        UnmeasurableError: The norm of the sum is not the largest norm of a chain.
+    """
+    if kind == "attention" and len(found) > 1:
+        raise UnmeasurableError(f"its output is a sum over {len(found)} paths, not a product of matrices")
+    if len({sum(factor.role in MATRICES for factor in chain) for chain in found}) > 1:
         raise UnmeasurableError(
             "its output is a sum over paths of different length (a low-rank update beside a weight): merge the update "
             "into the weight to measure it"
         )
-    return tuple(weighted)
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,10 @@ def _with_scale(model: nn.Module, branch: Branch) -> Branch:
 
 
 def _module(model: nn.Module, path: str) -> object:
-    return resolve(model, path) if path else model
+    try:
+        return resolve(model, path) if path else model
+    except AttributeError:
+        return None  # blocks of another model: whoever needs the module says so
 
 
 def _join(owner: str, name: str) -> str:
