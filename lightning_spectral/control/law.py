@@ -145,6 +145,7 @@ class Action:
         attention: The same for the attention branch.
         reason: Why, in one clause.
         begins: Whether the block was left alone until now.
+        held: Whether a bound cut the step short and had not cut the step before: news, as ``begins`` is.
     """
 
     block: int
@@ -153,11 +154,7 @@ class Action:
     attention: float
     reason: str
     begins: bool = False
-
-    @property
-    def held(self) -> bool:
-        """Whether a bound cut the step short."""
-        return self.reason.startswith(_BOUND)
+    held: bool = False
 
     @property
     def moves(self) -> bool:
@@ -197,13 +194,12 @@ def decide(
             assert seen.smoothed is not None
             # The plant is known: what the action adds to ln ρ is added to the average at once, which then never lags.
             seen = replace(seen, smoothed=seen.smoothed + moved, bounded=action.held)
-            if action.moves or not state.bounded:  # a bound that holds still is told once
-                actions.append(replace(action, begins=not state.active))
+            news = {"begins": not state.active, "held": action.held and not state.bounded}
+            # A bound that holds on is told once. A scale may move even so: the optimizer pulls it off the bound.
+            if action.moves or not state.bounded:
+                actions.append(replace(action, **news))
         after.append(seen)
     return tuple(actions), tuple(after)
-
-
-_BOUND = "held by the bounds"
 
 
 def _seen(
@@ -238,9 +234,9 @@ def _action(rescaler: ResidualRescaler, block: int, reading: Reading, state: Blo
         for name, share in shares.items()
     )
     step = math.copysign(min(abs(wanted), room), wanted) if room > 0 else 0.0
-    side = "high" if error > 0 else "low"
-    reason = f"ratio too {side}" if abs(step) == abs(wanted) else f"{_BOUND} of the scales, ratio too {side}"
-    return Action(block, error, step * shares.get("mlp", 0.0), step * shares.get("attention", 0.0), reason)
+    held = abs(step) < abs(wanted)
+    reason = f"{'held by the bounds of the scales, ' if held else ''}ratio too {'high' if error > 0 else 'low'}"
+    return Action(block, error, step * shares.get("mlp", 0.0), step * shares.get("attention", 0.0), reason, held=held)
 
 
 def _room(bounds: tuple[float, float], log_scale: float, direction: float) -> float:
