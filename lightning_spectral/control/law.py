@@ -194,10 +194,10 @@ def decide(
             assert seen.smoothed is not None
             # The plant is known: what the action adds to ln ρ is added to the average at once, which then never lags.
             seen = replace(seen, smoothed=seen.smoothed + moved, bounded=action.held)
-            news = {"begins": not state.active, "held": action.held and not state.bounded}
             # A bound that holds on is told once. A scale may move even so: the optimizer pulls it off the bound.
             if action.moves or not state.bounded:
-                actions.append(replace(action, **news))
+                newly = action.held and not state.bounded
+                actions.append(replace(action, begins=not state.active, held=newly))
         after.append(seen)
     return tuple(actions), tuple(after)
 

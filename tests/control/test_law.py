@@ -1,4 +1,4 @@
-"""The control law: numbers in, decisions out. The plant is the real one: ln ρ is that of the weights + mlp - attention."""
+"""The control law: numbers in, decisions out. The plant is the real one: ln ρ = weights + mlp - attention."""
 
 from __future__ import annotations
 
