@@ -60,7 +60,7 @@ _SOLVER = RandomizedSVD(n_components=4, n_oversamples=4, tolerance=1e-6, warm_to
 
 @dataclass(slots=True, eq=False)
 class _Memory:
-    """What is kept of a model between two calls, but no weight: ``solver`` made ``state`` for the operators ``paths``."""
+    """What is kept of a model between calls, but no weight: ``solver`` made ``state`` for the operators ``paths``."""
 
     found: tuple[ResidualBlock, ...] | None = None
     solver: Solver | None = None
