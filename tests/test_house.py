@@ -144,11 +144,16 @@ def test_the_public_names_are_these():
         "Measurement",
         "RandomizedSVD",
         "ResidualBlock",
+        "ResidualRescaler",
+        "ResidualScales",
         "SpectralError",
         "SpectralMonitor",
+        "attach_scales",
         "find_blocks",
+        "fuse_scales",
         "heatmap",
         "measure",
+        "read_actions",
         "read_journal",
     ]
 
