@@ -1,0 +1,246 @@
+"""Balanced initialization: scale both branches of every block once, so that the spectral ratios start at a target."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_spectral import settings
+from lightning_spectral.control.scales import ResidualScale
+from lightning_spectral.discovery import find_blocks
+from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.linalg import Adjoint, LinearOperator, Product, RandomizedSVD, Scaled, Solver, frobenius_norm
+from lightning_spectral.linearize import WeightLinearization, linearize, reading
+from lightning_spectral.measure import Meter
+from lightning_spectral.records import (
+    Branch,
+    Factor,
+    LayerMeasurement,
+    Linearization,
+    Measurement,
+    Path,
+    ResidualBlock,
+)
+
+__all__ = ["balance_init_"]
+
+_WITHOUT = "Balance the other blocks: blocks=[block for block in find_blocks(model) if block.name not in {names}]"
+_NORMS = ("pre_norm", "inner_norm", "post_norm")
+_MATRICES = ("output", "value", "latent", "down", "up")
+# ‖G‖₂ of m × n standard normal entries exceeds √m + √n + t with a probability below exp(−t²/2) (Davidson and Szarek);
+# the factor is for entries of other distributions.
+_DEVIATIONS, _SLACK = 5.0, 1.1
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """One parameter to multiply: c · (offset + w) − offset."""
+
+    parameter: str
+    offset: float
+    factor: float
+
+
+def balance_init_(
+    model: nn.Module,
+    blocks: Sequence[ResidualBlock] | None = None,
+    *,
+    target: float = 1.0,
+    linearization: Linearization = "circuit",
+    solver: Solver | None = None,
+    batch: Any = None,
+    force: bool = False,
+) -> Measurement:
+    """Scale the branches of a freshly initialized model in place, such that every spectral ratio is the target.
+
+    In every block with a ratio, the ends of the MLP branch (its last weights and biases, or the gain and bias of a norm
+    behind it; see :class:`~lightning_spectral.records.End`) are multiplied by √(target/ρ) and those of the attention
+    branch are divided by it, so that the geometric mean of the two norms stays. The measured ratio is the target up to
+    rounding, also that of the dtype of the weights; the true one up to the error of the solver, by default at most 1 %.
+    Blocks without a ratio (one branch, an unmeasured branch, weights that are not finite) are left alone.
+
+    A trained model would lose what it has learned. It is recognized by its weights: those of a fresh model have
+    constant norm gains, and matrices of independent or orthogonal entries, whose spectral norm lies at the edge
+    (√m + √n) · ‖W‖_F / √(mn) of random matrices or below. So a model looks trained where the gain of a norm on one of
+    its paths is not constant, which takes one optimizer step in float32, or where a spectral norm exceeds
+    1.1 · (1 + 5 / (√m + √n)) times that edge. A model whose gains are not trained, or whose norms all stand behind the
+    sums, is recognized once a matrix has grown a dominant direction (the matrices of the GPT in ``examples``, between
+    its 20th and its 40th step). Before that, a weakly trained model passes for a fresh one.
+
+    Args:
+        model: The model. Its parameters are changed in place; their gradients and ``requires_grad`` stay.
+        blocks: The blocks to balance; found in the model by default.
+        target: The ratio that every block gets.
+        linearization: The rule under which it is measured, ``"circuit"`` or ``"paper"``; as in :func:`measure`.
+        solver: How spectral norms are computed, :class:`RandomizedSVD` by default.
+        batch: Example input for finding the blocks, if none can be guessed: a tensor, a tuple of positional arguments
+            or a dict of keyword arguments.
+        force: Balance a model that looks trained.
+
+    Returns:
+        The measurement of the balanced model; what was left alone has its reason there.
+
+    Raises:
+        ConfigurationError: An argument cannot be used, a branch has no ends, an end serves two blocks, or the model
+            looks trained. Nothing has been changed then.
+        BlocksNotFoundError: The model has no residual block.
+        ExampleInputError: The model could not be run on any example input.
+    """
+    target = settings.number("target", target, 0.0, math.inf, above=True)
+    settings.flag("force", force)
+    if blocks is None:
+        blocks = _found(model, batch)
+    meter = Meter(model, list(dict.fromkeys(blocks)), linearization=linearization, solver=solver)
+    pairs = [(block, layer) for block, layer in zip(meter.blocks, meter.measure(), strict=True) if layer.ratio]
+    _check_ends(model, [block for block, _ in pairs])
+    writes = [write for block, layer in pairs for write in _writes(model, block, layer, target, meter.linearization)]
+    if not force:
+        _check_fresh(model, [block for block, _ in pairs], meter.solver)
+    with torch.no_grad():
+        for write in writes:
+            tensor = _stored(model, write.parameter)
+            assert isinstance(tensor, Tensor)
+            tensor.copy_((tensor.double() + write.offset) * write.factor - write.offset)
+    return Meter(model, blocks, linearization=linearization, solver=solver).measure()
+
+
+def _found(model: nn.Module, batch: Any) -> tuple[ResidualBlock, ...]:
+    if batch is None:
+        return find_blocks(model)
+    if isinstance(batch, Mapping):
+        return find_blocks(model, **batch)
+    return find_blocks(model, *(batch if isinstance(batch, tuple) else (batch,)))
+
+
+def _pair(block: ResidualBlock) -> Iterator[Branch]:
+    """Yield the two branches of the ratio."""
+    yield from (branch for branch in (block.attention, block.mlp) if branch is not None)
+
+
+def _check_ends(model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
+    """Refuse blocks that cannot be scaled, all of them in one message."""
+    problems: dict[str, str] = {}
+    users: defaultdict[str, list[str]] = defaultdict(list)
+    for block in blocks:
+        for branch in _pair(block):
+            tensors = {end.parameter: _stored(model, end.parameter) for end in branch.ends}
+            absent = [path for path, tensor in tensors.items() if tensor is None]
+            if not branch.ends:
+                reason = branch.ends_reason or "its ends are not known, so find the blocks anew"
+                problems[block.name] = f"{block.name} ({branch.kind}: {reason})"
+            elif absent:
+                problems[block.name] = f"{block.name} ({branch.kind}: {absent[0]} is parametrized or not there)"
+            for tensor in tensors.values():
+                users[str(id(tensor))].append(block.name)
+    if problems:
+        raise ConfigurationError(
+            f"{len(problems)} block(s) cannot be balanced: {'; '.join(problems.values())}. "
+            + _WITHOUT.format(names=sorted(problems))
+        )
+    shared = next((names for names in users.values() if len(names) > 1), None)
+    if shared is not None:
+        raise ConfigurationError(
+            f"{' and '.join(dict.fromkeys(shared))} end in the same parameter, so one scaling would undo the other: "
+            "pass blocks= with one of them"
+        )
+
+
+def _stored(model: nn.Module, path: str) -> Tensor | None:
+    """Return the tensor to write to, ``None`` where there is none that the value in use is proportional to."""
+    owner, _, name = path.rpartition(".")
+    try:
+        module = resolve(model, owner) if owner else model
+        if isinstance(module, nn.Module) and parametrize.is_parametrized(module, name):
+            applied = resolve(module, f"parametrizations.{name}")
+            assert isinstance(applied, nn.ModuleList)
+            found = applied.original if all(isinstance(item, ResidualScale) for item in applied) else None
+        else:
+            found = getattr(module, name)
+    except AttributeError:
+        return None
+    return found if isinstance(found, Tensor) else None
+
+
+def _writes(
+    model: nn.Module, block: ResidualBlock, layer: LayerMeasurement, target: float, linearization: WeightLinearization
+) -> Iterator[_Write]:
+    """Yield what to multiply in one block."""
+    assert layer.mlp_norm is not None
+    assert layer.attention_norm is not None
+    # Roots before the quotient: the norms of a diverged model may be far apart.
+    change = math.sqrt(target) * math.sqrt(layer.attention_norm) / math.sqrt(layer.mlp_norm)
+    for branch in _pair(block):
+        degrees = {_degree(model, path, branch, linearization) for path in branch.paths}
+        if len(degrees) != 1 or degrees == {0}:
+            raise ConfigurationError(
+                f"linearization={linearization!r} does not see the size of {block.name} ({branch.kind}), which is that "
+                f"of {branch.ends[0].parameter}: expected linearization='circuit', or blocks= without it"
+            )
+        factor = (change if branch is block.mlp else 1 / change) ** (1 / degrees.pop())
+        yield from (_Write(end.parameter, end.offset, factor) for end in branch.ends)
+
+
+def _degree(model: nn.Module, path: Path, branch: Branch, linearization: WeightLinearization) -> int:
+    """Return how often the ends of a branch enter the operator of a path: twice where its adjoint is taken."""
+    ends = {end.parameter for end in branch.ends}
+    if linearization == "circuit":
+        return sum(factor.parameter in ends for factor in path.factors)
+    seen = [factor for factor in path.factors if factor.role in ("scale", "output", "down", "up")]
+    operator = linearize(model, path, linearization).operator
+    while isinstance(operator, Scaled):
+        operator = operator.operator
+    squared = isinstance(operator, Product) and isinstance(operator.operators[-1], Adjoint)
+    return sum(2 if squared and factor.role == "output" else 1 for factor in seen if factor.parameter in ends)
+
+
+def _check_fresh(model: nn.Module, blocks: Sequence[ResidualBlock], solver: Solver) -> None:
+    """Refuse weights that nobody would initialize a model with."""
+    factors = dict.fromkeys(factor for block in blocks for branch in _pair(block) for factor in branch.factors)
+    sign = _trained_gain(model, factors) or _trained_matrix(model, factors, solver)
+    if sign is not None:
+        raise ConfigurationError(
+            f"the model looks trained: {sign}. Scaling its branches would change the function that it has learned: "
+            "call balance_init_ before training, or pass force=True"
+        )
+
+
+def _trained_gain(model: nn.Module, factors: Iterable[Factor]) -> str | None:
+    for factor in factors:
+        if factor.role not in _NORMS or factor.parameter is None:
+            continue
+        with reading(model, factor.parameter) as gain:
+            low, high = map(float, gain.detach().aminmax())
+        if low != high:
+            return f"the norm gain {factor.parameter} is not constant ({low:.4g} to {high:.4g})"
+    return None
+
+
+def _trained_matrix(model: nn.Module, factors: Iterable[Factor], solver: Solver | None) -> str | None:
+    matrices: dict[Factor, LinearOperator] = {}
+    for factor in factors:
+        if factor.role in _MATRICES:
+            # A repeated row would double a singular value.
+            rows = None if factor.rows is None else tuple(dict.fromkeys(factor.rows))
+            once = replace(factor, rows=rows)
+            matrices[once] = linearize(model, Path((once,)), "circuit").operator
+    solver = RandomizedSVD() if solver is None else solver
+    operators = list(matrices.values())
+    norms, _ = solver.compute(operators, solver.init(operators))
+    for factor, operator, norm in zip(matrices, operators, norms, strict=True):
+        size = float(frobenius_norm(operator, generator=torch.Generator().manual_seed(0), n_probes=128))
+        left, right = map(math.sqrt, operator.shape)
+        edge = (left + right) * size / (left * right)
+        if norm.value is not None and norm.value > _SLACK * (1 + _DEVIATIONS / (left + right)) * edge:
+            return (
+                f"the spectral norm of {factor.parameter} is {norm.value / edge:.1f} times that of a random matrix of "
+                "its size"
+            )
+    return None
