@@ -363,16 +363,16 @@ def test_a_model_that_is_never_called_is_refused_after_the_first_batch(tmp_path:
 
 
 class FailingMonitor(SpectralMonitor):
-    """Fails while writing at some steps."""
+    """Fails at some steps."""
 
     def __init__(self, steps: set[int], **settings: Any) -> None:
         super().__init__(every_n_steps=1, **settings)
         self.steps = steps
 
-    def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if trainer.global_step in self.steps:
             raise OSError("the disk is full")
-        super()._publish(trainer, pl_module)
+        super()._measure(trainer, pl_module, *args)
 
 
 def test_a_failure_is_told_and_training_goes_on(tmp_path: Path):

@@ -1,51 +1,35 @@
-"""The callback: when to measure, where to log, what to save. The only module that imports Lightning."""
+"""The callback: when to measure, when to steer, what to save."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral import settings
-from lightning_spectral.alarms import Crossing, announcement
-from lightning_spectral.control.actions import described_action, news
+from lightning_spectral.alarms import announcement
+from lightning_spectral.control.actions import news
 from lightning_spectral.control.fuse import MARKER, lost_scales, refuse_lost_scales, scale_keys
 from lightning_spectral.control.law import Action, ResidualRescaler
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError, SpectralError
 from lightning_spectral.first_forward import FirstForward
-from lightning_spectral.journal import Journal, described
+from lightning_spectral.journal import described
 from lightning_spectral.linalg import Solver
 from lightning_spectral.measure import Meter
+from lightning_spectral.monitor.framework import Callback, overrides, rank_zero_info, rank_zero_warn
+from lightning_spectral.monitor.order import check_order
+from lightning_spectral.monitor.outlets import Outlets
 from lightning_spectral.records import Measurement, ResidualBlock
-from lightning_spectral.report import heatmap, one_screen, send_figure
+from lightning_spectral.report import one_screen
 from lightning_spectral.series import Series, logged_values
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.callbacks import Callback
-    from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-else:
-    # `lightning` and `pytorch_lightning` are two copies of the same code. A callback that inherits from both is
-    # accepted by either Trainer, also where types are checked (command line).
-    try:
-        from lightning.pytorch.callbacks import Callback
-        from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-    except ModuleNotFoundError:
-        from pytorch_lightning.callbacks import Callback
-        from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-
-    if "pytorch_lightning" in sys.modules and not Callback.__module__.startswith("pytorch_lightning"):
-        from pytorch_lightning.callbacks import Callback as Twin
-
-        Callback = type("Callback", (Callback, Twin), {})
 
 __all__ = ["SpectralMonitor"]
 
@@ -133,12 +117,11 @@ class SpectralMonitor(Callback):
         self._active = False  # between on_train_start and on_train_end
         self._rehearses = False  # fast_dev_run: measure once, write no files
         self._meter: Meter | None = None
-        self._journal: Journal | None = None
+        self._outlets = Outlets(self.prefix)
         self._resume_step: int | None = None
         self._awaits_forward = False  # no input could be guessed: the first real forward pass will show one
         self._first_forward: FirstForward | None = None
         self._latest: Measurement | None = None
-        self._bar_is_old = False  # the progress bar shows an older measurement
         self._failures = 0  # in a row
 
     @property
@@ -156,15 +139,17 @@ class SpectralMonitor(Callback):
                 that copies the model comes before this one.
             ExampleInputError, BlocksNotFoundError: The blocks to steer cannot be found.
         """
-        self._check_neighbours(trainer)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not declared
+        self._check_rivals([other for other in callbacks if isinstance(other, SpectralMonitor) and other is not self])
         if self._steering is None:
             hook = pl_module.register_load_state_dict_pre_hook(refuse_lost_scales)  # type: ignore[no-untyped-call]
             self._load_hook = hook
             return
+        check_order(callbacks, self)
         try:
             self._steering.attach(pl_module, None if self.blocks is None else self._blocks_of(pl_module))
         except (BlocksNotFoundError, ExampleInputError):
-            if not _overrides(pl_module, "configure_model"):
+            if not overrides(pl_module, "configure_model"):
                 raise
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -191,7 +176,7 @@ class SpectralMonitor(Callback):
         step = trainer.global_step
         if self._series.reaches(step):
             self._resume_step = step
-            self._publish(trainer, pl_module)
+            self._outlets.publish(trainer, pl_module, self._series.values)
         else:  # a new run, even if this object has watched another one before
             batches = step // max(len(trainer.optimizers), 1)
             self._series = Series(self.linearization, seen_step=step, batches=batches)
@@ -219,8 +204,7 @@ class SpectralMonitor(Callback):
             self._guard("finding the blocks", self._find_late, trainer, self._first_forward)
             self._first_forward = None
         self._measure_if_due(trainer, pl_module, steer=True)
-        if self._bar_is_old:
-            self._show(pl_module)
+        self._outlets.show(pl_module, self._series.values)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final weights, draw the run and print the last measurement."""
@@ -228,8 +212,7 @@ class SpectralMonitor(Callback):
             return
         if not self._rehearses and self._series.measured_step != trainer.global_step:
             self._guard("measuring", self._measure, trainer, pl_module)
-        if self._journal is not None:
-            self._guard("drawing", self._draw, trainer, self._journal)
+        self._guard("drawing", self._outlets.draw, trainer, self._series.batches)
         if self._latest is not None:
             rank_zero_info(one_screen(self._latest))
         self._release()
@@ -270,28 +253,18 @@ class SpectralMonitor(Callback):
         self._series = Series(self.linearization)
         self._series.load_state_dict(state_dict)
 
-    # What: each of these may fail without harm to the training run.
-
-    def _check_neighbours(self, trainer: Trainer) -> None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not declared
-        rivals = [other for other in callbacks if isinstance(other, SpectralMonitor) and other is not self]
+    def _check_rivals(self, rivals: Sequence[SpectralMonitor]) -> None:
         if any(other.prefix == self.prefix for other in rivals):
             raise ConfigurationError(
                 f"two monitors in one Trainer would both write the keys '{self.prefix}/…'; "
                 f"give one of them another prefix, such as prefix='{self.prefix}_{self.linearization}'"
             )
-        if self._steering is None:
-            return
-        if any(other.auto_rescale for other in rivals):
+        if self.auto_rescale and any(other.auto_rescale for other in rivals):
             raise ConfigurationError(
                 "two monitors in one Trainer would both move the scales: let one of them only watch"
             )
-        for callback in callbacks[: callbacks.index(self)]:
-            if {"WeightAveraging", "StochasticWeightAveraging"} & {base.__name__ for base in type(callback).__mro__}:
-                raise ConfigurationError(
-                    f"{type(callback).__name__} copies the model before SpectralMonitor attaches its residual scales: "
-                    "put SpectralMonitor before it in Trainer(callbacks=[...])"
-                )
+
+    # What: each of these may fail without harm to the training run.
 
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._steering is not None and self._steering.scales is not None:
@@ -321,13 +294,11 @@ class SpectralMonitor(Callback):
         self._meter = Meter(model, blocks, linearization=rule, solver=self.solver, safe_zone=zone)
         if self._series.warm_start:
             self._meter.load_state_dict(self._series.warm_start)
-        if trainer.is_global_zero and trainer.loggers and not self._rehearses:
+        if not self._rehearses:
             header = {"linearization": rule, "safe_zone": zone, "every_n_steps": self.every_n_steps}
             header["rescaler"] = None if self._steering is None else asdict(self._steering.rescaler)
             header["blocks"] = [described(block) for block in blocks]
-            folder = _run_folder(trainer)
-            path = None if folder is None else folder / f"{self.prefix}.jsonl"
-            self._journal = Journal(path, header, resume_step=self._resume_step)
+            self._outlets.open(trainer, header, self._resume_step)
 
     def _measure_if_due(self, trainer: Trainer, pl_module: LightningModule, *, steer: bool = False) -> None:
         step = trainer.global_step
@@ -347,47 +318,12 @@ class SpectralMonitor(Callback):
         rescaled = None if self._steering is None else sum(action.moves for action in actions)
         values = logged_values(measurement, self.prefix, per_layer=self.per_layer, rescaled=rescaled)
         crossings = self._series.add(measurement, values)
-        self._latest, self._bar_is_old = measurement, True
-        self._publish(trainer, pl_module)
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=self._series.batches)
-        self._report(measurement, crossings, actions)
-
-    def _report(self, measurement: Measurement, crossings: Sequence[Crossing], actions: Sequence[Action]) -> None:
-        """Write to the journal, and to the console what is new."""
-        told = None if self._steering is None else news(actions, measurement, self._steering.rescaler)
-        if self._journal is not None:
-            self._journal.append(measurement, [described_action(action, measurement) for action in actions])
+        self._latest = measurement
+        self._outlets.write(trainer, pl_module, self._series, measurement, actions)
         if crossings:
             rank_zero_info(announcement(crossings, measurement))
-        if told:
+        if self._steering is not None and (told := news(actions, measurement, self._steering.rescaler)):
             rank_zero_info(told)
-
-    def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the last values where other callbacks look for them. On all ranks: reading them may be a collective."""
-        values = self._series.values
-        names = values | {key.replace("/", "_"): value for key, value in values.items() if key.count("/") == 1}
-        trainer.callback_metrics.update(
-            {name: torch.tensor(value, device=pl_module.device) for name, value in names.items()}
-        )
-
-    def _show(self, pl_module: LightningModule) -> None:
-        """Put two numbers into the progress bar; `self.log` may do so only within a batch."""
-        self._bar_is_old = False
-        for name in ("ratio_median", "in_zone"):
-            if (value := self._series.values.get(f"{self.prefix}/{name}")) is not None:
-                pl_module.log(f"{self.prefix}_{name}", value, prog_bar=True, logger=False, batch_size=1)
-
-    def _draw(self, trainer: Trainer, journal: Journal) -> None:
-        try:
-            figure = heatmap(journal.records())
-        except ModuleNotFoundError as error:
-            rank_zero_info(f"SpectralMonitor: no heatmap; {error}")
-            return
-        if journal.path is not None:
-            figure.savefig(journal.path.with_suffix(".png"))
-        for logger in trainer.loggers:
-            send_figure(logger, figure, f"{self.prefix}/heatmap", self._series.batches)
 
     def _guard(self, what: str, action: Callable[..., None], *args: Any) -> None:
         """Run one piece of telemetry; a failure stops training only if asked to, or if the user can mend it."""
@@ -430,22 +366,3 @@ def _rescaler(auto_rescale: bool | ResidualRescaler) -> ResidualRescaler | None:
     if not isinstance(auto_rescale, bool):
         raise ConfigurationError(f"auto_rescale={auto_rescale!r}: expected True, False or a ResidualRescaler(...)")
     return ResidualRescaler() if auto_rescale else None
-
-
-def _overrides(pl_module: LightningModule, hook: str) -> bool:
-    """Whether the user's class defines a hook of LightningModule (of either copy of the framework)."""
-    owner = next(base for base in type(pl_module).__mro__ if hook in vars(base))
-    return owner.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")
-
-
-def _run_folder(trainer: Trainer) -> Path | None:
-    """Return the folder of this run on this machine, ``None`` where there is none. Only rank zero writes there."""
-    if not trainer.loggers:
-        return None
-    logger = trainer.loggers[0]
-    folder = logger.log_dir
-    if folder is None and logger.save_dir is not None:
-        # All runs of such a logger share one folder; ModelCheckpoint keeps them apart in the same way.
-        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        folder = f"{logger.save_dir}/{logger.name}/{version}"
-    return None if folder is None or "://" in folder else Path(folder)
