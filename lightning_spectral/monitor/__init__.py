@@ -1,0 +1,5 @@
+"""The callback, the only room that knows Lightning."""
+
+from lightning_spectral.monitor.callback import SpectralMonitor
+
+__all__ = ["SpectralMonitor"]
