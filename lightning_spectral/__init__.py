@@ -7,7 +7,14 @@
     print(measure(model))                                                      # or measure once, without a Trainer
 """
 
-from lightning_spectral.control import ResidualRescaler, ResidualScales, attach_scales, balance_penalty, fuse_scales
+from lightning_spectral.control import (
+    ResidualRescaler,
+    ResidualScales,
+    attach_scales,
+    balance_init_,
+    balance_penalty,
+    fuse_scales,
+)
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError, SpectralError
 from lightning_spectral.journal import read_actions, read_journal
@@ -34,6 +41,7 @@ __all__ = [
     "SpectralError",
     "SpectralMonitor",
     "attach_scales",
+    "balance_init_",
     "balance_penalty",
     "find_blocks",
     "fuse_scales",

@@ -29,6 +29,8 @@ __all__ = ["Linearized", "WeightLinearization", "linearize", "reading"]
 
 WeightLinearization = Literal["circuit", "paper"]
 
+_ARITHMETIC = {"add", "sub", "mul", "div", "exp", "reciprocal", "sigmoid", "tanh", "square", "sqrt"}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Linearized:
@@ -187,6 +189,8 @@ def _tensor(model: nn.Module, factor: Factor) -> Tensor:
         tensor = tensor if torch.is_grad_enabled() else tensor.detach()
         try:
             for name, *arguments in factor.layout:
+                if name in _ARITHMETIC and tensor.dtype in (torch.float16, torch.bfloat16):
+                    tensor = tensor.float()  # 1 + w in 16 bits would forget most of w
                 tensor = getattr(tensor, name)(*arguments)
         except (RuntimeError, IndexError) as error:
             raise ConfigurationError(f"{factor.parameter} has not the shape it was found with: {error}") from None

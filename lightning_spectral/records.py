@@ -275,17 +275,21 @@ def _number(value: float | None, width: int) -> str:
 def _table(measurement: Measurement) -> Iterator[str]:
     low, high = measurement.safe_zone
     name_width = max([len(layer.name) for layer in measurement.layers] + [len("block")])
+    # Scales are shown where there are any: most models have none.
+    scaled = any(layer.mlp_scale != 1.0 or layer.attention_scale != 1.0 for layer in measurement.layers)
     yield (
         f"spectral ratio ‖mlp‖₂/‖attention‖₂, linearization={measurement.linearization!r}, "
         f"step {measurement.step}, safe zone ({low:g}, {high:g})"
     )
-    yield f"{'':>4}  {'block':<{name_width}}  {'mlp':>10}  {'attention':>10}  {'ratio':>8}"
+    scales = f"  {'scales':>13}" if scaled else ""
+    yield f"{'':>4}  {'block':<{name_width}}  {'mlp':>10}  {'attention':>10}  {'ratio':>8}{scales}"
     for layer in measurement.layers:
         note = layer.reason or ""
         if layer.ratio is not None and not low < layer.ratio < high:
             note = "above the zone" if layer.ratio >= high else "below the zone"
+        scales = f"  {layer.mlp_scale:>5.3g} : {layer.attention_scale:<5.3g}" if scaled else ""
         line = (
             f"{layer.index:>4}  {layer.name:<{name_width}}  {_number(layer.mlp_norm, 10)}  "
-            f"{_number(layer.attention_norm, 10)}  {_number(layer.ratio, 8)}  {note}"
+            f"{_number(layer.attention_norm, 10)}  {_number(layer.ratio, 8)}{scales}  {note}"
         )
         yield line.rstrip()

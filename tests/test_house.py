@@ -149,6 +149,7 @@ def test_the_public_names_are_these():
         "SpectralError",
         "SpectralMonitor",
         "attach_scales",
+        "balance_init_",
         "balance_penalty",
         "find_blocks",
         "fuse_scales",

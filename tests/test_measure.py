@@ -23,6 +23,7 @@ from lightning_spectral import (
     ExactSVD,
     Measurement,
     ResidualBlock,
+    attach_scales,
     find_blocks,
     measure,
 )
@@ -654,3 +655,27 @@ def test_blocks_of_another_model_are_refused_or_have_reasons(name: str) -> None:
         for layer in measure(model, blocks):
             assert layer.ratio is None
             assert layer.reason
+
+
+def test_the_table_shows_residual_scales_where_there_are_any():
+    model = example("nanogpt").build()
+    scales = attach_scales(model)
+    assert "scales" not in str(measure(model, scales.blocks))
+    torch.nn.init.constant_(scales.parameters()[1], math.log(2.5))
+    lines = str(measure(model, scales.blocks)).splitlines()
+    assert lines[1].endswith("scales")
+    assert lines[2].endswith("2.5 : 1")
+
+
+def test_gains_of_16_bits_are_not_rounded_when_one_is_added():
+    member = example("gemma2")
+    model = member.build()
+    args, kwargs = member.inputs(model)
+    blocks = find_blocks(model, *args, **kwargs)
+    half = model.bfloat16()
+    exact = copy.deepcopy(half).double()  # the same numbers, with room for 1 + w
+    for low, high in zip(
+        measure(half, blocks, solver=ExactSVD()), measure(exact, blocks, solver=ExactSVD()), strict=True
+    ):
+        assert low.mlp_norm == pytest.approx(high.mlp_norm, rel=1e-5)
+        assert low.attention_norm == pytest.approx(high.attention_norm, rel=1e-5)

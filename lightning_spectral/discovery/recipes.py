@@ -16,7 +16,7 @@ __all__ = ["NoRecipeError", "attribute_path", "recipe", "shortest"]
 
 Step = tuple[Any, ...]
 _COPIES = {"_to_copy", "clone", "detach", "contiguous", "alias", "lift_fresh", "to", "copy"}
-_UNARY = {"exp", "sigmoid", "tanh", "abs", "softplus", "square", "sqrt", "neg"}
+_UNARY = {"exp", "sigmoid", "tanh", "abs", "square", "sqrt", "neg"}
 
 
 class NoRecipeError(Exception):

@@ -146,6 +146,11 @@ class SpectralMonitor(Callback):
             self._load_hook = hook
             return
         check_order(callbacks, self)
+        if trainer.world_size > 1:  # one decision for all processes is not made yet
+            raise ConfigurationError(
+                f"auto_rescale with {trainer.world_size} processes: each would decide for itself, and the scales could "
+                "drift apart. Train on one device, or only watch, in this version"
+            )
         try:
             self._steering.attach(pl_module, None if self.blocks is None else self._blocks_of(pl_module))
         except (BlocksNotFoundError, ExampleInputError):
