@@ -121,7 +121,7 @@ class EndFinder:
         return self.prober.once(region, ("ends", shapes), partial(self._scales_exactly, region, found))
 
     def _scales_exactly(self, region: Region, found: Scaling) -> bool:
-        # What starts at zero would prove nothing: noise stands in for it.
+        # What starts at zero, or is not finite, would prove nothing: noise stands in for it.
         held = self.prober.made_up_weights(region) | {value: _alive(self.tape.wide(value)) for value in found.read}
         held = {value: content for value, content in held.items() if not self._made_of(value, found.leaves)}
         held[region.stream] = self.tape.wide(region.stream)  # in a block that runs several times it was made of them
@@ -132,8 +132,8 @@ class EndFinder:
             before, after = (replay(self.tape, part, region.leaf, held=held) for part in (content, larger))
         except (RuntimeError, IndexError, ValueError, TypeError):
             return False
-        error = (after - _FACTOR * before).abs().max()
-        return bool(error <= _TOLERANCE[before.dtype] * (_FACTOR * before).abs().max())
+        error, size = (float(part.nan_to_num(0.0).abs().max()) for part in (after - _FACTOR * before, after))
+        return error <= _TOLERANCE[before.dtype] * size
 
     def _made_of(self, value: int, leaves: Iterable[int]) -> bool:
         return any(self.tape.depends(value, leaf) for leaf in leaves)
@@ -154,7 +154,7 @@ class EndFinder:
 
 
 def _alive(content: Tensor) -> Tensor:
-    if not content.is_floating_point() or bool(content.any()):
+    if not content.is_floating_point() or (bool(content.any()) and bool(content.isfinite().all())):
         return content
     return torch.randn(content.shape, generator=torch.Generator().manual_seed(0)).to(content)
 

@@ -187,6 +187,55 @@ def test_branches_that_start_at_zero_have_the_same_ends(name: str, found: Search
     assert find_blocks(model, *args, **kwargs) == result.blocks
 
 
+@pytest.mark.parametrize("name", ["nanogpt", "gemma2", "mixtral", "llama"])
+def test_weights_that_are_not_finite_change_no_ends(name: str, found: Search) -> None:
+    """A diverged first block speaks neither for itself nor for the others."""
+    result = found(name)
+    model = result.member.build()
+    first = result.blocks[0].mlp
+    assert first is not None
+    with torch.no_grad():
+        for factor in first.factors:
+            if factor.parameter is not None:
+                model.get_parameter(factor.parameter).fill_(torch.nan)
+    args, kwargs = result.member.inputs(model)
+    again = find_blocks(model, *args, **kwargs)
+    assert [branch.ends for block in again for branch in block.branches] == [
+        branch.ends for block in result.blocks for branch in block.branches
+    ]
+
+
+@pytest.mark.parametrize("name", ["nanogpt", "gemma2", "mixtral", "gpt_oss", "dinov2"])
+def test_half_precision_has_the_same_ends(name: str, found: Search) -> None:
+    """Replays run in float64."""
+    result = found(name)
+    model = result.member.build().bfloat16()
+    args, kwargs = result.member.inputs(model)
+    kwargs = {key: value.bfloat16() if value.is_floating_point() else value for key, value in kwargs.items()}
+    again = find_blocks(model, *args, **kwargs)
+    assert [set(branch.ends) for block in again for branch in block.branches] == [
+        set(branch.ends) for block in result.blocks for branch in block.branches
+    ]
+
+
+def test_hundreds_of_experts_are_no_depth() -> None:
+    """Each is added to the sum of those before it."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(mlp(bias=False) for _ in range(128))
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens, rows = x.flatten(0, 1), torch.arange(4)
+            total = torch.zeros_like(tokens)
+            for expert in self.experts:
+                total.index_add_(0, rows, expert(tokens[rows]))
+            return total.view_as(x)
+
+    assert len(mlp_branch(Block(Experts())).ends) == 128
+
+
 class Mixer(nn.Module):
     """Attention in one head."""
 
