@@ -22,8 +22,8 @@ import torch
 from machine import describe
 from overhead import GPT, Config, Windows, read_standard_library
 
-from lightning_spectral import find_blocks
-from lightning_spectral.control.law import BlockState, ResidualRescaler
+from lightning_spectral import ResidualRescaler, find_blocks
+from lightning_spectral.control.law import BlockState
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.measure import Meter
 from lightning_spectral.records import Measurement

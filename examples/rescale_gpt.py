@@ -30,9 +30,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 from train_gpt import Config, LitGPT, Windows, read_standard_library
 
-from lightning_spectral import SpectralMonitor, read_journal
-from lightning_spectral.control.law import ResidualRescaler
-from lightning_spectral.journal import read_actions
+from lightning_spectral import ResidualRescaler, SpectralMonitor, read_actions, read_journal
 
 ZONE = (0.5, 2.0)
 BRANCHES = {"mlp": "MLP", "attention": "attention"}
