@@ -124,7 +124,6 @@ class EndFinder:
         # What starts at zero, or is not finite, would prove nothing: noise stands in for it.
         held = self.prober.made_up_weights(region) | {value: _alive(self.tape.wide(value)) for value in found.read}
         held = {value: content for value, content in held.items() if not self._made_of(value, found.leaves)}
-        held[region.stream] = self.tape.wide(region.stream)  # in a block that runs several times it was made of them
         content = {leaf: self.tape.wide(leaf) for leaf in found.leaves}
         content = {leaf: content[leaf] if offset else _alive(content[leaf]) for leaf, offset in found.leaves.items()}
         larger = {leaf: _FACTOR * (content[leaf] + offset) - offset for leaf, offset in found.leaves.items()}

@@ -308,6 +308,15 @@ def test_a_tied_weight_is_refused() -> None:
     assert branch.ends_reason == "its last weight 0.mlp.2.weight is also used elsewhere"
 
 
+def test_a_weight_that_also_made_the_stream_is_refused() -> None:
+    """Its first use lies in front of the blocks."""
+    stem, block = nn.Linear(2 * WIDTH, WIDTH), Block(mlp())
+    block.mlp[2].weight = stem.weight
+    assert mlp_branch(nn.Linear(WIDTH, 2 * WIDTH), stem, block).ends_reason == (
+        "its last weight 1.weight is also used elsewhere"
+    )
+
+
 def test_a_weight_tied_inside_its_branch_is_refused() -> None:
     """The MLP reads with the matrix that it writes with."""
 
@@ -400,6 +409,18 @@ def test_a_multiplier_is_an_end_where_there_is_nothing_else() -> None:
     first.attention.qkv = nn.Linear(WIDTH, 6 * WIDTH)
     assert mlp_branch(first).ends == gamma
     assert set(mlp_branch(Block(mlp(), Scale())).ends) == {End("0.mlp.2.weight"), End("0.mlp.2.bias")}
+
+
+def test_a_multiplier_as_large_as_the_data_is_no_end() -> None:
+    """One token, and the multiplier written first."""
+
+    class First(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gamma * x
+
+    x = torch.randn(1, 1, WIDTH, generator=torch.Generator().manual_seed(0))
+    branches = find_blocks(nn.Sequential(Block(mlp(), First())), x)[0].branches
+    assert {End("0.mlp.2.weight"), End("0.mlp.2.bias")} in [set(branch.ends) for branch in branches]
 
 
 def test_a_constant_that_is_added_is_refused() -> None:
