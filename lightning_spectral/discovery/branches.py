@@ -74,15 +74,21 @@ def _grouped(
     """Group the terms of a sum by kind where one module returns their partial sum (routed and shared experts)."""
     kinds = {term.start: _kind(tape, add, term, prober) for term in add.branches}
     remaining = list(add.branches)
+
+    def one_module_returns(terms: Sequence[Term]) -> bool:
+        others = [item for item in (add.skip, *add.branches, *add.others) if item not in terms]
+        return choose_site(tape, add, terms, others, usable) is not None
+
     while remaining:
         first, *rest = remaining
         kind, neighbours = kinds[first.start]
-        together = [first]
-        for term in rest:
-            trial = [*together, term]
-            others = [item for item in (add.skip, *add.branches, *add.others) if item not in trial]
-            if kinds[term.start][0] == kind and choose_site(tape, add, trial, others, usable) is not None:
-                together.append(term)
+        alike = [term for term in rest if kinds[term.start][0] == kind]
+        together = [first, *alike]
+        if not one_module_returns(together):  # all experts, whose partial sums no module returns; or one after another
+            together = [first]
+            for term in alike:
+                if one_module_returns([*together, term]):
+                    together.append(term)
         remaining = [term for term in rest if term not in together]
         yield kind, together, neighbours
 

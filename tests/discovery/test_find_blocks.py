@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from found import Search
-from torch import Tensor
+from torch import Tensor, nn
 from zoo import example, examples
 from zoo.gpt import Block, NanoGPT
 
@@ -194,3 +194,30 @@ def test_finding_twice_finds_the_same(found: Search) -> None:
     assert find_blocks(again, *member.inputs(again)[0]) == first.blocks
     assert find_blocks(again) == first.blocks
     assert hash(first.blocks) == hash(find_blocks(again))
+
+
+class SummedExperts(nn.Module):
+    """Adds its experts up one by one, so that only the whole sum is returned by a module."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, width)) for _ in range(count)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = self.experts[0](x)
+        for expert in self.experts[1:]:
+            total = total + expert(x)
+        return total
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_experts_that_are_added_up_are_one_branch(count: int):
+    model = NanoGPT().eval()
+    width = model.transformer["h"][0].ln_1.normalized_shape[0]
+    for block in model.transformer["h"]:
+        block.mlp = SummedExperts(count, width)
+    for block in find_blocks(model):
+        assert [branch.site for branch in block.branches] == [f"{block.name}.attn", f"{block.name}.mlp"]
+        assert len(block.mlp.paths) == count
