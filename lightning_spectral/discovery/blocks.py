@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from lightning_spectral.discovery.branches import FoundBranch, branches_of, finished
 from lightning_spectral.discovery.ends import EndFinder
-from lightning_spectral.discovery.operations import is_product, weight_operand
+from lightning_spectral.discovery.operations import is_attention, is_product, weight_operand
 from lightning_spectral.discovery.paths import common_parts
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.replay import replay
@@ -139,12 +140,19 @@ def _problem(
         if weight.startswith(f"{name}.") and value != stream and tape.depends(value, stream):
             return f"{weight} acts outside the branches that were found"
     for branch in branches:
+        if branch.kind == "mlp" and math.prod(tape.shape(stream)[1:-1]) == 1 and _attends(tape, branch):
+            return "one position cannot show whether a branch mixes positions: pass an example of two tokens or more"
         if not branch.site.path:
             return "no module or weight carries one of its branches"
         region = Region(tape, branch.add.skip.leaf, branch.add.output)
         if not prober.once(region, ("linear", region.local(branch.site.value)), partial(_is_linear, prober, branch)):
             return f"with {branch.site.path} at zero the stream is not passed on, or it is not linear in it"
     return None
+
+
+def _attends(tape: Tape, branch: FoundBranch) -> bool:
+    values = tape.between(branch.add.skip.leaf, branch.site.value)
+    return any((operation := tape.producer(value)) is not None and is_attention(operation) for value in values)
 
 
 def _is_linear(prober: Prober, branch: FoundBranch) -> bool:
