@@ -214,7 +214,7 @@ def draw(runs: list[Run], factor: float) -> Figure:
                 draw_scales(axes[3], run)
         axes[3].set_xlabel("optimizer step", color=INK)
     labels = ("spectral ratio ρ\n(range over the blocks)", "blocks inside\nthe zone", "loss, nats per byte", "scales")
-    places = ("upper right", "center right", "upper right", "center right")
+    places = ("upper right", "center right", "upper right", "best")
     for row, label, place in zip(grid, labels, places, strict=True):
         row[0].set_ylabel(label, color=INK)
         for axes in row:
