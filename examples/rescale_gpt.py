@@ -7,9 +7,9 @@ Two wrong initializations, the last matrix of every MLP or of every attention br
 each, from the same seed on the same batches: watched only, and with `SpectralMonitor(auto_rescale=...)`. A table and a
 figure show what steering did to the ratios and what it did to the loss.
 
-Both are judged by the zone (0.5, 2). A controller that acts on blocks outside its zone lets them leave it first, so the
-one here is given a zone that lies a little inside, and room for scales from 1/8 to 8. With the monitor's own settings,
-`--steer-zone 0.5 2 --bound 4`, blocks that drift during training are outside for a few measurements now and then.
+A controller that acts on blocks outside the zone lets them leave it first, and blocks drift while they train. So the
+one here begins to act a margin before the edge, and its scales have room from 1/8 to 8. With the monitor's own
+settings, `--margin 0 --bound 4`, single blocks are outside for a few measurements now and then.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--factor", type=float, default=8.0, help="how much too strong the branches start")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each of the four runs")
     parser.add_argument("--every-n-steps", type=int, default=5, help="optimizer steps between two measurements")
-    parser.add_argument("--steer-zone", type=float, nargs=2, default=(0.6, 1.65), help="zone of the controller")
+    parser.add_argument("--margin", type=float, default=0.2, help="how far before the edge steering begins, in nats")
+    parser.add_argument("--mode", default="both", choices=["both", "mlp", "attention"], help="which scales are steered")
     parser.add_argument("--bound", type=float, default=8.0, help="largest residual scale; 1 / bound is the smallest")
     parser.add_argument("--not-learnable", action="store_true", help="let the law alone move the scales")
     parser.add_argument("--out", default="runs", help="folder for everything that is written")
@@ -144,8 +145,10 @@ def train(args: argparse.Namespace, branch: str, *, steered: bool, texts: tuple[
     name = f"{branch}-{'on' if steered else 'off'}"
     print(f"training {name}: {args.steps} steps", flush=True)
     table = CSVLogger(args.out, name=f"rescale-seed{args.seed}", version=name)
-    rescaler = ResidualRescaler(bounds=(1 / args.bound, args.bound), learnable=not args.not_learnable)
-    monitor = SpectralMonitor(args.every_n_steps, steered and rescaler, safe_zone=tuple(args.steer_zone))
+    rescaler = ResidualRescaler(
+        margin=args.margin, mode=args.mode, bounds=(1 / args.bound, args.bound), learnable=not args.not_learnable
+    )
+    monitor = SpectralMonitor(args.every_n_steps, steered and rescaler, safe_zone=ZONE)
     trainer = Trainer(
         max_steps=args.steps,
         accelerator="cpu",

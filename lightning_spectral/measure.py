@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.discovery import find_blocks
-from lightning_spectral.discovery.scaled import log_scale_tensor, with_scales
+from lightning_spectral.discovery.scaled import scale_module, with_scales
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import RandomizedSVD, Solver, SolverState, SpectralNorm, frobenius_norm
 from lightning_spectral.linearize import Linearized, WeightLinearization, linearize
@@ -60,6 +60,8 @@ class Meter:
     ) -> None:
         self.model = model
         self.blocks = with_scales(model, blocks)
+        branches = [branch for block in self.blocks for branch in (block.attention, block.mlp)]
+        self._scales = {branch: scale for branch in branches if (scale := scale_module(model, branch)) is not None}
         self.linearization = _checked(linearization)
         self.solver: Solver = RandomizedSVD() if solver is None else solver
         self.safe_zone = safe_zone
@@ -84,7 +86,7 @@ class Meter:
             branch: _largest([(path, next(norms)) for path, _ in paths], reason)
             for branch, (paths, reason) in zip(branches, built, strict=True)
         }
-        scales = _scales(self.model, branches)
+        scales = _read_scales(self._scales)
         layers = tuple(_layer(block, values, scales) for block in self.blocks)
         return Measurement(step, self.linearization, layers, self.safe_zone, time.perf_counter() - start)
 
@@ -194,13 +196,13 @@ def _largest(norms: Sequence[tuple[Path, SpectralNorm]], reason: str | None) -> 
     return _Value(norm.value, norm.error_bound, path.expert)
 
 
-def _scales(model: nn.Module, branches: Sequence[Branch]) -> dict[Branch | None, float]:
+def _read_scales(modules: Mapping[Branch | None, nn.Module]) -> dict[Branch | None, float]:
     """Return the residual scale of every branch that has one, read in a single transfer from the device."""
-    logs = {branch: tensor for branch in branches if (tensor := log_scale_tensor(model, branch)) is not None}
+    logs: list[Tensor] = [module.log_scale.detach().double() for module in modules.values()]  # type: ignore[operator]
     if not logs:
         return {}
-    values = torch.stack([tensor.detach().double().reshape(()) for tensor in logs.values()]).exp().tolist()
-    return dict(zip(logs, values, strict=True))
+    values = torch.cat([log.to(logs[0].device) for log in logs]).exp().tolist()
+    return dict(zip(modules, values, strict=True))
 
 
 def _layer(

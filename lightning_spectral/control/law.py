@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from lightning_spectral import settings
 from lightning_spectral.errors import ConfigurationError
 
 __all__ = ["Action", "BlockState", "Reading", "ResidualRescaler", "check_zones", "decide"]
+
+_CRUMB = 1e-3  # nats: what is left to a bound and not worth a move
 
 Mode = Literal["both", "mlp", "attention"]
 Sides = Literal["both", "low", "high"]
@@ -36,6 +38,8 @@ class ResidualRescaler:
         max_step: Largest change of ln ρ by one action, in nats (0.4 is a factor of 1.5).
         patience: Measurements in a row that a ratio has to be outside the safe zone before it is steered.
         smoothing: Weight of the past in the moving average of ln ρ, in [0, 1).
+        margin: How far before the edge of the safe zone a ratio counts as outside, in nats (0.2 is a factor of 1.22).
+            Without a margin, a ratio that drifts is outside for ``patience`` measurements before it is steered.
         inner_zone: Interval of ratios inside which steering ends; it contains 1 and lies inside the safe zone.
         mode: The scales that move: ``"both"`` in opposite directions, so that their geometric mean stays, or one.
         sides: The ratios that are acted on: too ``"low"`` (attention dominates), too ``"high"``, or ``"both"``. At
@@ -53,6 +57,7 @@ class ResidualRescaler:
     max_step: float = 0.4
     patience: int = 2
     smoothing: float = 0.5
+    margin: float = 0.0
     inner_zone: tuple[float, float] = (0.7, 1.4)
     mode: Mode = "both"
     sides: Sides = "both"
@@ -67,6 +72,7 @@ class ResidualRescaler:
         settings.number("max_step", self.max_step, 0.0, math.inf, above=True)
         settings.steps("patience", self.patience)
         settings.number("smoothing", self.smoothing, 0.0, 1.0, below=True)
+        settings.number("margin", self.margin, 0.0, math.inf)
         settings.choice("mode", self.mode, get_args(Mode))
         settings.choice("sides", self.sides, get_args(Sides))
         settings.steps("warmup_steps", self.warmup_steps, least=0)
@@ -80,15 +86,16 @@ class ResidualRescaler:
 
 
 def check_zones(rescaler: ResidualRescaler, safe_zone: tuple[float, float]) -> None:
-    """Check that the inner zone lies inside the safe zone.
+    """Check that the inner zone lies inside the safe zone, its margin taken off.
 
     Raises:
         ConfigurationError: It does not, so that a ratio could be steered and left alone at once.
     """
     (low, high), (inner_low, inner_high) = safe_zone, rescaler.inner_zone
-    if not low < inner_low < inner_high < high:
+    if not low * math.exp(rescaler.margin) < inner_low < inner_high < high * math.exp(-rescaler.margin):
+        less = f" less margin={rescaler.margin!r}" if rescaler.margin else ""
         raise ConfigurationError(
-            f"inner_zone={rescaler.inner_zone!r}: expected an interval inside safe_zone={safe_zone!r}; "
+            f"inner_zone={rescaler.inner_zone!r}: expected an interval inside safe_zone={safe_zone!r}{less}; "
             "pass ResidualRescaler(inner_zone=...) with the safe zone"
         )
 
@@ -114,7 +121,8 @@ class BlockState:
 
     Attributes:
         smoothed: Moving average of ln ρ, ``None`` before the first measurement.
-        outside: Measurements in a row with the ratio outside the safe zone.
+        outside: Measurements in a row with both the ratio and the average outside the safe zone: one outlier moves the
+            average for some time, and is no reason to steer.
         active: Whether the block is being steered.
         bounded: Whether the last action was cut short by a bound.
     """
@@ -126,7 +134,7 @@ class BlockState:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        return asdict(self)
+        return {"smoothed": self.smoothed, "outside": self.outside, "active": self.active, "bounded": self.bounded}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlockState:
@@ -208,14 +216,16 @@ def _seen(
     """Take a measurement into the state of a block."""
     past = log_ratio if state.smoothed is None else state.smoothed
     smoothed = rescaler.smoothing * past + (1 - rescaler.smoothing) * log_ratio
-    outside = state.outside + 1 if warm and _wrong(rescaler, smoothed, safe_zone) else 0
-    active = (state.active or outside >= rescaler.patience) and _wrong(rescaler, smoothed, rescaler.inner_zone)
+    wrong = all(_wrong(rescaler, value, safe_zone, rescaler.margin) for value in (log_ratio, smoothed))
+    outside = state.outside + 1 if warm and wrong else 0
+    ready = state.active or outside >= rescaler.patience
+    active = warm and ready and _wrong(rescaler, smoothed, rescaler.inner_zone)
     return BlockState(smoothed, outside, active, state.bounded and active)
 
 
-def _wrong(rescaler: ResidualRescaler, log_ratio: float, zone: tuple[float, float]) -> bool:
+def _wrong(rescaler: ResidualRescaler, log_ratio: float, zone: tuple[float, float], margin: float = 0.0) -> bool:
     """Whether a ratio is outside a zone, on a side that is acted on."""
-    low, high = math.log(zone[0]), math.log(zone[1])
+    low, high = math.log(zone[0]) + margin, math.log(zone[1]) - margin
     return (log_ratio <= low and rescaler.sides != "high") or (log_ratio >= high and rescaler.sides != "low")
 
 
@@ -233,10 +243,12 @@ def _action(rescaler: ResidualRescaler, block: int, reading: Reading, state: Blo
         _room(rescaler.bounds, getattr(reading, name), math.copysign(share, share * wanted)) / abs(share)
         for name, share in shares.items()
     )
-    step = math.copysign(min(abs(wanted), room), wanted) if room > 0 else 0.0
+    # The optimizer pulls a scale off its bound again and again; following it by crumbs would reset its momentum.
+    step = math.copysign(min(abs(wanted), room), wanted) if room > _CRUMB else 0.0
     held = abs(step) < abs(wanted)
     reason = f"{'held by the bounds of the scales, ' if held else ''}ratio too {'high' if error > 0 else 'low'}"
-    return Action(block, error, step * shares.get("mlp", 0.0), step * shares.get("attention", 0.0), reason, held=held)
+    mlp, attention = (step * shares[name] + 0.0 if name in shares else 0.0 for name in ("mlp", "attention"))
+    return Action(block, error, mlp, attention, reason, held=held)
 
 
 def _room(bounds: tuple[float, float], log_scale: float, direction: float) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,12 +18,13 @@ from lightning_spectral.control.optimizers import check_optimized, forget_moment
 from lightning_spectral.control.scales import ResidualScale, ResidualScales, attach_scales
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.discovery.paths import resolve
-from lightning_spectral.discovery.scaled import log_scale_tensor, with_scales
+from lightning_spectral.discovery.scaled import log_scale_tensor, scale_module, with_scales
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import Branch, LayerMeasurement, Measurement, ResidualBlock
 
 __all__ = ["Steering"]
 
+_Pair = tuple[nn.Module | None, nn.Module | None]
 _MATRICES = {"output", "value", "latent", "down", "up"}
 
 
@@ -43,6 +43,7 @@ class Steering:
         check_zones(rescaler, safe_zone)
         self.rescaler, self.safe_zone = rescaler, safe_zone
         self.scales: ResidualScales | None = None
+        self._pairs: list[_Pair] = []  # of MLP and attention, by block
         self._unseen: list[Branch] = []
         self._handles: list[RemovableHandle] = []
 
@@ -59,9 +60,9 @@ class Steering:
         if self.scales is not None and self.scales.model is model:
             return
         if self.rescaler.dry_run:
-            self.scales = ResidualScales(model, with_scales(model, find_blocks(model) if blocks is None else blocks))
+            self._take(ResidualScales(model, with_scales(model, find_blocks(model) if blocks is None else blocks)))
         else:
-            self.scales = attach_scales(model, blocks, learnable=self.rescaler.learnable)
+            self._take(attach_scales(model, blocks, learnable=self.rescaler.learnable))
 
     def adopt(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
         """Take over the scales that the user attached to a model that was built late.
@@ -69,12 +70,18 @@ class Steering:
         Raises:
             ConfigurationError: There are none.
         """
-        self.scales = ResidualScales(model, with_scales(model, blocks))
-        if not len(self.scales) and not self.rescaler.dry_run:
+        scales = ResidualScales(model, with_scales(model, blocks))
+        if not len(scales) and not self.rescaler.dry_run:
             raise ConfigurationError(
                 f"{type(model).__name__} is built in configure_model, after callbacks could attach anything to it: end "
                 "configure_model with lightning_spectral.attach_scales(self), before fully_shard"
             )
+        self._take(scales)
+
+    def _take(self, scales: ResidualScales) -> None:
+        self.scales = scales
+        find = partial(scale_module, scales.model)
+        self._pairs = [(find(block.mlp), find(block.attention)) for block in scales.blocks]
 
     def begin(self, optimizers: Sequence[Optimizer]) -> None:
         """Check that the optimizers train the scales; until :meth:`release`, let them load states without scales.
@@ -109,33 +116,33 @@ class Steering:
             The actions, and the new state of the law.
         """
         assert self.scales is not None
-        readings = [self._reading(layer, block) for layer, block in zip(measurement, self.scales.blocks, strict=True)]
+        pairs = zip(measurement, self.scales.blocks, self._pairs, strict=True)
+        readings = [self._reading(layer, block, pair) for layer, block, pair in pairs]
         states = [BlockState.from_dict(values) for values in law] if len(law) == len(readings) else []
         actions, after = decide(self.rescaler, self.safe_zone, measurement.step, readings, states)
         if not self.rescaler.dry_run:
-            moved = [self._moved(self.scales.blocks[action.block], action) for action in actions]
-            forget_momentum(optimizers, chain.from_iterable(moved))
+            forget_momentum(optimizers, self._moved(actions))
         return actions, [state.to_dict() for state in after]
 
-    def _reading(self, layer: LayerMeasurement, block: ResidualBlock) -> Reading:
-        scales = ((block.mlp, layer.mlp_scale), (block.attention, layer.attention_scale))
-        mlp, attention = (math.log(scale) if self._has_scale(branch) else None for branch, scale in scales)
-        return Reading(layer.log_ratio, mlp, attention)
-
-    def _has_scale(self, branch: Branch | None) -> bool:
-        assert self.scales is not None
-        return branch is not None and (self.rescaler.dry_run or log_scale_tensor(self.scales.model, branch) is not None)
+    def _reading(self, layer: LayerMeasurement, block: ResidualBlock, pair: _Pair) -> Reading:
+        dry = self.rescaler.dry_run
+        has_mlp = pair[0] is not None or (dry and block.mlp is not None)
+        has_attention = pair[1] is not None or (dry and block.attention is not None)
+        return Reading(
+            layer.log_ratio,
+            math.log(layer.mlp_scale) if has_mlp else None,
+            math.log(layer.attention_scale) if has_attention else None,
+        )
 
     @torch.no_grad()
-    def _moved(self, block: ResidualBlock, action: Action) -> list[Tensor]:
-        """Move the scales of a block and return those that moved."""
-        assert self.scales is not None
+    def _moved(self, actions: Iterable[Action]) -> list[Tensor]:
+        """Move the scales and return those that moved."""
         moved = []
-        for branch, change in ((block.mlp, action.mlp), (block.attention, action.attention)):
-            scale = log_scale_tensor(self.scales.model, branch)
-            if change and scale is not None:
-                scale.add_(change)
-                moved.append(scale)
+        for action in actions:
+            for module, change in zip(self._pairs[action.block], (action.mlp, action.attention), strict=True):
+                if change and module is not None:
+                    scale = getattr(module, "log_scale")  # noqa: B009  # a Module knows no such attribute
+                    moved.append(scale.add_(change))
         return moved
 
     def check_gradients(self) -> None:

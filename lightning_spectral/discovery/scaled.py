@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.records import Branch, Factor, Path, ResidualBlock
 
-__all__ = ["CHILD", "log_scale_path", "log_scale_tensor", "with_scales"]
+__all__ = ["CHILD", "log_scale_path", "log_scale_tensor", "scale_module", "with_scales"]
 
 CHILD = "residual_scale"
 """Name of the child module of a site that holds its scale."""
@@ -32,11 +32,20 @@ def log_scale_path(model: nn.Module, branch: Branch) -> str | None:
     return _join(branch.site, f"{CHILD}.log_scale") if hasattr(child, "log_scale") else None
 
 
+def scale_module(model: nn.Module, branch: Branch | None) -> nn.Module | None:
+    """Return the module that holds the scale of a branch, as ``log_scale`` of shape (1,); ``None`` where there is none.
+
+    Keep the module, which is cheap to read again and again, and not its parameter, which sharding may replace.
+    """
+    path = None if branch is None else log_scale_path(model, branch)
+    found = None if path is None else _module(model, path.rpartition(".")[0])
+    return found if isinstance(found, nn.Module) else None
+
+
 def log_scale_tensor(model: nn.Module, branch: Branch | None) -> Tensor | None:
     """Return the parameter of shape (1,) that holds the logarithm of a branch's scale, if it has one."""
-    path = None if branch is None else log_scale_path(model, branch)
-    found = None if path is None else resolve(model, path)
-    return found if isinstance(found, Tensor) else None
+    module = scale_module(model, branch)
+    return None if module is None else getattr(module, "log_scale")  # noqa: B009  # a Module knows no such attribute
 
 
 def with_scales(model: nn.Module, blocks: Iterable[ResidualBlock]) -> tuple[ResidualBlock, ...]:

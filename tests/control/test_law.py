@@ -307,6 +307,38 @@ def test_warm_up_is_silent_and_counts_nothing():
     assert plant.changes(rescaler, 5) == [0.0, 0.0, 0.0, 0.0, -0.4]
 
 
+def test_with_a_margin_it_acts_before_the_edge():
+    inside = Reading(math.log(1.7), 0.0, 0.0)
+    assert only(replace(SHARP, patience=1), inside, BlockState())[0] is None
+    action, _ = only(replace(SHARP, patience=1, margin=0.2), inside, BlockState())
+    assert action is not None
+    assert action.moves
+    below = Reading(math.log(1.6), 0.0, 0.0)  # the edge is 2 / e^0.2 = 1.637
+    assert only(replace(SHARP, patience=1, margin=0.2), below, BlockState())[0] is None
+
+
+def test_one_outlier_does_not_steer_a_healthy_block():
+    states: tuple[BlockState, ...] = ()
+    for log_ratio in [0.0, math.log(100.0), 0.0, 0.0, 0.0, 0.0]:
+        actions, states = decide(ResidualRescaler(), ZONE, 0, [Reading(log_ratio, 0.0, 0.0)], states)
+        assert actions == ()
+
+
+def test_a_block_that_was_steered_rests_during_a_later_warm_up():
+    state = BlockState(smoothed=2.0, outside=5, active=True)
+    action, after = only(replace(SHARP, warmup_steps=101), Reading(2.0, 0.0, 0.0), state)
+    assert action is None
+    assert (after.outside, after.active) == (0, False)
+
+
+def test_crumbs_that_are_left_to_a_bound_are_not_worth_a_move():
+    near = Reading(2.0, -math.log(4.0) + 4e-4, 0.0)
+    action, _ = only(SHARP, near, BlockState(smoothed=2.0, outside=5, active=True))
+    assert action is not None
+    assert not action.moves
+    assert math.copysign(1.0, action.attention) == 1.0  # and no negative zero in the journal
+
+
 @pytest.mark.parametrize("log_ratio", [None, math.nan, math.inf, -math.inf])
 def test_what_was_not_measured_moves_nothing_and_is_not_remembered(log_ratio: float | None):
     for rescaler, reading, state in cases(11):
@@ -438,6 +470,7 @@ def test_a_steady_pull_is_held_inside_the_zone():
         ("max_step", [0, -0.4, math.nan, math.inf, "0.4", None, True]),
         ("patience", [0, -1, 1.0, "2", None, True]),
         ("smoothing", [-0.1, 1, 1.0, math.nan, math.inf, "0.5", None, False]),
+        ("margin", [-0.1, math.nan, math.inf, "0.2", None, True]),
         ("inner_zone", [(0.7,), (1.4, 0.7), (0, 1.4), (0.7, math.inf), (1.1, 1.4), (0.7, 0.9), (1, 2), None, 1, "ab"]),
         ("mode", ["all", "MLP", None, 1, ("mlp",)]),
         ("sides", ["left", "", None, True]),
@@ -463,6 +496,13 @@ def test_the_limits_of_the_settings_are_allowed_and_lists_become_tuples():
 def test_an_inner_zone_that_reaches_the_safe_zone_is_refused(safe: tuple[float, float]):
     with pytest.raises(ConfigurationError, match=r"^inner_zone=\(0\.7, 1\.4\): expected .* inside safe_zone=\("):
         check_zones(ResidualRescaler(), safe)
+
+
+def test_a_margin_counts_in_the_zones():
+    with pytest.raises(
+        ConfigurationError, match=r"expected an interval inside safe_zone=\(0\.5, 2\.0\) less margin=0\.4"
+    ):
+        check_zones(ResidualRescaler(margin=0.4), (0.5, 2.0))
 
 
 def test_zones_one_inside_the_other_are_fine():
