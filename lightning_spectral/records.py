@@ -129,6 +129,8 @@ class ResidualBlock:
         verified: Whether the zero and the linear test passed: with every site multiplied by zero the block is the
             identity on the stream (up to its post-norms and constant factors), and the stream is affine in each site.
         evidence: How the block was found: ``"trace"``, ``"hints"``, and what the verification found where it failed.
+        token_dims: Dimensions of the stream along which the block mixes positions, which is where its tokens stand:
+            ``(1,)`` for ``(batch, tokens, width)``; empty where no branch mixes any.
     """
 
     index: int
@@ -136,6 +138,7 @@ class ResidualBlock:
     branches: tuple[Branch, ...]
     verified: bool = False
     evidence: str = "trace"
+    token_dims: tuple[int, ...] = ()
 
     @property
     def attention(self) -> Branch | None:

@@ -52,8 +52,16 @@ def blocks_of(tape: Tape, model: nn.Module) -> tuple[list[ResidualBlock], list[s
         )
         problem = _problem(tape, name, members, outside, prober)
         evidence = "trace" if problem is None else f"trace; not verified: {problem}"
-        blocks.append(ResidualBlock(index, name, branches, problem is None, evidence))
+        blocks.append(
+            ResidualBlock(index, name, branches, problem is None, evidence, _token_dims(tape, members, prober))
+        )
     return blocks, [*refused, *homeless]
+
+
+def _token_dims(tape: Tape, members: Sequence[FoundBranch], prober: Prober) -> tuple[int, ...]:
+    """Return the dimensions of the stream along which a block mixes positions."""
+    regions = [Region(tape, branch.add.skip.leaf, branch.terms[0].start) for branch in members]
+    return tuple(sorted({dim for region in regions for dim in prober.mixed_dims(region)}))
 
 
 def _named_groups(modules: Mapping[str, nn.Module], branches: Sequence[FoundBranch]) -> dict[str, list[FoundBranch]]:

@@ -77,16 +77,23 @@ class Prober:
         A random direction is used, because a constant shift is invisible behind a LayerNorm; it is small, so that no
         router changes its choice.
         """
+        return self._moved(region)[0]
+
+    def mixed_dims(self, region: Region) -> tuple[int, ...]:
+        """Return the dimensions of the stream along which a branch mixes positions: where its tokens stand."""
+        return self._moved(region)[1]
+
+    def _moved(self, region: Region) -> tuple[int, tuple[int, ...]]:
         return self.once(region, "moved", lambda: self._moved_positions(region))
 
-    def _moved_positions(self, region: Region) -> int:
+    def _moved_positions(self, region: Region) -> tuple[int, tuple[int, ...]]:
         # A branch that starts at zero moves nothing; with made-up weights in place of zeros it shows what it is.
         try:
             return self._moved_with(region, self.made_up_weights(region))
         except (RuntimeError, IndexError):  # a router chose otherwise, and shapes depend on its choice
             return self._moved_with(region, {})
 
-    def _moved_with(self, region: Region, held: Mapping[int, Tensor]) -> int:
+    def _moved_with(self, region: Region, held: Mapping[int, Tensor]) -> tuple[int, tuple[int, ...]]:
         stream = self.tape.wide(region.stream).clone()
         channel = self._channel_dim(region)
         before = replay(self.tape, {region.stream: stream}, region.leaf, held=held)
@@ -95,9 +102,14 @@ class Prober:
         scale = float(rows.abs().mean()) or 1.0
         rows[index] += 1e-3 * scale * _noise(rows[index])
         after = replay(self.tape, {region.stream: stream}, region.leaf, held=held)
-        change = (after - before).movedim(channel, -1).abs().amax(-1).flatten()
+        change = (after - before).movedim(channel, -1).abs().amax(-1)
         largest = float(change.max())
-        return int((change > 1e-9 * largest).sum()) - 1 if 0 < largest < math.inf else 0
+        if not 0 < largest < math.inf:
+            return 0, ()
+        moved = change > 1e-9 * largest
+        places = [dim for dim in range(after.dim()) if dim != channel % after.dim()]
+        dims = tuple(place for place, found in zip(places, moved.nonzero().amax(0).tolist(), strict=True) if found)
+        return int(moved.sum()) - 1, dims
 
     def made_up_weights(self, region: Region) -> dict[int, Tensor]:
         """Return content for the weights and gains of a region that are zero: matrices of noise, gains around 1."""

@@ -1,0 +1,119 @@
+"""Measure the token geometry of a real forward pass, at the output of every residual block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.geometry import effective_rank, token_residual
+from lightning_spectral.records import ResidualBlock
+
+__all__ = ["BlockOutputs", "as_sequences"]
+
+# The effective rank needs the eigenvalues of a Gram matrix: of so many tokens, evenly spaced, of so many sequences.
+_TOKENS, _SEQUENCES = 256, 2
+
+
+class BlockOutputs:
+    """Listens to the outputs of blocks for as long as it is told to; nothing that passes is changed or kept.
+
+    Args:
+        model: The model that the blocks were found in.
+        blocks: The blocks.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Iterable[ResidualBlock]) -> None:
+        self._model, self._blocks = model, tuple(blocks)
+        self._handles: list[RemovableHandle] = []
+        self.measured: dict[int, Tensor] = {}
+        self.error: Exception | None = None
+
+    def start(self) -> None:
+        """Begin to listen, unless it does already."""
+        if self._handles:
+            return
+        self.measured.clear()
+        shared = next((block.token_dims for block in self._blocks if block.token_dims), (1,))
+        for block in self._blocks:
+            module = resolve(self._model, block.name) if block.name else self._model
+            assert isinstance(module, nn.Module)
+            listen = _Listener(self, block.index, block.token_dims or shared)
+            self._handles.append(module.register_forward_hook(listen))
+
+    def stop(self) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def values(self) -> dict[int, tuple[float | None, float | None]]:
+        """Return token residual and effective rank by block index, of the last pass; ``None`` where not measurable.
+
+        Raises:
+            Exception: What went wrong while listening.
+        """
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        if not self.measured:
+            return {}
+        numbers = torch.stack([*self.measured.values()]).tolist()
+        pairs = [tuple(None if math.isnan(number) else number for number in pair) for pair in numbers]
+        return dict(zip(self.measured, pairs, strict=True))  # type: ignore[arg-type]
+
+
+class _Listener:
+    """A forward hook of one block. What goes wrong in it must not go wrong in the user's forward pass."""
+
+    def __init__(self, outputs: BlockOutputs, index: int, token_dims: tuple[int, ...]) -> None:
+        self._outputs, self._index, self._token_dims = outputs, index, token_dims
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        try:
+            for leaf in tree_leaves(output):
+                if (
+                    isinstance(leaf, Tensor)
+                    and leaf.is_floating_point()
+                    and _channel(leaf, self._token_dims) is not None
+                ):
+                    self._outputs.measured[self._index] = _geometry(leaf.detach(), self._token_dims)
+                    return
+        except Exception as error:
+            self._outputs.error = error
+
+
+def _geometry(stream: Tensor, token_dims: Sequence[int]) -> Tensor:
+    with torch.autocast(stream.device.type, enabled=False):
+        X = as_sequences(stream, token_dims)
+        stride = math.ceil(X.shape[1] / _TOKENS)
+        rank = effective_rank(X[:_SEQUENCES, ::stride], power=2)
+        return torch.stack([token_residual(X).nanmean(), rank.nanmean()])
+
+
+def _channel(stream: Tensor, token_dims: Sequence[int]) -> int | None:
+    """Return the dimension of the channels, the last or, in feature maps, the second; ``None`` for no stream."""
+    channel = 1 if stream.dim() - 1 in token_dims else stream.dim() - 1
+    return None if channel in token_dims or max(token_dims) >= stream.dim() else channel
+
+
+def as_sequences(stream: Tensor, token_dims: Sequence[int]) -> Tensor:
+    """Bring a stream into the layout ``(sequences, tokens, width)``.
+
+    Args:
+        stream: Any layout of tokens and channels. Channels stand last, or second where the last dimension holds tokens
+            (feature maps).
+        token_dims: The dimensions along which tokens stand.
+    """
+    channel = _channel(stream, token_dims)
+    assert channel is not None
+    sequences = [dim for dim in range(stream.dim()) if dim not in token_dims and dim != channel]
+    X = stream.permute(*sequences, *token_dims, channel)
+    return X.reshape(math.prod(X.shape[: len(sequences)]), math.prod(X.shape[len(sequences) : -1]), X.shape[-1])

@@ -1,0 +1,125 @@
+"""Token geometry of a real forward pass: the right tokens of the right tensor, on any architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import TinyGPT
+from torch import Tensor, nn
+from zoo import example, examples
+
+from lightning_spectral import find_blocks
+from lightning_spectral.block_outputs import BlockOutputs, as_sequences
+from lightning_spectral.geometry import effective_rank, token_residual
+
+MEMBERS = [
+    member.name
+    for member in examples()
+    if not member.expected_refusal and not member.needs_process_group and member.callable and not member.compiled
+]
+# In these the blocks are no modules that are called, or one is a head on a pooled token: no stream comes out of them.
+WITHOUT = {"pairs_in_the_parent": 3, "pre_norm_wrappers": 3, "siglip_vision": 1}
+TOKENS_FIRST = {
+    "tokens_first",
+    "bare_encoder_pre_tokens_first",
+    "bare_encoder_post_tokens_first",
+    "torch_transformer_pre",
+    "torch_transformer_post",
+    "xlnet",
+}
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_every_block_of_every_architecture_is_heard(name: str):
+    member = example(name)
+    model = member.build()
+    args, kwargs = member.inputs(model)
+    blocks = find_blocks(model, *args, **kwargs)
+    if name in TOKENS_FIRST:
+        assert {block.token_dims for block in blocks} == {(0,)}
+    outputs = BlockOutputs(model, blocks)
+    outputs.start()
+    with torch.no_grad():
+        model(*args, **kwargs)
+    outputs.stop()
+    found = outputs.values()
+    assert len(found) == len(blocks) - WITHOUT.get(name, 0)
+    assert all(0 < residual <= 1 and rank >= 1 for residual, rank in found.values())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_values_are_those_of_the_stream(generator: torch.Generator):
+    model = TinyGPT().eval()
+    blocks = find_blocks(model)
+    ids = torch.randint(32, (3, 8), generator=generator)
+    outputs = BlockOutputs(model, blocks)
+    outputs.start()
+    model(ids)
+    outputs.stop()
+    x = model.tokens(ids)
+    for block, (residual, rank) in zip(model.blocks, outputs.values().values(), strict=True):
+        x = block(x)
+        twin = [float((s - s.mean(0)).norm() / s.norm()) for s in x.detach()]
+        assert residual == pytest.approx(sum(twin) / 3, rel=1e-5)
+        assert rank == pytest.approx(float(effective_rank(x[:2].detach(), power=2).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "token_dims"),
+    [((0, 1, 2), (1,)), ((1, 0, 2), (0,)), ((0, 2, 1), (2,))],
+)
+def test_layouts_are_brought_into_one(layout: tuple[int, ...], token_dims: tuple[int, ...], generator: torch.Generator):
+    X = torch.randn(2, 5, 3, generator=generator)
+    assert torch.equal(as_sequences(X.permute(layout), token_dims), X)
+
+
+def test_pictures_are_sequences_of_their_places(generator: torch.Generator):
+    picture = torch.randn(2, 3, 4, 5, generator=generator)
+    assert torch.equal(as_sequences(picture, (2, 3)), picture.flatten(2).mT)
+    last = torch.randn(2, 4, 5, 3, generator=generator)
+    assert torch.equal(as_sequences(last, (1, 2)), last.flatten(1, 2))
+    alone = torch.randn(4, 3, generator=generator)
+    assert torch.equal(as_sequences(alone, (0,)), alone[None])
+
+
+def test_what_is_not_finite_is_not_measurable_and_costs_no_other_sequence():
+    X = torch.randn(3, 6, 4)
+    spoiled = X.clone()
+    spoiled[1, 2, 3] = torch.nan
+    assert torch.isnan(token_residual(spoiled)[1])
+
+    class Constant(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    model = nn.ModuleDict({"block": Constant()})
+    outputs = BlockOutputs(model, [block_of("block")])
+    for given, expected in ((spoiled, True), (torch.full((3, 6, 4), torch.nan), False)):
+        outputs.start()
+        model["block"](given)
+        outputs.stop()
+        ((residual, rank),) = outputs.values().values()
+        assert (residual is not None) is (rank is not None) is expected
+
+
+def block_of(name: str, **settings: Any) -> Any:
+    from lightning_spectral import ResidualBlock
+
+    return ResidualBlock(0, name, (), token_dims=(1,), **settings)
+
+
+def test_a_failure_in_a_hook_is_kept_for_whoever_asks(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: Any, **__: Any) -> Tensor:
+        raise ValueError("no rank today")
+
+    monkeypatch.setattr("lightning_spectral.block_outputs.effective_rank", broken)
+    model = TinyGPT().eval()
+    outputs = BlockOutputs(model, find_blocks(model))
+    outputs.start()
+    model(torch.zeros(1, 8, dtype=torch.long))
+    outputs.stop()
+    with pytest.raises(ValueError, match="no rank today"):
+        outputs.values()
+    assert outputs.values() == {}
