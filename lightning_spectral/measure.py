@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.discovery.scaled import scale_module, with_scales
 from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.functional import measure_functions
 from lightning_spectral.linalg import RandomizedSVD, Solver, SolverState, SpectralNorm, frobenius_norm
 from lightning_spectral.linearize import Linearized, WeightLinearization, linearize
 from lightning_spectral.records import Branch, LayerMeasurement, Linearization, Measurement, Path, ResidualBlock
@@ -132,11 +133,12 @@ def measure(
         model: Any module with residual blocks.
         blocks: The blocks to measure; found in the model by default.
         linearization: The rule that turns branches into linear operators: ``"circuit"`` (W_o W_v against
-            W_down W_up, norm gains and residual multipliers included) or ``"paper"`` (W_o against W_down W_up, as in
-            'The 1:1 Rule'). Never compare across rules.
+            W_down W_up, norm gains and residual multipliers included), ``"paper"`` (W_o against W_down W_up, as in
+            'The 1:1 Rule') or ``"jacobian"`` (the derivatives of both branches on ``batch``, which are dearer: see
+            :func:`~lightning_spectral.functional.measure_functions`). Never compare across rules.
         solver: How spectral norms are computed: :class:`RandomizedSVD` by default, or :class:`ExactSVD`.
-        batch: Example input for finding the blocks, if none can be guessed: a tensor, a tuple of positional
-            arguments or a dict of keyword arguments.
+        batch: Example input, if none can be guessed: a tensor, a tuple of positional arguments or a dict of keyword
+            arguments. The blocks are found on it, and Jacobians measured; guessed tokens are random ones.
 
     Returns:
         The measurement; ``print`` shows it as a table.
@@ -146,20 +148,22 @@ def measure(
         ExampleInputError: The model could not be run on any example input.
         ConfigurationError: The linearization is unknown.
     """
-    _checked(linearization)
+    if linearization != "jacobian":
+        _checked(linearization, get_args(Linearization))
+    args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch if isinstance(batch, tuple) else (batch,), {})
+    args = () if batch is None else args
     if blocks is None:
-        args, kwargs = (
-            ((), batch) if isinstance(batch, Mapping) else (batch if isinstance(batch, tuple) else (batch,), {})
-        )
-        blocks = find_blocks(model) if batch is None else find_blocks(model, *args, **kwargs)
+        blocks = find_blocks(model, *args, **kwargs)
+    if linearization == "jacobian":
+        return measure_functions(model, blocks, args, kwargs, solver=solver)
     return Meter(model, blocks, linearization=linearization, solver=solver).measure()
 
 
-def _checked(linearization: Linearization) -> WeightLinearization:
-    if linearization not in get_args(WeightLinearization):
-        known = " or ".join(map(repr, get_args(WeightLinearization)))
-        raise ConfigurationError(f"linearization={linearization!r}: expected {known} in this version")
-    return linearization  # type: ignore[return-value]
+def _checked(linearization: Any, known: tuple[Any, ...] = get_args(WeightLinearization)) -> WeightLinearization:
+    if linearization not in known:
+        expected = " or ".join(map(repr, known))
+        raise ConfigurationError(f"linearization={linearization!r}: expected {expected} in this version")
+    return linearization  # type: ignore[no-any-return]
 
 
 def _key(path: Path) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "End",
     "Factor",
     "FactorRole",
+    "FunctionalMeasurement",
     "LayerMeasurement",
     "Linearization",
     "Measurement",
@@ -153,6 +154,33 @@ class ResidualBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class FunctionalMeasurement:
+    """What the Jacobians J of the two branches of a block say beside their spectral norms (``"jacobian"`` only).
+
+    Gains are root mean squares over random perturbations. A quantity that does not exist is ``None``.
+
+    Attributes:
+        frobenius_ratio: ‖J_mlp‖_F / ‖J_attention‖_F, the ratio of the average gains. An estimate from a few probes.
+        update_ratio: ‖MLP branch‖_F / ‖attention branch‖_F, of what they add to the stream.
+        update_cosine: Cosine of the angle between the two.
+        mlp_gain_mean: Gain of the MLP branch on what all tokens share, ‖PJP‖_F / √rank P, P the mean over tokens.
+        mlp_gain_deviation: Its gain on what sets tokens apart, ‖ΠJΠ‖_F / √rank Π with Π = I − P.
+        attention_gain_mean: The first of these for the attention branch.
+        attention_gain_deviation: The second of these for the attention branch.
+        finite_differences: Whether some operation cannot be differentiated twice: then differences stand in for it.
+    """
+
+    frobenius_ratio: float | None = None
+    update_ratio: float | None = None
+    update_cosine: float | None = None
+    mlp_gain_mean: float | None = None
+    mlp_gain_deviation: float | None = None
+    attention_gain_mean: float | None = None
+    attention_gain_deviation: float | None = None
+    finite_differences: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class LayerMeasurement:
     """The spectral norms of one block. A quantity that does not exist or cannot be computed is ``None``, never 0.
 
@@ -167,6 +195,7 @@ class LayerMeasurement:
         mlp_reason: Why ``mlp_norm`` is ``None`` although the block has such a branch.
         attention_reason: Why ``attention_norm`` is ``None`` although the block has such a branch.
         error_bound: Relative a posteriori error bound, the larger of the two norms'.
+        functional: What only the Jacobians know, ``None`` under a weight linearization.
     """
 
     index: int
@@ -179,6 +208,7 @@ class LayerMeasurement:
     mlp_reason: str | None = None
     attention_reason: str | None = None
     error_bound: float | None = None
+    functional: FunctionalMeasurement | None = None
 
     @property
     def ratio(self) -> float | None:

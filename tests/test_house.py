@@ -19,6 +19,7 @@ FLOORS = [
     {"linalg"},
     {"discovery", "first_forward", "geometry"},
     {"linearize"},
+    {"functional"},
     {"measure"},
     {"metrics", "control"},
     {"alarms"},

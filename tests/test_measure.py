@@ -436,7 +436,7 @@ def test_a_model_without_blocks_has_no_measurement() -> None:
         measure(example("refused_mlp").build())
 
 
-@pytest.mark.parametrize("linearization", ["jacobian", "Circuit", "", None, 1])
+@pytest.mark.parametrize("linearization", ["Circuit", "", None, 1])
 def test_an_unknown_linearization_is_refused(linearization: Any) -> None:
     """Before anything is run."""
     with pytest.raises(ConfigurationError, match=f"linearization={linearization!r}: expected 'circuit' or 'paper'"):

@@ -2,6 +2,7 @@
 
 from lightning_spectral.linalg.exact import ExactSVD
 from lightning_spectral.linalg.frobenius import frobenius_norm
+from lightning_spectral.linalg.jacobian import Jacobian
 from lightning_spectral.linalg.matrix import Matrix
 from lightning_spectral.linalg.operators import Adjoint, Diagonal, Gather, LinearOperator, Product, Scaled
 from lightning_spectral.linalg.randomized import RandomizedSVD
@@ -13,6 +14,7 @@ __all__ = [
     "Diagonal",
     "ExactSVD",
     "Gather",
+    "Jacobian",
     "LinearOperator",
     "Matrix",
     "Memory",

@@ -1,0 +1,270 @@
+"""Branches as functions of the residual stream, taken from one recorded forward pass.
+
+A residual add is S = skip + branches. What a branch adds, as a function of the stream that it reads, is
+
+    B(x) = S(branch at x) − S(branch at 0)
+
+with the skip and the other branches held where they were. This is ``block(x) − x`` with the other sites at zero, but
+for one add instead of one module: it needs no block that can be called alone, holds behind norms that stand behind the
+add, and has every multiplier in it (residual scales, LayerScale, ReZero, constants) and every norm, gate and mask. The
+stream of a sequential block's MLP is what the attention branch has been added to; its derivative by that stream knows
+nothing of the attention.
+
+The recorded operations run again in float64, whatever the dtype of the model, so that derivatives are exact to many
+more digits than the weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.hooks import RemovableHandle
+
+from lightning_spectral.discovery.find import _recorded
+from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.discovery.recipes import attribute_path
+from lightning_spectral.discovery.replay import _execute
+from lightning_spectral.discovery.residual import ResidualAdd, Term, residual_adds
+from lightning_spectral.discovery.tape import Operation, Tape, bits
+from lightning_spectral.records import Branch, ResidualBlock
+
+__all__ = ["BranchFunction", "Update", "UpdateWatch", "branch_functions"]
+
+
+class BranchFunction:
+    """What a branch adds to the residual stream, as a function of the stream that it reads.
+
+    Pure: the model is not run and not touched. Holds the recorded pass, and float64 copies of the weights of the branch
+    from the first call on.
+
+    Attributes:
+        stream: The stream as it was recorded, in float64 (float32 where the device has no float64).
+        channel_dim: Dimension of the channels in the stream.
+        behind: Constant by which the output of the branch's site is multiplied before it is added; ``None`` where that
+            is a parameter, or where no module carries the branch.
+    """
+
+    def __init__(self, tape: Tape, add: ResidualAdd, terms: Sequence[Term], site: int | None) -> None:
+        """Take the terms of one residual add that form a branch; ``site`` is the value at its site."""
+        self._tape, self._output = tape, add.output
+        self._source, self._starts = add.skip.leaf, tuple(dict.fromkeys(term.start for term in terms))
+        self._body = _plan(tape, (self._source,), self._starts)
+        self._tail = _plan(tape, self._starts, (self._output,))
+        self._constants: dict[int, Tensor] = {}
+        self.stream = tape.wide(self._source).clone()
+        convolved = any("convolution" in operation.name for operation in self._body)
+        self.channel_dim = 1 if convolved and self.stream.dim() == 4 else self.stream.dim() - 1
+        self.behind = _behind(terms[0], site)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what the branch adds when it reads ``x``, in the shape of the sum."""
+        return self._added(self._run(self._body, {self._source: x}))
+
+    def recorded(self) -> Tensor:
+        """Return what the branch added in the recorded pass, in its precision."""
+        return self._added({start: self._tape.wide(start) for start in self._starts})
+
+    def precision(self) -> float:
+        """Return the rounding error of the recorded pass."""
+        return float(torch.finfo(self._tape.tensors[self._output].dtype).eps)
+
+    def _added(self, values: Mapping[int, Tensor]) -> Tensor:
+        with_branch = {start: values[start] for start in self._starts}
+        without = {start: torch.zeros_like(value) for start, value in with_branch.items()}
+        ends = [self._run(self._tail, sources)[self._output] for sources in (with_branch, without)]
+        return ends[0] - ends[1]
+
+    def _run(self, plan: Iterable[Operation], sources: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        environment = dict(sources)
+
+        def fetch(value: int) -> Tensor:
+            return environment[value] if value in environment else self._constant(value)
+
+        for operation in plan:
+            for output, tensor in zip(operation.outputs, _execute(self._tape, operation, fetch), strict=True):
+                if tensor is not None and output not in sources:
+                    environment[output] = tensor
+        return environment
+
+    def _constant(self, value: int) -> Tensor:
+        if value not in self._constants:
+            tensor = self._tape.wide(value)
+            # Autograd keeps what it differentiates through, and refuses to keep tensors of inference mode.
+            self._constants[value] = tensor.clone() if tensor.is_inference() else tensor
+        return self._constants[value]
+
+
+def _plan(tape: Tape, sources: Sequence[int], targets: Iterable[int]) -> tuple[Operation, ...]:
+    """Return the operations that lead from the sources to the targets, in order."""
+    mask = 0
+    for target in targets:
+        mask |= tape.ancestors[target]
+    known, plan = set(sources), dict[int, Operation]()
+    for value in bits(mask & ~((1 << min(sources)) - 1)):
+        operation = tape.producer(value)
+        if operation is None or operation.index in plan or value in sources:
+            continue
+        if any(parent in known for parent in operation.inputs):
+            plan[operation.index] = operation
+            known.update(operation.outputs)
+    return tuple(plan.values())
+
+
+def _behind(term: Term, site: int | None) -> float | None:
+    product = 1.0
+    for value, multiplier in term.multipliers:
+        if site is None or (value >= site and not isinstance(multiplier, float)):
+            return None
+        if value >= site:
+            product *= float(multiplier)  # type: ignore[arg-type]
+    return None if site is None else product
+
+
+def branch_functions(
+    model: nn.Module, blocks: Iterable[ResidualBlock], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[Branch, BranchFunction | str]:
+    """Run the model once and return the branches of its blocks as functions.
+
+    The pass runs in evaluation mode without dropout and autocast, and leaves the model, its buffers, its training flags
+    and the random streams as they were. All activations of the pass are kept until the functions are gone: use a small
+    batch.
+
+    Args:
+        model: The model that the blocks were found in.
+        blocks: The blocks.
+        args: Positional arguments of the pass; with no arguments at all, guessed as :func:`find_blocks` does.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        For each branch the function, or the reason why there is none: no weight and no module of the branch reaches the
+        stream in this pass, or it does so several times, each with a Jacobian of its own.
+
+    Raises:
+        ExampleInputError: The model could not be run.
+    """
+    # Fused attention kernels can be differentiated once; plain arithmetic twice.
+    with sdpa_kernel(SDPBackend.MATH):
+        tape, _ = _recorded(model, args, kwargs)
+    adds, _ = residual_adds(tape)
+    branches = [branch for block in blocks for branch in block.branches]
+    return {branch: _function(tape, adds, branch) for branch in branches}
+
+
+def _function(tape: Tape, adds: Sequence[ResidualAdd], branch: Branch) -> BranchFunction | str:
+    found: dict[int, BranchFunction] = {}
+    for add in adds:
+        by_weight = branch.site.startswith("param:")
+        site, terms = _by_weight(tape, add, branch) if by_weight else _by_module(tape, add, branch)
+        if terms:
+            found[add.output] = BranchFunction(tape, add, terms, site)
+    if not found:
+        return f"nothing that {branch.site} makes is added to the residual stream in this pass"
+    if len(found) > 1:
+        return f"{branch.site} runs {len(found)} times in one pass, each time with a Jacobian of its own"
+    return next(iter(found.values()))
+
+
+def _by_module(tape: Tape, add: ResidualAdd, branch: Branch) -> tuple[int | None, list[Term]]:
+    """Return the value at a site, and the terms of the sum that it is part of."""
+    for call in tape.calls:
+        if call.path != branch.site:
+            continue
+        for key, value in call.outputs:
+            terms = [term for term in add.branches if value in term.spine]
+            if key == branch.output_index and terms:
+                return value, terms
+    return None, []
+
+
+def _by_weight(tape: Tape, add: ResidualAdd, branch: Branch) -> tuple[None, list[Term]]:
+    """Return the terms of the sum that a weight is part of."""
+    path = branch.site.removeprefix("param:")
+    return None, [term for term in add.branches if path in _weights(tape, add, term)]
+
+
+def _weights(tape: Tape, add: ResidualAdd, term: Term) -> set[str]:
+    operations = _plan(tape, (add.skip.leaf,), (term.start,))
+    values = {value for operation in operations for value in operation.inputs if tape.made_of_parameters(value)}
+    return {attribute_path(tape.names[name]) for value in values for name in tape.parents_with_names(value)}
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """How what two branches add to the stream compares.
+
+    Attributes:
+        ratio: ‖s_m B_m‖_F / ‖s_a B_a‖_F; ``None`` where one of them is zero or not finite.
+        cosine: ⟨s_m B_m, s_a B_a⟩ / (‖s_m B_m‖_F ‖s_a B_a‖_F); ``None`` there too, and where the shapes differ.
+    """
+
+    ratio: float | None = None
+    cosine: float | None = None
+
+    @classmethod
+    def of(cls, mlp: Tensor, attention: Tensor) -> Update:
+        """Compare two updates."""
+        inner = (mlp.double() * attention.double()).sum() if mlp.shape == attention.shape else mlp.new_tensor(torch.nan)
+        sums = torch.stack([part.double().square().sum() for part in (mlp, attention)] + [inner.double()])
+        m, a, product = sums.tolist()
+        if not (0 < m < float("inf") and 0 < a < float("inf")):
+            return cls()
+        size = m**0.5 * a**0.5
+        return cls((m / a) ** 0.5, None if product != product else max(-1.0, min(1.0, product / size)))
+
+
+@dataclass(eq=False)
+class UpdateWatch:
+    """Compares what the branches of each block add, in whatever forward passes run while it listens.
+
+    It costs no pass of its own: hooks see the outputs of the sites, residual scales included, and keep one copy of one
+    branch per block until the other one comes. Use it as a context around a training step; the last pass counts.
+
+    Attributes:
+        model: The model that the blocks were found in.
+        blocks: The blocks.
+        behind: For each branch the constant that follows its site (see :attr:`BranchFunction.behind`); a block with
+            a branch that is not here is left out, because the output of its site is not what is added.
+    """
+
+    model: nn.Module
+    blocks: Sequence[ResidualBlock]
+    behind: Mapping[Branch, float]
+    updates: dict[int, Update] = field(default_factory=dict, init=False)
+    _handles: list[RemovableHandle] = field(default_factory=list, init=False)
+
+    def __enter__(self) -> UpdateWatch:
+        """Begin to listen."""
+        for block in self.blocks:
+            attention, mlp = block.attention, block.mlp
+            if attention in self.behind and mlp in self.behind:
+                held: dict[Branch, Tensor] = {}
+                for branch in (attention, mlp):
+                    assert branch is not None
+                    module = resolve(self.model, branch.site)
+                    assert isinstance(module, nn.Module)
+                    self._handles.append(module.register_forward_hook(self._noting(block, branch, held)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _noting(self, block: ResidualBlock, branch: Branch, held: dict[Branch, Tensor]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            part = output if branch.output_index is None else output[branch.output_index]
+            # A copy: the model may add the stream to this very tensor before the other branch has run.
+            held[branch] = part.detach().clone() * self.behind[branch]
+            if block.attention in held and block.mlp in held:
+                assert block.attention is not None
+                assert block.mlp is not None
+                self.updates[block.index] = Update.of(held[block.mlp], held[block.attention])
+                held.clear()
+
+        return hook

@@ -1,0 +1,195 @@
+"""Model and real inputs in, the Jacobians of its branches measured: ``linearization="jacobian"``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from lightning_spectral.discovery.functions import BranchFunction, Update, branch_functions
+from lightning_spectral.discovery.scaled import scale_module
+from lightning_spectral.errors import ExampleInputError
+from lightning_spectral.geometry.jacobian import Response, derivative_error, mixed_dims, response
+from lightning_spectral.linalg import Jacobian, RandomizedSVD, Solver
+from lightning_spectral.records import Branch, FunctionalMeasurement, LayerMeasurement, Measurement, ResidualBlock
+
+__all__ = ["measure_functions", "update_ratios"]
+
+# A product by a Jacobian costs a pass through its branch, so the bound may be looser than that of a weight: a few
+# columns, a few steps.
+_SOLVER = RandomizedSVD(n_components=2, n_oversamples=4, tolerance=0.02, max_bound=0.1, max_iter=8)
+# How far a branch run again in float64 may be from the recorded pass, in square roots of the recorded rounding error;
+# how far its derivative may be from a difference, which kinks and switches of an activation disturb.
+_REPLAY_TOLERANCE, _DERIVATIVE_TOLERANCE = 4.0, 1e-3
+
+
+def measure_functions(
+    model: nn.Module,
+    blocks: Sequence[ResidualBlock],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    solver: Solver | None = None,
+) -> Measurement:
+    """Measure the Jacobian of every branch by the stream that it reads, ∂(s · B(x))/∂x, on real inputs.
+
+    All of the branch is in it: norms, biases, activation, gate, attention pattern and mask, experts as routed, every
+    residual multiplier. The operator acts on all positions of all sequences at once, so the norm of an attention branch
+    grows with the length of the sequences: compare only measurements on batches of one shape.
+
+    ``mlp_norm`` and ``attention_norm`` are Rayleigh values, below ‖J‖₂, and ``error_bound`` β claims ‖J‖₂ ≤ (1 + β) ·
+    norm. By default the solver stops early, with bounds of about 0.1; pass another one for tighter bounds.
+
+    Args:
+        model: The model.
+        blocks: Its blocks.
+        args: Positional arguments of one forward pass on a small batch; guessed where there are no arguments.
+        kwargs: Keyword arguments of that pass.
+        solver: How the spectral norms are computed.
+
+    Returns:
+        The measurement. A branch that is not measured has a reason: it runs several times in one pass, it does not
+        reach the stream in this pass, or it could not be differentiated.
+
+    Raises:
+        ExampleInputError: The model could not be run.
+    """
+    start, layers = time.perf_counter(), []
+    with torch.inference_mode(False), torch.autocast(_device(model).type, enabled=False):
+        functions = _functions(model, blocks, args, kwargs)
+        for block in blocks:
+            generator = torch.Generator().manual_seed(1)
+            # The MLP mixes no tokens: the attention shows along which dimensions they lie.
+            attention, tokens = _response(block.attention, functions, solver or _SOLVER, generator, None)
+            mlp, _ = _response(block.mlp, functions, solver or _SOLVER, generator, tokens)
+            layers.append(_layer(model, block, mlp, attention))
+    return Measurement(0, "jacobian", tuple(layers), seconds=time.perf_counter() - start)
+
+
+def update_ratios(
+    model: nn.Module, blocks: Sequence[ResidualBlock], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[int, Update]:
+    """Compare what the MLP and the attention branch of every block add to the stream: one forward pass, no derivative.
+
+    Args:
+        model: The model.
+        blocks: Its blocks.
+        args: Positional arguments of the pass; guessed where there are no arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        By the index of the block; blocks without both branches, or called several times, are left out.
+
+    Raises:
+        ExampleInputError: The model could not be run.
+    """
+    with torch.inference_mode(False):
+        functions = _functions(model, blocks, args, kwargs)
+        updates = {}
+        for block in blocks:
+            mlp, attention = (functions.get(branch) for branch in (block.mlp, block.attention) if branch is not None)
+            if isinstance(mlp, BranchFunction) and isinstance(attention, BranchFunction):
+                updates[block.index] = Update.of(mlp.recorded(), attention.recorded())
+    return updates
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _functions(
+    model: nn.Module, blocks: Sequence[ResidualBlock], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[Branch, BranchFunction | str]:
+    if not blocks:
+        return {}
+    # Tensors of inference mode cannot enter a graph, not even as constants.
+    args, kwargs = tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
+    try:
+        return branch_functions(model, blocks, args, kwargs)
+    except ExampleInputError as error:
+        if args or kwargs:
+            raise
+        raise ExampleInputError(
+            f"branches are measured as functions on real inputs, and none could be guessed: pass batch=... ({error})"
+        ) from error
+
+
+def _response(
+    branch: Branch | None,
+    functions: dict[Branch, BranchFunction | str],
+    solver: Solver,
+    generator: torch.Generator,
+    tokens: tuple[int, ...] | None,
+) -> tuple[Response | str | None, tuple[int, ...]]:
+    """Return what is measured of a branch, or why nothing is, and the dimensions of its tokens."""
+    # Taken out, because a function keeps copies of its weights.
+    function = None if branch is None else functions.pop(branch)
+    if not isinstance(function, BranchFunction):
+        return function, ()
+    try:
+        J = Jacobian(function, function.stream)
+        problem = _problem(J, function, generator)
+        if problem is not None:
+            return problem, ()
+        tokens = mixed_dims(J, function.channel_dim, generator=generator) if tokens is None else tokens
+        return response(J, tokens, solver), tokens
+    except (RuntimeError, ArithmeticError, LookupError, TypeError, ValueError) as error:  # of whatever is in the branch
+        return f"it cannot be differentiated: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", ()
+
+
+def _problem(J: Jacobian, function: BranchFunction, generator: torch.Generator) -> str | None:
+    """Check a function against the pass that it was taken from, and its two derivatives against each other."""
+    recorded = function.recorded()
+    if not bool(recorded.isfinite().all()):
+        return "what it adds is not finite (NaN or Inf)"
+    error = float(torch.linalg.vector_norm(J.value - recorded))
+    if not error <= _REPLAY_TOLERANCE * function.precision() ** 0.5 * float(torch.linalg.vector_norm(recorded)):
+        return f"run again in {J.dtype}, the branch gives something else (off by {error:.1e})"
+    error = derivative_error(J, generator=generator)
+    if not error <= _DERIVATIVE_TOLERANCE:
+        return f"its derivative is not the one that its operations claim (relative error {error:.1e})"
+    return None
+
+
+def _layer(
+    model: nn.Module, block: ResidualBlock, mlp: Response | str | None, attention: Response | str | None
+) -> LayerMeasurement:
+    bounds = [item.norm.error_bound for item in (mlp, attention) if isinstance(item, Response)]
+    return LayerMeasurement(
+        index=block.index,
+        name=block.name,
+        mlp_norm=mlp.norm.value if isinstance(mlp, Response) else None,
+        attention_norm=attention.norm.value if isinstance(attention, Response) else None,
+        mlp_scale=_scale(model, block.mlp),
+        attention_scale=_scale(model, block.attention),
+        mlp_reason=mlp.norm.reason if isinstance(mlp, Response) else mlp,
+        attention_reason=attention.norm.reason if isinstance(attention, Response) else attention,
+        error_bound=max((bound for bound in bounds if bound is not None), default=None),
+        functional=_functional(mlp, attention),
+    )
+
+
+def _scale(model: nn.Module, branch: Branch | None) -> float:
+    module = scale_module(model, branch)
+    return 1.0 if module is None else float(module.get_parameter("log_scale").detach().double().exp())
+
+
+def _functional(mlp: Response | str | None, attention: Response | str | None) -> FunctionalMeasurement:
+    m = mlp if isinstance(mlp, Response) else None
+    a = attention if isinstance(attention, Response) else None
+    ratio = m.gains.frobenius / a.gains.frobenius if m and a and m.gains.frobenius and a.gains.frobenius else None
+    update = Update.of(m.value, a.value) if m and a else Update()
+    return FunctionalMeasurement(
+        frobenius_ratio=ratio,
+        update_ratio=update.ratio,
+        update_cosine=update.cosine,
+        mlp_gain_mean=m.gains.mean if m else None,
+        mlp_gain_deviation=m.gains.deviation if m else None,
+        attention_gain_mean=a.gains.mean if a else None,
+        attention_gain_deviation=a.gains.deviation if a else None,
+        finite_differences=any(item.finite_differences for item in (m, a) if item),
+    )

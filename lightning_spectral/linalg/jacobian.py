@@ -1,0 +1,113 @@
+"""The derivative of a function at a point, as an operator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.linalg.operators import LinearOperator, Scaled
+
+__all__ = ["Jacobian"]
+
+
+@final
+class Jacobian(LinearOperator):
+    """The matrix J of partial derivatives ∂f/∂x at one point, both sides flattened. It is never formed.
+
+    Jᵀu is a backward pass through a graph of ``f`` that is built once and kept. It is linear in u, and its own
+    derivative by u is J: that makes Jv a backward pass through the graph of a backward pass, for every function that
+    can be differentiated twice, where forward-mode differentiation is missing for many kernels. Where it cannot, the
+    products Jv are central differences, of about ten digits in float64, and ``finite_differences`` says so.
+
+    Args:
+        function: Maps a tensor like ``x`` to another tensor; pure, and differentiable at ``x``.
+        x: The point.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        self.x = x.detach()
+        self.finite_differences = False
+        self._function = function
+        with torch.enable_grad():
+            self._source = self.x.clone().requires_grad_()
+            self._result = function(self._source)
+        self._constant = not self._result.requires_grad
+        self._transposed: tuple[Tensor, Tensor] | None = None
+        self.shape = (self._result.numel(), self.x.numel())
+        self.dtype, self.device = self.x.dtype, self.x.device
+
+    @property
+    def value(self) -> Tensor:
+        """The function at the point."""
+        return self._result.detach()
+
+    def matmat(self, X: Tensor) -> Tensor:
+        """Multiply column by column."""
+        return torch.stack([self._product(v.reshape(self.x.shape)).flatten() for v in X.unbind(1)], dim=1)
+
+    def adjoint(self, Y: Tensor) -> Tensor:
+        """Multiply by the transpose, column by column: a backward pass each."""
+        if self._constant:
+            return Y.new_zeros(self.shape[1], Y.shape[1])
+        columns = [u.reshape(self._result.shape) for u in Y.unbind(1)]
+        return torch.stack([_backward(self._result, self._source, u).flatten() for u in columns], dim=1)
+
+    def dense(self) -> Tensor:
+        """Form the matrix row by row."""
+        unit = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+        return self.adjoint(unit).mT.double().cpu()
+
+    def balanced(self) -> tuple[LinearOperator, int] | None:
+        """Take out the power of two of the largest entry of one product, by random signs."""
+        signs = torch.randint(0, 2, (self.shape[1], 1), generator=torch.Generator().manual_seed(1)).mul(2).sub(1)
+        largest = float(self.matmat(signs.to(self.device, self.dtype)).abs().amax())
+        if not math.isfinite(largest):
+            return None
+        limit = 1000 if self.dtype == torch.float64 else 120
+        exponent = max(-limit, min(limit, math.frexp(largest)[1]))
+        return (Scaled(self, math.ldexp(1.0, -exponent)), exponent) if exponent else (self, 0)
+
+    def difference(self, v: Tensor, precision: float | None = None) -> Tensor:
+        """Return Jv by a central difference.
+
+        Args:
+            v: In the shape of ``x``.
+            precision: Relative rounding error of the function, by default that of the dtype of ``x``.
+        """
+        length, size = torch.linalg.vector_norm(v), torch.linalg.vector_norm(self.x)
+        if not length:
+            return torch.zeros_like(self.value)
+        # At the cube root of the rounding error, the errors of rounding and of truncation are equal.
+        step: Tensor = (precision or torch.finfo(self.dtype).eps) ** (1 / 3) * (size if size else 1.0) / length
+        with torch.no_grad():
+            change: Tensor = self._function(self.x + step * v) - self._function(self.x - step * v)
+        return change / (2 * step)
+
+    def _product(self, v: Tensor) -> Tensor:
+        if self._constant:
+            return torch.zeros_like(self.value)
+        if not self.finite_differences:
+            try:
+                if self._transposed is None:
+                    self._transposed = self._by_source()
+                return _backward(*self._transposed, v)
+            except RuntimeError:  # some operation cannot be differentiated twice
+                self.finite_differences = True
+        return self.difference(v)
+
+    def _by_source(self) -> tuple[Tensor, Tensor]:
+        """Return Jᵀu and u, with the graph that leads from the one to the other."""
+        with torch.enable_grad():
+            u = torch.zeros_like(self._result).requires_grad_()
+            return _backward(self._result, self._source, u, keep_linear=True), u
+
+
+def _backward(result: Tensor, source: Tensor, u: Tensor, *, keep_linear: bool = False) -> Tensor:
+    (gradient,) = torch.autograd.grad(
+        result, source, u, retain_graph=True, create_graph=keep_linear, allow_unused=True, materialize_grads=True
+    )
+    return gradient
