@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.geometry import effective_rank, token_residual
-from lightning_spectral.records import ResidualBlock
+from lightning_spectral.records import Measurement, ResidualBlock
 
-__all__ = ["BlockOutputs", "as_sequences"]
+__all__ = ["BlockOutputs", "as_sequences", "with_geometry"]
 
 # The effective rank needs the eigenvalues of a Gram matrix: of so many tokens, evenly spaced, of so many sequences.
 _TOKENS, _SEQUENCES = 256, 2
@@ -39,7 +40,7 @@ class BlockOutputs:
         """Begin to listen, unless it does already."""
         if self._handles:
             return
-        self.measured.clear()
+        self.measured = {}
         shared = next((block.token_dims for block in self._blocks if block.token_dims), (1,))
         for block in self._blocks:
             module = resolve(self._model, block.name) if block.name else self._model
@@ -54,7 +55,9 @@ class BlockOutputs:
         self._handles.clear()
 
     def values(self) -> dict[int, tuple[float | None, float | None]]:
-        """Return token residual and effective rank by block index, of the last pass; ``None`` where not measurable.
+        """Return token residual and effective rank by block index, of the last pass, once.
+
+        A quantity that is not measurable is ``None``; a block that was not heard is absent.
 
         Raises:
             Exception: What went wrong while listening.
@@ -62,11 +65,12 @@ class BlockOutputs:
         if self.error is not None:
             error, self.error = self.error, None
             raise error
-        if not self.measured:
+        measured, self.measured = self.measured, {}
+        if not measured:
             return {}
-        numbers = torch.stack([*self.measured.values()]).tolist()
+        numbers = torch.stack([*measured.values()]).tolist()
         pairs = [tuple(None if math.isnan(number) else number for number in pair) for pair in numbers]
-        return dict(zip(self.measured, pairs, strict=True))  # type: ignore[arg-type]
+        return dict(zip(measured, pairs, strict=True))  # type: ignore[arg-type]
 
 
 class _Listener:
@@ -102,6 +106,17 @@ def _channel(stream: Tensor, token_dims: Sequence[int]) -> int | None:
     """Return the dimension of the channels, the last or, in feature maps, the second; ``None`` for no stream."""
     channel = 1 if stream.dim() - 1 in token_dims else stream.dim() - 1
     return None if channel in token_dims or max(token_dims) >= stream.dim() else channel
+
+
+def with_geometry(measurement: Measurement, values: Mapping[int, tuple[float | None, float | None]]) -> Measurement:
+    """Add token residual and effective rank, by block index, to the layers of a measurement."""
+    none = (None, None)
+    layers = (
+        replace(layer, token_residual=residual, effective_rank=rank)
+        for layer in measurement
+        for residual, rank in [values.get(layer.index, none)]
+    )
+    return replace(measurement, layers=tuple(layers))
 
 
 def as_sequences(stream: Tensor, token_dims: Sequence[int]) -> Tensor:

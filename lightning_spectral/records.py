@@ -196,6 +196,9 @@ class LayerMeasurement:
         attention_reason: Why ``attention_norm`` is ``None`` although the block has such a branch.
         error_bound: Relative a posteriori error bound, the larger of the two norms'.
         functional: What only the Jacobians know, ``None`` under a weight linearization.
+        token_residual: ‖X − 1x̄ᵀ‖_F / ‖X‖_F of the block's output, mean over the sequences of a batch; 0 where all
+            tokens have become one vector. ``None`` where no batch was looked at.
+        effective_rank: Effective rank of the block's output, on squared singular values, of a few sequences.
     """
 
     index: int
@@ -209,6 +212,8 @@ class LayerMeasurement:
     attention_reason: str | None = None
     error_bound: float | None = None
     functional: FunctionalMeasurement | None = None
+    token_residual: float | None = None
+    effective_rank: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -287,6 +292,10 @@ class Measurement:
             norms = [norm for layer in self.layers if (norm := getattr(layer, f"{branch}_norm")) is not None]
             if norms:
                 values[f"{branch}_norm_max"] = max(norms)
+        for quantity in ("token_residual", "effective_rank"):
+            seen = [value for layer in self.layers if (value := getattr(layer, quantity)) is not None]
+            if seen:
+                values[f"{quantity}_min"] = min(seen)
         reasons = [reason for layer in self.layers for reason in (layer.mlp_reason, layer.attention_reason)]
         values["unmeasured"] = float(sum(reason is not None for reason in reasons))
         values["seconds"] = self.seconds

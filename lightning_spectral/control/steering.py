@@ -17,7 +17,7 @@ from lightning_spectral.control.law import Action, BlockState, Reading, Residual
 from lightning_spectral.control.optimizers import check_optimized, forget_momentum, with_fresh_scales
 from lightning_spectral.control.scales import ResidualScale, ResidualScales, attach_scales
 from lightning_spectral.discovery import find_blocks
-from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.discovery.paths import is_compiled, resolve
 from lightning_spectral.discovery.scaled import log_scale_tensor, scale_module, with_scales
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import Branch, LayerMeasurement, Measurement, ResidualBlock
@@ -192,10 +192,7 @@ def _cause_of_death(model: nn.Module, branch: Branch) -> str:
     assert isinstance(site, nn.Module)
     if not any(hook.__module__ == ResidualScale.__module__ for hook in site._forward_hooks.values()):
         return "its forward hook was removed; attach_scales puts it back only on a fresh model"
-    names = branch.site.split(".")
-    around = [resolve(model, ".".join(names[:depth])) if depth else model for depth in range(len(names) + 1)]
-    compiled = any(isinstance(item, torch._dynamo.OptimizedModule) for item in around)
-    if compiled or any(getattr(item, "_compiled_call_impl", None) is not None for item in around):
+    if is_compiled(model, branch.site):
         return (
             "the model was compiled and run before the scale was attached, and compiled code ignores later hooks; "
             "attach first, or call torch._dynamo.reset()"

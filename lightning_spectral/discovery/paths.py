@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 from torch import nn
 
-__all__ = ["common_parts", "resolve"]
+__all__ = ["common_parts", "is_compiled", "resolve"]
 
 
 def resolve(model: nn.Module, path: str) -> object:
@@ -26,3 +27,12 @@ def common_parts(paths: Iterable[str]) -> list[str]:
             break
         common.append(parts[0])
     return common
+
+
+def is_compiled(model: nn.Module, path: str) -> bool:
+    """Whether the module at a path, or one around it, is compiled: hooks that come after compiling are ignored there."""
+    names = path.split(".") if path else []
+    around = [resolve(model, ".".join(names[:depth])) if depth else model for depth in range(len(names) + 1)]
+    dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds, and what is compiled has imported it
+    wrappers = () if dynamo is None else (dynamo.OptimizedModule,)
+    return any(isinstance(item, wrappers) or getattr(item, "_compiled_call_impl", None) is not None for item in around)

@@ -11,11 +11,13 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral import settings
 from lightning_spectral.alarms import announcement
+from lightning_spectral.block_outputs import BlockOutputs, with_geometry
 from lightning_spectral.control.actions import news
 from lightning_spectral.control.fuse import MARKER, lost_scales, refuse_lost_scales, scale_keys
 from lightning_spectral.control.law import Action, ResidualRescaler
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.discovery import find_blocks
+from lightning_spectral.discovery.paths import is_compiled
 from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError, SpectralError
 from lightning_spectral.first_forward import FirstForward
 from lightning_spectral.journal import described
@@ -60,7 +62,9 @@ class SpectralMonitor(Callback):
     ``spectral/seconds``                      s      wall time of the measurement
     ``spectral/scale_min, _max``              1      with ``auto_rescale``: the residual scales at the measurement
     ``spectral/rescaled``                     count  with ``auto_rescale``: blocks whose scales were moved after it
-    ``spectral/ratio/07`` and so on           1      with ``per_layer``: ratio, norms and scales of every block
+    ``spectral/token_residual_min``           1      with ``geometry``: smallest token residual of a block's output
+    ``spectral/effective_rank_min``           1      with ``geometry``: smallest effective rank (of σ²) of one
+    ``spectral/ratio/07`` and so on           1      with ``per_layer``: all of these for every block
     ========================================  =====  ===================================================
 
     The same keys are in ``trainer.callback_metrics`` on all ranks, the summary keys also as ``spectral_ratio_max`` and
@@ -75,6 +79,8 @@ class SpectralMonitor(Callback):
         safe_zone: The interval of ratios that counts as balanced.
         blocks: The blocks to measure, or hints for finding them; by default they are found in the model.
         solver: How spectral norms are computed; by default randomized, warm-started from measurement to measurement.
+        geometry: Whether to measure the tokens at every block's output too, on the training batch of measured steps. By
+            default in runs that are steered. Nothing is added to other steps, and nothing to compiled blocks.
         per_layer: Whether to log every block, besides the summary.
         on_error: What to do when a measurement fails: warn and train on, or raise.
         prefix: First part of every key and file name. Two monitors in one Trainer need two of them.
@@ -92,6 +98,7 @@ class SpectralMonitor(Callback):
         safe_zone: tuple[float, float] = (0.5, 2.0),
         blocks: Sequence[ResidualBlock] | Mapping[str, Any] | None = None,
         solver: Solver | None = None,
+        geometry: bool | None = None,
         per_layer: bool = False,
         on_error: Literal["warn", "raise"] = "warn",
         prefix: str = "spectral",
@@ -105,6 +112,7 @@ class SpectralMonitor(Callback):
         self._steering = None if rescaler is None else Steering(rescaler, self.safe_zone)
         self.blocks = blocks
         self.solver = solver
+        self.geometry = bool(auto_rescale) if geometry is None else settings.flag("geometry", geometry)
         self.per_layer = per_layer
         self.on_error = settings.choice("on_error", on_error, ("warn", "raise"))
         self.prefix = settings.name("prefix", prefix)
@@ -122,6 +130,7 @@ class SpectralMonitor(Callback):
         self._awaits_forward = False  # no input could be guessed: the first real forward pass will show one
         self._first_forward: FirstForward | None = None
         self._latest: Measurement | None = None
+        self._block_outputs: BlockOutputs | None = None
         self._failures = 0  # in a row
 
     @property
@@ -189,9 +198,13 @@ class SpectralMonitor(Callback):
         self._measure_if_due(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Listen to the first forward pass, where the model could not be run on a guessed input."""
+        """Listen to the forward pass, if it is the first one or one whose tokens are to be measured."""
         if self._awaits_forward:
             self._awaits_forward, self._first_forward = False, FirstForward(pl_module, batch)
+        if self._block_outputs is not None:
+            step = trainer.global_step + len(trainer.optimizers)  # after this batch, if it steps
+            if self._series.due(step, self.every_n_steps):
+                self._block_outputs.start()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check once that every scale is alive."""
@@ -205,6 +218,8 @@ class SpectralMonitor(Callback):
         if not self._active:
             return
         self._series.end_batch(trainer.global_step)
+        if self._block_outputs is not None:
+            self._block_outputs.stop()
         if self._first_forward is not None:
             self._guard("finding the blocks", self._find_late, trainer, self._first_forward)
             self._first_forward = None
@@ -297,6 +312,8 @@ class SpectralMonitor(Callback):
     def _watch(self, trainer: Trainer, model: nn.Module, blocks: tuple[ResidualBlock, ...]) -> None:
         zone, rule = self.safe_zone, self.linearization
         self._meter = Meter(model, blocks, linearization=rule, solver=self.solver, safe_zone=zone)
+        if self.geometry:
+            self._listen(model, blocks)
         if self._series.warm_start:
             self._meter.load_state_dict(self._series.warm_start)
         if not self._rehearses:
@@ -304,6 +321,13 @@ class SpectralMonitor(Callback):
             header["rescaler"] = None if self._steering is None else asdict(self._steering.rescaler)
             header["blocks"] = [described(block) for block in blocks]
             self._outlets.open(trainer, header, self._resume_step)
+
+    def _listen(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
+        compiled = [block.name for block in blocks if is_compiled(model, block.name)]
+        if compiled:
+            rank_zero_info(f"SpectralMonitor: no token geometry, because {compiled[0] or 'the model'} is compiled")
+        else:
+            self._block_outputs = BlockOutputs(model, blocks)
 
     def _measure_if_due(self, trainer: Trainer, pl_module: LightningModule, *, steer: bool = False) -> None:
         step = trainer.global_step
@@ -317,6 +341,8 @@ class SpectralMonitor(Callback):
         if self._meter is None:
             return
         measurement = self._meter.measure(trainer.global_step)
+        if self._block_outputs is not None:
+            measurement = with_geometry(measurement, self._block_outputs.values())
         actions: tuple[Action, ...] = ()
         if steer and self._steering is not None:
             actions, self._series.law = self._steering.act(measurement, self._series.law, trainer.optimizers)
@@ -362,6 +388,8 @@ class SpectralMonitor(Callback):
         self._keep_warm_start()
         if self._first_forward is not None:
             self._first_forward.stop()
+        if self._block_outputs is not None:
+            self._block_outputs.stop()
         self._forget()
 
 
