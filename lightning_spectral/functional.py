@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_spectral.discovery.functions import BranchFunction, Update, branch_functions
 from lightning_spectral.discovery.scaled import scale_module
 from lightning_spectral.errors import ExampleInputError
-from lightning_spectral.geometry.jacobian import Response, derivative_error, mixed_dims, response
+from lightning_spectral.geometry.jacobian import Response, derivative_error, response
 from lightning_spectral.linalg import Jacobian, RandomizedSVD, Solver
 from lightning_spectral.records import Branch, FunctionalMeasurement, LayerMeasurement, Measurement, ResidualBlock
 
@@ -62,10 +62,10 @@ def measure_functions(
     with torch.inference_mode(False), torch.autocast(_device(model).type, enabled=False):
         functions = _functions(model, blocks, args, kwargs)
         for block in blocks:
-            generator = torch.Generator().manual_seed(1)
-            # The MLP mixes no tokens: the attention shows along which dimensions they lie.
-            attention, tokens = _response(block.attention, functions, solver or _SOLVER, generator, None)
-            mlp, _ = _response(block.mlp, functions, solver or _SOLVER, generator, tokens)
+            mlp, attention = (
+                _response(branch, functions, block.token_dims, solver or _SOLVER)
+                for branch in (block.mlp, block.attention)
+            )
             layers.append(_layer(model, block, mlp, attention))
     return Measurement(0, "jacobian", tuple(layers), seconds=time.perf_counter() - start)
 
@@ -121,27 +121,22 @@ def _functions(
 def _response(
     branch: Branch | None,
     functions: dict[Branch, BranchFunction | str],
+    token_dims: tuple[int, ...],
     solver: Solver,
-    generator: torch.Generator,
-    tokens: tuple[int, ...] | None,
-) -> tuple[Response | str | None, tuple[int, ...]]:
-    """Return what is measured of a branch, or why nothing is, and the dimensions of its tokens."""
+) -> Response | str | None:
+    """Return what is measured of a branch, or why nothing is."""
     # Taken out, because a function keeps copies of its weights.
     function = None if branch is None else functions.pop(branch)
     if not isinstance(function, BranchFunction):
-        return function, ()
+        return function
     try:
         J = Jacobian(function, function.stream)
-        problem = _problem(J, function, generator)
-        if problem is not None:
-            return problem, ()
-        tokens = mixed_dims(J, function.channel_dim, generator=generator) if tokens is None else tokens
-        return response(J, tokens, solver), tokens
+        return _problem(J, function) or response(J, token_dims, solver)
     except (RuntimeError, ArithmeticError, LookupError, TypeError, ValueError) as error:  # of whatever is in the branch
-        return f"it cannot be differentiated: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", ()
+        return f"it cannot be differentiated: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _problem(J: Jacobian, function: BranchFunction, generator: torch.Generator) -> str | None:
+def _problem(J: Jacobian, function: BranchFunction) -> str | None:
     """Check a function against the pass that it was taken from, and its two derivatives against each other."""
     recorded = function.recorded()
     if not bool(recorded.isfinite().all()):
@@ -149,7 +144,7 @@ def _problem(J: Jacobian, function: BranchFunction, generator: torch.Generator) 
     error = float(torch.linalg.vector_norm(J.value - recorded))
     if not error <= _REPLAY_TOLERANCE * function.precision() ** 0.5 * float(torch.linalg.vector_norm(recorded)):
         return f"run again in {J.dtype}, the branch gives something else (off by {error:.1e})"
-    error = derivative_error(J, generator=generator)
+    error = derivative_error(J, generator=torch.Generator().manual_seed(1))
     if not error <= _DERIVATIVE_TOLERANCE:
         return f"its derivative is not the one that its operations claim (relative error {error:.1e})"
     return None

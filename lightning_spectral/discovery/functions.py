@@ -44,7 +44,6 @@ class BranchFunction:
 
     Attributes:
         stream: The stream as it was recorded, in float64 (float32 where the device has no float64).
-        channel_dim: Dimension of the channels in the stream.
         behind: Constant by which the output of the branch's site is multiplied before it is added; ``None`` where that
             is a parameter, or where no module carries the branch.
     """
@@ -57,8 +56,6 @@ class BranchFunction:
         self._tail = _plan(tape, self._starts, (self._output,))
         self._constants: dict[int, Tensor] = {}
         self.stream = tape.wide(self._source).clone()
-        convolved = any("convolution" in operation.name for operation in self._body)
-        self.channel_dim = 1 if convolved and self.stream.dim() == 4 else self.stream.dim() - 1
         self.behind = _behind(terms[0], site)
 
     def __call__(self, x: Tensor) -> Tensor:
