@@ -49,10 +49,11 @@ class StableRank(StreamedMetric):
         super().__init__(**kwargs)
         self.width = steps("width", width)
         self.centred = flag("centred", centred)
+        self._add_massive(massive)
         self._add_sum("moment", width, width)
         self._add_sum("total", width)
         self._add_count("count")
-        self._add_massive(massive)
+        self._add_count("unmeasured")
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Add tokens.

@@ -51,6 +51,7 @@ class SpectralRatio(StreamedMetric):
         self._sums = f"{linearization}_log_ratios"
         self._add_sum(self._sums, len(get_args(Statistic)))
         self._add_count("measurements")
+        self._add_count("unmeasured")
 
     def update(self, model: nn.Module | Measurement) -> None:
         """Add one measurement.

@@ -19,9 +19,6 @@ class StreamedMetric(Metric):
 
     Sums are kept in float64, also in a module that was moved to bfloat16. On a device without float64 (MPS), call
     ``set_dtype(torch.float32)`` before moving there.
-
-    Args:
-        **kwargs: Passed on to ``torchmetrics.Metric``.
     """
 
     higher_is_better = None
@@ -29,10 +26,6 @@ class StreamedMetric(Metric):
 
     # What is not measurable is counted here, and left out of everything else.
     unmeasured: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._add_count("unmeasured")
 
     def _add_sum(self, name: str, *shape: int) -> None:
         self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
@@ -44,7 +37,8 @@ class StreamedMetric(Metric):
         """Take up the option, as a state too: its value never changes, and all processes have the same.
 
         A ``MetricCollection`` computes only one of two metrics whose states are the same after the first batch. Two
-        that differ in this option would be, until the first massive activation comes.
+        that differ in this option would be, until the first massive activation comes. It has to be the first state:
+        torchmetrics 1.6 compares no other.
         """
         self.massive = None if massive is None else number("massive", massive, 1.0, math.inf, above=True)
         multiple = torch.tensor(self.massive or 0.0, dtype=torch.float64)

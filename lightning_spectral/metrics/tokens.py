@@ -28,9 +28,10 @@ class _SequenceMean(StreamedMetric):
 
     def __init__(self, *, massive: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._add_massive(massive)
         self._add_sum(self._sum)
         self._add_count("sequences")
-        self._add_massive(massive)
+        self._add_count("unmeasured")
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Add sequences.
