@@ -84,9 +84,13 @@ class GradedProduct:
         """
         C = A @ self.U
         if self.log_s[0] - self.log_s[-1] < -_WINDOW:
-            self.U, self.log_s = self._svd(C * torch.exp(self.log_s - self.log_s[0]), self.log_s[0])
-            return
+            U, log_sigma = _svd(C * torch.exp(self.log_s - self.log_s[0]), self.log_s[0])
+            if log_sigma[0] - log_sigma[-1] < -_WINDOW:
+                self.U, self.log_s = U, log_sigma
+                return
         basis, R = torch.linalg.qr(C)
+        sizes = torch.linalg.vector_norm(R, dim=0)
+        self.at_floor |= bool(R.diagonal().abs().amin() <= torch.finfo(R.dtype).eps * len(R) * sizes.amax())
         fall = torch.exp((self.log_s[:, None] - self.log_s).clamp(max=0))
         _, R = torch.linalg.qr(R.mT * fall)  # (R S)ᵀ = (S Rᵀ S⁻¹) S, where S Rᵀ S⁻¹ only holds quotients below one
         left, R = torch.linalg.qr(R.mT * fall)
@@ -109,7 +113,7 @@ class GradedProduct:
             rows = torch.cat([coupling, R[start:stop]])
             block = rows[:, start:stop] * torch.exp(self.log_s[start:stop] - top)
             old = torch.eye(len(rows), len(left_over), dtype=R.dtype) * torch.exp(left_over - top)
-            u, log_sigma = self._svd(torch.cat([old, block], dim=1), top)
+            u, log_sigma = _svd(torch.cat([old, block], dim=1), top)
             basis, coupling = torch.cat([basis, Q[:, start:stop]], dim=1) @ u, u.mT @ rows
             final = int((log_sigma >= log_sigma[0] + _FINAL).sum()) if stop < d else len(log_sigma)
             vectors.append(basis[:, :final])
@@ -118,12 +122,11 @@ class GradedProduct:
         self.log_s, order = torch.cat(values).sort(descending=True)
         self.U = torch.cat(vectors, dim=1)[:, order]
 
-    def _svd(self, block: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return left singular vectors and ln of the singular values of exp(log_scale) · block."""
-        u, sigma, _ = torch.linalg.svd(block)
-        limits = torch.finfo(sigma.dtype)
-        self.at_floor |= bool(sigma[-1] <= limits.eps * len(self.log_s) * sigma[0])
-        return u, sigma.clamp(min=limits.tiny).log() + log_scale
+
+def _svd(block: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return left singular vectors and ln of the singular values of exp(log_scale) · block."""
+    U, sigma, _ = torch.linalg.svd(block)
+    return U, sigma.clamp(min=torch.finfo(sigma.dtype).tiny).log() + log_scale
 
 
 def product_spectrum(matrices: Iterable[Tensor]) -> ProductSpectrum:
