@@ -20,6 +20,7 @@ from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, E
 from lightning_spectral.journal import read_actions, read_journal
 from lightning_spectral.linalg import ExactSVD, RandomizedSVD
 from lightning_spectral.measure import measure
+from lightning_spectral.metrics import EffectiveRank, SpectralRatio, StableRank, TokenResidual, TokenSimilarity
 from lightning_spectral.monitor import SpectralMonitor
 from lightning_spectral.records import Branch, LayerMeasurement, Measurement, ResidualBlock
 from lightning_spectral.report import heatmap
@@ -30,6 +31,7 @@ __all__ = [
     "BlocksNotFoundError",
     "Branch",
     "ConfigurationError",
+    "EffectiveRank",
     "ExactSVD",
     "ExampleInputError",
     "LayerMeasurement",
@@ -40,6 +42,10 @@ __all__ = [
     "ResidualScales",
     "SpectralError",
     "SpectralMonitor",
+    "SpectralRatio",
+    "StableRank",
+    "TokenResidual",
+    "TokenSimilarity",
     "attach_scales",
     "balance_init_",
     "balance_penalty",
