@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_spectral.discovery.functions import BranchFunction, Update, branch_functions
+from lightning_spectral.discovery.functions import BranchFunction, Update, UpdateWatch, branch_functions
 from lightning_spectral.discovery.scaled import scale_module
 from lightning_spectral.errors import ExampleInputError
 from lightning_spectral.geometry.jacobian import Response, derivative_error, response
 from lightning_spectral.linalg import Jacobian, RandomizedSVD, Solver
 from lightning_spectral.records import Branch, FunctionalMeasurement, LayerMeasurement, Measurement, ResidualBlock
 
-__all__ = ["measure_functions", "update_ratios"]
+__all__ = ["measure_functions", "update_ratios", "watch_updates"]
 
 # A product by a Jacobian costs a pass through its branch, so the bound may be looser than that of a weight: a few
 # columns, a few steps.
 _SOLVER = RandomizedSVD(n_components=2, n_oversamples=4, tolerance=0.02, max_bound=0.1, max_iter=8)
-# How far a branch run again in float64 may be from the recorded pass, in square roots of the recorded rounding error;
+# How far a branch run again in float64 may be from the recorded pass, in square roots of the recorded rounding error,
+# which is never that of float64, because many norms and position codes are computed in float32 whatever the dtype;
 # how far its derivative may be from a difference, which kinks and switches of an activation disturb.
 _REPLAY_TOLERANCE, _DERIVATIVE_TOLERANCE = 4.0, 1e-3
 
@@ -62,8 +63,9 @@ def measure_functions(
     with torch.inference_mode(False), torch.autocast(_device(model).type, enabled=False):
         functions = _functions(model, blocks, args, kwargs)
         for block in blocks:
+            layout = _layout(block, functions)
             mlp, attention = (
-                _response(branch, functions, block.token_dims, solver or _SOLVER)
+                _response(branch, functions, block.token_dims, layout, solver or _SOLVER)
                 for branch in (block.mlp, block.attention)
             )
             layers.append(_layer(model, block, mlp, attention))
@@ -91,10 +93,41 @@ def update_ratios(
         functions = _functions(model, blocks, args, kwargs)
         updates = {}
         for block in blocks:
-            mlp, attention = (functions.get(branch) for branch in (block.mlp, block.attention) if branch is not None)
+            mlp, attention = (None if branch is None else functions[branch] for branch in (block.mlp, block.attention))
             if isinstance(mlp, BranchFunction) and isinstance(attention, BranchFunction):
                 updates[block.index] = Update.of(mlp.recorded(), attention.recorded())
     return updates
+
+
+def watch_updates(
+    model: nn.Module, blocks: Sequence[ResidualBlock], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> UpdateWatch:
+    """Return a context that compares the updates of every block in the forward passes that run inside it.
+
+    One pass is traced now, to see which constants follow the sites; the watch itself costs none. Left out are blocks
+    with a branch that no module carries, that a learned multiplier outside of its site follows, or that runs several
+    times in one pass: there the output of the site is not what is added.
+
+    Args:
+        model: The model.
+        blocks: Its blocks.
+        args: Positional arguments of the traced pass; guessed where there are no arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        The watch; after a pass inside it, ``updates`` has the comparisons by the index of the block.
+
+    Raises:
+        ExampleInputError: The model could not be run.
+    """
+    with torch.inference_mode(False):
+        functions = _functions(model, blocks, args, kwargs)
+    constants = {
+        branch: function.behind
+        for branch, function in functions.items()
+        if isinstance(function, BranchFunction) and function.behind is not None
+    }
+    return UpdateWatch(model, blocks, constants)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -118,10 +151,17 @@ def _functions(
         ) from error
 
 
+def _layout(block: ResidualBlock, functions: Mapping[Branch, BranchFunction | str]) -> torch.Size | None:
+    """Return the shape in which the attention reads the stream, which is what the dimensions of the tokens refer to."""
+    attention = None if block.attention is None else functions[block.attention]
+    return attention.stream.shape if isinstance(attention, BranchFunction) else None
+
+
 def _response(
     branch: Branch | None,
     functions: dict[Branch, BranchFunction | str],
     token_dims: tuple[int, ...],
+    layout: torch.Size | None,
     solver: Solver,
 ) -> Response | str | None:
     """Return what is measured of a branch, or why nothing is."""
@@ -131,7 +171,7 @@ def _response(
         return function
     try:
         J = Jacobian(function, function.stream)
-        return _problem(J, function) or response(J, token_dims, solver)
+        return _problem(J, function) or response(J, token_dims if layout == J.x.shape else (), solver)
     except (RuntimeError, ArithmeticError, LookupError, TypeError, ValueError) as error:  # of whatever is in the branch
         return f"it cannot be differentiated: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
@@ -142,7 +182,9 @@ def _problem(J: Jacobian, function: BranchFunction) -> str | None:
     if not bool(recorded.isfinite().all()):
         return "what it adds is not finite (NaN or Inf)"
     error = float(torch.linalg.vector_norm(J.value - recorded))
-    if not error <= _REPLAY_TOLERANCE * function.precision() ** 0.5 * float(torch.linalg.vector_norm(recorded)):
+    if not error <= _REPLAY_TOLERANCE * max(function.precision(), torch.finfo(torch.float32).eps) ** 0.5 * float(
+        torch.linalg.vector_norm(recorded)
+    ):
         return f"run again in {J.dtype}, the branch gives something else (off by {error:.1e})"
     error = derivative_error(J, generator=torch.Generator().manual_seed(1))
     if not error <= _DERIVATIVE_TOLERANCE:

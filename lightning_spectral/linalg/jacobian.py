@@ -90,24 +90,30 @@ class Jacobian(LinearOperator):
     def _product(self, v: Tensor) -> Tensor:
         if self._constant:
             return torch.zeros_like(self.value)
-        if not self.finite_differences:
-            try:
-                if self._transposed is None:
-                    self._transposed = self._by_source()
-                return _backward(*self._transposed, v)
-            except RuntimeError:  # some operation cannot be differentiated twice
-                self.finite_differences = True
-        return self.difference(v)
+        if self._transposed is None and not self.finite_differences:
+            self._transposed = self._by_source()
+            self.finite_differences = self._transposed is None
+        return self.difference(v) if self._transposed is None else _backward(*self._transposed, v)
 
-    def _by_source(self) -> tuple[Tensor, Tensor]:
-        """Return Jᵀu and u, with the graph that leads from the one to the other."""
-        with torch.enable_grad():
-            u = torch.zeros_like(self._result).requires_grad_()
-            return _backward(self._result, self._source, u, keep_linear=True), u
+    def _by_source(self) -> tuple[Tensor, Tensor] | None:
+        """Return Jᵀu and u, with the graph that leads from the one to the other; ``None`` if there is no such graph."""
+        generator = torch.Generator().manual_seed(2)
+        v, w = (torch.randn(like.shape, generator=generator).to(like) for like in (self.x, self._result))
+        try:
+            with torch.enable_grad():
+                u = torch.zeros_like(self._result).requires_grad_()
+                transposed = _backward(self._result, self._source, u, create_graph=True)
+            image = _backward(transposed, u, v)
+        except RuntimeError:  # some operation cannot be differentiated twice
+            return None
+        # Other such operations are silently missing in the graph; then ⟨w, Jv⟩ and ⟨Jᵀw, v⟩ differ.
+        error = (w * image).sum() - (_backward(self._result, self._source, w) * v).sum()
+        size = torch.linalg.vector_norm(w) * torch.linalg.vector_norm(image) + torch.finfo(self.dtype).tiny
+        return None if error.abs() > torch.finfo(self.dtype).eps ** 0.5 * size else (transposed, u)
 
 
-def _backward(result: Tensor, source: Tensor, u: Tensor, *, keep_linear: bool = False) -> Tensor:
+def _backward(result: Tensor, source: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:
     (gradient,) = torch.autograd.grad(
-        result, source, u, retain_graph=True, create_graph=keep_linear, allow_unused=True, materialize_grads=True
+        result, source, u, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
     return gradient
