@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -248,20 +249,30 @@ def post_norm_by_hand(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_the_numbers_do_not_depend_on_the_layout_of_the_stream() -> None:
     """(tokens, batch, width) is (batch, tokens, width) with its positions renamed."""
-    names = ["bare_encoder_pre_batch_first", "bare_encoder_pre_tokens_first"]
-    one, two = (jacobians(name, solver=ExactSVD()) for name in names)
-    models = [example(name).build() for name in names]
-    same = all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
-    inputs = [example(name).inputs(model)[0][0] for name, model in zip(names, models, strict=True)]
-    if same and torch.equal(inputs[0], inputs[1].transpose(0, 1)):
-        assert [layer.ratio for layer in one] == pytest.approx([layer.ratio for layer in two], rel=1e-6)
-    assert found(names[0])[0].token_dims == (1,)
-    assert found(names[1])[0].token_dims == (0,)
-    for measurement in (one, two):
-        for layer in measurement:
-            assert layer.functional is not None
-            assert layer.functional.attention_gain_mean is not None
-            assert layer.functional.attention_gain_deviation is not None
+    layers = [
+        nn.TransformerEncoderLayer(HIDDEN, 4, 48, dropout=0.0, batch_first=batch_first, norm_first=True).eval()
+        for batch_first in (True, False)
+    ]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(2, 7, HIDDEN)
+    results = []
+    for layer, stream, dims in zip(layers, (x, x.transpose(0, 1)), ((1,), (0,)), strict=True):
+        blocks = find_blocks(layer, stream)
+        assert blocks[0].token_dims == dims
+        (measured,) = measure(layer, blocks, linearization="jacobian", batch=stream, solver=ExactSVD())
+        mlp, attention = (branch_functions(layer, blocks, (stream,), {})[branch] for branch in blocks[0].branches[::-1])
+        gain = [
+            gains(Jacobian(f, f.stream), dims, generator=torch.Generator().manual_seed(0), n_probes=500)
+            for f in (mlp, attention)
+        ]
+        results.append((measured, gain))
+    (one, gains_one), (two, gains_two) = results
+    assert one.mlp_norm == pytest.approx(two.mlp_norm, rel=1e-5)
+    assert one.attention_norm == pytest.approx(two.attention_norm, rel=1e-5)
+    assert one.functional.update_ratio == pytest.approx(two.functional.update_ratio, rel=1e-5)
+    assert one.functional.update_cosine == pytest.approx(two.functional.update_cosine, rel=1e-4)
+    for a, b in zip(gains_one, gains_two, strict=True):  # other signs meet other entries
+        assert (a.mean, a.deviation) == pytest.approx((b.mean, b.deviation), rel=0.05)
 
 
 # --- Coverage ---------------------------------------------------------------------------------------------------------
@@ -585,8 +596,7 @@ def test_a_kernel_without_a_true_derivative_has_a_reason(block: type[nn.Module],
     blocks = find_blocks(model, *token_inputs(model)[0])
     assert len(blocks) == len(blocks_of(BLOCKS, range(3), ATTENTION_SITES, MLP_SITES))
     for layer in measure(model, blocks, linearization="jacobian", batch=token_inputs(model)[0]):
-        with pytest.raises(AssertionError, match=reason):
-            assert layer.mlp_reason is None, layer.mlp_reason
+        assert re.match(reason, layer.mlp_reason)
         assert layer.attention_norm > 0
         assert layer.functional.attention_gain_mean > 0
         assert layer.functional.mlp_gain_mean is None

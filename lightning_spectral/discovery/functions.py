@@ -16,8 +16,10 @@ more digits than the weights are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.discovery.recipes import attribute_path
 from lightning_spectral.discovery.replay import _execute
 from lightning_spectral.discovery.residual import ResidualAdd, Term, residual_adds
-from lightning_spectral.discovery.tape import Operation, Tape, bits
+from lightning_spectral.discovery.tape import Call, Operation, Tape, bits
 from lightning_spectral.records import Branch, ResidualBlock
 
 __all__ = ["BranchFunction", "Update", "UpdateWatch", "branch_functions"]
@@ -148,46 +150,59 @@ def branch_functions(
     with sdpa_kernel(SDPBackend.MATH):
         tape, _ = _recorded(model, args, kwargs)
     adds, _ = residual_adds(tape)
-    branches = [branch for block in blocks for branch in block.branches]
-    return {branch: _function(tape, adds, branch) for branch in branches}
+    places = _Places(tape, adds)
+    return {branch: places.function(branch) for block in blocks for branch in block.branches}
 
 
-def _function(tape: Tape, adds: Sequence[ResidualAdd], branch: Branch) -> BranchFunction | str:
-    found: dict[int, BranchFunction] = {}
-    for add in adds:
+class _Places:
+    """Where the branches of a tape reach the stream."""
+
+    def __init__(self, tape: Tape, adds: Sequence[ResidualAdd]) -> None:
+        self._tape = tape
+        self._calls: defaultdict[str, list[Call]] = defaultdict(list)
+        for call in tape.calls:
+            self._calls[call.path].append(call)
+        self._terms = [(add, term) for add in adds for term in add.branches]
+        self._spines: defaultdict[int, list[tuple[ResidualAdd, Term]]] = defaultdict(list)
+        for add, term in self._terms:
+            for value in term.spine:
+                self._spines[value].append((add, term))
+
+    def function(self, branch: Branch) -> BranchFunction | str:
+        """Return a branch as a function, or the reason why it is none."""
         by_weight = branch.site.startswith("param:")
-        site, terms = _by_weight(tape, add, branch) if by_weight else _by_module(tape, add, branch)
-        if terms:
-            found[add.output] = BranchFunction(tape, add, terms, site)
-    if not found:
-        return f"nothing that {branch.site} makes is added to the residual stream in this pass"
-    if len(found) > 1:
-        return f"{branch.site} runs {len(found)} times in one pass, each time with a Jacobian of its own"
-    return next(iter(found.values()))
+        found: dict[int, tuple[ResidualAdd, list[Term], int | None]] = {}
+        for add, term, site in self._by_weight(branch) if by_weight else self._by_module(branch):
+            known = found.setdefault(add.output, (add, [], site))
+            if term not in known[1]:
+                known[1].append(term)
+        if not found:
+            return f"nothing that {branch.site} makes is added to the residual stream in this pass"
+        if len(found) > 1:
+            return f"{branch.site} runs {len(found)} times in one pass, each time with a Jacobian of its own"
+        return BranchFunction(self._tape, *next(iter(found.values())))
 
+    def _by_module(self, branch: Branch) -> Iterator[tuple[ResidualAdd, Term, int | None]]:
+        """Yield the terms that the output of a module is part of, with the value at the site."""
+        for call in self._calls[branch.site]:
+            for key, value in call.outputs:
+                if key == branch.output_index:
+                    yield from ((add, term, value) for add, term in self._spines[value])
 
-def _by_module(tape: Tape, add: ResidualAdd, branch: Branch) -> tuple[int | None, list[Term]]:
-    """Return the value at a site, and the terms of the sum that it is part of."""
-    for call in tape.calls:
-        if call.path != branch.site:
-            continue
-        for key, value in call.outputs:
-            terms = [term for term in add.branches if value in term.spine]
-            if key == branch.output_index and terms:
-                return value, terms
-    return None, []
+    def _by_weight(self, branch: Branch) -> Iterator[tuple[ResidualAdd, Term, int | None]]:
+        """Yield the terms that a weight is part of."""
+        path = branch.site.removeprefix("param:")
+        yield from ((add, term, None) for place, (add, term) in enumerate(self._terms) if path in self._weights[place])
 
+    @cached_property
+    def _weights(self) -> list[set[str]]:
+        """The attribute paths of the weights of every term."""
+        return [self._weights_of(add, term) for add, term in self._terms]
 
-def _by_weight(tape: Tape, add: ResidualAdd, branch: Branch) -> tuple[None, list[Term]]:
-    """Return the terms of the sum that a weight is part of."""
-    path = branch.site.removeprefix("param:")
-    return None, [term for term in add.branches if path in _weights(tape, add, term)]
-
-
-def _weights(tape: Tape, add: ResidualAdd, term: Term) -> set[str]:
-    operations = _plan(tape, (add.skip.leaf,), (term.start,))
-    values = {value for operation in operations for value in operation.inputs if tape.made_of_parameters(value)}
-    return {attribute_path(tape.names[name]) for value in values for name in tape.parents_with_names(value)}
+    def _weights_of(self, add: ResidualAdd, term: Term) -> set[str]:
+        tape, operations = self._tape, _plan(self._tape, (add.skip.leaf,), (term.start,))
+        values = {value for operation in operations for value in operation.inputs if tape.made_of_parameters(value)}
+        return {attribute_path(tape.names[name]) for value in values for name in tape.parents_with_names(value)}
 
 
 @dataclass(frozen=True, slots=True)
