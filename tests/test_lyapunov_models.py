@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from zoo import example
 from zoo.example import HIDDEN, tokens
 
-from lightning_spectral import ConfigurationError, ExampleInputError, ResidualBlock, find_blocks
+from lightning_spectral import ConfigurationError, ExampleInputError, ResidualBlock, attach_scales, find_blocks
 from lightning_spectral.covariance import CovarianceTrajectory, covariance_trajectory
 from lightning_spectral.lyapunov import empirical_exponents, lyapunov_exponents
 
@@ -200,6 +200,23 @@ def test_dropout_is_off_and_the_surroundings_do_not_matter():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+def test_a_batch_that_the_model_writes_to_is_left_as_it_was():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
+    batch = -torch.ones(2, 4)
+    lyapunov_exponents(model, batch, blocks=named_blocks(model, "1"), k=1)
+    assert (batch == -1).all()
+
+
+def test_a_padded_batch_does_not_take_the_fast_path_through_nested_tensors():
+    layer = nn.TransformerEncoderLayer(HIDDEN, 4, 48, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).requires_grad_(False).eval()
+    stream = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    batch = {"src": stream, "src_key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2])}
+    found = lyapunov_exponents(model, batch, blocks=named_blocks(model, "layers.0", "layers.1"), k=2)
+    assert found.growth.shape == (2, 2)
+    assert found.growth.isfinite().all()
+
+
 class Changing(nn.Linear):
     """Returns something else every time."""
 
@@ -380,6 +397,18 @@ def test_gauges_move_the_paper_and_not_the_circuit():
     assert after["circuit"].effective_rank == pytest.approx(before["circuit"].effective_rank, rel=1e-9)
     assert after["circuit"].gain == pytest.approx(before["circuit"].gain, rel=1e-9)
     assert after["paper"].gain[0] > 3 * before["paper"].gain[0]
+
+
+def test_scales_that_were_attached_since_the_blocks_were_found_count():
+    model = built("gpt2")
+    blocks = find_blocks(model)
+    before = covariance_trajectory(model, blocks)
+    for scale in attach_scales(model, blocks).parameters():
+        nn.init.constant_(scale, -20.0)  # ln of the scale
+    after = covariance_trajectory(model, blocks)
+    assert before.gain[0] > 1.5
+    assert after.gain == pytest.approx([1.0] * 3, abs=1e-6)
+    assert after.effective_rank == pytest.approx([float(HIDDEN)] * 3, abs=1e-6)
 
 
 def test_a_norm_behind_the_branch_makes_its_scale_meaningless():
