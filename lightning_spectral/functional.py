@@ -159,14 +159,13 @@ def _layout(block: ResidualBlock, functions: Mapping[Branch, BranchFunction | st
 
 def _response(
     branch: Branch | None,
-    functions: dict[Branch, BranchFunction | str],
+    functions: Mapping[Branch, BranchFunction | str],
     token_dims: tuple[int, ...],
     layout: torch.Size | None,
     solver: Solver,
 ) -> Response | str | None:
     """Return what is measured of a branch, or why nothing is."""
-    # Taken out, because a function keeps copies of its weights.
-    function = None if branch is None else functions.pop(branch)
+    function = None if branch is None else functions[branch]
     if not isinstance(function, BranchFunction):
         return function
     try:
@@ -174,6 +173,8 @@ def _response(
         return _problem(J, function) or response(J, token_dims if layout == J.x.shape else (), solver)
     except (RuntimeError, ArithmeticError, LookupError, TypeError, ValueError) as error:  # of whatever is in the branch
         return f"it cannot be differentiated: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    finally:
+        function.forget()
 
 
 def _problem(J: Jacobian, function: BranchFunction) -> str | None:

@@ -9,6 +9,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -796,6 +797,27 @@ def test_blocks_of_another_model_have_a_reason() -> None:
     )
     layer = measure(model, found("llama"), linearization="jacobian", batch=batch_of(inputs)).layers[0]
     assert layer.mlp_reason == "nothing that model.layers.0.mlp makes is added to the residual stream in this pass"
+
+
+def test_blocks_from_hints_are_measured() -> None:
+    """Described or found, a branch is the same function; a block that nobody traced knows no tokens, hence no gains."""
+    model, inputs = built("nanogpt")
+    hints = {f"{BLOCKS}.*": {"attention": {"site": "attn.c_proj"}, "mlp": {"site": "mlp.c_proj"}}}
+    described = tuple(replace(block, token_dims=()) for block in find_blocks(model, *inputs[0], hints=hints))
+    measurement = measure(model, described, linearization="jacobian", batch=batch_of(inputs))
+    for layer, expected in zip(measurement, jacobians("nanogpt"), strict=True):
+        assert layer.ratio == pytest.approx(expected.ratio, rel=1e-12)
+        assert layer.functional.update_ratio == pytest.approx(expected.functional.update_ratio, rel=1e-12)
+        assert layer.functional.frobenius_ratio == pytest.approx(expected.functional.frobenius_ratio, rel=1e-9)
+        assert layer.functional.mlp_gain_mean is None
+
+
+def test_a_block_may_be_listed_twice() -> None:
+    """It is measured twice, to the same end."""
+    model, inputs = built("nanogpt")
+    block = found("nanogpt")[0]
+    one, two = measure(model, [block, block], linearization="jacobian", batch=batch_of(inputs))
+    assert one == two
 
 
 @pytest.mark.parametrize("linearization", ["Jacobian", "", None])

@@ -32,7 +32,7 @@ from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.discovery.recipes import attribute_path
 from lightning_spectral.discovery.replay import _execute
 from lightning_spectral.discovery.residual import ResidualAdd, Term, residual_adds
-from lightning_spectral.discovery.tape import Call, Operation, Tape, bits
+from lightning_spectral.discovery.tape import Call, Operation, Tape, bits, wide_dtype
 from lightning_spectral.records import Branch, ResidualBlock
 
 __all__ = ["BranchFunction", "Update", "UpdateWatch", "branch_functions"]
@@ -41,8 +41,8 @@ __all__ = ["BranchFunction", "Update", "UpdateWatch", "branch_functions"]
 class BranchFunction:
     """What a branch adds to the residual stream, as a function of the stream that it reads.
 
-    Pure: the model is not run and not touched. Holds the recorded pass, and float64 copies of the weights of the branch
-    from the first call on.
+    Pure: the model is not run and not touched. Holds the recorded pass, and from the first call on float64 copies of
+    the weights of the branch, until told to forget them.
 
     Attributes:
         stream: The stream as it was recorded, in float64 (float32 where the device has no float64).
@@ -63,6 +63,10 @@ class BranchFunction:
     def __call__(self, x: Tensor) -> Tensor:
         """Return what the branch adds when it reads ``x``, in the shape of the sum."""
         return self._added(self._run(self._body, {self._source: x}))
+
+    def forget(self) -> None:
+        """Drop the copies of the weights; the next call makes new ones."""
+        self._constants.clear()
 
     def recorded(self) -> Tensor:
         """Return what the branch added in the recorded pass, in its precision."""
@@ -220,9 +224,9 @@ class Update:
     @classmethod
     def of(cls, mlp: Tensor, attention: Tensor) -> Update:
         """Compare two updates."""
-        inner = (mlp.double() * attention.double()).sum() if mlp.shape == attention.shape else mlp.new_tensor(torch.nan)
-        sums = torch.stack([part.double().square().sum() for part in (mlp, attention)] + [inner.double()])
-        m, a, product = sums.tolist()
+        mlp, attention = (part.to(wide_dtype(part)) for part in (mlp, attention))
+        inner = (mlp * attention).sum() if mlp.shape == attention.shape else mlp.new_tensor(torch.nan)
+        m, a, product = torch.stack([mlp.square().sum(), attention.square().sum(), inner]).tolist()
         if not (0 < m < float("inf") and 0 < a < float("inf")):
             return cls()
         size = m**0.5 * a**0.5

@@ -137,4 +137,4 @@ def _mean(x: Tensor, dims: Sequence[int]) -> Tensor:
 
 
 def _square(x: Tensor) -> float:
-    return float(x.double().square().sum())
+    return float(x.square().sum())

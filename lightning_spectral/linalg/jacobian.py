@@ -59,7 +59,7 @@ class Jacobian(LinearOperator):
     def dense(self) -> Tensor:
         """Form the matrix row by row."""
         unit = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
-        return self.adjoint(unit).mT.double().cpu()
+        return self.adjoint(unit).mT.cpu().double()
 
     def balanced(self) -> tuple[LinearOperator, int] | None:
         """Take out the power of two of the largest entry of one product, by random signs."""
