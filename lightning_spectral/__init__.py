@@ -15,10 +15,12 @@ from lightning_spectral.control import (
     balance_penalty,
     fuse_scales,
 )
+from lightning_spectral.covariance import covariance_trajectory
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError, SpectralError
 from lightning_spectral.journal import read_actions, read_journal
 from lightning_spectral.linalg import ExactSVD, RandomizedSVD
+from lightning_spectral.lyapunov import lyapunov_exponents
 from lightning_spectral.measure import measure
 from lightning_spectral.metrics import EffectiveRank, SpectralRatio, StableRank, TokenResidual, TokenSimilarity
 from lightning_spectral.monitor import SpectralMonitor
@@ -49,9 +51,11 @@ __all__ = [
     "attach_scales",
     "balance_init_",
     "balance_penalty",
+    "covariance_trajectory",
     "find_blocks",
     "fuse_scales",
     "heatmap",
+    "lyapunov_exponents",
     "measure",
     "read_actions",
     "read_journal",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_spectral import settings
 from lightning_spectral.discovery import find_blocks
+from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.discovery.scaled import with_scales
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.geometry.covariance import product_spectrum
@@ -100,11 +101,8 @@ def covariance_trajectory(
 
 
 def _found(model: nn.Module, batch: Any) -> tuple[ResidualBlock, ...]:
-    if batch is None:
-        return find_blocks(model)
-    if isinstance(batch, Mapping):
-        return find_blocks(model, **batch)
-    return find_blocks(model, *(batch if isinstance(batch, tuple) else (batch,)))
+    args, kwargs = arguments_of(batch)
+    return find_blocks(model, *args, **kwargs)
 
 
 def _branches(block: ResidualBlock) -> Iterator[tuple[str, Branch]]:

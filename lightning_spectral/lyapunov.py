@@ -14,9 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from lightning_spectral.discovery import find_blocks
-from lightning_spectral.discovery.find import _attempts
+from lightning_spectral.discovery.find import attempted_calls
+from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.discovery.paths import resolve
-from lightning_spectral.discovery.recorder import _undisturbed
+from lightning_spectral.discovery.recorder import undisturbed
 from lightning_spectral.errors import ConfigurationError, ExampleInputError
 from lightning_spectral.geometry.lyapunov import LyapunovSpectrum, angle_exponent, gradient_exponent, lyapunov_spectrum
 from lightning_spectral.linalg import Jacobian
@@ -171,7 +172,7 @@ def _still(model: nn.Module) -> Iterator[None]:
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack, torch.inference_mode(False):
-        stack.enter_context(_undisturbed(model, devices))
+        stack.enter_context(undisturbed(model, devices))
         # Fused attention has no forward-mode derivative; the fast path of torch.nn's layers has none at all.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
@@ -187,7 +188,7 @@ def _still(model: nn.Module) -> Iterator[None]:
 
 def _chain(model: nn.Module, batch: Any, blocks: Sequence[ResidualBlock] | None) -> list[_Call]:
     """Run the model once and return the calls of its blocks, each of which continues the stream of the one before."""
-    args, kwargs = _arguments(batch)
+    args, kwargs = arguments_of(batch)
     if blocks is None:
         blocks = find_blocks(model, *args, **kwargs)
     calls = _captured(model, args, kwargs, blocks)
@@ -200,20 +201,12 @@ def _chain(model: nn.Module, batch: Any, blocks: Sequence[ResidualBlock] | None)
     return calls
 
 
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if batch is None:
-        return (), {}
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (batch if isinstance(batch, tuple) else (batch,)), {}
-
-
 def _captured(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], blocks: Sequence[ResidualBlock]
 ) -> list[_Call]:
     """Run the model on its input, or on the first guess that runs."""
     failures: list[str] = []
-    for description, module, make in _attempts(model, args, kwargs):
+    for description, module, make in attempted_calls(model, args, kwargs):
         calls: list[_Call] = []
         with ExitStack() as stack, torch.no_grad():
             for block in blocks:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.discovery import find_blocks
+from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.discovery.scaled import scale_module, with_scales
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.functional import measure_functions
@@ -150,8 +151,7 @@ def measure(
     """
     if linearization != "jacobian":
         _checked(linearization, get_args(Linearization))
-    args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch if isinstance(batch, tuple) else (batch,), {})
-    args = () if batch is None else args
+    args, kwargs = arguments_of(batch)
     if blocks is None:
         blocks = find_blocks(model, *args, **kwargs)
     if linearization == "jacobian":

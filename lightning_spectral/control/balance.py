@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from lightning_spectral import settings
 from lightning_spectral.control.scales import ResidualScale
 from lightning_spectral.discovery import find_blocks
+from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import Adjoint, LinearOperator, Product, RandomizedSVD, Scaled, Solver, frobenius_norm
@@ -113,11 +114,8 @@ def balance_init_(
 
 
 def _found(model: nn.Module, batch: Any) -> tuple[ResidualBlock, ...]:
-    if batch is None:
-        return find_blocks(model)
-    if isinstance(batch, Mapping):
-        return find_blocks(model, **batch)
-    return find_blocks(model, *(batch if isinstance(batch, tuple) else (batch,)))
+    args, kwargs = arguments_of(batch)
+    return find_blocks(model, *args, **kwargs)
 
 
 def _pair(block: ResidualBlock) -> Iterator[Branch]:

@@ -20,7 +20,7 @@ coarser: a fifth off for random weights of rank 64 and width 600.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_spectral import settings
 from lightning_spectral.discovery import find_blocks
+from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.discovery.scaled import with_scales
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import (
@@ -145,11 +146,8 @@ def _plain_arithmetic(model: nn.Module) -> Iterator[None]:
 
 
 def _found(model: nn.Module, batch: Any) -> tuple[ResidualBlock, ...]:
-    if batch is None:
-        return find_blocks(model)
-    if isinstance(batch, Mapping):
-        return find_blocks(model, **batch)
-    return find_blocks(model, *(batch if isinstance(batch, tuple) else (batch,)))
+    args, kwargs = arguments_of(batch)
+    return find_blocks(model, *args, **kwargs)
 
 
 def _log_ratios(

@@ -15,7 +15,7 @@ from lightning_spectral.discovery.tape import Tape
 from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
 from lightning_spectral.records import ResidualBlock
 
-__all__ = ["find_blocks"]
+__all__ = ["attempted_calls", "find_blocks", "recorded"]
 
 _HATCH = """If the model has residual blocks, describe them (paths relative to the block, * for one path component):
 
@@ -59,7 +59,7 @@ def find_blocks(
             "(to_empty and initialize, or load a checkpoint), then look for its blocks"
         )
     try:
-        tape, description = _recorded(model, example_inputs, example_kwargs)
+        tape, description = recorded(model, example_inputs, example_kwargs)
         blocks, refusals = blocks_of(tape, model)
     except ExampleInputError:
         if not hints:
@@ -84,10 +84,17 @@ def _nothing_found(model: nn.Module, description: str, refusals: list[str]) -> s
     return "\n".join([*lines, _HATCH])
 
 
-def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tape, str]:
-    """Record a pass on the given inputs, or on the first guess that runs."""
+def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tape, str]:
+    """Record a pass on the given inputs, or on the first guess that runs.
+
+    Returns:
+        The tape, and a description of the inputs.
+
+    Raises:
+        ExampleInputError: None ran; the message says what was tried.
+    """
     attempts: list[str] = []
-    for description, module, make in _attempts(model, args, kwargs):
+    for description, module, make in attempted_calls(model, args, kwargs):
         try:
             positional, named = make()
             inputs = (positional, named)
@@ -115,9 +122,16 @@ def _short(error: Exception) -> str:
     return lines[0][:200] if lines else ""
 
 
-def _attempts(
+def attempted_calls(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[str, nn.Module, Callable[[], Any]]]:
+    """Yield calls worth trying: what the input is, the module to call, and how to make its arguments.
+
+    Args:
+        model: The model, or a wrapper around it.
+        args: Positional arguments, if the caller has some.
+        kwargs: Keyword arguments, the same.
+    """
     for module in _runnable(model):
         if args or kwargs:
             yield "the given example input", module, lambda: (args, dict(kwargs))

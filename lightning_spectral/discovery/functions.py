@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
-from lightning_spectral.discovery.find import _recorded
+from lightning_spectral.discovery.find import recorded
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.discovery.recipes import attribute_path
 from lightning_spectral.discovery.replay import _execute
@@ -152,7 +152,7 @@ def branch_functions(
     """
     # Fused attention kernels can be differentiated once; plain arithmetic twice.
     with sdpa_kernel(SDPBackend.MATH):
-        tape, _ = _recorded(model, args, kwargs)
+        tape, _ = recorded(model, args, kwargs)
     adds, _ = residual_adds(tape)
     places = _Places(tape, adds)
     return {branch: places.function(branch) for block in blocks for branch in block.branches}

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["guesses"]
+__all__ = ["arguments_of", "guesses"]
 
 # A prime, so that no feature size of a real model equals it by accident.
 _TOKENS = 13
 _BATCH = 2
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments that a batch stands for.
+
+    Args:
+        batch: A tensor, a tuple of positional arguments, a mapping of keyword arguments, or ``None`` for no arguments.
+    """
+    if batch is None:
+        return (), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (batch if isinstance(batch, tuple) else (batch,)), {}
 
 
 def guesses(model: nn.Module) -> Iterator[tuple[str, Callable[[], Inputs]]]:

@@ -30,7 +30,7 @@ def common_parts(paths: Iterable[str]) -> list[str]:
 
 
 def is_compiled(model: nn.Module, path: str) -> bool:
-    """Whether the module at a path, or one around it, is compiled: hooks that come after compiling are ignored there."""
+    """Whether the module at a path, or one around it, is compiled: hooks that come later are ignored there."""
     names = path.split(".") if path else []
     around = [resolve(model, ".".join(names[:depth])) if depth else model for depth in range(len(names) + 1)]
     dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds, and what is compiled has imported it

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_flatten_with_path
 from lightning_spectral.discovery.replay import map_leaves, tensors_in, written_tensors
 from lightning_spectral.discovery.tape import Call, Operation, Place, Ref, Tape
 
-__all__ = ["record"]
+__all__ = ["record", "undisturbed"]
 
 
 @dataclass(slots=True)
@@ -208,7 +208,7 @@ def record(model: nn.Module, run: Callable[[], Any], inputs: Any) -> Tape:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     recorder = _Recorder(tape, {_place(tensor): name for name, tensor in reversed(tensors)})
     with ExitStack() as stack:
-        stack.enter_context(_undisturbed(model, {tensor.device for _, tensor in tensors}))
+        stack.enter_context(undisturbed(model, {tensor.device for _, tensor in tensors}))
         stack.enter_context(torch.enable_grad())
         for leaf in tree_flatten(inputs)[0]:
             if isinstance(leaf, Tensor):
@@ -225,7 +225,7 @@ def record(model: nn.Module, run: Callable[[], Any], inputs: Any) -> Tape:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[None]:
+def undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[None]:
     """Evaluation mode, no autocast, no compilation; training flags and random streams are put back at the end."""
     accelerators = [device for device in devices if device.type == "cuda"]
     modes = [(module, module.training) for module in model.modules()]
