@@ -825,3 +825,10 @@ def test_an_unknown_linearization_is_refused(linearization: Any) -> None:
     """The message names all three."""
     with pytest.raises(ConfigurationError, match="expected 'circuit' or 'paper' or 'jacobian' in this version"):
         measure(nn.Identity(), linearization=linearization)
+
+
+def test_the_table_claims_no_zone_for_jacobians():
+    model, (args, kwargs) = built("nanogpt")
+    text = str(measure(model, linearization="jacobian", batch=args or kwargs))
+    assert "linearization='jacobian', step 0, no zone is known" in text
+    assert "the zone" not in text
