@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.discovery.paths import module_at
 from lightning_spectral.geometry import effective_rank, token_residual
 from lightning_spectral.records import Measurement, ResidualBlock
 
@@ -27,11 +27,15 @@ class BlockOutputs:
 
     Args:
         model: The model that the blocks were found in.
-        blocks: The blocks.
+        blocks: The blocks. One that the model does not have is not heard.
     """
 
-    def __init__(self, model: nn.Module, blocks: Iterable[ResidualBlock]) -> None:
-        self._model, self._blocks = model, tuple(blocks)
+    def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
+        shared = next((block.token_dims for block in blocks if block.token_dims), (1,))
+        found = [(block, module_at(model, block.name)) for block in blocks]
+        self._heard = [
+            (block.index, block.token_dims or shared, module) for block, module in found if module is not None
+        ]
         self._handles: list[RemovableHandle] = []
         self.measured: dict[int, Tensor] = {}
         self.error: Exception | None = None
@@ -41,12 +45,8 @@ class BlockOutputs:
         if self._handles:
             return
         self.measured = {}
-        shared = next((block.token_dims for block in self._blocks if block.token_dims), (1,))
-        for block in self._blocks:
-            module = resolve(self._model, block.name) if block.name else self._model
-            assert isinstance(module, nn.Module)
-            listen = _Listener(self, block.index, block.token_dims or shared)
-            self._handles.append(module.register_forward_hook(listen))
+        for index, token_dims, module in self._heard:
+            self._handles.append(module.register_forward_hook(_Listener(self, index, token_dims)))
 
     def stop(self) -> None:
         """Leave the model as it was."""

@@ -22,7 +22,6 @@ FLOORS = [
     {"functional"},
     {"measure", "covariance", "lyapunov"},
     {"metrics", "control"},
-    {"trends"},
     {"alarms"},
     {"journal", "series"},
     {"report"},

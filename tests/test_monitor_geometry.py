@@ -14,7 +14,7 @@ from test_monitor_neutral import MODES, assert_same, run
 from tiny_run import BLOCKS, LitGPT, fit
 from torch import Tensor
 
-from lightning_spectral import ConfigurationError, SpectralMonitor, read_journal
+from lightning_spectral import ConfigurationError, SpectralMonitor, find_blocks, read_journal
 from lightning_spectral.geometry import token_residual
 
 
@@ -90,3 +90,14 @@ def test_no_hook_is_left_and_other_steps_have_none(tmp_path: Path):
     fit(tmp_path, SpectralMonitor(every_n_steps=4, geometry=True), module=module)
     assert hooks == [0, 0, 0, BLOCKS, 0, 0, 0, BLOCKS]
     assert not any(part._forward_hooks for part in module.modules())
+
+
+def test_blocks_of_another_model_do_not_stop_the_run(tmp_path: Path):
+    seed_everything(0)
+    module = LitGPT()
+    strangers = find_blocks(module.model)  # named as in the inner model: "blocks.0" and not "model.blocks.0"
+    trainer = fit(tmp_path, SpectralMonitor(2, geometry=True, blocks=strangers), module=module)
+    assert trainer.global_step == 8
+    assert all(value is None for values in seen(tmp_path).values() for value in values)
+    reasons = [layer["reason"] for layer in read_journal(tmp_path / "spectral.jsonl")[1][-1]["layers"]]
+    assert all("no attribute 'blocks'" in reason for reason in reasons)

@@ -11,8 +11,8 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from lightning_spectral.control.scales import ResidualScale, absolute_path, detach_scale
-from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.control.scales import ResidualScale, detach_scale
+from lightning_spectral.discovery.paths import absolute_path, resolve
 from lightning_spectral.discovery.scaled import CHILD
 from lightning_spectral.errors import ConfigurationError
 

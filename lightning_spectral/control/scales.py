@@ -18,16 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from lightning_spectral.discovery import find_blocks
-from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.discovery.paths import relative_path, resolve
 from lightning_spectral.discovery.scaled import CHILD, log_scale_tensor, with_scales
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import Branch, ResidualBlock
 
-__all__ = ["ResidualScale", "ResidualScales", "absolute_path", "attach_scales", "detach_scale", "relative_path"]
+__all__ = ["ResidualScale", "ResidualScales", "attach_scales", "detach_scale"]
 
 
 class ResidualScale(nn.Module):
@@ -210,12 +209,7 @@ def _trusted(blocks: Sequence[ResidualBlock]) -> list[ResidualBlock]:
 
 def _refuse_sharded(model: nn.Module) -> None:
     """Refuse a model that is sharded over data-parallel ranks: a scale attached now would differ between ranks."""
-    sharded = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
-    data_parallel = any(
-        isinstance(parameter, DTensor) and "dp" in "".join(parameter.device_mesh.mesh_dim_names or ())
-        for parameter in model.parameters()
-    )
-    if sharded or data_parallel:
+    if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()):
         raise ConfigurationError(
             "the model is sharded already, and scales attached now would silently differ between ranks: call "
             "attach_scales(model) in configure_model, before fully_shard"
@@ -264,29 +258,6 @@ def _attach(model: nn.Module, branch: Branch, *, learnable: bool) -> None:
     scale = ResidualScale(branch.output_index, ends, branch.ends_reason, learnable=learnable and not frozen, like=like)
     module.add_module(CHILD, scale)
     module.register_forward_hook(_scale_output)
-
-
-def relative_path(site: str, parameter: str) -> str:
-    """Return the path of a parameter as seen from a site: one dot for the site, one more for each level above it.
-
-    ``relative_path("layers.0.dropout", "layers.0.linear.weight")`` is ``"..linear.weight"``. Unlike the path from the
-    model, it holds for the keys of a state dict that was taken from a module around the model or inside it.
-    """
-    here, there = site.split(".") if site else [], parameter.split(".")
-    common = 0
-    while common < min(len(here), len(there) - 1) and here[common] == there[common]:
-        common += 1
-    return "." * (len(here) - common + 1) + ".".join(there[common:])
-
-
-def absolute_path(site: str, relative: str) -> str:
-    """Return the path that :func:`relative_path` made relative.
-
-    The site may lie deeper than it did then, inside a wrapper; it must not lie higher than the path climbs.
-    """
-    levels = len(relative) - len(relative.lstrip(".")) - 1
-    parts = site.split(".") if site else []
-    return ".".join([*parts[: len(parts) - levels], relative.lstrip(".")])
 
 
 def detach_scale(model: nn.Module, name: str) -> None:

@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_spectral.discovery.find import recorded
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.discovery.recipes import attribute_path
-from lightning_spectral.discovery.replay import _execute
+from lightning_spectral.discovery.replay import execute
 from lightning_spectral.discovery.residual import ResidualAdd, Term, residual_adds
 from lightning_spectral.discovery.tape import Call, Operation, Tape, bits, wide_dtype
 from lightning_spectral.records import Branch, ResidualBlock
@@ -89,7 +89,7 @@ class BranchFunction:
             return environment[value] if value in environment else self._constant(value)
 
         for operation in plan:
-            for output, tensor in zip(operation.outputs, _execute(self._tape, operation, fetch), strict=True):
+            for output, tensor in zip(operation.outputs, execute(self._tape, operation, fetch), strict=True):
                 if tensor is not None and output not in sources:
                     environment[output] = tensor
         return environment

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_spectral.discovery.tape import Operation, Place, Ref, Tape, bits
 
-__all__ = ["map_leaves", "replay", "tensors_in", "written_tensors"]
+__all__ = ["execute", "map_leaves", "replay", "tensors_in", "written_tensors"]
 
 
 def replay(
@@ -47,13 +47,13 @@ def replay(
             if not any(parent in environment for parent in operation.inputs):
                 continue
             done.add(operation.index)
-            for output, tensor in zip(operation.outputs, _execute(tape, operation, fetch), strict=True):
+            for output, tensor in zip(operation.outputs, execute(tape, operation, fetch), strict=True):
                 if output not in fixed and tensor is not None:
                     environment[output] = tensor
     return fetch(target)
 
 
-def _execute(tape: Tape, operation: Operation, fetch: Callable[[int], Tensor]) -> Sequence[Tensor | None]:
+def execute(tape: Tape, operation: Operation, fetch: Callable[[int], Tensor]) -> Sequence[Tensor | None]:
     """Run one operation functionally: what the original wrote in place is written to a copy."""
     if operation.function is None:
         return [_refresh(tape, operation, fetch)]

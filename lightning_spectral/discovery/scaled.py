@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.discovery.paths import module_at
 from lightning_spectral.records import Branch, Factor, Path, ResidualBlock
 
 __all__ = ["CHILD", "log_scale_path", "log_scale_tensor", "scale_module", "with_scales"]
@@ -24,11 +24,11 @@ def log_scale_path(model: nn.Module, branch: Branch) -> str | None:
     """
     if branch.site.startswith("param:"):
         owner, _, name = branch.site.removeprefix("param:").rpartition(".")
-        module = _module(model, owner)
+        module = module_at(model, owner)
         listed = getattr(getattr(module, "parametrizations", None), name, ())
         found = [place for place, item in enumerate(listed) if hasattr(item, "log_scale")]
         return _join(owner, f"parametrizations.{name}.{found[0]}.log_scale") if found else None
-    child = getattr(_module(model, branch.site), CHILD, None)
+    child = getattr(module_at(model, branch.site), CHILD, None)
     return _join(branch.site, f"{CHILD}.log_scale") if hasattr(child, "log_scale") else None
 
 
@@ -38,8 +38,7 @@ def scale_module(model: nn.Module, branch: Branch | None) -> nn.Module | None:
     Keep the module, which is cheap to read again and again, and not its parameter, which sharding may replace.
     """
     path = None if branch is None else log_scale_path(model, branch)
-    found = None if path is None else _module(model, path.rpartition(".")[0])
-    return found if isinstance(found, nn.Module) else None
+    return None if path is None else module_at(model, path.rpartition(".")[0])
 
 
 def log_scale_tensor(model: nn.Module, branch: Branch | None) -> Tensor | None:
@@ -71,13 +70,6 @@ def _with_scale(model: nn.Module, branch: Branch) -> Branch:
         for chain in branch.paths
     )
     return replace(branch, paths=tuple(paths))
-
-
-def _module(model: nn.Module, path: str) -> object:
-    try:
-        return resolve(model, path) if path else model
-    except AttributeError:
-        return None  # blocks of another model: whoever needs the module says so
 
 
 def _join(owner: str, name: str) -> str:

@@ -380,6 +380,7 @@ class SpectralMonitor(Callback):
     def _remove_hooks(self) -> None:
         if self._load_hook is not None:
             self._load_hook.remove()
+            self._load_hook = None
         if self._steering is not None:
             self._steering.release()
 

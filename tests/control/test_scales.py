@@ -25,7 +25,8 @@ from lightning_spectral import (
     fuse_scales,
     measure,
 )
-from lightning_spectral.control.scales import ResidualScale, absolute_path, relative_path
+from lightning_spectral.control.scales import ResidualScale
+from lightning_spectral.discovery.paths import absolute_path, relative_path
 from lightning_spectral.discovery.scaled import log_scale_tensor
 
 MEMBERS = [
