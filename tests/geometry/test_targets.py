@@ -15,8 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from zoo.gpt import NanoGPT
 
+from lightning_spectral import ExactSVD, balance_penalty, find_blocks
 from lightning_spectral.geometry import effective_rank, token_residual, token_similarity
+from lightning_spectral.geometry.jacobian import gains
+from lightning_spectral.linalg import Adjoint, Jacobian, RandomizedSVD, frobenius_norm
 
 LAYERS = 24
 
@@ -127,6 +131,11 @@ def test_uniform_attention_without_norms(layers, alpha):
     assert mean(squares) == pytest.approx(formula, abs=0.01)
 
 
+def simplex(n: int, rho: float = 0.5) -> Tensor:
+    """Return n unit tokens of which any two have the cosine ρ, ``(n, n)``."""
+    return torch.linalg.cholesky(rho + (1 - rho) * torch.eye(n, dtype=torch.float64))
+
+
 @pytest.mark.parametrize(("gamma", "expected"), [(1.0, None), (2.0, 0.8011), (3.0, 0.5304), (5.0, 0.5001)], ids=str)
 def test_critical_attention(gamma, expected):
     """The mean cosine after one layer of softmax attention has a closed form for every n.
@@ -136,8 +145,7 @@ def test_critical_attention(gamma, expected):
     """
     n, rho = 256, 0.5
     beta = gamma * math.log(n)
-    cosines = rho + (1 - rho) * torch.eye(n, dtype=torch.float64)
-    X = torch.linalg.cholesky(cosines)
+    X = simplex(n, rho)
     assert token_similarity(X).item() == pytest.approx(rho, abs=1e-12)
     after = token_similarity(torch.softmax(beta * X @ X.mT, dim=-1) @ X).item()
 
@@ -148,6 +156,70 @@ def test_critical_attention(gamma, expected):
     assert after == pytest.approx(((a - c) ** 2 * rho + common) / ((a - c) ** 2 + common), abs=1e-6)
     if expected is not None:
         assert after == pytest.approx(expected, abs=5e-5)
+
+
+def attention(X: Tensor, gamma: float, queries: int | None = None) -> Tensor:
+    """Return the first so many outputs of softmax attention between normalized tokens."""
+    X = F.normalize(X, dim=-1)
+    return torch.softmax(gamma * math.log(len(X)) * X[:queries] @ X.mT, dim=-1) @ X
+
+
+def squared_gain(n: int, gamma: float) -> float:
+    """Return η = ‖∂X'/∂X‖_F² / (n d), d = n, exactly: every token of a simplex has the same share in it."""
+    share = Jacobian(lambda X: attention(X, gamma, 1), simplex(n))
+    return frobenius_norm(Adjoint(share), generator=torch.Generator(), n_probes=n).item() ** 2 / n
+
+
+def squared_gain_by_blocks(n: int, gamma: float) -> float:
+    """The same by the differential of attention, one token of the input after the other.
+
+    With A = softmax(β x_jᵀ x_0) and x̄ = Σ A_j x_j, dx̄ = Σ A_j dx_j + β Σ A_j (x_j − x̄)(x_0ᵀ dx_j + x_jᵀ dx_0). The norm
+    lets only I − x_j x_jᵀ of dx_j pass.
+    """
+    X, beta = simplex(n), gamma * math.log(n)
+    A = torch.softmax(beta * X @ X[0], dim=0)
+    apart = X - A @ X
+    total = 0.0
+    for j, x in enumerate(X):
+        block = A[j] * (torch.eye(n, dtype=X.dtype) + beta * torch.outer(apart[j], X[0]))
+        if j == 0:
+            block += beta * (A * apart.mT) @ X
+        total += float((block @ (torch.eye(n, dtype=X.dtype) - torch.outer(x, x))).square().sum())
+    return total / n
+
+
+@pytest.mark.parametrize("gamma", [1.0, 2.0, 3.0])
+def test_every_token_of_a_simplex_has_the_same_share_in_the_jacobian(gamma):
+    n = 12
+    dense = torch.func.jacrev(lambda X: attention(X, gamma))(simplex(n))
+    assert squared_gain(n, gamma) == pytest.approx(float(dense.square().sum()) / n**2, rel=1e-12)
+
+
+@pytest.mark.parametrize(("gamma", "expected"), [(1.0, 0.0084), (2.0, 0.2686), (3.0, 0.8885), (5.0, 0.9956)], ids=str)
+def test_the_jacobian_of_critical_attention(gamma, expected):
+    """The same attention between tokens that are normalized first; its Jacobian is never formed.
+
+    The paper's limits, for n to infinity: 0 below the critical γ = 2, (1 − 1/d)/4 there and 1 − 1/d above.
+    """
+    sizes = (16, 64, 256)
+    limit = {1.0: [0.0] * 3, 2.0: [(1 - 1 / d) / 4 for d in sizes]}.get(gamma, [1 - 1 / d for d in sizes])
+    found = [squared_gain(n, gamma) for n in sizes]
+    assert found == pytest.approx([squared_gain_by_blocks(n, gamma) for n in sizes], rel=1e-9)
+    assert found[-1] == pytest.approx(expected, abs=5e-5)
+    errors = [abs(value - end) for value, end in zip(found, limit, strict=True)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_random_probes_find_the_jacobian_of_critical_attention_as_closely_as_they_say():
+    n, gamma, n_probes = 256, 2.0, 8
+    J = Jacobian(lambda X: attention(X, gamma), simplex(n))
+    solver = RandomizedSVD()
+    (norm,), _ = solver.compute([J], solver.init([J]))
+    exact = n * math.sqrt(squared_gain(n, gamma))
+    deviation = math.sqrt(1 / (2 * n_probes * (exact / norm.value) ** 2))
+    assert deviation < 0.01
+    estimate = gains(J, (), generator=torch.Generator().manual_seed(0), n_probes=n_probes).frobenius
+    assert estimate == pytest.approx(exact, rel=3 * deviation)
 
 
 def transformer(ratio: float, seed: int, *, causal: bool, n: int = 16, d: int = 32) -> Tensor:
@@ -184,3 +256,26 @@ def test_only_dominant_attention_collapses_tokens(causal):
         for ratio in (0.03, 1.0, 30.0)
     }
     assert residual[30.0] > residual[1.0] > residual[0.03]
+
+
+def test_the_norm_of_a_product_has_an_outer_product_for_its_gradient():
+    """σ = ‖BA‖₂ with singular vectors u, v: ∂σ/∂B = u (Av)ᵀ, ∂σ/∂A = (Bᵀu) vᵀ.
+
+    Seen through the penalty (ln ρ − high)², which with the paper's ρ is a function of σ = ‖W_down W_up‖₂.
+    """
+    torch.manual_seed(0)
+    model = NanoGPT().double()
+    block = find_blocks(model)[:1]
+    mlp, attention_output = model.transformer.h[0].mlp, model.transformer.h[0].attn.c_proj.weight
+    B, A = mlp.c_proj.weight, mlp.c_fc.weight
+    U, s, Vt = torch.linalg.svd((B @ A).detach())
+    u, v = U[:, 0], Vt[0]
+    log_ratio = math.log(s[0] / torch.linalg.matrix_norm(attention_output.detach(), ord=2))
+    high = math.exp(log_ratio - 0.5)
+
+    penalty = balance_penalty(model, block, safe_zone=(high / 2, high), linearization="paper", solver=ExactSVD())
+    assert penalty.item() == pytest.approx(0.25, rel=1e-12)
+    of_B, of_A = torch.autograd.grad(penalty, [B, A])
+    outer = 2 * 0.5 / s[0]
+    torch.testing.assert_close(of_B, outer * torch.outer(u, A.detach() @ v), rtol=0, atol=1e-12)
+    torch.testing.assert_close(of_A, outer * torch.outer(B.detach().mT @ u, v), rtol=0, atol=1e-12)
