@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from zoo import example, examples
 from zoo.example import HIDDEN, blocks_of, seeded, token_inputs
@@ -38,18 +37,12 @@ from lightning_spectral.geometry.jacobian import derivative_error, gains
 from lightning_spectral.linalg import Jacobian
 from lightning_spectral.records import FunctionalMeasurement
 
+# Some members of the zoo are sharded.
+pytestmark = pytest.mark.usefixtures("process_group")
+
 NUMBERS = tuple(FunctionalMeasurement.__dataclass_fields__)[:-1]  # the last one is a flag
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One process, which is a group of its own."""
-    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @functools.cache

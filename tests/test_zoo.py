@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from zoo import Example, ExpectedBlock, example, examples, survey
 
@@ -17,17 +16,11 @@ SURVEYED = [member.name for member in examples() if member.survey]
 WITH_BLOCKS = [member.name for member in examples() if member.blocks and member.callable]
 WITH_MATRICES = [member.name for member in examples() if member.matrices]
 
-# What the compiler's own tracer says about the input of a block in the middle of a model.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One process, which is a group of its own."""
-    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+pytestmark = [
+    pytest.mark.usefixtures("process_group"),  # some members are sharded
+    # What the compiler's own tracer says about the input of a block in the middle of a model.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 
 @pytest.fixture

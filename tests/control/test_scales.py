@@ -381,14 +381,6 @@ def test_a_sharded_model_is_refused_unless_its_scales_came_first():
         attach_scales(late, blocks)
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_paths_are_relative_to_the_site_and_hold_inside_any_wrapper():
     for site, parameter, relative in (
         ("layers.0.mlp", "layers.0.mlp.down.weight", ".down.weight"),
