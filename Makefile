@@ -1,7 +1,7 @@
 # Each chore is one command; continuous integration runs the same ones.
 #
 #   make demo         train the example GPT and watch it (two minutes on two cores)
-#   make test         the tests
+#   make test         the tests, in two processes; TEST_ARGS="-n 0" for one
 #   make lint         style, docstrings and types
 #   make format       apply what can be applied automatically
 #   make test-oldest  the tests with the oldest supported releases
@@ -12,6 +12,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+# Neighbouring tests stay together, as they share what their modules prepare, until a process has nothing left to do.
+PYTEST = -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test lint format test-oldest bench clean
 
@@ -19,7 +21,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/train_gpt.py $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python $(PYTEST) $(TEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -31,7 +33,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 test-oldest: $(VENV)-oldest/.installed-test
-	$(VENV)-oldest/bin/python -m pytest $(TEST_ARGS)
+	$(VENV)-oldest/bin/python $(PYTEST) $(TEST_ARGS)
 
 bench: $(VENV)/.installed-test
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
