@@ -5,6 +5,9 @@
 
 One model is trained in one process. Rounds without and with measurements alternate, so that whatever else the machine
 does meets all of them alike. A round is as many optimizer steps as the longest interval.
+
+The geometry of tokens is measured inside the forward pass, by hooks at the blocks' outputs. Two more hooks per block,
+one before and one behind, read the clock: a difference of whole steps would drown in their scatter.
 """
 
 from __future__ import annotations
@@ -13,19 +16,24 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from machine import describe
+from torch.utils.hooks import RemovableHandle
 
-from lightning_spectral import find_blocks
+from lightning_spectral import ResidualBlock, find_blocks
+from lightning_spectral.block_outputs import BlockOutputs, with_geometry
 from lightning_spectral.measure import Meter
+from lightning_spectral.records import Measurement
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_gpt import GPT, Config, Windows, read_standard_library
 
-INTERVALS = (1, 10, 50)
+# Steps between two measurements, and whether these are of the tokens too.
+WATCHES = ((1, False), (10, False), (10, True), (50, False))
 
 
 def parse() -> argparse.Namespace:
@@ -60,24 +68,73 @@ def trainer(args: argparse.Namespace) -> tuple[GPT, Callable[[], None]]:
     return model, step
 
 
+class Tokens:
+    """Token geometry as ``SpectralMonitor(geometry=True)`` measures it, and what it costs."""
+
+    def __init__(self, model: GPT, blocks: Sequence[ResidualBlock]) -> None:
+        self._outputs = BlockOutputs(model, blocks)
+        self._modules = [model.get_submodule(block.name) for block in blocks]
+        self._clocks: list[RemovableHandle] = []
+
+    def start(self) -> None:
+        """Listen to the next forward pass."""
+        self.seconds = 0.0
+        self._add_clocks(-1)
+        self._outputs.start()
+        self._add_clocks(1)
+
+    def add_to(self, measurement: Measurement) -> None:
+        """Stop listening; add what was heard to a measurement."""
+        start = time.perf_counter()
+        self._outputs.stop()
+        with_geometry(measurement, self._outputs.values())
+        self.seconds += time.perf_counter() - start
+        while self._clocks:
+            self._clocks.pop().remove()
+
+    def _add_clocks(self, sign: int) -> None:
+        def read(*_: object) -> None:
+            self.seconds += sign * time.perf_counter()
+
+        self._clocks += [module.register_forward_hook(read) for module in self._modules]
+
+
+@dataclass
+class Watched:
+    """Seconds of every step, and of every measurement: of weights and of tokens."""
+
+    steps: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
+
+
 def run_round(
-    step: Callable[[], None], meter: Meter | None, interval: int, steps: int
-) -> tuple[list[float], list[float]]:
-    """Train for some steps; return the seconds of each step and of each measurement."""
-    seconds, measuring = [], []
+    step: Callable[[], None],
+    steps: int,
+    seconds: Watched,
+    interval: int = 1,
+    meter: Meter | None = None,
+    tokens: Tokens | None = None,
+) -> None:
+    """Train for some steps and measure at each interval; note what each takes."""
     for index in range(steps):
+        due = meter is not None and index % interval == interval - 1
+        if due and tokens is not None:
+            tokens.start()
         start = time.perf_counter()
         step()
-        seconds.append(time.perf_counter() - start)
-        if meter is not None and index % interval == interval - 1:
-            start = time.perf_counter()
-            meter.measure(index)
-            measuring.append(time.perf_counter() - start)
-    return seconds, measuring
+        stepped = time.perf_counter()
+        seconds.steps.append(stepped - start)
+        if due:
+            measurement = meter.measure(index)
+            seconds.weights.append(time.perf_counter() - stepped)
+            if tokens is not None:
+                tokens.add_to(measurement)
+            seconds.tokens.append(0.0 if tokens is None else tokens.seconds)
 
 
 def main() -> None:
-    """Print one line per interval."""
+    """Print one line per way of watching."""
     args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -93,25 +150,26 @@ def main() -> None:
     cold = time.perf_counter()
     print(f"finding {len(blocks)} blocks: {found - start:.2f} s; first measurement: {(cold - found) * 1e3:.0f} ms\n")
 
-    run_round(step, None, 1, 5)  # warm up
-    # Each interval keeps its own meter: the longer the interval, the more the weights move between two measurements.
-    meters = {interval: Meter(model, blocks, linearization=args.linearization) for interval in INTERVALS}
+    run_round(step, 5, Watched())  # warm up
+    # Each watch keeps its own meter: the longer the interval, the more the weights move between two measurements.
+    meters = {watch: Meter(model, blocks, linearization=args.linearization) for watch in WATCHES}
     for meter in meters.values():
         meter.measure()
-    plain, watched = [], {interval: ([], []) for interval in INTERVALS}
+    tokens = Tokens(model, blocks)
+    plain, watched = Watched(), {watch: Watched() for watch in WATCHES}
     for _ in range(args.rounds):
-        for interval in INTERVALS:
-            plain += run_round(step, None, interval, args.round_steps)[0]
-            seconds, measuring = run_round(step, meters[interval], interval, args.round_steps)
-            watched[interval][0].extend(seconds)
-            watched[interval][1].extend(measuring)
+        for interval, geometry in WATCHES:
+            run_round(step, args.round_steps, plain)
+            watch = (interval, geometry)
+            run_round(step, args.round_steps, watched[watch], interval, meters[watch], tokens if geometry else None)
 
-    print("every_n_steps   step alone   step watched   measurement   share of training time")
-    for interval, (seconds, measuring) in watched.items():
-        each, alone = statistics.median(measuring), statistics.median(plain)
+    alone = statistics.median(plain.steps)
+    print("every_n_steps   step alone   step watched    weights     tokens   share of training time")
+    for (interval, _), seconds in watched.items():
+        each, of_tokens = statistics.median(seconds.weights), statistics.median(seconds.tokens)
         print(
-            f"{interval:>13}   {alone * 1e3:>7.1f} ms   {statistics.median(seconds) * 1e3:>9.1f} ms   "
-            f"{each * 1e3:>8.1f} ms   {each / (interval * alone):>22.2%}"
+            f"{interval:>13}   {alone * 1e3:>7.1f} ms   {statistics.median(seconds.steps) * 1e3:>9.1f} ms   "
+            f"{each * 1e3:>5.1f} ms   {of_tokens * 1e3:>5.1f} ms   {(each + of_tokens) / (interval * alone):>22.2%}"
         )
 
 
