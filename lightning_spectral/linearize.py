@@ -11,18 +11,21 @@ square, each times the residual multipliers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg import Adjoint, Diagonal, Gather, LinearOperator, Matrix, Product, Scaled
+from lightning_spectral.linalg import Adjoint, Diagonal, Gather, LinearOperator, Matrix, Product, Scaled, Sharded
+from lightning_spectral.linalg.sharded import is_sharded, replicated, stand_in
 from lightning_spectral.records import Factor, Path
 
 __all__ = ["Linearized", "WeightLinearization", "linearize", "reading"]
@@ -72,6 +75,9 @@ def linearize(
     Nothing is copied: matrices are views of the parameters, products are never formed. Biases, activation derivatives
     and the attention pattern are not part of it.
 
+    A weight that is sharded over processes is read where it lies (see :class:`~lightning_spectral.linalg.Sharded`), and
+    all processes have to call this together: norm gains and multipliers, which are small, are gathered.
+
     Args:
         model: The model that the path belongs to.
         path: A chain of factors.
@@ -83,8 +89,8 @@ def linearize(
         The operator, and what to divide its norm by.
 
     Raises:
-        ConfigurationError: A weight holds no numbers (it is on the meta device, packed, or of an integer dtype), or it
-            has another shape than the one that the path was made for.
+        ConfigurationError: A weight holds no numbers (it is on the meta device, packed, or of an integer dtype), it has
+            another shape than the one that the path was made for, or it is sharded in a way that cannot be read.
     """
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         return _circuit(model, path) if linearization == "circuit" else Linearized(_paper(model, path))
@@ -98,7 +104,7 @@ def _circuit(model: nn.Module, path: Path) -> Linearized:
         elif factor.role in ("scale", "pre_norm"):
             _append_gain(model, chain, factor)
         else:
-            _append(model, chain, _selected(_tensor(model, factor), factor.rows))
+            _append(model, chain, _matrix(model, factor))
     return chain.finished()
 
 
@@ -108,7 +114,7 @@ def _paper(model: nn.Module, path: Path) -> LinearOperator:
         if factor.role == "scale":
             _append_gain(model, chain, factor)
         elif factor.role in ("output", "down", "up"):
-            chain.operators += _selected(_tensor(model, factor), factor.rows)
+            chain.operators += _matrix(model, factor)
     last = chain.operators[-1]
     if any(factor.role == "output" for factor in path.factors) and last.shape[0] != last.shape[1]:
         chain.operators.append(Adjoint(last))
@@ -144,20 +150,48 @@ def _append(model: nn.Module, chain: _Chain, operators: list[LinearOperator]) ->
     chain.operators += operators
 
 
-def _selected(weight: Tensor, rows: tuple[range, ...] | None) -> list[LinearOperator]:
-    """Return the matrix whose rows are picked, as a view where the rows form a pattern, and as a repetition of one."""
+def _matrix(model: nn.Module, factor: Factor) -> list[LinearOperator]:
+    """Return the matrix of a factor, and the repetition of its rows where there is one."""
+    with _reading(model, factor) as weight:
+        if is_sharded(weight):
+            return _sharded(weight, factor)
+        return _selected(_arranged(replicated(weight), factor), factor.rows, Matrix)
+
+
+def _sharded(weight: DTensor, factor: Factor) -> list[LinearOperator]:
+    if torch.is_grad_enabled():
+        raise ConfigurationError(f"{factor.parameter} is sharded: no gradient goes through its spectral norm")
+    # Views say which entries are read, arithmetic is done to every entry: it does not matter which comes first.
+    views = tuple(step for step in factor.layout if step[0] not in _ARITHMETIC)
+    arithmetic = (step for step in factor.layout if step[0] in _ARITHMETIC)
+    stored, view = _applied(weight, arithmetic), _arranged(stand_in(weight), replace(factor, layout=views))
+    assert isinstance(stored, DTensor)
+    return _selected(view, factor.rows, partial(Sharded, stored))
+
+
+def _selected(
+    weight: Tensor, rows: tuple[range, ...] | None, matrix: Callable[[Tensor], LinearOperator]
+) -> list[LinearOperator]:
+    """Return the matrix whose rows are picked, as a view where the rows form a pattern, and as a repetition of one.
+
+    Args:
+        weight: The weight, or what says where its entries lie.
+        rows: The rows, ``None`` for all of them.
+        matrix: Makes an operator of a view of the weight.
+    """
     if rows is None:
-        return [Matrix(weight)]
+        return [matrix(weight)]
     unique = tuple(sorted(set(rows), key=lambda run: run.start))
     view = _view(weight, unique)
+    operator = matrix(weight if view is None else view)
+    if view is not None and unique == rows:
+        return [operator]
     if view is None:
         index = torch.cat([torch.tensor(run) for run in rows])
-        return [Gather(index.to(weight.device), weight.shape[0]), Matrix(weight)]
-    if unique == rows:
-        return [view]
-    starts = dict(zip(unique, _offsets(unique), strict=True))
-    index = torch.cat([torch.arange(starts[run], starts[run] + len(run)) for run in rows])
-    return [Gather(index.to(weight.device), view.shape[0]), view]
+    else:
+        starts = dict(zip(unique, _offsets(unique), strict=True))
+        index = torch.cat([torch.arange(starts[run], starts[run] + len(run)) for run in rows])
+    return [Gather(index.to(operator.device), operator.shape[0]), operator]
 
 
 def _offsets(runs: tuple[range, ...]) -> list[int]:
@@ -165,37 +199,51 @@ def _offsets(runs: tuple[range, ...]) -> list[int]:
     return [sum(lengths[:position]) for position in range(len(runs))]
 
 
-def _view(weight: Tensor, runs: tuple[range, ...]) -> Matrix | None:
+def _view(weight: Tensor, runs: tuple[range, ...]) -> Tensor | None:
     """Return rows that lie at one distance from each other (heads) as a strided view, ``None`` where they do not."""
     first = runs[0]
     if len(runs) == 1:
-        return Matrix(weight[first.start : first.stop : first.step])
+        return weight[first.start : first.stop : first.step]
     distances = {later.start - earlier.start for earlier, later in pairwise(runs)}
     if len(distances) != 1 or len({(len(run), run.step) for run in runs}) != 1 or min(distances) <= 0:
         return None
     row, column = weight.stride()
-    return Matrix(
-        weight.as_strided(
-            (len(runs), len(first), weight.shape[1]),
-            (distances.pop() * row, first.step * row, column),
-            weight.storage_offset() + first.start * row,
-        )
+    return weight.as_strided(
+        (len(runs), len(first), weight.shape[1]),
+        (distances.pop() * row, first.step * row, column),
+        weight.storage_offset() + first.start * row,
     )
 
 
 def _tensor(model: nn.Module, factor: Factor) -> Tensor:
+    """Return a gain or a multiplier, in one piece."""
+    with _reading(model, factor) as tensor:
+        return _arranged(replicated(tensor), factor)
+
+
+@contextmanager
+def _reading(model: nn.Module, factor: Factor) -> Iterator[Tensor]:
     assert factor.parameter is not None
     with reading(model, factor.parameter) as tensor:
-        tensor = tensor if torch.is_grad_enabled() else tensor.detach()
-        try:
-            for name, *arguments in factor.layout:
-                if name in _ARITHMETIC and tensor.dtype in (torch.float16, torch.bfloat16):
-                    tensor = tensor.float()  # 1 + w in 16 bits would forget most of w
-                tensor = getattr(tensor, name)(*arguments)
-        except (RuntimeError, IndexError) as error:
-            raise ConfigurationError(f"{factor.parameter} has not the shape it was found with: {error}") from None
+        yield tensor if torch.is_grad_enabled() else tensor.detach()
+
+
+def _arranged(tensor: Tensor, factor: Factor) -> Tensor:
+    """Make the matrix or the gain of a stored parameter."""
+    try:
+        tensor = _applied(tensor, factor.layout)
+    except (RuntimeError, IndexError) as error:
+        raise ConfigurationError(f"{factor.parameter} has not the shape it was found with: {error}") from None
     if factor.rows is not None and max((run[-1] for run in factor.rows if run), default=0) >= tensor.shape[0]:
         raise ConfigurationError(f"{factor.parameter} has {tensor.shape[0]} rows, fewer than it was found with")
+    return tensor
+
+
+def _applied(tensor: Tensor, steps: Iterable[tuple[Any, ...]]) -> Tensor:
+    for name, *arguments in steps:
+        if name in _ARITHMETIC and tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()  # 1 + w in 16 bits would forget most of w
+        tensor = getattr(tensor, name)(*arguments)
     return tensor
 
 

@@ -17,6 +17,7 @@ from lightning_spectral.discovery.scaled import scale_module, with_scales
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.functional import measure_functions
 from lightning_spectral.linalg import RandomizedSVD, Solver, SolverState, SpectralNorm, frobenius_norm
+from lightning_spectral.linalg.sharded import replicated
 from lightning_spectral.linearize import Linearized, WeightLinearization, linearize
 from lightning_spectral.records import Branch, LayerMeasurement, Linearization, Measurement, Path, ResidualBlock
 
@@ -202,7 +203,7 @@ def _largest(norms: Sequence[tuple[Path, SpectralNorm]], reason: str | None) -> 
 
 def _read_scales(modules: Mapping[Branch | None, nn.Module]) -> dict[Branch | None, float]:
     """Return the residual scale of every branch that has one, read in a single transfer from the device."""
-    logs: list[Tensor] = [module.log_scale.detach().double() for module in modules.values()]  # type: ignore[operator]
+    logs: list[Tensor] = [replicated(module.log_scale.detach()).double() for module in modules.values()]  # type: ignore[operator]
     if not logs:
         return {}
     values = torch.cat([log.to(logs[0].device) for log in logs]).exp().tolist()

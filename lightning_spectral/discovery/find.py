@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from lightning_spectral.discovery.blocks import blocks_of
 from lightning_spectral.discovery.hints import with_hints
@@ -49,7 +51,7 @@ def find_blocks(
         they were found and what failed.
 
     Raises:
-        ExampleInputError: No example input could be run, or the model is on the meta device.
+        ExampleInputError: No example input could be run, or the model is sharded or on the meta device.
         BlocksNotFoundError: The pass contains no residual block; the message says what was tried.
         ConfigurationError: The hints do not fit the model.
     """
@@ -91,8 +93,9 @@ def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         The tape, and a description of the inputs.
 
     Raises:
-        ExampleInputError: None ran; the message says what was tried.
+        ExampleInputError: None ran, which says what was tried, or the model is sharded.
     """
+    _refuse_sharded(model)
     attempts: list[str] = []
     for description, module, make in attempted_calls(model, args, kwargs):
         try:
@@ -111,6 +114,18 @@ def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         "Tried:"
     )
     raise ExampleInputError("\n".join([advice, *(attempts or ["  nothing: the model gives no sign of what it takes"])]))
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Refuse a model whose weights exist in one piece only while a layer runs, or never: no pass can be looked at."""
+    name = next((name for name, item in model.named_parameters() if isinstance(item, DTensor)), None)
+    if name is not None or any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ExampleInputError(
+            f"{type(model).__name__} is sharded{f' ({name} is a DTensor)' if name else ''}, and structure is read from "
+            "one forward pass of whole weights. Find the blocks before sharding, blocks = find_blocks(model) in "
+            "configure_model ahead of parallelize_module and fully_shard, and pass them on: measure(model, blocks), "
+            "SpectralMonitor(blocks=blocks). They stay valid, because they hold names"
+        )
 
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], Any]:

@@ -6,6 +6,7 @@ from lightning_spectral.linalg.jacobian import Jacobian
 from lightning_spectral.linalg.matrix import Matrix
 from lightning_spectral.linalg.operators import Adjoint, Diagonal, Gather, LinearOperator, Product, Scaled
 from lightning_spectral.linalg.randomized import RandomizedSVD
+from lightning_spectral.linalg.sharded import Sharded
 from lightning_spectral.linalg.solution import Memory, Solver, SolverState, SpectralNorm
 from lightning_spectral.linalg.stacked import Stacked
 
@@ -21,6 +22,7 @@ __all__ = [
     "Product",
     "RandomizedSVD",
     "Scaled",
+    "Sharded",
     "Solver",
     "SolverState",
     "SpectralNorm",

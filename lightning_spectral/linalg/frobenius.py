@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_spectral.linalg.matrix import Matrix
 from lightning_spectral.linalg.operators import Adjoint, Diagonal, LinearOperator, Product, Scaled
+from lightning_spectral.linalg.sharded import Sharded
 
 __all__ = ["frobenius_norm"]
 
@@ -22,9 +23,9 @@ def frobenius_norm(
 ) -> Tensor:
     """Return ‖A‖_F.
 
-    Exact for a :class:`Matrix`, a :class:`Diagonal`, a matrix between diagonals, and multiples and adjoints of these,
-    and wherever there are as many probes as columns. For other products the estimator of Meyer, Musco, Musco and
-    Woodruff, "Hutch++" (SOSA 2021), Algorithm 1: with a known orthonormal subspace V,
+    Exact for a :class:`Matrix`, sharded or not, a :class:`Diagonal`, a matrix between diagonals, and multiples and
+    adjoints of these, and wherever there are as many probes as columns. For other products the estimator of Meyer,
+    Musco, Musco and Woodruff, "Hutch++" (SOSA 2021), Algorithm 1: with a known orthonormal subspace V,
 
         ‖A‖_F² = ‖AV‖_F² + E‖A(I − VVᵀ)g‖²,
 
@@ -62,7 +63,7 @@ def _norm(operator: LinearOperator, generator: torch.Generator, n_probes: int, s
         norm: Tensor = torch.linalg.vector_norm(_gain(factors))
         return norm
     weight = others[0].operator if isinstance(others[0], Adjoint) else others[0]
-    if len(others) > 1 or not isinstance(weight, Matrix):
+    if len(others) > 1 or not isinstance(weight, Matrix | Sharded):
         if operator.shape[1] <= n_probes:
             return _by_columns(operator)
         return _estimated(operator, generator, n_probes, subspace)
@@ -79,7 +80,7 @@ def _factors(operator: LinearOperator) -> list[LinearOperator]:
         case Scaled():
             n = operator.shape[1]
             return [*_factors(operator.operator), Diagonal(_empty(operator).new_ones(n) * operator.c)]
-        case Adjoint() if not isinstance(operator.operator, Matrix):
+        case Adjoint() if not isinstance(operator.operator, Matrix | Sharded):
             inner = reversed(_factors(operator.operator))
             return [factor if isinstance(factor, Diagonal) else Adjoint(factor) for factor in inner]
         case _:

@@ -70,7 +70,7 @@ class Matrix(LinearOperator):
         # Squares of 1e-30 vanish in float32; only the Apple GPU has nothing wider.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         lengths = []
-        for piece in self._pieces(small=True):
+        for piece in self._pieces(self.dtype, small=True):
             piece = piece.to(dtype)
             lengths.append(torch.linalg.vector_norm(piece if columns is None else piece * columns, dim=1))
         length = torch.cat(lengths)
@@ -79,29 +79,29 @@ class Matrix(LinearOperator):
 
     def _across(self, X: Tensor) -> Tensor:
         """Multiply the stored rows by a block: ``(p, k) -> (q, k)`` for stored rows ``(q, p)``."""
-        parts = [_times(piece, X) for piece in self._pieces()]
+        parts = [_times(piece, X) for piece in self._pieces(X.dtype)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _down(self, Y: Tensor) -> Tensor:
         """Multiply the transpose of the stored rows by a block: ``(q, k) -> (p, k)``."""
         result: Tensor | None = None
         row = 0
-        for piece in self._pieces():
+        for piece in self._pieces(Y.dtype):
             part = Y[row : row + len(piece)].mT
             result = torch.mm(part, piece) if result is None else torch.addmm(result, part, piece)
             row += len(piece)
         assert result is not None
         return result.mT
 
-    def _pieces(self, small: bool = False) -> Iterator[Tensor]:
+    def _pieces(self, dtype: torch.dtype, small: bool = False) -> Iterator[Tensor]:
         """Yield the stored rows in order: as they lie where that can be multiplied, else converted a few at a time."""
         for block in self._rows if self._rows.ndim == 3 else (self._rows,):
-            fits = block.dtype == self.dtype and block.stride(1) == 1
+            fits = block.dtype == dtype and block.stride(1) == 1
             if fits and not small:
                 yield block
                 continue
             for part in block.split(max(1, _PIECE_SIZE // block.shape[1])):
-                yield part if fits else part.to(self.dtype, memory_format=torch.contiguous_format)
+                yield part if fits else part.to(dtype, memory_format=torch.contiguous_format)
 
 
 def _times(rows: Tensor, X: Tensor) -> Tensor:

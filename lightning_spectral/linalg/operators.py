@@ -26,8 +26,12 @@ __all__ = [
     "Scaled",
     "balanced_by_largest",
     "check_weight",
+    "dense_by_columns",
     "vector_dtype",
 ]
+
+# Unit vectors that are multiplied at a time.
+_COLUMNS = 64
 
 
 class LinearOperator(ABC):
@@ -37,11 +41,13 @@ class LinearOperator(ABC):
         shape: ``(m, n)``.
         dtype: The dtype of the vectors: float64 where a weight is float64, else float32.
         device: Where the vectors live.
+        sharded: Whether a weight is spread over processes, all of which then have to take part in every product.
     """
 
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+    sharded: bool = False
 
     @abstractmethod
     def matmat(self, X: Tensor) -> Tensor:
@@ -154,6 +160,7 @@ class Scaled(LinearOperator):
         self.c = c.reshape(()) if isinstance(c, Tensor) else float(c)  # as given, with its graph
         self._value = self.c.detach() if isinstance(self.c, Tensor) else self.c
         self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
+        self.sharded = operator.sharded
 
     def matmat(self, X: Tensor) -> Tensor:
         """Scale, then multiply: a factor that balances a huge weight must come before it."""
@@ -183,7 +190,7 @@ class Adjoint(LinearOperator):
     def __init__(self, operator: LinearOperator) -> None:
         self.operator = operator
         self.shape = (operator.shape[1], operator.shape[0])
-        self.dtype, self.device = operator.dtype, operator.device
+        self.dtype, self.device, self.sharded = operator.dtype, operator.device, operator.sharded
 
     def matmat(self, X: Tensor) -> Tensor:
         """Multiply by the transpose of the operator."""
@@ -226,6 +233,7 @@ class Product(LinearOperator):
         wide = any(operator.dtype == torch.float64 for operator in operators)
         self.dtype = torch.float64 if wide else torch.float32
         self.device = operators[0].device
+        self.sharded = any(operator.sharded for operator in operators)
 
     def matmat(self, X: Tensor) -> Tensor:
         """Apply the factors, the last one first."""
@@ -240,7 +248,9 @@ class Product(LinearOperator):
         return Y
 
     def dense(self) -> Tensor:
-        """Multiply the dense factors."""
+        """Multiply the dense factors; sharded ones are never formed."""
+        if self.sharded:
+            return dense_by_columns(self)
         result = self.operators[0].dense()
         for operator in self.operators[1:]:
             result = result @ operator.dense()
@@ -278,6 +288,12 @@ def check_weight(weight: Tensor, word: str, *, dims: tuple[int, ...]) -> None:
         raise ConfigurationError(
             f"{word} must be non-empty with {wanted} dimension(s), got shape {tuple(weight.shape)}."
         )
+
+
+def dense_by_columns(operator: LinearOperator) -> Tensor:
+    """Form the ``(m, n)`` matrix in float64 on the CPU from its products with the unit vectors, a few at a time."""
+    units = torch.eye(operator.shape[1], dtype=torch.float64, device=operator.device)
+    return torch.cat([operator.matmat(block).cpu() for block in torch.split(units, _COLUMNS, dim=1)], dim=1)
 
 
 def vector_dtype(weight: Tensor) -> torch.dtype:

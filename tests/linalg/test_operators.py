@@ -30,6 +30,21 @@ def test_matmat_equals_the_dense_twin(operator, generator, k):
     )
 
 
+def test_vectors_of_64_bits_are_multiplied_in_64_bits(operator, generator):
+    X = torch.randn(operator.shape[1], 3, generator=generator, dtype=torch.float64)
+    actual, expected = operator.matmat(X), operator.dense() @ X
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13 * float(expected.abs().max()))
+
+
+def test_one_wide_weight_makes_the_vectors_of_a_product_wide(generator):
+    A, B = torch.randn(4, 6, generator=generator), torch.randn(6, 5, generator=generator).double()
+    X = torch.randn(5, 2, generator=generator).double()
+    product = Product(Matrix(A), Matrix(B))
+    assert product.dtype == torch.float64
+    torch.testing.assert_close(product.matmat(X), A.double() @ B @ X, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("k", [1, 2, 5, 16])
 def test_adjoint_identity(operator, generator, k):
     X = torch.randn(operator.shape[1], k, generator=generator, dtype=operator.dtype)

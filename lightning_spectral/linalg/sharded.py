@@ -1,0 +1,292 @@
+"""Weights that are spread over processes: each multiplies what it holds, and blocks of vectors are added up.
+
+Let W be the sum of the parts W_r that the processes r of a mesh hold, each padded with zeros to the size of W. Then
+WX = Σ W_r X and WᵀY = Σ W_rᵀ Y: what travels is the sum of a ``(m, k)`` block, never a weight. An all-reduce leaves the
+same bits on every process, so whatever is decided from its result is decided everywhere alike. That is also why every
+process of the mesh has to take part in every product, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeGuard, final
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.linalg.matrix import Matrix
+from lightning_spectral.linalg.operators import (
+    LinearOperator,
+    balanced_by_largest,
+    check_weight,
+    dense_by_columns,
+    vector_dtype,
+)
+
+__all__ = ["Sharded", "Share", "added", "is_sharded", "replicated", "stand_in"]
+
+
+class Share(NamedTuple):
+    """What one process contributes to a sum over the processes of a mesh.
+
+    Attributes:
+        block: The contribution, of one shape on all processes.
+        mesh: The processes.
+        dims: The dimensions of the mesh to sum over; along the others all contributions are equal.
+    """
+
+    block: Tensor
+    mesh: DeviceMesh
+    dims: tuple[int, ...]
+
+
+class _Tile(NamedTuple):
+    """A rectangle of the operator that this process holds."""
+
+    matrix: Matrix
+    rows: slice
+    columns: slice
+
+
+@final
+class Sharded(LinearOperator):
+    """A weight of which this process holds a part, read like a :class:`~lightning_spectral.linalg.matrix.Matrix`.
+
+    Args:
+        weight: A DTensor with the placements ``Shard`` and ``Replicate``, such as ``fully_shard`` and tensor
+            parallelism make. Shards may be uneven or empty.
+        view: How the weight is read, as a Matrix would be: ``(m, n)`` or ``(groups, rows, n)``, a view of what
+            :func:`stand_in` returned for it. By default the weight itself.
+
+    Raises:
+        ConfigurationError: If the weight has no numbers to multiply with, if it has another placement, if this process
+            is not part of its mesh, or if it is read in an order that is no view. All but the third are decided alike
+            on all processes.
+    """
+
+    sharded = True
+
+    def __init__(self, weight: DTensor, view: Tensor | None = None) -> None:
+        check_weight(weight, "weight", dims=(weight.ndim,))
+        view = stand_in(weight) if view is None else view
+        if view.ndim not in (2, 3) or view.numel() == 0:
+            raise ConfigurationError(f"weight must be read in 2 or 3 dimensions, got shape {tuple(view.shape)}.")
+        self.shape = (view.shape[:-1].numel(), view.shape[-1])
+        self.dtype = vector_dtype(weight)
+        self._mesh = weight.device_mesh
+        self._dims = _sharded_dims(weight)
+        local: Tensor = weight.to_local().detach()
+        self.device = local.device
+        self._tiles = _tiles(local, [_held(weight, dim) for dim in range(weight.ndim)], view, weight.shape)
+
+    def share(self, X: Tensor, *, transposed: bool) -> Share:
+        """Return what this process adds to ``W @ X``, or to ``Wᵀ @ X``."""
+        total = X.new_zeros(self.shape[1 if transposed else 0], X.shape[1])
+        for matrix, rows, columns in self._tiles:
+            if transposed:
+                total[columns] += matrix.adjoint(X[rows])
+            else:
+                total[rows] += matrix.matmat(X[columns])
+        return self._share(total)
+
+    def matmat(self, X: Tensor) -> Tensor:
+        """Multiply, together with the other processes: ``(n, k) -> (m, k)``."""
+        return added([self.share(X, transposed=False)])[0]
+
+    def adjoint(self, Y: Tensor) -> Tensor:
+        """Multiply by the transpose, together with the other processes: ``(m, k) -> (n, k)``."""
+        return added([self.share(Y, transposed=True)])[0]
+
+    def dense(self) -> Tensor:
+        """Multiply by every unit vector: the matrix is gathered column by column. For small operators."""
+        return dense_by_columns(self)
+
+    def balanced(self) -> tuple[LinearOperator, int] | None:
+        """Take out the power of two of the largest entry of all processes."""
+        largest = torch.zeros((), dtype=self.dtype, device=self.device)
+        for matrix, _, _ in self._tiles:
+            low, high = matrix.weight.aminmax()
+            largest = torch.maximum(largest, torch.maximum(-low, high).to(self.dtype))
+        # What the maximum of a number and NaN is depends on the backend.
+        largest = torch.where(largest.isnan(), torch.inf, largest)
+        return balanced_by_largest(self, float(added([self._share(largest)], "max")[0]))
+
+    def weighted_norm(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+        """Return √Σ (rowsᵢ · weightᵢⱼ · columnsⱼ)²; see :meth:`Matrix.weighted_norm`."""
+        total = torch.zeros((), dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+        for matrix, r, c in self._tiles:
+            left, right = (None if rows is None else rows[r]), (None if columns is None else columns[c])
+            total = total + matrix.weighted_norm(left, right).square()
+        return added([self._share(total)])[0].sqrt()
+
+    def _share(self, block: Tensor) -> Share:
+        return Share(block, self._mesh, self._dims)
+
+
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is spread over processes, so that no process holds all of it."""
+    return isinstance(tensor, DTensor) and not all(placement.is_replicate() for placement in tensor.placements)
+
+
+def stand_in(weight: Tensor) -> Tensor:
+    """Return a tensor without numbers in which entry i of the weight, counted by rows, lies at place i + 1 of memory.
+
+    A view of it says by its strides which entries are meant. A copy, even of all of it, has memory of another size.
+    """
+    memory = torch.empty(weight.numel() + 1, dtype=weight.dtype, device="meta")
+    return memory[1:].view(weight.shape)
+
+
+def replicated(tensor: Tensor) -> Tensor:
+    """Return a tensor in one piece, gathered from the processes that hold it. For vectors and numbers only."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole: Tensor = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim).to_local()
+    return whole
+
+
+def added(shares: Sequence[Share], operation: str = "sum") -> list[Tensor]:
+    """Add up the contributions of all processes: one collective for all shares of one mesh.
+
+    Args:
+        shares: Of this process, in the same order on all processes.
+        operation: What to do instead, such as ``"max"``.
+
+    Returns:
+        The sums, the same bits on every process.
+    """
+    groups: dict[tuple[DeviceMesh, tuple[int, ...], torch.dtype], list[int]] = {}
+    for i, share in enumerate(shares):
+        groups.setdefault((share.mesh, share.dims, share.block.dtype), []).append(i)
+    sums: list[Tensor] = [share.block for share in shares]
+    for (mesh, dims, _), members in groups.items():
+        blocks = [shares[i].block for i in members]
+        placements = [Partial(operation) if dim in dims else Replicate() for dim in range(mesh.ndim)]
+        flat = DTensor.from_local(torch.cat([block.flatten() for block in blocks]), mesh, placements, run_check=False)
+        total = flat.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
+        for i, block, part in zip(
+            members, blocks, torch.split(total, [block.numel() for block in blocks]), strict=True
+        ):
+            sums[i] = part.to(block.device).view(block.shape)
+    return sums
+
+
+def _sharded_dims(weight: DTensor) -> tuple[int, ...]:
+    """Return the dimensions of the mesh along which the processes hold different parts."""
+    dims = []
+    for dim, placement in enumerate(weight.placements):
+        if placement.is_partial():
+            raise ConfigurationError(
+                "the weight is a sum that has not been taken yet (placement Partial): redistribute it first"
+            )
+        if isinstance(placement, Shard) or hasattr(placement, "split_factor"):
+            dims.append(dim)
+        elif not placement.is_replicate():
+            raise ConfigurationError(
+                f"the placement {placement} of the weight is not known: expected Shard or Replicate"
+            )
+    if weight.device_mesh.get_coordinate() is None:
+        raise ConfigurationError("the weight is spread over processes of which this one is none")
+    return tuple(dims)
+
+
+def _held(weight: DTensor, dim: int) -> Tensor:
+    """Return the indices along a dimension that this process holds, in the order in which it holds them."""
+    indices = torch.arange(weight.shape[dim])
+    coordinate = weight.device_mesh.get_coordinate()
+    assert coordinate is not None
+    for mesh_dim, placement in enumerate(weight.placements):
+        if not placement.is_replicate() and placement.dim % weight.ndim == dim:  # type: ignore[attr-defined]
+            # fully_shard on top of tensor parallelism cuts the pieces of the inner mesh dimension, of which there are
+            # ``split_factor``, and is listed before it.
+            pieces = indices.chunk(getattr(placement, "split_factor", 1))
+            count, place = weight.device_mesh.size(mesh_dim), coordinate[mesh_dim]
+            indices = torch.cat([_chunk(piece, count, place) for piece in pieces])
+    return indices
+
+
+def _chunk(indices: Tensor, count: int, place: int) -> Tensor:
+    chunks = indices.chunk(count)
+    return chunks[place] if place < len(chunks) else indices[:0]
+
+
+def _places(view: Tensor, shape: torch.Size) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Say, for every dimension of the stored weight, where in it the rows and the columns of a view lie.
+
+    Args:
+        view: ``(m, n)`` or ``(groups, rows, n)``, a view of what :func:`stand_in` returned.
+        shape: Of the weight.
+
+    Returns:
+        Indices ``(m,)`` of the rows and ``(n,)`` of the columns along every dimension, ``None`` where the others tell.
+    """
+    if view.untyped_storage().nbytes() != (shape.numel() + 1) * view.element_size():
+        raise ConfigurationError(_NO_VIEW)
+    row = torch.tensor([view.storage_offset() - 1])
+    for size, stride in zip(view.shape[:-1], view.stride()[:-1], strict=True):
+        row = (row.unsqueeze(1) + stride * torch.arange(size)).flatten()
+    column = view.stride(-1) * torch.arange(view.shape[-1])
+    rows: list[Tensor | None] = []
+    columns: list[Tensor | None] = []
+    for dim, size in enumerate(shape):
+        below = shape[dim + 1 :].numel()
+        r, c = row // below % size, column // below % size
+        if not c.any():
+            rows, columns = [*rows, r], [*columns, None]
+        elif bool((r == r[0]).all()) and int(r[0] + c.max()) < size:
+            rows, columns = [*rows, None], [*columns, r[0] + c]
+        else:
+            raise ConfigurationError(_NO_VIEW)
+    return rows, columns
+
+
+_NO_VIEW = "the weight is sharded, and it is rearranged on the way to a matrix in a way that is no view of it"
+
+
+def _tiles(local: Tensor, held: Sequence[Tensor], view: Tensor, shape: torch.Size) -> list[_Tile]:
+    """Return the rectangles of the operator that lie in the local part of its weight, as views."""
+    rows, columns = _places(view, shape)
+    return [
+        _Tile(Matrix(_rectangle(local, row, column)), row.positions, column.positions)
+        for row in _runs(local, held, rows, view.shape[:-1].numel())
+        for column in _runs(local, held, columns, view.shape[-1])
+    ]
+
+
+class _Run(NamedTuple):
+    """Successive rows or columns that lie at one distance from each other in the memory of this process."""
+
+    positions: slice
+    start: int
+    step: int
+
+    def __len__(self) -> int:
+        return int(self.positions.stop - self.positions.start)
+
+
+def _rectangle(local: Tensor, row: _Run, column: _Run) -> Tensor:
+    offset = local.storage_offset() + row.start + column.start
+    return local.as_strided((len(row), len(column)), (row.step, column.step), offset)
+
+
+def _runs(local: Tensor, held: Sequence[Tensor], places: Sequence[Tensor | None], length: int) -> Iterator[_Run]:
+    """Yield the rows (or columns) whose places this process holds, in runs as long as possible."""
+    here, address = torch.ones(length, dtype=torch.bool), torch.zeros(length, dtype=torch.int64)
+    for dim, place in enumerate(places):
+        if place is not None:
+            size = 1 + int(torch.cat([place, held[dim]]).max())
+            index = torch.full((size,), -1).scatter_(0, held[dim], torch.arange(len(held[dim])))[place]
+            here &= index >= 0
+            address += index * local.stride(dim)
+    positions, address = here.nonzero().flatten(), address[here]
+    if not len(positions):
+        return
+    distances = address.diff()
+    neighbours = (positions.diff() == 1) & (distances >= 0)
+    step = int(distances[neighbours].min()) if neighbours.any() else 1
+    ends = (~(neighbours & (distances == step))).nonzero().flatten().tolist()
+    for first, last in zip([0, *(end + 1 for end in ends)], [*ends, len(positions) - 1], strict=True):
+        yield _Run(slice(int(positions[first]), int(positions[last]) + 1), int(address[first]), step)

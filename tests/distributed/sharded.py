@@ -1,0 +1,495 @@
+"""Run by ``test_sharded.py`` in two and in four processes: every case, and what this process saw.
+
+A case measures a model in one piece, shards it, and measures it again with the blocks that were found before.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from zoo import example
+
+from lightning_spectral import ExactSVD, ResidualBlock, attach_scales, balance_penalty, find_blocks, measure
+from lightning_spectral.linalg import Adjoint, Diagonal, Matrix, Product, Sharded, frobenius_norm
+from lightning_spectral.linalg.sharded import stand_in
+from lightning_spectral.measure import Meter
+
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+CASES: dict[int, dict[str, Callable[[DeviceMesh], Any]]] = {2: {}, 4: {}}
+Case = Callable[[DeviceMesh], Any]
+
+LAYOUTS = (
+    "qkv_per_head",
+    "qkv_per_channel",
+    "qkv_grouped_interleaved",
+    "qkv_grouped_tiled",
+    "qkv_conv1d_columns",
+    "latent_attention_norm",
+    "gate_up",
+    "gate_up_interleaved",
+    "experts_out_in",
+    "experts_in_out",
+    "experts_modules_shared",
+    "llama",
+    "gemma2",
+    "mixtral",
+)
+
+
+def case(*worlds: int) -> Callable[[Case], Case]:
+    """Register a case for these numbers of processes."""
+
+    def register(function: Case) -> Case:
+        for world in worlds:
+            CASES[world][function.__name__] = function
+        return function
+
+    return register
+
+
+class Attention(nn.Module):
+    """Causal self-attention with one fused projection and fewer key/value heads than query heads."""
+
+    def __init__(self, width: int, heads: int, groups: int) -> None:
+        super().__init__()
+        self.heads, self.groups, self.size = heads, groups, width // heads
+        self.qkv = nn.Linear(width, (heads + 2 * groups) * self.size)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix tokens."""
+        split = [self.heads * self.size, self.groups * self.size, self.groups * self.size]
+        q, k, v = (part.unflatten(-1, (-1, self.size)).transpose(1, 2) for part in self.qkv(x).split(split, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.groups != self.heads)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """A pre-norm block."""
+
+    def __init__(self, width: int, heads: int, groups: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads, groups)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add both branches."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """A small language model; the head shares its weight with the embedding."""
+
+    def __init__(self, width: int = 160, heads: int = 5, groups: int = 5, hidden: int = 320, layers: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding = nn.Embedding(61, width)
+        self.layers = nn.ModuleList(Block(width, heads, groups, hidden) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 61, bias=False)
+        self.head.weight = self.embedding.weight
+        with torch.no_grad():
+            for norm in (module for module in self.modules() if isinstance(module, nn.LayerNorm)):
+                norm.weight.add_(0.3 * torch.randn(width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids to logits."""
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+class Traffic(TorchDispatchMode):
+    """Notes the collectives that run: their name and the elements that each process contributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and note it."""
+        local = ("wait_tensor", "_wrap_tensor_autograd")
+        if func.namespace in ("c10d", "_c10d_functional") and func._opname not in local:
+            self.seen.append((func._opname, args[0].numel()))
+        return func(*args, **(kwargs or {}))
+
+
+def numbers(measurement: Any) -> dict[str, Any]:
+    """Return what a measurement says, without the time that it took."""
+    return {key: value for key, value in measurement.to_dict().items() if key != "seconds"}
+
+
+@torch.no_grad()
+def move(model: nn.Module) -> None:
+    """Change every weight a little, the same in one piece and in shards."""
+    for parameter in model.parameters():
+        parameter.add_(0.02 * torch.sin(97.0 * parameter) * parameter)
+
+
+def compared(
+    build: Callable[[], nn.Module],
+    shard: Callable[[nn.Module], Any],
+    find: Callable[[nn.Module], tuple[ResidualBlock, ...]] = find_blocks,
+    change: Callable[[nn.Module], None] = move,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measure cold, after a change of the weights and once more: a model in one piece, and one that is sharded."""
+    plain, model = build(), build()
+    blocks = find(plain)
+    shard(model)
+    assert any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    result: dict[str, Any] = {}
+    for name, item in (("plain", plain), ("sharded", model)):
+        meter = Meter(item, blocks, **settings)
+        cold = meter.measure()
+        change(item)
+        with Traffic() as traffic:
+            warm = meter.measure(1)
+        result[name] = [numbers(cold), numbers(warm), numbers(meter.measure(2))]
+        result[f"{name}_traffic"] = traffic.seen
+    names = {factor.parameter for block in blocks for branch in block.branches for factor in branch.factors}
+    factors = [parameter for name, parameter in plain.named_parameters() if name in names]
+    weights = [parameter.numel() for parameter in factors if parameter.ndim > 1]
+    vectors = [parameter.numel() for parameter in factors if parameter.ndim == 1]
+    return result | {"smallest_weight": min(weights), "largest_vector": max(vectors, default=1)}
+
+
+def in_blocks(mesh: DeviceMesh, *, root: bool = True, **settings: Any) -> Callable[[nn.Module], Any]:
+    """Shard every layer by itself, and the model around them."""
+
+    def shard(model: nn.Module) -> None:
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh, **settings)
+        if root:
+            fully_shard(model, mesh=mesh, **settings)
+
+    return shard
+
+
+def tensor_parallel(mesh: DeviceMesh) -> Callable[[nn.Module], Any]:
+    """Cut the heads and the hidden channels."""
+    plan = {
+        "attention.qkv": ColwiseParallel(),
+        "attention.out": RowwiseParallel(),
+        "up": ColwiseParallel(),
+        "down": RowwiseParallel(),
+    }
+
+    def shard(model: nn.Module) -> None:
+        for layer in model.layers:
+            parallelize_module(layer, mesh, plan)
+
+    return shard
+
+
+def by_columns(parameter: nn.Parameter) -> Shard:
+    """Cut matrices along their last dimension."""
+    return Shard(parameter.ndim - 1)
+
+
+def train(model: nn.Module) -> None:
+    """Take three steps, the same on every process."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@case(2)
+def blocks_without_root(mesh: DeviceMesh) -> Any:
+    """Each block is its own root."""
+    return compared(GPT, in_blocks(mesh, root=False))
+
+
+@case(2)
+def blocks_and_root_trained(mesh: DeviceMesh) -> Any:
+    """With a root around them, and weights that are trained between the measurements."""
+    return compared(GPT, in_blocks(mesh), change=train)
+
+
+@case(2)
+def uneven(mesh: DeviceMesh) -> Any:
+    """No dimension divides by two; grouped queries."""
+    return compared(lambda: GPT(85, 5, 1, 171), in_blocks(mesh))
+
+
+@case(2)
+def columns(mesh: DeviceMesh) -> Any:
+    """Cut along the inputs."""
+    return compared(lambda: GPT(84, 7, 7, 172), in_blocks(mesh, shard_placement_fn=by_columns))
+
+
+@case(2)
+def tensor_parallel_trained(mesh: DeviceMesh) -> Any:
+    """Colwise and rowwise."""
+    return compared(lambda: GPT(160, 4, 4, 320), tensor_parallel(mesh))
+
+
+@case(2)
+def half_precision(mesh: DeviceMesh) -> Any:
+    """Weights of 16 bits."""
+    return compared(lambda: GPT().bfloat16(), in_blocks(mesh))
+
+
+@case(2)
+def paper(mesh: DeviceMesh) -> Any:
+    """The other linearization."""
+    return compared(lambda: GPT(groups=1), in_blocks(mesh), linearization="paper")
+
+
+@case(2)
+def exact(mesh: DeviceMesh) -> Any:
+    """The dense solver."""
+    return compared(lambda: GPT(80, layers=1), in_blocks(mesh), solver=ExactSVD())
+
+
+@case(2)
+def huge_and_tiny(mesh: DeviceMesh) -> Any:
+    """Products out of the range of a float, of which a power of two is taken."""
+
+    def build() -> nn.Module:
+        model = GPT()
+        with torch.no_grad():
+            model.layers[0].up.weight.mul_(1e18)
+            model.layers[0].down.weight.mul_(1e18)
+            model.layers[1].up.weight.mul_(1e-20)
+        return model
+
+    return compared(build, in_blocks(mesh))
+
+
+@case(2)
+def not_finite(mesh: DeviceMesh) -> Any:
+    """A number that only the last process holds."""
+
+    def build() -> nn.Module:
+        model = GPT()
+        with torch.no_grad():
+            model.layers[0].up.weight[-1, 3] = torch.nan
+            model.layers[1].attention.out.weight[-1, -1] = -torch.inf
+        return model
+
+    def find(model: nn.Module) -> tuple[ResidualBlock, ...]:
+        return find_blocks(GPT())
+
+    return compared(build, in_blocks(mesh), find)
+
+
+@case(2)
+def scaled(mesh: DeviceMesh) -> Any:
+    """With residual scales, each of which one process owns."""
+
+    def build() -> nn.Module:
+        model = GPT()
+        attach_scales(model)
+        with torch.no_grad():
+            for i, (name, parameter) in enumerate(model.named_parameters()):
+                if name.endswith("log_scale"):
+                    parameter.fill_(0.01 * (i % 40))
+        return model
+
+    return compared(build, in_blocks(mesh))
+
+
+@case(2)
+def layouts(mesh: DeviceMesh) -> Any:
+    """Fused, grouped, transposed and stacked weights of the zoo, cut along both dimensions."""
+    results = {}
+    for name in LAYOUTS:
+        member = example(name)
+        model = member.build()
+        args, kwargs = member.inputs(model)
+        blocks = find_blocks(model, *args, **kwargs)
+        for word, settings in (("", {}), (" by columns", {"shard_placement_fn": by_columns})):
+            results[name + word] = compared(
+                member.build,
+                lambda model, settings=settings: fully_shard(model, mesh=mesh, **settings),  # type: ignore[misc]
+                lambda model, blocks=blocks: blocks,  # type: ignore[misc]
+            )
+    return results
+
+
+@case(2)
+def wide(mesh: DeviceMesh) -> Any:
+    """A width at which a block of vectors is smaller than any weight."""
+    return compared(lambda: GPT(384, 4, 4, 768, layers=1), in_blocks(mesh))
+
+
+@case(2)
+def wide_and_tensor_parallel(mesh: DeviceMesh) -> Any:
+    """The same with heads and channels cut."""
+    return compared(lambda: GPT(384, 4, 4, 768, layers=1), tensor_parallel(mesh))
+
+
+@case(4)
+def both(mesh: DeviceMesh) -> Any:
+    """Tensor parallelism inside, sharding around it."""
+
+    def shard(model: nn.Module) -> None:
+        tensor_parallel(mesh["tp"])(model)
+        in_blocks(mesh["dp"])(model)
+
+    return compared(lambda: GPT(160, 4, 4, 320, 2), shard)
+
+
+@case(4)
+def both_uneven(mesh: DeviceMesh) -> Any:
+    """The same where nothing divides, and some processes hold nothing of the output projection's bias."""
+
+    def shard(model: nn.Module) -> None:
+        tensor_parallel(mesh["tp"])(model)
+        in_blocks(mesh["dp"], root=False)(model)
+
+    return compared(lambda: GPT(85, 5, 1, 171, 2), shard)
+
+
+@case(4)
+def replicated_groups(mesh: DeviceMesh) -> Any:
+    """Two groups of processes that hold the same."""
+    return compared(lambda: GPT(85, 5, 5, 171, 2), in_blocks(mesh))
+
+
+def refused(call: Callable[[], Any]) -> str:
+    """Return the message of the error that a call ends in."""
+    try:
+        return f"no error, but {call()}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@case(2)
+def refusals(mesh: DeviceMesh) -> dict[str, str]:
+    """What cannot be done, in words, on every process."""
+    model = GPT(80, layers=1)
+    blocks = find_blocks(model)
+    in_blocks(mesh, root=False)(model)
+    parallel = GPT(80, 4, 4, layers=1)
+    tensor_parallel(mesh)(parallel)
+    whole = torch.ones(4, 6)
+    spread = distribute_tensor(whole, mesh, [Shard(0)])
+    unsummed = DTensor.from_local(whole, mesh, [Partial()], run_check=False)
+    with_unsummed = GPT(80, layers=1)
+    weight = with_unsummed.layers[0].up.weight.detach()
+    del with_unsummed.layers[0].up.weight
+    with_unsummed.layers[0].up.weight = DTensor.from_local(weight, mesh, [Partial()], run_check=False)
+    return {
+        "find": refused(lambda: find_blocks(model)),
+        "find_parallel": refused(lambda: find_blocks(parallel)),
+        "measure": refused(lambda: measure(model)),
+        "jacobian": refused(lambda: measure(model, blocks, linearization="jacobian")),
+        "penalty": refused(lambda: balance_penalty(model, blocks)),
+        "partial": refused(lambda: Sharded(unsummed)),
+        "partial_branch": str(measure(with_unsummed, blocks).layers[0].reason),
+        "copied": refused(lambda: Sharded(spread, stand_in(spread).transpose(0, 1).contiguous())),
+        "mixed": refused(lambda: Sharded(spread, stand_in(spread).view(3, 8))),
+        "vector": refused(lambda: Sharded(spread, stand_in(spread)[0])),
+        "integer": refused(lambda: Sharded(distribute_tensor(whole.int(), mesh, [Shard(0)]))),
+    }
+
+
+def placements(mesh: DeviceMesh, ndim: int) -> Iterator[list[Placement]]:
+    """Yield every way to spread a tensor over a mesh."""
+    single: list[Placement] = [*(Shard(dim) for dim in range(ndim)), Replicate()]
+    if mesh.ndim == 1:
+        yield from ([item] for item in single)
+    else:
+        yield from ([first, second] for first in single for second in single)
+
+
+VIEWS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "whole": ((7, 5), lambda w: w),
+    "transposed": ((7, 5), lambda w: w.mT),
+    "one row": ((1, 6), lambda w: w),
+    "one column": ((6, 1), lambda w: w),
+    "rows": ((9, 4), lambda w: w[2:7]),
+    "every third row": ((11, 4), lambda w: w[1::3]),
+    "columns": ((5, 9), lambda w: w[:, 3:8]),
+    "transposed columns": ((5, 9), lambda w: w[:, 3:8].mT),
+    "groups of rows": ((12, 5), lambda w: w.unflatten(0, (2, 3, 2))[:, 1]),
+    "groups as rows": ((2, 3, 5), lambda w: w),
+    "flattened rows": ((3, 4, 5), lambda w: w.flatten(0, 1)),
+    "flattened columns": ((3, 4, 5), lambda w: w.flatten(1)),
+    "expert": ((3, 4, 5), lambda w: w[2]),
+    "transposed expert": ((3, 4, 5), lambda w: w[1].mT),
+    "half an expert": ((3, 6, 5), lambda w: w[1][3:]),
+    "repeated": ((1, 4, 5), lambda w: w.expand(3, 4, 5)),
+}
+
+
+@case(2, 4)
+def operators(mesh: DeviceMesh) -> dict[str, float]:
+    """Every view of every placement, against the operator on the whole weight: the largest relative error."""
+    errors = {}
+    generator = torch.Generator().manual_seed(0)
+    for name, (shape, view) in VIEWS.items():
+        weight = torch.randn(shape, generator=generator)
+        twin = Matrix(view(weight))
+        X = torch.randn(twin.shape[1], 3, generator=generator)
+        Y = torch.randn(twin.shape[0], 3, generator=generator)
+        gains = torch.rand(twin.shape[0], generator=generator), torch.rand(twin.shape[1], generator=generator)
+        for spread in placements(mesh, weight.ndim):
+            stored = distribute_tensor(weight, mesh, spread)
+            operator = Sharded(stored, view(stand_in(stored)))
+            between = Product(Diagonal(gains[0]), operator, Diagonal(gains[1]))
+            balanced = operator.balanced()
+            assert balanced is not None
+            assert balanced[1] == twin.balanced()[1]  # type: ignore[index]
+            pairs = [
+                (operator.matmat(X), twin.matmat(X)),
+                (operator.adjoint(Y), twin.adjoint(Y)),
+                (operator.matmat(X.double()), twin.dense() @ X.double()),
+                (operator.dense(), twin.dense()),
+                (Adjoint(operator).dense(), twin.dense().mT),
+                (balanced[0].dense() * 2.0 ** balanced[1], twin.dense()),
+                (
+                    frobenius_norm(between, generator=generator, n_probes=1),
+                    torch.linalg.matrix_norm(gains[0].double()[:, None] * twin.dense() * gains[1].double()),
+                ),
+            ]
+            assert operator.shape == twin.shape
+            error = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+            errors[f"{name} {spread}"] = error
+    return errors
+
+
+def main() -> None:
+    """Run every case and write what came of it."""
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(str(folder / "store"), WORLD)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=RANK, world_size=WORLD, timeout=datetime.timedelta(seconds=30)
+    )
+    mesh = init_device_mesh("cpu", (2,)) if WORLD == 2 else init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    results: dict[str, Any] = {}
+    for name, function in CASES[WORLD].items():
+        try:
+            results[name] = function(mesh)
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+            break  # the others might wait for each other
+    (folder / f"{RANK}.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Spectral norms of sharded models, in real process groups, against the same models in one piece."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import run
+
+pytestmark = pytest.mark.slow  # ten seconds to start, few to run
+SCRIPT = Path(__file__).with_name("sharded.py")
+OF_TWO = (
+    "blocks_without_root",
+    "blocks_and_root_trained",
+    "uneven",
+    "columns",
+    "tensor_parallel_trained",
+    "half_precision",
+    "paper",
+    "exact",
+    "huge_and_tiny",
+    "not_finite",
+    "scaled",
+    "layouts",
+    "wide",
+    "wide_and_tensor_parallel",
+)
+OF_FOUR = ("both", "both_uneven", "replicated_groups")
+LABELS = {"index", "name", "mlp_expert", "mlp_reason", "attention_reason", "reason"}
+
+Seen = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """What each of two processes saw."""
+    return run(SCRIPT, 2, tmp_path_factory.mktemp("two"), timeout=240)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """What each of four processes saw."""
+    return run(SCRIPT, 4, tmp_path_factory.mktemp("four"), timeout=240)
+
+
+PAIRS = [*(("two", name) for name in OF_TWO), *(("four", name) for name in OF_FOUR)]
+
+
+@pytest.fixture(params=PAIRS, ids=lambda pair: pair[1])
+def seen(request: pytest.FixtureRequest) -> Seen:
+    """One case, as each process saw it."""
+    world, name = request.param
+    results = [rank.get(name, {"error": "it was not run"}) for rank in request.getfixturevalue(world)]
+    assert not any("error" in result for result in results), results
+    return results
+
+
+def comparisons(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield every comparison of a case."""
+    yield from ([result] if "plain" in result else result.values())
+
+
+def test_every_case_is_looked_at(two: Seen, four: Seen):
+    assert all(rank.keys() == {*OF_TWO, "refusals", "operators"} for rank in two)
+    assert all(rank.keys() == {*OF_FOUR, "operators"} for rank in four)
+
+
+def test_all_processes_measure_the_same_bits(seen: Seen):
+    for other in seen[1:]:
+        assert [item["sharded"] for item in comparisons(other)] == [item["sharded"] for item in comparisons(seen[0])]
+
+
+def test_cold_and_warm_values_are_those_of_the_model_in_one_piece(seen: Seen):
+    for item in comparisons(seen[0]):
+        for plain, sharded in zip(item["plain"], item["sharded"], strict=True):
+            for one, other in zip(plain["layers"], sharded["layers"], strict=True):
+                assert {key: one[key] for key in LABELS} == {key: other[key] for key in LABELS}
+                values = {key: value for key, value in one.items() if isinstance(value, float)}
+                assert values.keys() >= {"mlp_norm", "attention_norm", "ratio"} or one["reason"]
+                assert {key: other[key] for key in values} == pytest.approx(values, rel=1e-4)
+
+
+def test_no_process_sends_more_than_blocks_of_vectors_and_norm_gains(seen: Seen):
+    for item in comparisons(seen[0]):
+        assert item["plain_traffic"] == []
+        assert {name for name, _ in item["sharded_traffic"]} <= {"all_reduce", "all_gather_into_tensor"}
+        gathered = [size for name, size in item["sharded_traffic"] if name != "all_reduce"]
+        assert max(gathered, default=0) < item["largest_vector"]
+
+
+@pytest.mark.parametrize("name", ["wide", "wide_and_tensor_parallel"])
+def test_what_travels_is_small_beside_the_smallest_weight(two: Seen, name: str):
+    item = two[0][name]
+    sizes = [size for operation, size in item["sharded_traffic"] if operation == "all_reduce"]
+    # 14 columns times the channels between the factors of both branches, which travel together.
+    assert sizes[0] == max(sizes) == 14 * (384 + 768)
+    assert max(sizes) < item["smallest_weight"] / 8
+
+
+def test_numbers_that_are_not_finite_are_seen_by_the_processes_that_do_not_hold_them(two: Seen):
+    for rank in two:
+        layers = rank["not_finite"]["sharded"][0]["layers"]
+        assert [layer["mlp_reason"] for layer in layers] == ["weights are not finite (NaN or Inf)", None, None]
+        assert [layer["attention_reason"] for layer in layers] == [None, "weights are not finite (NaN or Inf)", None]
+
+
+def test_scales_are_read_by_the_processes_that_do_not_own_them(two: Seen):
+    layers = two[0]["scaled"]["sharded"][0]["layers"]
+    scales = [layer[f"{branch}_scale"] for layer in layers for branch in ("mlp", "attention")]
+    assert len(set(scales)) == len(scales)
+    assert [math.isclose(scale, 1.0) for scale in scales].count(True) <= 1
+
+
+@pytest.mark.parametrize("world", ["two", "four"])
+def test_every_view_of_every_placement_multiplies_as_the_whole_weight(request: pytest.FixtureRequest, world: str):
+    for rank in request.getfixturevalue(world):
+        errors = rank["operators"]
+        assert len(errors) > 50
+        assert {name: error for name, error in errors.items() if not error < 1e-6} == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("find", r"ExampleInputError: GPT is sharded \(layers.0.norm1.weight is a DTensor\).*before sharding"),
+        ("find_parallel", r"ExampleInputError: GPT is sharded .*blocks = find_blocks\(model\) in configure_model"),
+        ("measure", r"ExampleInputError: GPT is sharded .*measure\(model, blocks\), SpectralMonitor\(blocks=blocks\)"),
+        ("jacobian", r"ExampleInputError: .*GPT is sharded"),
+        ("penalty", r"ConfigurationError: .*down.weight is sharded: no gradient goes through its spectral norm"),
+        ("partial", r"ConfigurationError: the weight is a sum that has not been taken yet \(placement Partial\)"),
+        ("partial_branch", r"mlp: the weight is a sum that has not been taken yet \(placement Partial\)"),
+        ("copied", r"ConfigurationError: the weight is sharded, and it is rearranged .* no view of it"),
+        ("mixed", r"ConfigurationError: the weight is sharded, and it is rearranged .* no view of it"),
+        ("vector", r"ConfigurationError: weight must be read in 2 or 3 dimensions, got shape \(6,\)"),
+        ("integer", r"ConfigurationError: weight must be float16, .* got torch.int32"),
+    ],
+)
+def test_what_cannot_be_done_is_said_alike_by_all_processes(two: Seen, name: str, message: str):
+    said = {rank["refusals"][name] for rank in two}
+    assert len(said) == 1
+    assert re.match(message, said.pop())
