@@ -18,7 +18,7 @@ from lightning_spectral.control import (
 from lightning_spectral.covariance import covariance_trajectory
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError, SpectralError
-from lightning_spectral.journal import read_actions, read_journal
+from lightning_spectral.journal import read_actions, read_events, read_journal
 from lightning_spectral.linalg import ExactSVD, RandomizedSVD
 from lightning_spectral.lyapunov import lyapunov_exponents
 from lightning_spectral.measure import measure
@@ -58,5 +58,6 @@ __all__ = [
     "lyapunov_exponents",
     "measure",
     "read_actions",
+    "read_events",
     "read_journal",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,19 @@ from lightning_spectral.discovery.paths import module_at
 from lightning_spectral.geometry import effective_rank, token_residual
 from lightning_spectral.records import Measurement, ResidualBlock
 
-__all__ = ["BlockOutputs", "as_sequences", "with_geometry"]
+__all__ = ["BlockOutputs", "Geometry", "as_sequences", "with_geometry"]
 
+_MASSIVE = 100.0  # an activation is massive above this multiple of the median
 # The effective rank needs the eigenvalues of a Gram matrix: of so many tokens, evenly spaced, of so many sequences.
 _TOKENS, _SEQUENCES = 256, 2
+
+
+class Geometry(NamedTuple):
+    """The tokens at the output of one block; a quantity that is not measurable is ``None``."""
+
+    token_residual: float | None
+    typical_token_residual: float | None
+    effective_rank: float | None
 
 
 class BlockOutputs:
@@ -54,10 +63,10 @@ class BlockOutputs:
             handle.remove()
         self._handles.clear()
 
-    def values(self) -> dict[int, tuple[float | None, float | None]]:
-        """Return token residual and effective rank by block index, of the last pass, once.
+    def values(self) -> dict[int, Geometry]:
+        """Return what was measured in the last pass, by block index, once.
 
-        A quantity that is not measurable is ``None``; a block that was not heard is absent.
+        A block that was not heard is absent.
 
         Raises:
             Exception: What went wrong while listening.
@@ -69,8 +78,8 @@ class BlockOutputs:
         if not measured:
             return {}
         numbers = torch.stack([*measured.values()]).tolist()
-        pairs = [tuple(None if math.isnan(number) else number for number in pair) for pair in numbers]
-        return dict(zip(measured, pairs, strict=True))  # type: ignore[arg-type]
+        known = [tuple(None if math.isnan(number) else number for number in block) for block in numbers]
+        return {index: Geometry(*block) for index, block in zip(measured, known, strict=True)}
 
 
 class _Listener:
@@ -99,7 +108,8 @@ def _geometry(stream: Tensor, token_dims: Sequence[int]) -> Tensor:
         X = as_sequences(stream, token_dims)
         stride = math.ceil(X.shape[1] / _TOKENS)
         rank = effective_rank(X[:_SEQUENCES, ::stride], power=2)
-        return torch.stack([token_residual(X).nanmean(), rank.nanmean()])
+        residuals = (token_residual(X), token_residual(X, massive=_MASSIVE))
+        return torch.stack([*(residual.nanmean() for residual in residuals), rank.nanmean()])
 
 
 def _channel(stream: Tensor, token_dims: Sequence[int]) -> int | None:
@@ -108,13 +118,10 @@ def _channel(stream: Tensor, token_dims: Sequence[int]) -> int | None:
     return None if channel in token_dims or max(token_dims) >= stream.dim() else channel
 
 
-def with_geometry(measurement: Measurement, values: Mapping[int, tuple[float | None, float | None]]) -> Measurement:
-    """Add token residual and effective rank, by block index, to the layers of a measurement."""
-    none = (None, None)
+def with_geometry(measurement: Measurement, values: Mapping[int, Geometry]) -> Measurement:
+    """Add what was measured of the tokens, by block index, to the layers of a measurement."""
     layers = (
-        replace(layer, token_residual=residual, effective_rank=rank)
-        for layer in measurement
-        for residual, rank in [values.get(layer.index, none)]
+        replace(layer, **values[layer.index]._asdict()) if layer.index in values else layer for layer in measurement
     )
     return replace(measurement, layers=tuple(layers))
 

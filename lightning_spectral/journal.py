@@ -1,8 +1,8 @@
 """The file of a run: ``spectral.jsonl``, one JSON object a line.
 
-The first line describes the run, each further line is one measurement as :meth:`Measurement.to_dict` gives it, or one
-action of the controller. A line is written in one piece and flushed, so a crash costs at most the line being written; a
-torn last line is ignored when the file is read.
+The first line describes the run, each further line is one measurement as :meth:`Measurement.to_dict` gives it, one
+event (a block leaves the zone, a warning, an alarm) or one action of the controller. A line is written in one piece and
+flushed, so a crash costs at most the line being written; a torn last line is ignored when the file is read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import Measurement, ResidualBlock
 
-__all__ = ["Journal", "described", "read_actions", "read_journal"]
+__all__ = ["Journal", "described", "read_actions", "read_events", "read_journal"]
 
 FORMAT = "lightning_spectral"
 """Key that only the first line has; its value is the version of the format."""
@@ -51,9 +51,12 @@ class Journal:
         else:  # two linearizations are never mixed in one series, and nothing measured is thrown away
             path.rename(path.with_stem(f"{path.stem}-{header['linearization']}"))
 
-    def append(self, measurement: Measurement, actions: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Add one measurement, and what was done after it: plain values, each with a ``"step"`` and an ``"action"``."""
-        line = "".join(map(_line, (measurement.to_dict(), *actions)))
+    def append(self, measurement: Measurement, consequences: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Add one measurement, and what followed from it: plain values, each with a ``"step"``.
+
+        Events have a ``"level"``, actions an ``"action"``.
+        """
+        line = "".join(map(_line, (measurement.to_dict(), *consequences)))
         if self.path is None:
             self._lines.append(line)
             return
@@ -97,6 +100,22 @@ def read_actions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         ConfigurationError: The file is not one of ours.
     """
     return [entry for entry in _entries(path)[1:] if "action" in entry]
+
+
+def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read what was announced in a run.
+
+    Args:
+        path: A ``spectral.jsonl``.
+
+    Returns:
+        The events in order: level (``"info"``, ``"warning"`` or ``"alarm"``), step, step since which it has been so,
+        blocks, message, and where a trend leads there, the forecast step of collapse with its earliest and latest.
+
+    Raises:
+        ConfigurationError: The file is not one of ours.
+    """
+    return [entry for entry in _entries(path)[1:] if "level" in entry]
 
 
 def _measurements(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -155,9 +155,10 @@ class ResidualBlock:
 
 @dataclass(frozen=True, slots=True)
 class FunctionalMeasurement:
-    """What the Jacobians J of the two branches of a block say beside their spectral norms (``"jacobian"`` only).
+    """What the two branches of a block do as functions, by their Jacobians J and by what they add to the stream.
 
-    Gains are root mean squares over random perturbations. A quantity that does not exist is ``None``.
+    A measurement of weights knows the updates at most, and those only where a batch was looked at. Gains are root mean
+    squares over random perturbations. A quantity that does not exist is ``None``.
 
     Attributes:
         frobenius_ratio: ‖J_mlp‖_F / ‖J_attention‖_F, the ratio of the average gains. An estimate from a few probes.
@@ -195,9 +196,11 @@ class LayerMeasurement:
         mlp_reason: Why ``mlp_norm`` is ``None`` although the block has such a branch.
         attention_reason: Why ``attention_norm`` is ``None`` although the block has such a branch.
         error_bound: Relative a posteriori error bound, the larger of the two norms'.
-        functional: What only the Jacobians know, ``None`` under a weight linearization.
+        functional: What the branches do as functions, ``None`` where no batch was looked at.
         token_residual: ‖X − 1x̄ᵀ‖_F / ‖X‖_F of the block's output, mean over the sequences of a batch; 0 where all
             tokens have become one vector. ``None`` where no batch was looked at.
+        typical_token_residual: The same without massive activations, the few tokens and dimensions that are more than
+            100 times as large as the median: they hide a collapse of the other tokens, or look like one.
         effective_rank: Effective rank of the block's output, on squared singular values, of a few sequences.
     """
 
@@ -213,6 +216,7 @@ class LayerMeasurement:
     error_bound: float | None = None
     functional: FunctionalMeasurement | None = None
     token_residual: float | None = None
+    typical_token_residual: float | None = None
     effective_rank: float | None = None
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from lightning_spectral.alarms import Crossing, zone_crossings
+from lightning_spectral.alarms import Event, Memory, observe
 from lightning_spectral.records import LayerMeasurement, Linearization, Measurement
 
 __all__ = ["Series", "logged_values"]
@@ -26,10 +26,10 @@ class Series:
         batches: Batches so far in which an optimizer stepped. This is the loggers' axis: index k holds what belongs to
             the weights after k stepping batches, which are the weights that the loss logged at k was computed with.
             It equals the optimizer step wherever there is one optimizer.
-        sides: Where each block was last, relative to the safe zone (see :func:`zone_crossings`).
         values: What was logged last.
         warm_start: State of the meter.
         law: State of the control law, one entry per block; empty without one.
+        memory: What the alarms remember.
     """
 
     linearization: Linearization
@@ -37,10 +37,10 @@ class Series:
     measured_step: int | None = None
     seen_step: int = 0
     batches: int = 0
-    sides: dict[int, int] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
     warm_start: dict[str, Any] = field(default_factory=dict)
     law: list[dict[str, Any]] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
 
     def reaches(self, step: int) -> bool:
         """Tell whether the series can go on from an optimizer step: it has begun, and not later than there."""
@@ -55,11 +55,11 @@ class Series:
         if step > self.seen_step:
             self.seen_step, self.batches = step, self.batches + 1
 
-    def add(self, measurement: Measurement, values: Mapping[str, float]) -> list[Crossing]:
-        """Note a measurement and return the blocks that it found on another side of the zone than before."""
-        self.measured_step, self.values = measurement.step, dict(values)
-        crossings, self.sides = zone_crossings(self.sides, measurement)
-        return crossings
+    def observe(self, measurement: Measurement) -> tuple[Event, ...]:
+        """Note a measurement and return what is new in it."""
+        self.measured_step = measurement.step
+        events, self.memory = observe(self.memory, measurement)
+        return events
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of plain values and tensors."""
@@ -75,16 +75,18 @@ class Series:
             return
         for known in fields(self):
             if known.name in state:
-                setattr(self, known.name, copy.deepcopy(state[known.name]))
+                value = copy.deepcopy(state[known.name])
+                setattr(self, known.name, Memory.from_dict(value) if known.name == "memory" else value)
 
 
 def logged_values(
-    measurement: Measurement, prefix: str, *, per_layer: bool, rescaled: int | None = None
+    measurement: Measurement, memory: Memory, prefix: str, *, per_layer: bool, rescaled: int | None = None
 ) -> dict[str, float]:
     """Return what is logged of a measurement, by key; what does not exist is absent.
 
     Args:
         measurement: What was measured.
+        memory: What is remembered of the run, this measurement included.
         prefix: First part of every key.
         per_layer: Whether to add the ratio and both norms of every block.
         rescaled: How many blocks were steered after this measurement; ``None`` in a run that is only watched.
@@ -95,6 +97,7 @@ def logged_values(
         residual scale, as they were when the ratio was measured with them, and those of every block.
     """
     values = {f"{prefix}/{name}": value for name, value in measurement.summary().items()}
+    values |= {f"{prefix}/drifting": float(len(memory.drifting)), f"{prefix}/alarm": float(memory.told == "alarm")}
     if rescaled is not None:
         scales = [scale for layer in measurement for scale in (layer.mlp_scale, layer.attention_scale)]
         values |= {f"{prefix}/scale_min": min(scales), f"{prefix}/scale_max": max(scales)}
@@ -110,6 +113,7 @@ def logged_values(
 def _numbers(layer: LayerMeasurement, *, steered: bool) -> list[tuple[str, float]]:
     numbers = [("ratio", layer.ratio), ("mlp_norm", layer.mlp_norm), ("attention_norm", layer.attention_norm)]
     numbers += [("token_residual", layer.token_residual), ("effective_rank", layer.effective_rank)]
+    numbers += [("update_ratio", None if layer.functional is None else layer.functional.update_ratio)]
     if steered:
         numbers += [("mlp_scale", layer.mlp_scale), ("attention_scale", layer.attention_scale)]
     return [(name, value) for name, value in numbers if value is not None]

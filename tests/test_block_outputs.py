@@ -46,7 +46,7 @@ def test_every_block_of_every_architecture_is_heard(name: str):
     outputs.stop()
     found = outputs.values()
     assert len(found) == len(blocks) - WITHOUT.get(name, 0)
-    assert all(0 < residual <= 1 and rank >= 1 for residual, rank in found.values())
+    assert all(0 < r <= 1 and 0 < typical <= 1 and rank >= 1 for r, typical, rank in found.values())
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -59,10 +59,10 @@ def test_the_values_are_those_of_the_stream(generator: torch.Generator):
     model(ids)
     outputs.stop()
     x = model.tokens(ids)
-    for block, (residual, rank) in zip(model.blocks, outputs.values().values(), strict=True):
+    for block, (residual, typical, rank) in zip(model.blocks, outputs.values().values(), strict=True):
         x = block(x)
         twin = [float((s - s.mean(0)).norm() / s.norm()) for s in x.detach()]
-        assert residual == pytest.approx(sum(twin) / 3, rel=1e-5)
+        assert typical == residual == pytest.approx(sum(twin) / 3, rel=1e-5)
         assert rank == pytest.approx(float(effective_rank(x[:2].detach(), power=2).mean()), rel=1e-5)
 
 
@@ -100,8 +100,20 @@ def test_what_is_not_finite_is_not_measurable_and_costs_no_other_sequence():
         outputs.start()
         model["block"](given)
         outputs.stop()
-        ((residual, rank),) = outputs.values().values()
+        ((residual, _, rank),) = outputs.values().values()
         assert (residual is not None) is (rank is not None) is expected
+
+
+def test_a_massive_token_does_not_hide_that_the_others_are_one_vector(generator: torch.Generator):
+    X = torch.ones(2, 6, 4) + 1e-3 * torch.randn(2, 6, 4, generator=generator)
+    X[:, 0] = 1000 * torch.randn(4, generator=generator)
+    model = nn.ModuleDict({"block": nn.Identity()})
+    outputs = BlockOutputs(model, [block_of("block")])
+    outputs.start()
+    model["block"](X)
+    ((residual, typical, _),) = outputs.values().values()
+    assert residual > 0.9
+    assert typical < 2e-3
 
 
 def block_of(name: str, **settings: Any) -> Any:

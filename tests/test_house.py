@@ -22,6 +22,7 @@ FLOORS = [
     {"functional"},
     {"measure", "covariance", "lyapunov"},
     {"metrics", "control"},
+    {"trends"},
     {"alarms"},
     {"journal", "series"},
     {"report"},
@@ -164,6 +165,7 @@ def test_the_public_names_are_these():
         "lyapunov_exponents",
         "measure",
         "read_actions",
+        "read_events",
         "read_journal",
     ]
 

@@ -37,6 +37,8 @@ SUMMARY = {
     "spectral/attention_norm_max",
     "spectral/unmeasured",
     "spectral/seconds",
+    "spectral/drifting",
+    "spectral/alarm",
 }
 
 

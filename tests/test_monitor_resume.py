@@ -114,7 +114,7 @@ def test_the_state_loads_with_weights_only_and_is_a_copy(tmp_path: Path):
     assert state["measured_step"] == 8
     before = copy.deepcopy(monitor.state_dict())
     changed = monitor.state_dict()
-    changed["sides"][0], changed["values"]["spectral/ratio_max"] = 99, 99.0
+    changed["memory"]["blocks"][0], changed["values"]["spectral/ratio_max"] = 99, 99.0
     assert str(monitor.state_dict()) == str(before)
 
 

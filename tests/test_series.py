@@ -1,4 +1,4 @@
-"""The memory of a run: schedule, zone, logged names, and the parts that the monitor is made of."""
+"""The memory of a run: schedule, logged names, and the parts that the monitor is made of."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_spectral.alarms import announcement, zone_crossings
+from lightning_spectral.alarms import Memory
 from lightning_spectral.errors import ExampleInputError
 from lightning_spectral.first_forward import FirstForward
 from lightning_spectral.records import LayerMeasurement, Measurement
@@ -19,42 +19,6 @@ from lightning_spectral.series import Series, logged_values
 def measurement(*ratios: float | None, step: int = 0) -> Measurement:
     layers = tuple(LayerMeasurement(index, f"b.{index}", ratio, 1.0) for index, ratio in enumerate(ratios))
     return Measurement(step, "circuit", layers, seconds=0.25)
-
-
-# Zone
-
-
-def test_a_block_that_starts_inside_says_nothing():
-    assert zone_crossings({}, measurement(1.0, 0.6))[0] == []
-
-
-def test_a_crossing_is_said_once_with_block_value_and_side():
-    sides: dict[int, int] = {}
-    told = []
-    for ratio in (1.0, 3.0, 4.0, 0.1, 1.0, 1.0):
-        crossings, sides = zone_crossings(sides, measurement(ratio))
-        told += [(crossing.index, crossing.ratio, crossing.side) for crossing in crossings]
-    assert told == [(0, 3.0, 1), (0, 0.1, -1), (0, 1.0, 0)]
-
-
-@pytest.mark.parametrize(("ratio", "side"), [(0.5, -1), (2.0, 1), (0.5001, 0), (1.9999, 0)])
-def test_the_edges_are_outside_as_in_the_summary(ratio: float, side: int):
-    assert zone_crossings({}, measurement(ratio))[1] == {0: side}
-    assert measurement(ratio).summary()["in_zone"] == (side == 0)
-
-
-def test_a_block_without_a_ratio_stays_where_it_was():
-    _, sides = zone_crossings({}, measurement(3.0))
-    crossings, sides = zone_crossings(sides, measurement(None))
-    assert (crossings, sides) == ([], {0: 1})
-
-
-def test_many_crossings_make_one_line():
-    many = measurement(*[3.0] * 96, step=7)
-    line = announcement(zone_crossings({}, many)[0], many)
-    assert line.startswith("spectral ratio, step 7, zone (0.5, 2): block 0 (b.0) is above the zone at 3; ")
-    assert line.endswith("; and 92 more")
-    assert "\n" not in line
 
 
 # Series
@@ -79,18 +43,19 @@ def test_batches_count_only_where_an_optimizer_stepped():
 def test_a_series_goes_on_only_from_where_it_has_been():
     series = Series("circuit")
     assert not series.reaches(100)
-    series.add(measurement(1.0, step=10), {})
+    series.observe(measurement(1.0, step=10))
     assert [series.reaches(step) for step in (9, 10, 11)] == [False, True, True]
 
 
 def test_a_state_survives_the_round_trip_and_shares_nothing():
     series = Series("circuit", warm_start={"basis": torch.ones(2)})
-    series.add(measurement(3.0, step=4), {"spectral/ratio_max": 3.0})
+    series.observe(measurement(3.0, step=4))
     copy = Series("circuit")
     copy.load_state_dict(state := series.state_dict())
-    state["sides"][0] = 99
+    state["memory"]["blocks"].clear()
     state["warm_start"]["basis"].zero_()
-    assert copy.sides == series.sides == {0: 1}
+    assert copy.memory == series.memory
+    assert copy.memory.blocks[0].side == 1
     assert bool((copy.warm_start["basis"] == 1).all())
     assert copy.measured_step == 4
 
@@ -105,7 +70,7 @@ def test_the_state_of_another_linearization_is_not_taken_up():
 
 
 def test_values_that_do_not_exist_are_absent():
-    values = logged_values(measurement(None, None), "spectral", per_layer=True)
+    values = logged_values(measurement(None, None), Memory(), "spectral", per_layer=True)
     assert "spectral/ratio_max" not in values
     assert "spectral/ratio/00" not in values
     assert values["spectral/attention_norm/00"] == 1.0
@@ -114,7 +79,8 @@ def test_values_that_do_not_exist_are_absent():
 
 @pytest.mark.parametrize(("blocks", "last"), [(3, "02"), (11, "10"), (101, "100")])
 def test_indices_are_padded_so_that_keys_sort_like_blocks(blocks: int, last: str):
-    keys = [key for key in logged_values(measurement(*[1.0] * blocks), "s", per_layer=True) if "s/ratio/" in key]
+    values = logged_values(measurement(*[1.0] * blocks), Memory(), "s", per_layer=True)
+    keys = [key for key in values if "s/ratio/" in key]
     assert keys == sorted(keys)
     assert keys[-1] == f"s/ratio/{last}"
 

@@ -34,13 +34,13 @@ def described_action(action: Action, measurement: Measurement) -> dict[str, Any]
 
 def news(actions: Sequence[Action], measurement: Measurement, rescaler: ResidualRescaler) -> str | None:
     """Say in one line which blocks are steered from now on and which are held by a bound; ``None`` for no news."""
-    told = [action for action in actions if action.begins or action.held]
+    told = [action for action in actions if action.begins or action.held or action.refused]
     if not told:
         return None
     listed = []
     for action in told[:TOLD_AT_ONCE]:
         layer = measurement.layers[action.block]
-        what = action.reason if action.held else f"{action.reason} at {math.exp(action.log_ratio):.4g}"
+        what = f"{action.reason} at {math.exp(action.log_ratio):.4g}"
         listed.append(f"block {layer.index} ({layer.name}): {what}")
     more = f"; and {len(told) - TOLD_AT_ONCE} more" if len(told) > TOLD_AT_ONCE else ""
     verb = "would steer (dry run)" if rescaler.dry_run else "steering"

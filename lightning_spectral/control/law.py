@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from lightning_spectral import settings
@@ -45,6 +45,9 @@ class ResidualRescaler:
         sides: The ratios that are acted on: too ``"low"`` (attention dominates), too ``"high"``, or ``"both"``. At
             initialization only a dominating attention makes tokens collapse.
         bounds: Smallest and largest residual scale that the law sets.
+        guard: Whether to refuse to raise the attention of a block whose token residual falls over training: more of it
+            makes tokens more alike. The MLP's share of the step is still made. Without measured tokens
+            (``SpectralMonitor(geometry=False)``) nothing is refused.
         warmup_steps: Optimizer steps before the first action.
         dry_run: Whether to say what would be done and change nothing.
         learnable: Whether the optimizer trains the scales too. Otherwise the law alone moves them.
@@ -62,6 +65,7 @@ class ResidualRescaler:
     mode: Mode = "both"
     sides: Sides = "both"
     bounds: tuple[float, float] = (0.25, 4.0)
+    guard: bool = True
     warmup_steps: int = 0
     dry_run: bool = False
     learnable: bool = True
@@ -76,6 +80,7 @@ class ResidualRescaler:
         settings.choice("mode", self.mode, get_args(Mode))
         settings.choice("sides", self.sides, get_args(Sides))
         settings.steps("warmup_steps", self.warmup_steps, least=0)
+        settings.flag("guard", self.guard)
         settings.flag("dry_run", self.dry_run)
         settings.flag("learnable", self.learnable)
         for name in ("inner_zone", "bounds"):
@@ -108,11 +113,13 @@ class Reading:
         log_ratio: ln ρ, measured with the residual scales; ``None`` where it could not be measured.
         mlp: Logarithm of the residual scale of the MLP branch, ``None`` where there is none.
         attention: The same for the attention branch.
+        tokens_fall: Whether the token residual behind the block falls over training.
     """
 
     log_ratio: float | None
     mlp: float | None
     attention: float | None
+    tokens_fall: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +132,18 @@ class BlockState:
             average for some time, and is no reason to steer.
         active: Whether the block is being steered.
         bounded: Whether the last action was cut short by a bound.
+        refused: Whether the guard refused to raise the attention in the last action.
     """
 
     smoothed: float | None = None
     outside: int = 0
     active: bool = False
     bounded: bool = False
+    refused: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        return {"smoothed": self.smoothed, "outside": self.outside, "active": self.active, "bounded": self.bounded}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlockState:
@@ -154,6 +163,7 @@ class Action:
         reason: Why, in one clause.
         begins: Whether the block was left alone until now.
         held: Whether a bound cut the step short and had not cut the step before: news, as ``begins`` is.
+        refused: Whether the guard refused to raise the attention and had not refused it before: news too.
     """
 
     block: int
@@ -163,6 +173,7 @@ class Action:
     reason: str
     begins: bool = False
     held: bool = False
+    refused: bool = False
 
     @property
     def moves(self) -> bool:
@@ -201,11 +212,11 @@ def decide(
             moved = 0.0 if rescaler.dry_run else action.mlp - action.attention
             assert seen.smoothed is not None
             # The plant is known: what the action adds to ln ρ is added to the average at once, which then never lags.
-            seen = replace(seen, smoothed=seen.smoothed + moved, bounded=action.held)
-            # A bound that holds on is told once. A scale may move even so: the optimizer pulls it off the bound.
-            if action.moves or not state.bounded:
-                newly = action.held and not state.bounded
-                actions.append(replace(action, begins=not state.active, held=newly))
+            seen = replace(seen, smoothed=seen.smoothed + moved, bounded=action.held, refused=action.refused)
+            # What holds on is told once. A scale may move at its bound even so: the optimizer pulls it off there.
+            held, refused = action.held and not state.bounded, action.refused and not state.refused
+            if action.moves or held or refused:
+                actions.append(replace(action, begins=not state.active, held=held, refused=refused))
         after.append(seen)
     return tuple(actions), tuple(after)
 
@@ -220,7 +231,7 @@ def _seen(
     outside = state.outside + 1 if warm and wrong else 0
     ready = state.active or outside >= rescaler.patience
     active = warm and ready and _wrong(rescaler, smoothed, rescaler.inner_zone)
-    return BlockState(smoothed, outside, active, state.bounded and active)
+    return BlockState(smoothed, outside, active, state.bounded and active, state.refused and active)
 
 
 def _wrong(rescaler: ResidualRescaler, log_ratio: float, zone: tuple[float, float], margin: float = 0.0) -> bool:
@@ -239,16 +250,24 @@ def _action(rescaler: ResidualRescaler, block: int, reading: Reading, state: Blo
     # The MLP's scale moves with the ratio, the attention's against it; both by one amount, so that a bound of one
     # holds both and their geometric mean stays.
     shares = {name: (1 if name == "mlp" else -1) / len(moving) for name in moving}
+    refused = rescaler.guard and reading.tokens_fall and error > 0 and shares.pop("attention", None) is not None
     room = min(
-        _room(rescaler.bounds, getattr(reading, name), math.copysign(share, share * wanted)) / abs(share)
-        for name, share in shares.items()
+        (
+            _room(rescaler.bounds, getattr(reading, name), math.copysign(share, share * wanted)) / abs(share)
+            for name, share in shares.items()
+        ),
+        default=math.inf,
     )
     # The optimizer pulls a scale off its bound again and again; following it by crumbs would reset its momentum.
     step = math.copysign(min(abs(wanted), room), wanted) if room > _CRUMB else 0.0
     held = abs(step) < abs(wanted)
-    reason = f"{'held by the bounds of the scales, ' if held else ''}ratio too {'high' if error > 0 else 'low'}"
+    reason = f"ratio too {'high' if error > 0 else 'low'}"
+    if held:
+        reason = f"held by the bounds of the scales, {reason}"
+    if refused:
+        reason += ", attention not raised because the token residual falls"
     mlp, attention = (step * shares[name] + 0.0 if name in shares else 0.0 for name in ("mlp", "attention"))
-    return Action(block, error, mlp, attention, reason, held=held)
+    return Action(block, error, mlp, attention, reason, held=held, refused=refused)
 
 
 def _room(bounds: tuple[float, float], log_scale: float, direction: float) -> float:

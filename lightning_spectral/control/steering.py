@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -103,7 +104,11 @@ class Steering:
         self._handles.clear()
 
     def act(
-        self, measurement: Measurement, law: Sequence[Mapping[str, Any]], optimizers: Iterable[Optimizer]
+        self,
+        measurement: Measurement,
+        law: Sequence[Mapping[str, Any]],
+        optimizers: Iterable[Optimizer],
+        falling: Collection[int] = (),
     ) -> tuple[tuple[Action, ...], list[dict[str, Any]]]:
         """Decide after a measurement, and move the scales unless the run is dry.
 
@@ -111,13 +116,17 @@ class Steering:
             measurement: The measurement, one layer per block.
             law: State of the law: plain values, as the previous call returned them; empty at first.
             optimizers: Their momentum of the scales that are moved is forgotten, or it would undo the move.
+            falling: Indices of the blocks whose token residual falls over training.
 
         Returns:
             The actions, and the new state of the law.
         """
         assert self.scales is not None
         pairs = zip(measurement, self.scales.blocks, self._pairs, strict=True)
-        readings = [self._reading(layer, block, pair) for layer, block, pair in pairs]
+        readings = [
+            replace(self._reading(layer, block, pair), tokens_fall=layer.index in falling)
+            for layer, block, pair in pairs
+        ]
         states = [BlockState.from_dict(values) for values in law] if len(law) == len(readings) else []
         actions, after = decide(self.rescaler, self.safe_zone, measurement.step, readings, states)
         if not self.rescaler.dry_run:

@@ -16,6 +16,7 @@ more digits than the weights are.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.discovery.recipes import attribute_path
 from lightning_spectral.discovery.replay import execute
 from lightning_spectral.discovery.residual import ResidualAdd, Term, residual_adds
-from lightning_spectral.discovery.tape import Call, Operation, Tape, bits, wide_dtype
+from lightning_spectral.discovery.tape import Call, Operation, Tape, bits
 from lightning_spectral.records import Branch, ResidualBlock
 
 __all__ = ["BranchFunction", "Update", "UpdateWatch", "branch_functions"]
@@ -224,13 +225,22 @@ class Update:
     @classmethod
     def of(cls, mlp: Tensor, attention: Tensor) -> Update:
         """Compare two updates."""
-        mlp, attention = (part.to(wide_dtype(part)) for part in (mlp, attention))
-        inner = (mlp * attention).sum() if mlp.shape == attention.shape else mlp.new_tensor(torch.nan)
-        m, a, product = torch.stack([mlp.square().sum(), attention.square().sum(), inner]).tolist()
-        if not (0 < m < float("inf") and 0 < a < float("inf")):
+        return cls.from_norms(*_norms(mlp, attention).tolist())
+
+    @classmethod
+    def from_norms(cls, m: float, a: float, cosine: float) -> Update:
+        """Compare two updates by their norms and the cosine between them, NaN where there is none."""
+        if not (0 < m < math.inf and 0 < a < math.inf):
             return cls()
-        size = m**0.5 * a**0.5
-        return cls((m / a) ** 0.5, None if product != product else max(-1.0, min(1.0, product / size)))
+        return cls(m / a, None if math.isnan(cosine) else max(-1.0, min(1.0, cosine)))
+
+
+def _norms(mlp: Tensor, attention: Tensor) -> Tensor:
+    """Return ‖m‖_F, ‖a‖_F and the cosine of the angle between them, in at least float32."""
+    mlp, attention = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (mlp, attention))
+    m, a = (torch.linalg.vector_norm(part) for part in (mlp, attention))
+    alike = mlp.shape == attention.shape
+    return torch.stack([m, a, torch.vdot((mlp / m).flatten(), (attention / a).flatten()) if alike else m * math.nan])
 
 
 @dataclass(eq=False)
@@ -245,16 +255,19 @@ class UpdateWatch:
         blocks: The blocks.
         behind: For each branch the constant that follows its site (see :attr:`BranchFunction.behind`); a block with
             a branch that is not here is left out, because the output of its site is not what is added.
+        error: What went wrong in the last pass, ``None`` where nothing did.
     """
 
     model: nn.Module
     blocks: Sequence[ResidualBlock]
     behind: Mapping[Branch, float]
-    updates: dict[int, Update] = field(default_factory=dict, init=False)
+    error: Exception | None = field(default=None, init=False)
+    _seen: dict[int, Tensor] = field(default_factory=dict, init=False)
     _handles: list[RemovableHandle] = field(default_factory=list, init=False)
 
     def __enter__(self) -> UpdateWatch:
         """Begin to listen."""
+        self._seen, self.error = {}, None
         for block in self.blocks:
             attention, mlp = block.attention, block.mlp
             if attention in self.behind and mlp in self.behind:
@@ -272,15 +285,27 @@ class UpdateWatch:
             handle.remove()
         self._handles.clear()
 
+    @property
+    def updates(self) -> dict[int, Update]:
+        """The comparisons of the last pass by the index of the block, read in one transfer from the device."""
+        if not self._seen:
+            return {}
+        numbers = torch.stack([*self._seen.values()]).tolist()
+        return {index: Update.from_norms(*norms) for index, norms in zip(self._seen, numbers, strict=True)}
+
     def _noting(self, block: ResidualBlock, branch: Branch, held: dict[Branch, Tensor]) -> Callable[..., None]:
+        @torch.no_grad()
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            part = output if branch.output_index is None else output[branch.output_index]
-            # A copy: the model may add the stream to this very tensor before the other branch has run.
-            held[branch] = part.detach().clone() * self.behind[branch]
-            if block.attention in held and block.mlp in held:
-                assert block.attention is not None
-                assert block.mlp is not None
-                self.updates[block.index] = Update.of(held[block.mlp], held[block.attention])
-                held.clear()
+            try:
+                part = output if branch.output_index is None else output[branch.output_index]
+                # A copy: the model may add the stream to this very tensor before the other branch has run.
+                held[branch] = part * self.behind[branch]
+                if block.attention in held and block.mlp in held:
+                    assert block.attention is not None
+                    assert block.mlp is not None
+                    self._seen[block.index] = _norms(held[block.mlp], held[block.attention])
+                    held.clear()
+            except Exception as error:  # what goes wrong here must not go wrong in the user's forward pass
+                self.error = error
 
         return hook

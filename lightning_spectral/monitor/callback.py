@@ -10,8 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral import settings
-from lightning_spectral.alarms import announcement
-from lightning_spectral.block_outputs import BlockOutputs, with_geometry
+from lightning_spectral.alarms import Event, falling_tokens
 from lightning_spectral.control.actions import news
 from lightning_spectral.control.fuse import MARKER, lost_scales, refuse_lost_scales, scale_keys
 from lightning_spectral.control.law import Action, ResidualRescaler
@@ -23,6 +22,7 @@ from lightning_spectral.first_forward import FirstForward
 from lightning_spectral.journal import described
 from lightning_spectral.linalg import Solver
 from lightning_spectral.measure import Meter
+from lightning_spectral.monitor.batch import BatchWatch
 from lightning_spectral.monitor.framework import Callback, overrides, rank_zero_info, rank_zero_warn
 from lightning_spectral.monitor.order import check_order
 from lightning_spectral.monitor.outlets import Outlets
@@ -60,6 +60,8 @@ class SpectralMonitor(Callback):
     ``spectral/attention_norm_max``           1      largest spectral norm of an attention branch
     ``spectral/unmeasured``                   count  branches that exist but could not be measured
     ``spectral/seconds``                      s      wall time of the measurement
+    ``spectral/drifting``                     count  blocks outside that drift away from where they had settled
+    ``spectral/alarm``                        1      1 while an alarm is on, else 0
     ``spectral/scale_min, _max``              1      with ``auto_rescale``: the residual scales at the measurement
     ``spectral/rescaled``                     count  with ``auto_rescale``: blocks whose scales were moved after it
     ``spectral/token_residual_min``           1      with ``geometry``: smallest token residual of a block's output
@@ -72,6 +74,11 @@ class SpectralMonitor(Callback):
     block of every measurement and every action and, with matplotlib, ``spectral.png``, which loggers that take pictures
     get as well.
 
+    What is new is said on the console once, and written to ``spectral.jsonl``: a block that leaves the zone (info) or
+    that stays outside and drifts away from where this run had settled (warning), and an alarm when a second witness
+    agrees: the token residual of the last block falls toward collapse, over depth or over training. So alarms need
+    ``geometry``.
+
     Args:
         every_n_steps: Optimizer steps between two measurements.
         auto_rescale: Whether to steer the ratios: ``True``, or a :class:`ResidualRescaler` with settings.
@@ -79,9 +86,13 @@ class SpectralMonitor(Callback):
         safe_zone: The interval of ratios that counts as balanced.
         blocks: The blocks to measure, or hints for finding them; by default they are found in the model.
         solver: How spectral norms are computed; by default randomized, warm-started from measurement to measurement.
-        geometry: Whether to measure the tokens at every block's output too, on the training batch of measured steps. By
-            default in runs that are steered. Nothing is added to other steps, and nothing to compiled blocks.
+        geometry: Whether to measure the tokens at every block's output too, and the updates that both branches make,
+            on the training batch of measured steps. By default in runs that are steered or that an alarm shall act on.
+            Nothing is added to other steps, and nothing to compiled blocks.
         per_layer: Whether to log every block, besides the summary.
+        on_alarm: What to do at an alarm beyond logging it: nothing, ``"stop"`` the run as early stopping does, or call
+            ``on_alarm(trainer, pl_module, event)`` (:class:`~lightning_spectral.alarms.Event`), whose exceptions are
+            not caught.
         on_error: What to do when a measurement fails: warn and train on, or raise.
         prefix: First part of every key and file name. Two monitors in one Trainer need two of them.
 
@@ -100,6 +111,7 @@ class SpectralMonitor(Callback):
         solver: Solver | None = None,
         geometry: bool | None = None,
         per_layer: bool = False,
+        on_alarm: Literal["log", "stop"] | Callable[[Trainer, LightningModule, Event], object] = "log",
         on_error: Literal["warn", "raise"] = "warn",
         prefix: str = "spectral",
     ) -> None:
@@ -112,7 +124,14 @@ class SpectralMonitor(Callback):
         self._steering = None if rescaler is None else Steering(rescaler, self.safe_zone)
         self.blocks = blocks
         self.solver = solver
-        self.geometry = bool(auto_rescale) if geometry is None else settings.flag("geometry", geometry)
+        self.on_alarm = on_alarm if callable(on_alarm) else settings.choice("on_alarm", on_alarm, ("log", "stop"))
+        wanted = bool(auto_rescale) or on_alarm != "log"
+        self.geometry = wanted if geometry is None else settings.flag("geometry", geometry)
+        if on_alarm != "log" and not self.geometry:
+            raise ConfigurationError(
+                f"on_alarm={on_alarm!r} with geometry=False: an alarm needs the tokens as its second witness, so none "
+                "can come; leave geometry out"
+            )
         self.per_layer = per_layer
         self.on_error = settings.choice("on_error", on_error, ("warn", "raise"))
         self.prefix = settings.name("prefix", prefix)
@@ -130,7 +149,8 @@ class SpectralMonitor(Callback):
         self._awaits_forward = False  # no input could be guessed: the first real forward pass will show one
         self._first_forward: FirstForward | None = None
         self._latest: Measurement | None = None
-        self._block_outputs: BlockOutputs | None = None
+        self._batch_watch: BatchWatch | None = None
+        self._alarms: list[Event] = []  # not acted on yet
         self._failures = 0  # in a row
 
     @property
@@ -201,10 +221,10 @@ class SpectralMonitor(Callback):
         """Listen to the forward pass, if it is the first one or one whose tokens are to be measured."""
         if self._awaits_forward:
             self._awaits_forward, self._first_forward = False, FirstForward(pl_module, batch)
-        if self._block_outputs is not None:
+        if self._batch_watch is not None:
             step = trainer.global_step + len(trainer.optimizers)  # after this batch, if it steps
             if self._series.due(step, self.every_n_steps):
-                self._block_outputs.start()
+                self._batch_watch.start()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check once that every scale is alive."""
@@ -218,12 +238,13 @@ class SpectralMonitor(Callback):
         if not self._active:
             return
         self._series.end_batch(trainer.global_step)
-        if self._block_outputs is not None:
-            self._block_outputs.stop()
+        if self._batch_watch is not None:
+            self._batch_watch.stop()
         if self._first_forward is not None:
             self._guard("finding the blocks", self._find_late, trainer, self._first_forward)
             self._first_forward = None
         self._measure_if_due(trainer, pl_module, steer=True)
+        self._answer(trainer, pl_module)
         self._outlets.show(pl_module, self._series.values)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -299,21 +320,24 @@ class SpectralMonitor(Callback):
         first_forward.stop()
         call = first_forward.call()
         try:
-            blocks = self._blocks_of(call.module, *call.shortened().args, **call.shortened().kwargs)
+            short = call.shortened()
+            blocks = self._blocks_of(call.module, *short.args, **short.kwargs)
         except ExampleInputError:  # a model that wants its batch whole
             blocks = self._blocks_of(call.module, *call.args, **call.kwargs)
-        self._watch(trainer, call.module, blocks)
+        self._watch(trainer, call.module, blocks, *call.args, **call.kwargs)
 
     def _blocks_of(self, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[ResidualBlock, ...]:
         if self.blocks is None or isinstance(self.blocks, Mapping):
             return find_blocks(model, *args, hints=self.blocks, **kwargs)
         return tuple(self.blocks)
 
-    def _watch(self, trainer: Trainer, model: nn.Module, blocks: tuple[ResidualBlock, ...]) -> None:
+    def _watch(
+        self, trainer: Trainer, model: nn.Module, blocks: tuple[ResidualBlock, ...], *args: Any, **kwargs: Any
+    ) -> None:
         zone, rule = self.safe_zone, self.linearization
         self._meter = Meter(model, blocks, linearization=rule, solver=self.solver, safe_zone=zone)
         if self.geometry:
-            self._listen(model, blocks)
+            self._listen(model, blocks, args, kwargs)
         if self._series.warm_start:
             self._meter.load_state_dict(self._series.warm_start)
         if not self._rehearses:
@@ -322,12 +346,14 @@ class SpectralMonitor(Callback):
             header["blocks"] = [described(block) for block in blocks]
             self._outlets.open(trainer, header, self._resume_step)
 
-    def _listen(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
+    def _listen(
+        self, model: nn.Module, blocks: Sequence[ResidualBlock], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
         compiled = [block.name for block in blocks if is_compiled(model, block.name)]
         if compiled:
             rank_zero_info(f"SpectralMonitor: no token geometry, because {compiled[0] or 'the model'} is compiled")
         else:
-            self._block_outputs = BlockOutputs(model, blocks)
+            self._batch_watch = BatchWatch(model, blocks, args, kwargs)
 
     def _measure_if_due(self, trainer: Trainer, pl_module: LightningModule, *, steer: bool = False) -> None:
         step = trainer.global_step
@@ -341,20 +367,33 @@ class SpectralMonitor(Callback):
         if self._meter is None:
             return
         measurement = self._meter.measure(trainer.global_step)
-        if self._block_outputs is not None:
-            measurement = with_geometry(measurement, self._block_outputs.values())
+        if self._batch_watch is not None:
+            measurement = self._batch_watch.add_to(measurement)
+        events = self._series.observe(measurement)
+        memory, rescaled = self._series.memory, None
         actions: tuple[Action, ...] = ()
-        if steer and self._steering is not None:
-            actions, self._series.law = self._steering.act(measurement, self._series.law, trainer.optimizers)
-        rescaled = None if self._steering is None else sum(action.moves for action in actions)
-        values = logged_values(measurement, self.prefix, per_layer=self.per_layer, rescaled=rescaled)
-        crossings = self._series.add(measurement, values)
+        if self._steering is not None:
+            if steer:
+                law, falling = self._series.law, falling_tokens(memory)
+                actions, self._series.law = self._steering.act(measurement, law, trainer.optimizers, falling)
+            rescaled = sum(action.moves for action in actions)
         self._latest = measurement
-        self._outlets.write(trainer, pl_module, self._series, measurement, actions)
-        if crossings:
-            rank_zero_info(announcement(crossings, measurement))
+        self._alarms += [event for event in events if event.level == "alarm"]
+        self._series.values = logged_values(
+            measurement, memory, self.prefix, per_layer=self.per_layer, rescaled=rescaled
+        )
+        self._outlets.write(trainer, pl_module, self._series, measurement, events, actions)
         if self._steering is not None and (told := news(actions, measurement, self._steering.rescaler)):
             rank_zero_info(told)
+
+    def _answer(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do at an alarm what the user asked for; what the user's own function raises is not telemetry that failed."""
+        alarms, self._alarms = self._alarms, []
+        for event in alarms:
+            if callable(self.on_alarm):
+                self.on_alarm(trainer, pl_module, event)
+            elif self.on_alarm == "stop":
+                trainer.should_stop = True
 
     def _guard(self, what: str, action: Callable[..., None], *args: Any) -> None:
         """Run one piece of telemetry; a failure stops training only if asked to, or if the user can mend it."""
@@ -389,8 +428,8 @@ class SpectralMonitor(Callback):
         self._keep_warm_start()
         if self._first_forward is not None:
             self._first_forward.stop()
-        if self._block_outputs is not None:
-            self._block_outputs.stop()
+        if self._batch_watch is not None:
+            self._batch_watch.stop()
         self._forget()
 
 

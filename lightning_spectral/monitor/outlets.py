@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_spectral.alarms import Event
 from lightning_spectral.control.actions import described_action
 from lightning_spectral.control.law import Action
 from lightning_spectral.journal import Journal
-from lightning_spectral.monitor.framework import rank_zero_info
+from lightning_spectral.monitor.framework import rank_zero_info, rank_zero_warn
 from lightning_spectral.records import Measurement
 from lightning_spectral.report import heatmap, send_figure
 from lightning_spectral.series import Series
@@ -47,15 +48,19 @@ class Outlets:
         pl_module: LightningModule,
         series: Series,
         measurement: Measurement,
+        events: Sequence[Event],
         actions: Sequence[Action],
     ) -> None:
-        """Write a measurement, its logged values and the actions after it everywhere."""
+        """Write a measurement, its logged values, what is new in it and the actions after it everywhere."""
         self._bar_is_old = True
         self.publish(trainer, pl_module, series.values)
         for logger in trainer.loggers:
             logger.log_metrics(series.values, step=series.batches)
         if self._journal is not None:
-            self._journal.append(measurement, [described_action(action, measurement) for action in actions])
+            told = [event.to_dict() for event in events]
+            self._journal.append(measurement, told + [described_action(action, measurement) for action in actions])
+        for event in events:
+            (rank_zero_info if event.level == "info" else rank_zero_warn)(event.message)
 
     def publish(self, trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float]) -> None:
         """Put values where other callbacks look for them. On all ranks: reading them may be a collective."""

@@ -238,6 +238,43 @@ def test_one_scale_moves_where_one_is_asked_for():
             assert only(rescaler, reading, state)[0] == action  # the other scale is not even looked at
 
 
+def test_the_guard_lets_the_mlp_give_way_alone_while_tokens_fall():
+    guarded, falling = only(SHARP, Reading(2.0, 0.0, 0.0, tokens_fall=True))
+    free, _ = only(SHARP, Reading(2.0, 0.0, 0.0))
+    assert guarded is not None
+    assert free is not None
+    assert (guarded.mlp, guarded.attention) == (free.mlp, 0.0)
+    assert (free.mlp, free.attention) == (-0.2, 0.2)
+    assert guarded.reason == "ratio too high, attention not raised because the token residual falls"
+    assert guarded.refused
+    again, _ = only(SHARP, Reading(2.0, 0.0, 0.0, tokens_fall=True), falling)
+    assert again is not None
+    assert (again.mlp, again.attention) == (-0.2, 0.0)
+    assert not again.refused  # said once
+
+
+def test_the_guard_does_nothing_where_attention_is_lowered_or_left_alone_or_the_guard_is_off():
+    for rescaler, log_ratio in (
+        (SHARP, -2.0),
+        (replace(SHARP, mode="mlp"), 2.0),
+        (replace(SHARP, mode="mlp"), -2.0),
+        (replace(SHARP, mode="attention"), -2.0),
+        (replace(SHARP, guard=False), 2.0),
+    ):
+        readings = [Reading(log_ratio, 0.0, 0.0, tokens_fall=fall) for fall in (False, True)]
+        free, guarded = (only(rescaler, reading)[0] for reading in readings)
+        assert free == guarded
+        assert free is not None
+
+
+def test_the_guard_holds_a_law_that_moves_attention_only_and_says_so_once():
+    rescaler, state, told = replace(SHARP, mode="attention"), None, []
+    for fall in (True, True, False, True, True):
+        action, state = only(rescaler, Reading(2.0, 0.0, 0.0, tokens_fall=fall), state)
+        told.append(None if action is None else (action.attention, action.refused))
+    assert told == [(0.0, True), None, (0.4, False), (0.0, True), None]
+
+
 @pytest.mark.parametrize(("sides", "sign"), [("low", -1), ("high", 1)])
 def test_the_other_side_is_left_alone(sides: str, sign: int):
     for rescaler, reading, state in cases(8, sides=sides):

@@ -1,0 +1,122 @@
+"""What an event says: what happened, where, since when, the numbers, and what to try."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from statistics import median
+
+from lightning_spectral.alarms.memory import BlockMemory, Event, Level, Point, line_through
+from lightning_spectral.records import LayerMeasurement, Measurement
+from lightning_spectral.trends import Forecast
+
+__all__ = ["Tokens", "collapse", "crossing", "drift", "relief"]
+
+TOLD_AT_ONCE = 4  # blocks named in one message
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What the tokens of one measurement say.
+
+    Attributes:
+        depth: Index and ln r of every block whose tokens were measured.
+        history: Step and ln r of the last of them, in the last measurements.
+        forecast: When that one reaches collapse, ``None`` where no robust trend leads there.
+        arrived: Whether it has.
+        coming: Whether it has or is on its way, over depth or over training.
+    """
+
+    depth: Sequence[Point]
+    history: Sequence[Point]
+    forecast: Forecast | None
+    arrived: bool
+    coming: bool
+
+    def __str__(self) -> str:
+        """Say where the token residual is, where it was, and when it will have collapsed."""
+        (first, top), (last, bottom) = self.depth[0], self.depth[-1]
+        text = f"token residual {math.exp(top):.2g} behind block {first}, {math.exp(bottom):.2g} behind block {last}"
+        if len(self.history) > 1:
+            step, value = self.history[0]
+            text += f" ({math.exp(value):.2g} at step {step})"
+        if self.forecast is not None:
+            at, earliest, latest = (f"{step:.0f}" for step in astuple(self.forecast))
+            text += f", collapsed by step {at} ({earliest} to {latest}) if it goes on"
+        return text
+
+
+def crossing(layers: Sequence[LayerMeasurement], blocks: Mapping[int, BlockMemory], measurement: Measurement) -> Event:
+    """Say which blocks crossed an edge of the zone."""
+    where = {-1: "is below", 0: "is back in", 1: "is above"}
+    clauses = [
+        f"block {layer.index} ({layer.name}) {where[blocks[layer.index].side]} the zone at {layer.ratio:.4g}"
+        for layer in layers
+    ]
+    return _event("info", "spectral ratio", measurement, layers, measurement.step, _listed(clauses))
+
+
+def drift(
+    layers: Sequence[LayerMeasurement],
+    blocks: Mapping[int, BlockMemory],
+    measurement: Measurement,
+    tokens: Tokens | None,
+) -> Event:
+    """Say which blocks stay outside and drift away from where they had settled."""
+    clauses = []
+    for layer in layers:
+        block = blocks[layer.index]
+        line = line_through(block.ratios)
+        start = block.ratios[0][0]
+        pace = "" if line is None else f", times {math.exp(line.slope * (line.at - start)):.3g} since step {start}"
+        settled = f"had settled at {math.exp(median(block.settled)):.3g}"
+        where = f"block {layer.index} ({layer.name}) at {layer.ratio:.4g}, outside since step {block.since}"
+        clauses.append(f"{where}, {settled}{pace}")
+    since = min(blocks[layer.index].since for layer in layers)
+    seen = "tokens were not measured (geometry=True)" if tokens is None else str(tokens)
+    text = f"{_listed(clauses)}. No alarm: ratios alone do not tell a collapse; {seen}"
+    return _event("warning", "spectral WARNING", measurement, layers, since, text, tokens)
+
+
+def collapse(level: Level, blocks: Mapping[int, BlockMemory], measurement: Measurement, tokens: Tokens) -> Event:
+    """Say that the tokens become one vector, and what the ratios have to do with it."""
+    side = -1 if any(block.stays < 0 for block in blocks.values()) else 1
+    outside = [layer for layer in measurement if blocks[layer.index].stays == side]
+    advice = "a smaller learning rate or a longer warm-up"
+    if not outside:
+        who = "No ratio has stayed outside: the balance of the branches is not what does it"
+    else:
+        names = _listed([f"block {layer.index} ({layer.name}) at {layer.ratio:.4g}" for layer in outside])
+        strong = "attention outweighs the MLP" if side < 0 else "the MLP outweighs attention"
+        who = f"In {len(outside)} of {len(measurement.layers)} blocks {strong}: {names}"
+        if side < 0:
+            advice += ", balance_init_ before training, or auto_rescale=ResidualRescaler(sides='low')"
+    since = min((blocks[layer.index].since for layer in outside), default=measurement.step)
+    text = f"tokens become one vector: {tokens}. {who}. Try {advice}"
+    return _event(level, f"spectral {level.upper()}", measurement, outside, since, text, tokens)
+
+
+def relief(measurement: Measurement, tokens: Tokens) -> Event:
+    """Say that the tokens are no longer on their way to collapse."""
+    return _event("info", "spectral", measurement, (), measurement.step, f"tokens are apart again: {tokens}")
+
+
+def _event(
+    level: Level,
+    title: str,
+    measurement: Measurement,
+    layers: Sequence[LayerMeasurement],
+    since: int,
+    text: str,
+    tokens: Tokens | None = None,
+) -> Event:
+    low, high = measurement.safe_zone
+    message = f"{title}, step {measurement.step}, zone ({low:g}, {high:g}): {text}"
+    blocks = tuple(layer.index for layer in layers)
+    return Event(level, measurement.step, since, blocks, message, None if tokens is None else tokens.forecast)
+
+
+def _listed(clauses: Sequence[str]) -> str:
+    more = f"; and {len(clauses) - TOLD_AT_ONCE} more" if len(clauses) > TOLD_AT_ONCE else ""
+    return "; ".join(clauses[:TOLD_AT_ONCE]) + more
