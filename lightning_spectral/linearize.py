@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import Adjoint, Diagonal, Gather, LinearOperator, Matrix, Product, Scaled, Sharded
-from lightning_spectral.linalg.sharded import is_sharded, replicated, stand_in
+from lightning_spectral.linalg.operators import largest_mesh
+from lightning_spectral.linalg.sharded import agreed, is_sharded, replicated, stand_in
 from lightning_spectral.records import Factor, Path
 
 __all__ = ["Linearized", "WeightLinearization", "linearize", "reading"]
@@ -59,12 +60,27 @@ class _Chain:
     normalized_from: int | None = None
 
     def finished(self) -> Linearized:
+        self._agree()
         operator: LinearOperator = Product(*self.operators)
         for scalar in self.scalars:
             operator = Scaled(operator, scalar)
         if self.normalized_from is None:
             return Linearized(operator)
         return Linearized(operator, Product(*self.operators[self.normalized_from :]))
+
+    def _agree(self) -> None:
+        """Beside a sharded matrix, take the gains and multipliers of the first process, or sums would mix them."""
+        mesh = largest_mesh(self.operators)
+        if mesh is None:
+            return
+        gains = [(i, item.gain) for i, item in enumerate(self.operators) if isinstance(item, Diagonal)]
+        scalars = [(i, item) for i, item in enumerate(self.scalars) if isinstance(item, Tensor)]
+        small = [tensor for _, tensor in (*gains, *scalars)]
+        same = agreed(small, [mesh] * len(small))
+        for (i, _), gain in zip(gains, same, strict=False):
+            self.operators[i] = Diagonal(gain)
+        for (i, _), scalar in zip(scalars, same[len(gains) :], strict=True):
+            self.scalars[i] = scalar
 
 
 def linearize(

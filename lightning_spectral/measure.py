@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.discovery.inputs import arguments_of
@@ -17,7 +18,8 @@ from lightning_spectral.discovery.scaled import scale_module, with_scales
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.functional import measure_functions
 from lightning_spectral.linalg import RandomizedSVD, Solver, SolverState, SpectralNorm, frobenius_norm
-from lightning_spectral.linalg.sharded import replicated
+from lightning_spectral.linalg.operators import largest_mesh
+from lightning_spectral.linalg.sharded import agreed, replicated
 from lightning_spectral.linearize import Linearized, WeightLinearization, linearize
 from lightning_spectral.records import Branch, LayerMeasurement, Linearization, Measurement, Path, ResidualBlock
 
@@ -84,12 +86,14 @@ class Meter:
         branches = [branch for block in self.blocks for branch in (block.attention, block.mlp) if branch is not None]
         built = [self._linearized(branch) for branch in branches]
         operators = [(path, item) for paths, _ in built for path, item in paths]
-        norms = iter(self._solve([item for _, item in operators], tuple(_key(path) for path, _ in operators)))
+        mesh = largest_mesh(item.operator for _, item in operators)
+        keys = tuple(_key(path) for path, _ in operators)
+        norms = iter(_agreed(self._solve([item for _, item in operators], keys), mesh))
         values = {
             branch: _largest([(path, next(norms)) for path, _ in paths], reason)
             for branch, (paths, reason) in zip(branches, built, strict=True)
         }
-        scales = _read_scales(self._scales)
+        scales = _read_scales(self._scales, mesh)
         layers = tuple(_layer(block, values, scales) for block in self.blocks)
         return Measurement(step, self.linearization, layers, self.safe_zone, time.perf_counter() - start)
 
@@ -201,13 +205,25 @@ def _largest(norms: Sequence[tuple[Path, SpectralNorm]], reason: str | None) -> 
     return _Value(norm.value, norm.error_bound, path.expert)
 
 
-def _read_scales(modules: Mapping[Branch | None, nn.Module]) -> dict[Branch | None, float]:
+def _agreed(norms: Sequence[SpectralNorm], mesh: DeviceMesh | None) -> list[SpectralNorm]:
+    """Return the norms as the first process has them: weights that are not sharded may differ by rounding errors."""
+    if mesh is None:
+        return list(norms)
+    numbers = torch.tensor([[norm.value or 0.0, norm.error_bound or 0.0] for norm in norms], dtype=torch.float64)
+    same = agreed([numbers], [mesh])[0].tolist()
+    return [
+        norm if norm.value is None else replace(norm, value=value, error_bound=bound)
+        for norm, (value, bound) in zip(norms, same, strict=True)
+    ]
+
+
+def _read_scales(modules: Mapping[Branch | None, nn.Module], mesh: DeviceMesh | None) -> dict[Branch | None, float]:
     """Return the residual scale of every branch that has one, read in a single transfer from the device."""
     logs: list[Tensor] = [replicated(module.log_scale.detach()).double() for module in modules.values()]  # type: ignore[operator]
     if not logs:
         return {}
-    values = torch.cat([log.to(logs[0].device) for log in logs]).exp().tolist()
-    return dict(zip(modules, values, strict=True))
+    (together,) = agreed([torch.cat([log.to(logs[0].device) for log in logs])], [mesh])
+    return dict(zip(modules, together.exp().tolist(), strict=True))
 
 
 def _layer(

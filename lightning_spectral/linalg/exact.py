@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_spectral.linalg.operators import LinearOperator
+from lightning_spectral.linalg.sharded import balanced
 from lightning_spectral.linalg.solution import NOT_FINITE, OUT_OF_RANGE, Memory, SolverState, SpectralNorm
 
 __all__ = ["ExactSVD", "largest_singular"]
@@ -54,10 +55,10 @@ def largest_singular(operator: LinearOperator, count: int) -> tuple[SpectralNorm
     Returns:
         The norm, and the memory with a subspace ``(n, min(m, n, count))``.
     """
-    balanced = operator.balanced()
-    if balanced is None:
+    scaled = balanced(operator)
+    if scaled is None:
         return SpectralNorm(None, None, NOT_FINITE), None
-    A, exponent = balanced[0].dense(), balanced[1]
+    A, exponent = scaled[0].dense(), scaled[1]
     _, sigma, Vh = torch.linalg.svd(A, full_matrices=False)
     subspace = Vh[:count].mT.to(operator.device, operator.dtype)
     memory = Memory(subspace, subspace.new_zeros(0, operator.shape[0]), float(sigma[0]), exponent)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_spectral.linalg.matrix import Matrix
 from lightning_spectral.linalg.operators import Adjoint, Diagonal, LinearOperator, Product, Scaled
-from lightning_spectral.linalg.sharded import Sharded
+from lightning_spectral.linalg.sharded import Sharded, agreed, balanced
 
 __all__ = ["frobenius_norm"]
 
@@ -45,15 +45,15 @@ def frobenius_norm(
     """
     with torch.no_grad(), torch.autocast(operator.device.type, enabled=False):
         before = generator.get_state()
-        norm = _norm(operator, generator, n_probes, subspace)
+        (norm,) = agreed([_norm(operator, generator, n_probes, subspace)], [operator.mesh])
         limits = torch.finfo(torch.float32)
         if limits.tiny**0.2 < float(norm) < limits.max**0.2:
             return norm
-        balanced = operator.balanced()
-        if balanced is None:
+        scaled = balanced(operator)
+        if scaled is None:
             return norm.fill_(math.nan)
         generator.set_state(before)
-        return _norm(balanced[0], generator, n_probes, subspace) * 2.0 ** balanced[1]
+        return _norm(scaled[0], generator, n_probes, subspace) * 2.0 ** scaled[1]
 
 
 def _norm(operator: LinearOperator, generator: torch.Generator, n_probes: int, subspace: Tensor | None) -> Tensor:

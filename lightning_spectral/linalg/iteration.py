@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lightning_spectral.linalg.krylov import BlockKrylov, Ritz
@@ -63,13 +64,13 @@ def iterate(
         part = krylov if len(judged) == len(active) else krylov.select(judged)
         ritz = part.ritz()
         positions = [active[j] for j in judged]
-        excess, bounds = (column.tolist() for column in judge(ritz, positions))
-        stopped = [j for j, left in enumerate(excess) if krylov.steps == max_steps or left <= 1 or not ritz.finite[j]]
+        judged_by = torch.stack([*judge(ritz, positions), ritz.theta[:, -1], ritz.finite.double()])
+        excess, bounds, theta, finite = part.operators.agreed(judged_by.mT).mT.tolist()
+        stopped = [j for j, left in enumerate(excess) if krylov.steps == max_steps or left <= 1 or not finite[j]]
         if stopped:
             subspaces = part.dominant(ritz, count)
-            for j in (j for j in stopped if ritz.finite[j]):
-                theta, subspace = float(ritz.theta[j, -1]), subspaces[j].clone().mT
-                outcomes[positions[j]] = Outcome(theta, bounds[j], subspace, krylov.steps)
+            for j in (j for j in stopped if finite[j]):
+                outcomes[positions[j]] = Outcome(theta[j], bounds[j], subspaces[j].clone().mT, krylov.steps)
         for i, left in zip(positions, excess, strict=True):
             paces[i] = paces[i].after(krylov.steps, left)
         gone = {positions[j] for j in stopped}

@@ -21,13 +21,13 @@ class Ritz:
         theta: ``(batch, k)``, Ritz values, ascending.
         vectors: ``(batch, k, k)``, eigenvectors of T as columns.
         coupling: ``(batch, b, k)``: Ritz vector i leaves the subspace by Q_{q+1} · coupling[:, i].
-        finite: One flag per operator; the other fields hold zeros where the arithmetic overflowed.
+        finite: ``(batch,)``, one flag per operator; the other fields hold zeros where the arithmetic overflowed.
     """
 
     theta: Tensor
     vectors: Tensor
     coupling: Tensor
-    finite: list[bool]
+    finite: Tensor
 
     def leak(self) -> Tensor:
         """Return the relative error of √θ₁ to second order, ``(batch,)``.
@@ -100,7 +100,7 @@ class BlockKrylov:
         finite = parts.isfinite().all(2).all(1)
         parts = torch.where(finite[:, None, None], parts, torch.zeros((), dtype=parts.dtype))
         theta, vectors = torch.linalg.eigh(parts[:, :k])
-        return Ritz(theta, vectors, parts[:, k:, :b] @ vectors[:, -b:], finite.tolist())
+        return Ritz(theta, vectors, parts[:, k:, :b] @ vectors[:, -b:], finite)
 
     def dominant(self, ritz: Ritz, count: int) -> Tensor:
         """Return the first Ritz vectors, improved by the power step that is already known.

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import final
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_spectral.errors import ConfigurationError
 
@@ -27,6 +29,7 @@ __all__ = [
     "balanced_by_largest",
     "check_weight",
     "dense_by_columns",
+    "largest_mesh",
     "vector_dtype",
 ]
 
@@ -41,13 +44,14 @@ class LinearOperator(ABC):
         shape: ``(m, n)``.
         dtype: The dtype of the vectors: float64 where a weight is float64, else float32.
         device: Where the vectors live.
-        sharded: Whether a weight is spread over processes, all of which then have to take part in every product.
+        mesh: The processes that a weight is spread over, all of which then have to take part in every product; ``None``
+            where every process has all weights.
     """
 
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
-    sharded: bool = False
+    mesh: DeviceMesh | None = None
 
     @abstractmethod
     def matmat(self, X: Tensor) -> Tensor:
@@ -160,7 +164,7 @@ class Scaled(LinearOperator):
         self.c = c.reshape(()) if isinstance(c, Tensor) else float(c)  # as given, with its graph
         self._value = self.c.detach() if isinstance(self.c, Tensor) else self.c
         self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
-        self.sharded = operator.sharded
+        self.mesh = operator.mesh
 
     def matmat(self, X: Tensor) -> Tensor:
         """Scale, then multiply: a factor that balances a huge weight must come before it."""
@@ -190,7 +194,7 @@ class Adjoint(LinearOperator):
     def __init__(self, operator: LinearOperator) -> None:
         self.operator = operator
         self.shape = (operator.shape[1], operator.shape[0])
-        self.dtype, self.device, self.sharded = operator.dtype, operator.device, operator.sharded
+        self.dtype, self.device, self.mesh = operator.dtype, operator.device, operator.mesh
 
     def matmat(self, X: Tensor) -> Tensor:
         """Multiply by the transpose of the operator."""
@@ -233,7 +237,7 @@ class Product(LinearOperator):
         wide = any(operator.dtype == torch.float64 for operator in operators)
         self.dtype = torch.float64 if wide else torch.float32
         self.device = operators[0].device
-        self.sharded = any(operator.sharded for operator in operators)
+        self.mesh = largest_mesh(operators)
 
     def matmat(self, X: Tensor) -> Tensor:
         """Apply the factors, the last one first."""
@@ -249,7 +253,7 @@ class Product(LinearOperator):
 
     def dense(self) -> Tensor:
         """Multiply the dense factors; sharded ones are never formed."""
-        if self.sharded:
+        if self.mesh is not None:
             return dense_by_columns(self)
         result = self.operators[0].dense()
         for operator in self.operators[1:]:
@@ -294,6 +298,12 @@ def dense_by_columns(operator: LinearOperator) -> Tensor:
     """Form the ``(m, n)`` matrix in float64 on the CPU from its products with the unit vectors, a few at a time."""
     units = torch.eye(operator.shape[1], dtype=torch.float64, device=operator.device)
     return torch.cat([operator.matmat(block).cpu() for block in torch.split(units, _COLUMNS, dim=1)], dim=1)
+
+
+def largest_mesh(operators: Iterable[LinearOperator]) -> DeviceMesh | None:
+    """Return the mesh of most processes; sharding around tensor parallelism makes one that contains the other."""
+    meshes = [operator.mesh for operator in operators if operator.mesh is not None]
+    return max(meshes, key=lambda mesh: mesh.size(), default=None)
 
 
 def vector_dtype(weight: Tensor) -> torch.dtype:

@@ -15,6 +15,7 @@ from lightning_spectral.linalg.exact import largest_singular
 from lightning_spectral.linalg.iteration import Outcome, iterate
 from lightning_spectral.linalg.krylov import BlockKrylov, Ritz
 from lightning_spectral.linalg.operators import LinearOperator
+from lightning_spectral.linalg.sharded import balanced
 from lightning_spectral.linalg.solution import NOT_FINITE, OUT_OF_RANGE, Memory, SolverState, SpectralNorm
 from lightning_spectral.linalg.stacked import Stacked
 
@@ -184,7 +185,7 @@ class _Batch:
         """Return the operators whose squares will neither overflow nor underflow. One host sync."""
         limits = torch.finfo(images.dtype)
         low, high = (limits.tiny**0.4, limits.max**0.4) if self.exponent is None else (0.0, limits.max)
-        largest = images.abs().amax((1, 2)).tolist()
+        largest = self.operators.agreed(images.abs().amax((1, 2))).tolist()
         return [i for i, size in enumerate(largest) if low < size < high]
 
     def _rescue(self, i: int, images: Tensor) -> Solved:
@@ -192,10 +193,10 @@ class _Batch:
         if self.exponent is not None:  # balanced, and still out of range
             zero = not images.any()
             return (SpectralNorm(0.0, 0.0) if zero else SpectralNorm(None, None, OUT_OF_RANGE)), None
-        balanced = self.operators.operators[i].balanced()
-        if balanced is None:
+        scaled = balanced(self.operators.operators[i])
+        if scaled is None:
             return SpectralNorm(None, None, NOT_FINITE), None
-        single = _Batch(self.solver, self.seed, Stacked([balanced[0]]), self.memories[i : i + 1], balanced[1])
+        single = _Batch(self.solver, self.seed, Stacked([scaled[0]]), self.memories[i : i + 1], scaled[1])
         return single.solve()[0]
 
     def _select(self, indices: Sequence[int]) -> _Batch:
@@ -206,8 +207,8 @@ class _Batch:
         """Refine the operators whose carried bound is tight enough, certify the others."""
         if not self.memories:
             return self._certify(start, images)
-        ceilings = self._ceilings(images)
-        values = spectral_norms(images[:, : self.solver.n_components]).tolist()
+        carried = torch.stack([self._ceilings(images), spectral_norms(images[:, : self.solver.n_components])])
+        ceilings, values = self.operators.agreed(carried.mT).mT.tolist()
         slack = 1 + _SLACK * self.solver.max_bound
         keep = [i for i, (ceiling, value) in enumerate(zip(ceilings, values, strict=True)) if ceiling <= slack * value]
         drop = [i for i in range(len(self.operators)) if i not in keep]
@@ -221,15 +222,13 @@ class _Batch:
                 solved[i] = result
         return solved
 
-    def _ceilings(self, images: Tensor) -> list[float]:
+    def _ceilings(self, images: Tensor) -> Tensor:
         """Return the carried upper bounds of ‖A‖₂: the certified ones plus what can have been added since."""
         old = torch.stack([memory.images for memory in self.memories])
         delta = normal_quantile(self.solver.n_oversamples, self.solver.failure_probability)
         changes = spectral_norms(images[:, self.solver.n_components :] - old) / delta
-        return [
-            memory.upper + change if memory.exponent == (self.exponent or 0) else math.inf
-            for memory, change in zip(self.memories, changes.tolist(), strict=True)
-        ]
+        known = [memory.upper if memory.exponent == (self.exponent or 0) else math.inf for memory in self.memories]
+        return torch.tensor(known, dtype=changes.dtype) + changes
 
     def _refine(self, start: Tensor, images: Tensor, ceilings: list[float]) -> list[Solved | None]:
         """Iterate V alone, until its own error is small; the bound is the carried one."""

@@ -1,9 +1,12 @@
 """Weights that are spread over processes: each multiplies what it holds, and blocks of vectors are added up.
 
 Let W be the sum of the parts W_r that the processes r of a mesh hold, each padded with zeros to the size of W. Then
-WX = Σ W_r X and WᵀY = Σ W_rᵀ Y: what travels is the sum of a ``(m, k)`` block, never a weight. An all-reduce leaves the
-same bits on every process, so whatever is decided from its result is decided everywhere alike. That is also why every
-process of the mesh has to take part in every product, in the same order.
+WX = Σ W_r X and WᵀY = Σ W_rᵀ Y: what travels is the sum of a ``(m, k)`` block, never a weight.
+
+Every process of the mesh has to take part in every product, in the same order, so all of them have to decide alike. An
+all-reduce leaves the same bits on all of them, but that is not enough: what every process has for itself, such as norm
+gains beside a tensor-parallel matrix, drifts apart in training by rounding errors. Numbers that something is decided
+from are therefore those of the first process (:func:`agreed`).
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from lightning_spectral.linalg.operators import (
     vector_dtype,
 )
 
-__all__ = ["Sharded", "Share", "added", "is_sharded", "replicated", "stand_in"]
+__all__ = ["Sharded", "Share", "added", "agreed", "balanced", "is_sharded", "replicated", "stand_in"]
 
 
 class Share(NamedTuple):
@@ -67,8 +70,6 @@ class Sharded(LinearOperator):
             on all processes.
     """
 
-    sharded = True
-
     def __init__(self, weight: DTensor, view: Tensor | None = None) -> None:
         check_weight(weight, "weight", dims=(weight.ndim,))
         view = stand_in(weight) if view is None else view
@@ -76,7 +77,7 @@ class Sharded(LinearOperator):
             raise ConfigurationError(f"weight must be read in 2 or 3 dimensions, got shape {tuple(view.shape)}.")
         self.shape = (view.shape[:-1].numel(), view.shape[-1])
         self.dtype = vector_dtype(weight)
-        self._mesh = weight.device_mesh
+        self.mesh: DeviceMesh = weight.device_mesh
         self._dims = _sharded_dims(weight)
         local: Tensor = weight.to_local().detach()
         self.device = local.device
@@ -123,7 +124,7 @@ class Sharded(LinearOperator):
         return added([self._share(total)])[0].sqrt()
 
     def _share(self, block: Tensor) -> Share:
-        return Share(block, self._mesh, self._dims)
+        return Share(block, self.mesh, self._dims)
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
@@ -172,6 +173,27 @@ def added(shares: Sequence[Share], operation: str = "sum") -> list[Tensor]:
         ):
             sums[i] = part.to(block.device).view(block.shape)
     return sums
+
+
+def agreed(tensors: Sequence[Tensor], meshes: Sequence[DeviceMesh | None]) -> list[Tensor]:
+    """Return what the first process of its mesh has, for every tensor; a tensor without mesh as it is."""
+    shares = []
+    for tensor, mesh in zip(tensors, meshes, strict=True):
+        if mesh is not None:
+            first = not any(mesh.get_coordinate() or ())
+            shares.append(Share(tensor if first else torch.zeros_like(tensor), mesh, tuple(range(mesh.ndim))))
+    sums = iter(added(shares))
+    return [tensor if mesh is None else next(sums) for tensor, mesh in zip(tensors, meshes, strict=True)]
+
+
+def balanced(operator: LinearOperator) -> tuple[LinearOperator, int] | None:
+    """Take out a power of two as :meth:`LinearOperator.balanced` does; ``None`` if it is ``None`` on any process."""
+    result = operator.balanced()
+    if operator.mesh is not None:
+        missing = torch.tensor(float(result is None), device=operator.device)
+        if added([Share(missing, operator.mesh, tuple(range(operator.mesh.ndim)))])[0] > 0:
+            return None
+    return result
 
 
 def _sharded_dims(weight: DTensor) -> tuple[int, ...]:

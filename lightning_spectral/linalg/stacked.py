@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.operators import Adjoint, LinearOperator, Product, Scaled
-from lightning_spectral.linalg.sharded import Sharded, Share, added
+from lightning_spectral.linalg.sharded import Sharded, Share, added, agreed
 
 __all__ = ["Stacked"]
 
@@ -36,7 +36,7 @@ class Stacked:
             raise ConfigurationError(f"Stacked operators must agree in shape, dtype and device, got {kinds}.")
         self.operators = tuple(operators)
         ((self.shape, self.dtype, self.device),) = kinds
-        self.sharded = any(operator.sharded for operator in operators)
+        self.sharded = any(operator.mesh is not None for operator in operators)
 
     def __len__(self) -> int:
         """Return the number of operators."""
@@ -65,6 +65,12 @@ class Stacked:
         """Multiply by every operator, or its transpose, in turn; what has to be added up travels together."""
         runs = [_multiplied(A, x.mT, turns) for A, x in zip(self.operators, rows, strict=True)]
         return torch.stack([block.mT for block in _side_by_side(runs)])
+
+    def agreed(self, numbers: Tensor) -> Tensor:
+        """Return numbers of which something is decided, ``(batch, ...)``, as the first process has them."""
+        if not self.sharded:
+            return numbers
+        return torch.stack(agreed(list(numbers), [operator.mesh for operator in self.operators]))
 
     def select(self, indices: Sequence[int]) -> Stacked:
         """Return the operators at the given positions."""

@@ -183,8 +183,8 @@ def in_blocks(mesh: DeviceMesh, *, root: bool = True, **settings: Any) -> Callab
     return shard
 
 
-def tensor_parallel(mesh: DeviceMesh) -> Callable[[nn.Module], Any]:
-    """Cut the heads and the hidden channels."""
+def tensor_parallel(mesh: DeviceMesh, *names: str) -> Callable[[nn.Module], Any]:
+    """Cut the heads and the hidden channels, or the layers of these names only."""
     plan = {
         "attention.qkv": ColwiseParallel(),
         "attention.out": RowwiseParallel(),
@@ -194,9 +194,17 @@ def tensor_parallel(mesh: DeviceMesh) -> Callable[[nn.Module], Any]:
 
     def shard(model: nn.Module) -> None:
         for layer in model.layers:
-            parallelize_module(layer, mesh, plan)
+            parallelize_module(layer, mesh, {name: plan[name] for name in names or plan})
 
     return shard
+
+
+def drifted(model: nn.Module) -> None:
+    """Move what the second process has for itself, as rounding errors do in training."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if RANK and not isinstance(parameter, DTensor):
+                parameter.mul_(1 - 1e-6)
 
 
 def by_columns(parameter: nn.Parameter) -> Shard:
@@ -242,6 +250,31 @@ def columns(mesh: DeviceMesh) -> Any:
 def tensor_parallel_trained(mesh: DeviceMesh) -> Any:
     """Colwise and rowwise."""
     return compared(lambda: GPT(160, 4, 4, 320), tensor_parallel(mesh))
+
+
+@case(2)
+def drifting_apart(mesh: DeviceMesh) -> Any:
+    """Attention in one piece, which is not quite the same on all processes; gains at a power of two."""
+
+    def build(width: int) -> nn.Module:
+        model = GPT(width, 4, 4, 2 * width)
+        with torch.no_grad():
+            for layer in model.layers:
+                layer.norm1.weight.fill_(1.0)
+                layer.norm2.weight.fill_(1.0)
+            model.layers[1].up.weight.mul_(1e30)
+        return model
+
+    def shard(model: nn.Module) -> None:
+        tensor_parallel(mesh, "up", "down")(model)
+        drifted(model)
+
+    def change(model: nn.Module) -> None:
+        with torch.no_grad():
+            for layer in model.layers:
+                layer.down.weight.mul_(1.01)
+
+    return {str(width): compared(lambda width=width: build(width), shard, change=change) for width in (32, 160)}
 
 
 @case(2)
@@ -388,6 +421,10 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
     spread = distribute_tensor(whole, mesh, [Shard(0)])
     unsummed = DTensor.from_local(whole, mesh, [Partial()], run_check=False)
     with_unsummed = GPT(80, layers=1)
+    uneasy = GPT(80, layers=1)
+    tensor_parallel(mesh, "up")(uneasy)
+    with torch.no_grad():
+        uneasy.layers[0].down.weight[0, 0] = torch.nan if RANK else 1.0
     weight = with_unsummed.layers[0].up.weight.detach()
     del with_unsummed.layers[0].up.weight
     with_unsummed.layers[0].up.weight = DTensor.from_local(weight, mesh, [Partial()], run_check=False)
@@ -399,6 +436,7 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
         "penalty": refused(lambda: balance_penalty(model, blocks)),
         "partial": refused(lambda: Sharded(unsummed)),
         "partial_branch": str(measure(with_unsummed, blocks).layers[0].reason),
+        "nan_beside": str(measure(uneasy, blocks).layers[0].reason),
         "copied": refused(lambda: Sharded(spread, stand_in(spread).transpose(0, 1).contiguous())),
         "mixed": refused(lambda: Sharded(spread, stand_in(spread).view(3, 8))),
         "vector": refused(lambda: Sharded(spread, stand_in(spread)[0])),

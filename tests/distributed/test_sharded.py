@@ -19,6 +19,7 @@ OF_TWO = (
     "uneven",
     "columns",
     "tensor_parallel_trained",
+    "drifting_apart",
     "half_precision",
     "paper",
     "exact",
@@ -97,7 +98,7 @@ def test_what_travels_is_small_beside_the_smallest_weight(two: Seen, name: str):
     item = two[0][name]
     sizes = [size for operation, size in item["sharded_traffic"] if operation == "all_reduce"]
     # 14 columns times the channels between the factors of both branches, which travel together.
-    assert sizes[0] == max(sizes) == 14 * (384 + 768)
+    assert max(sizes) == 14 * (384 + 768)
     assert max(sizes) < item["smallest_weight"] / 8
 
 
@@ -133,6 +134,7 @@ def test_every_view_of_every_placement_multiplies_as_the_whole_weight(request: p
         ("penalty", r"ConfigurationError: .*down.weight is sharded: no gradient goes through its spectral norm"),
         ("partial", r"ConfigurationError: the weight is a sum that has not been taken yet \(placement Partial\)"),
         ("partial_branch", r"mlp: the weight is a sum that has not been taken yet \(placement Partial\)"),
+        ("nan_beside", r"mlp: weights are not finite"),
         ("copied", r"ConfigurationError: the weight is sharded, and it is rearranged .* no view of it"),
         ("mixed", r"ConfigurationError: the weight is sharded, and it is rearranged .* no view of it"),
         ("vector", r"ConfigurationError: weight must be read in 2 or 3 dimensions, got shape \(6,\)"),

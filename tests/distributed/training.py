@@ -1,0 +1,342 @@
+"""Run by ``test_training.py`` in two processes under one strategy: whole training runs, and what this process saw.
+
+A cell is a precision, watched or steered, trained in one go or resumed in the middle. Each is compared by the tests with
+the same run in one process, and across the processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_spectral import ResidualRescaler, SpectralMonitor, attach_scales, find_blocks, read_actions, read_journal
+
+VOCABULARY, WIDTH, HEADS, BLOCKS, CONTEXT, STEPS, STOP = 32, 32, 4, 4, 8, 8, 4
+STRATEGIES = ("single", "ddp", "fsdp2 blocks", "fsdp2 root", "tensor parallel")
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true")
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
+STEERED = {"gain": 0.5, "patience": 1, "smoothing": 0.0}
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # As many heads as this process has under tensor parallelism.
+        q, k, v = (part(x).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.attention, self.norm2 = nn.LayerNorm(WIDTH), Attention(), nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        with torch.no_grad():  # two blocks out of balance, each in its own direction
+            self.blocks[1].down.weight.mul_(6)
+            self.blocks[2].attention.o.weight.mul_(6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class LitGPT(LightningModule):
+    """Next-token prediction; sharded, if at all, in ``configure_model``, where the blocks are found before."""
+
+    def __init__(self, layout: str, *, steer: bool, mixed: bool) -> None:
+        super().__init__()
+        self.layout, self.steer, self.mixed = layout, steer, mixed
+        seed_everything(3, verbose=False)
+        self.model: nn.Module = GPT()
+        self.done = False
+
+    def configure_model(self) -> None:
+        if self.layout in ("single", "ddp") or self.done:
+            return
+        self.done = True
+        self.spectral_blocks = attach_scales(self).blocks if self.steer else find_blocks(self)
+        assert self.device_mesh is not None
+        if self.layout == "tensor parallel":
+            columns, rows = ColwiseParallel(), RowwiseParallel()
+            plan = {"attention.q": columns, "attention.k": columns, "attention.v": columns, "attention.o": rows}
+            for block in self.model.blocks:  # type: ignore[union-attr]
+                parallelize_module(block, self.device_mesh["tensor_parallel"], plan | {"up": columns, "down": rows})
+            return
+        settings: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"]}
+        if self.mixed:
+            settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for block in self.model.blocks:  # type: ignore[union-attr]
+            fully_shard(block, **settings)
+        if self.layout == "fsdp2 root":
+            fully_shard(self.model, **settings)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[:, :-1]).flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a parameter in one piece; these are small."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Witness(Callback):
+    """Notes after every batch what the residual scales of this process are."""
+
+    def __init__(self) -> None:
+        self.scales: list[list[float]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        found = [whole(p) for name, p in pl_module.named_parameters() if name.endswith("log_scale")]
+        self.scales.append([float(scale) for scale in found])
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint in the middle."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == STOP:
+            trainer.save_checkpoint(self.path)
+
+
+def strategy_of(layout: str) -> Any:
+    limit: dict[str, Any] = {"process_group_backend": "gloo", "timeout": timedelta(seconds=60)}
+    if layout == "single":
+        return "auto"
+    if layout == "ddp":
+        return DDPStrategy(**limit)
+    tensor = 2 if layout == "tensor parallel" else 1
+    return ModelParallelStrategy(data_parallel_size=2 // tensor, tensor_parallel_size=tensor, **limit)
+
+
+def batches(layout: str) -> DataLoader[Any]:
+    """Equal batches under every strategy: what one process sees as one batch of four, two see as two of two."""
+    tokens = torch.randint(VOCABULARY, (4 * STEPS, CONTEXT), generator=torch.Generator().manual_seed(7))
+    if layout in ("single", "tensor parallel"):
+        return DataLoader(tokens, batch_size=4)
+    mine = tokens.view(STEPS, 2, 2, CONTEXT)[:, RANK].flatten(0, 1)
+    return DataLoader(mine, batch_size=2)
+
+
+def fit(
+    layout: str,
+    folder: Path,
+    precision: str,
+    *,
+    steer: bool,
+    monitor: SpectralMonitor | None,
+    others: list[Callback] | None = None,
+    ckpt_path: Path | None = None,
+) -> tuple[LitGPT, Witness]:
+    """Train and return the module and what was noted."""
+    seed_everything(1, verbose=False)
+    module, witness = LitGPT(layout, steer=steer, mixed=precision == "bf16-mixed"), Witness()
+    sharded = layout not in ("single", "ddp")
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1 if layout == "single" else 2,
+        strategy=strategy_of(layout),
+        # Under ModelParallelStrategy the policy of fully_shard says in which precision branches run.
+        precision="32-true" if sharded and precision == "bf16-mixed" and "fsdp2" in layout else precision,  # type: ignore[arg-type]
+        max_steps=STEPS,
+        logger=CSVLogger(folder.parent, name="", version=folder.name),
+        callbacks=[*([] if monitor is None else [monitor]), witness, *(others or [])],
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        log_every_n_steps=1,
+    )
+    trainer.fit(module, batches(layout), ckpt_path=None if ckpt_path is None else str(ckpt_path))
+    return module, witness
+
+
+def monitor_of(*, steer: bool, **settings: Any) -> SpectralMonitor:
+    return SpectralMonitor(2, auto_rescale=ResidualRescaler(**STEERED) if steer else False, geometry=True, **settings)
+
+
+def parameters(module: LitGPT) -> list[float]:
+    """Return a few numbers of every parameter: enough to see a difference."""
+    named = sorted(module.named_parameters())
+    return [float(part) for _, p in named for part in (whole(p).double().sum(), whole(p).double().square().sum())]
+
+
+def journal(folder: Path) -> dict[str, Any]:
+    """Return what the process that writes has written; the others write nothing."""
+    path = folder / "spectral.jsonl"
+    if RANK:
+        return {}
+    return {"records": read_journal(path)[1], "actions": read_actions(path)}
+
+
+def cell(layout: str, folder: Path, precision: str, *, steer: bool, resume: bool) -> dict[str, Any]:
+    """Run one cell of the matrix."""
+    monitor = monitor_of(steer=steer)
+    if not resume:
+        module, witness = fit(layout, folder, precision, steer=steer, monitor=monitor)
+        return {"parameters": parameters(module), "scales": witness.scales, **journal(folder)}
+    saved = folder.with_suffix(".ckpt")
+    straight, _ = fit(layout, folder, precision, steer=steer, monitor=monitor, others=[SaveAt(saved)])
+    resumed = folder.with_name(folder.name + "-resumed")
+    warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+    module, witness = fit(
+        layout, resumed, precision, steer=steer, monitor=monitor_of(steer=steer), ckpt_path=saved
+    )
+    return {
+        "straight": parameters(straight),
+        "parameters": parameters(module),
+        "scales": witness.scales,
+        "before": journal(folder),
+        **journal(resumed),
+    }
+
+
+def neutral(layout: str, folder: Path) -> dict[str, Any]:
+    """Train with and without a monitor that only watches."""
+    alone, _ = fit(layout, folder / "alone", "32-true", steer=False, monitor=None)
+    watched, _ = fit(layout, folder / "watched", "32-true", steer=False, monitor=monitor_of(steer=False))
+    return {"alone": parameters(alone), "watched": parameters(watched)}
+
+
+class Noisy(SpectralMonitor):
+    """Measures something else in the second process."""
+
+    def _take_part(self, trainer: Trainer) -> None:
+        super()._take_part(trainer)
+        if RANK and self._share is not None:
+            from dataclasses import replace
+
+            layers = tuple(
+                replace(layer, mlp_norm=None if layer.mlp_norm is None else 1.3 * layer.mlp_norm, token_residual=0.5)
+                for layer in self._share
+            )
+            self._share = replace(self._share, layers=layers)
+
+
+def noisy(layout: str, folder: Path) -> dict[str, Any]:
+    """Steer while one process measures something else."""
+    monitor = Noisy(2, auto_rescale=ResidualRescaler(**STEERED))  # type: ignore[arg-type]
+    module, witness = fit(layout, folder, "32-true", steer=True, monitor=monitor)
+    return {"parameters": parameters(module), "scales": witness.scales}
+
+
+class Failing(SpectralMonitor):
+    """Fails in the second process, as often as told."""
+
+    times = 1
+
+    def _take_part(self, trainer: Trainer) -> None:
+        if RANK and self.times:
+            self.times -= 1
+            raise ArithmeticError("only here")
+        super()._take_part(trainer)
+
+
+def failing(layout: str, folder: Path, times: int) -> dict[str, Any]:
+    """Let a measurement fail in one process."""
+    monitor = Failing(2)
+    monitor.times = times
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        module, _ = fit(layout, folder, "32-true", steer=False, monitor=monitor)
+    said = [str(warning.message) for warning in told if "SpectralMonitor" in str(warning.message)]
+    return {"parameters": parameters(module), "told": said, **journal(folder)}
+
+
+class Tampering(Callback):
+    """Changes a scale in one process behind everybody's back."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if RANK and trainer.global_step == 3:
+            scale = next(p for name, p in pl_module.named_parameters() if name.endswith("log_scale"))
+            scale.data.add_(0.01)
+
+
+def tampered(layout: str, folder: Path) -> dict[str, Any]:
+    """Let the scales come apart."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(layout, folder, "32-true", steer=True, monitor=monitor_of(steer=True), others=[Tampering()])
+    said = [str(warning.message) for warning in told if "differ between processes" in str(warning.message)]
+    return {"told": said, **journal(folder)}
+
+
+def cases(layout: str, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return what is run under a strategy."""
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    for precision in PRECISIONS:
+        for steer in (False, True):
+            for resume in (False, True):
+                name = f"{precision}, {'steer' if steer else 'watch'}, {'resume' if resume else 'fit'}"
+                place = folder / name.replace(", ", "-")
+                found[name] = lambda place=place, precision=precision, steer=steer, resume=resume: cell(
+                    layout, place, precision, steer=steer, resume=resume
+                )
+    found["neutral"] = lambda: neutral(layout, folder / "neutral")
+    if layout == "ddp":
+        found["noisy"] = lambda: noisy(layout, folder / "noisy")
+        found["fails once"] = lambda: failing(layout, folder / "fails-once", 1)
+        found["fails for good"] = lambda: failing(layout, folder / "fails-for-good", 99)
+        found["tampered"] = lambda: tampered(layout, folder / "tampered")
+    return found
+
+
+def main(layout: str, folder: Path) -> None:
+    """Run every case and write what this process saw."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", ".*does not have many workers")
+    results = {}
+    for name, case in cases(layout, folder).items():
+        try:
+            results[name] = case()
+        except Exception as error:
+            results[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+    (folder / f"{RANK}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
