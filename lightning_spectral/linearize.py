@@ -241,7 +241,8 @@ def _tensor(model: nn.Module, factor: Factor) -> Tensor:
 def _reading(model: nn.Module, factor: Factor) -> Iterator[Tensor]:
     assert factor.parameter is not None
     with reading(model, factor.parameter) as tensor:
-        yield tensor if torch.is_grad_enabled() else tensor.detach()
+        # A DTensor cannot be detached in inference mode; without grad mode, what is read of it is detached anyway.
+        yield tensor if torch.is_grad_enabled() or isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _arranged(tensor: Tensor, factor: Factor) -> Tensor:

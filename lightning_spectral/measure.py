@@ -219,7 +219,7 @@ def _agreed(norms: Sequence[SpectralNorm], mesh: DeviceMesh | None) -> list[Spec
 
 def _read_scales(modules: Mapping[Branch | None, nn.Module], mesh: DeviceMesh | None) -> dict[Branch | None, float]:
     """Return the residual scale of every branch that has one, read in a single transfer from the device."""
-    logs: list[Tensor] = [replicated(module.log_scale.detach()).double() for module in modules.values()]  # type: ignore[operator]
+    logs: list[Tensor] = [replicated(module.log_scale).detach().double() for module in modules.values()]  # type: ignore[arg-type]
     if not logs:
         return {}
     (together,) = agreed([torch.cat([log.to(logs[0].device) for log in logs])], [mesh])

@@ -344,6 +344,20 @@ def scaled(mesh: DeviceMesh) -> Any:
 
 
 @case(2)
+def inference(mesh: DeviceMesh) -> Any:
+    """In inference mode, where ``Trainer.validate`` runs."""
+    model = GPT()
+    attach_scales(model)
+    blocks = find_blocks(model)
+    plain = measure(model, blocks)
+    in_blocks(mesh)(model)
+    with torch.inference_mode():
+        sharded = measure(model, blocks)
+    traffic = {"plain_traffic": [], "sharded_traffic": [], "largest_vector": 1}
+    return {"plain": [numbers(plain)], "sharded": [numbers(sharded)]} | traffic
+
+
+@case(2)
 def layouts(mesh: DeviceMesh) -> Any:
     """Fused, grouped, transposed and stacked weights of the zoo, cut along both dimensions."""
     results = {}

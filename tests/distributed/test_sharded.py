@@ -26,6 +26,7 @@ OF_TWO = (
     "huge_and_tiny",
     "not_finite",
     "scaled",
+    "inference",
     "layouts",
     "wide",
     "wide_and_tensor_parallel",
