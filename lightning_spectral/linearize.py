@@ -26,7 +26,8 @@ from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import Adjoint, Diagonal, Gather, LinearOperator, Matrix, Product, Scaled, Sharded
 from lightning_spectral.linalg.operators import largest_mesh
-from lightning_spectral.linalg.sharded import agreed, is_sharded, replicated, stand_in
+from lightning_spectral.linalg.sharded import agreed, is_sharded, replicated
+from lightning_spectral.linalg.tiles import stand_in
 from lightning_spectral.records import Factor, Path
 
 __all__ = ["Linearized", "WeightLinearization", "linearize", "reading"]

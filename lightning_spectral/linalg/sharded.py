@@ -11,7 +11,7 @@ from are therefore those of the first process (:func:`agreed`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, TypeGuard, final
 
 import torch
@@ -20,7 +20,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg.matrix import Matrix
 from lightning_spectral.linalg.operators import (
     LinearOperator,
     balanced_by_largest,
@@ -28,8 +27,9 @@ from lightning_spectral.linalg.operators import (
     dense_by_columns,
     vector_dtype,
 )
+from lightning_spectral.linalg.tiles import Cut, held, stand_in, tiles
 
-__all__ = ["Sharded", "Share", "added", "agreed", "balanced", "is_sharded", "replicated", "stand_in"]
+__all__ = ["Sharded", "Share", "added", "agreed", "balanced", "is_sharded", "replicated"]
 
 
 class Share(NamedTuple):
@@ -46,14 +46,6 @@ class Share(NamedTuple):
     dims: tuple[int, ...]
 
 
-class _Tile(NamedTuple):
-    """A rectangle of the operator that this process holds."""
-
-    matrix: Matrix
-    rows: slice
-    columns: slice
-
-
 @final
 class Sharded(LinearOperator):
     """A weight of which this process holds a part, read like a :class:`~lightning_spectral.linalg.matrix.Matrix`.
@@ -62,7 +54,7 @@ class Sharded(LinearOperator):
         weight: A DTensor with the placements ``Shard`` and ``Replicate``, such as ``fully_shard`` and tensor
             parallelism make. Shards may be uneven or empty.
         view: How the weight is read, as a Matrix would be: ``(m, n)`` or ``(groups, rows, n)``, a view of what
-            :func:`stand_in` returned for it. By default the weight itself.
+            :func:`~lightning_spectral.linalg.tiles.stand_in` returned for it. By default the weight itself.
 
     Raises:
         ConfigurationError: If the weight has no numbers to multiply with, if it has another placement, if this process
@@ -81,7 +73,8 @@ class Sharded(LinearOperator):
         self._dims = _sharded_dims(weight)
         local: Tensor = weight.to_local().detach()
         self.device = local.device
-        self._tiles = _tiles(local, [_held(weight, dim) for dim in range(weight.ndim)], view, weight.shape)
+        indices = [held(size, cuts) for size, cuts in zip(weight.shape, _cuts(weight), strict=True)]
+        self._tiles = tiles(local, weight.shape, indices, view)
 
     def share(self, X: Tensor, *, transposed: bool) -> Share:
         """Return what this process adds to ``W @ X``, or to ``Wᵀ @ X``."""
@@ -130,15 +123,6 @@ class Sharded(LinearOperator):
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is spread over processes, so that no process holds all of it."""
     return isinstance(tensor, DTensor) and not all(placement.is_replicate() for placement in tensor.placements)
-
-
-def stand_in(weight: Tensor) -> Tensor:
-    """Return a tensor without numbers in which entry i of the weight, counted by rows, lies at place i + 1 of memory.
-
-    A view of it says by its strides which entries are meant. A copy, even of all of it, has memory of another size.
-    """
-    memory = torch.empty(weight.numel() + 1, dtype=weight.dtype, device="meta")
-    return memory[1:].view(weight.shape)
 
 
 def replicated(tensor: Tensor) -> Tensor:
@@ -215,100 +199,13 @@ def _sharded_dims(weight: DTensor) -> tuple[int, ...]:
     return tuple(dims)
 
 
-def _held(weight: DTensor, dim: int) -> Tensor:
-    """Return the indices along a dimension that this process holds, in the order in which it holds them."""
-    indices = torch.arange(weight.shape[dim])
+def _cuts(weight: DTensor) -> list[list[Cut]]:
+    """Return, for every dimension of a weight, how it is cut for this process."""
     coordinate = weight.device_mesh.get_coordinate()
     assert coordinate is not None
+    cuts: list[list[Cut]] = [[] for _ in weight.shape]
     for mesh_dim, placement in enumerate(weight.placements):
-        if not placement.is_replicate() and placement.dim % weight.ndim == dim:  # type: ignore[attr-defined]
-            # fully_shard on top of tensor parallelism cuts the pieces of the inner mesh dimension, of which there are
-            # ``split_factor``, and is listed before it.
-            pieces = indices.chunk(getattr(placement, "split_factor", 1))
-            count, place = weight.device_mesh.size(mesh_dim), coordinate[mesh_dim]
-            indices = torch.cat([_chunk(piece, count, place) for piece in pieces])
-    return indices
-
-
-def _chunk(indices: Tensor, count: int, place: int) -> Tensor:
-    chunks = indices.chunk(count)
-    return chunks[place] if place < len(chunks) else indices[:0]
-
-
-def _places(view: Tensor, shape: torch.Size) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Say, for every dimension of the stored weight, where in it the rows and the columns of a view lie.
-
-    Args:
-        view: ``(m, n)`` or ``(groups, rows, n)``, a view of what :func:`stand_in` returned.
-        shape: Of the weight.
-
-    Returns:
-        Indices ``(m,)`` of the rows and ``(n,)`` of the columns along every dimension, ``None`` where the others tell.
-    """
-    if view.untyped_storage().nbytes() != (shape.numel() + 1) * view.element_size():
-        raise ConfigurationError(_NO_VIEW)
-    row = torch.tensor([view.storage_offset() - 1])
-    for size, stride in zip(view.shape[:-1], view.stride()[:-1], strict=True):
-        row = (row.unsqueeze(1) + stride * torch.arange(size)).flatten()
-    column = view.stride(-1) * torch.arange(view.shape[-1])
-    rows: list[Tensor | None] = []
-    columns: list[Tensor | None] = []
-    for dim, size in enumerate(shape):
-        below = shape[dim + 1 :].numel()
-        r, c = row // below % size, column // below % size
-        if not c.any():
-            rows, columns = [*rows, r], [*columns, None]
-        elif bool((r == r[0]).all()) and int(r[0] + c.max()) < size:
-            rows, columns = [*rows, None], [*columns, r[0] + c]
-        else:
-            raise ConfigurationError(_NO_VIEW)
-    return rows, columns
-
-
-_NO_VIEW = "the weight is sharded, and it is rearranged on the way to a matrix in a way that is no view of it"
-
-
-def _tiles(local: Tensor, held: Sequence[Tensor], view: Tensor, shape: torch.Size) -> list[_Tile]:
-    """Return the rectangles of the operator that lie in the local part of its weight, as views."""
-    rows, columns = _places(view, shape)
-    return [
-        _Tile(Matrix(_rectangle(local, row, column)), row.positions, column.positions)
-        for row in _runs(local, held, rows, view.shape[:-1].numel())
-        for column in _runs(local, held, columns, view.shape[-1])
-    ]
-
-
-class _Run(NamedTuple):
-    """Successive rows or columns that lie at one distance from each other in the memory of this process."""
-
-    positions: slice
-    start: int
-    step: int
-
-    def __len__(self) -> int:
-        return int(self.positions.stop - self.positions.start)
-
-
-def _rectangle(local: Tensor, row: _Run, column: _Run) -> Tensor:
-    offset = local.storage_offset() + row.start + column.start
-    return local.as_strided((len(row), len(column)), (row.step, column.step), offset)
-
-
-def _runs(local: Tensor, held: Sequence[Tensor], places: Sequence[Tensor | None], length: int) -> Iterator[_Run]:
-    """Yield the rows (or columns) whose places this process holds, in runs as long as possible."""
-    here, address = torch.ones(length, dtype=torch.bool), torch.zeros(length, dtype=torch.int64)
-    for dim, place in enumerate(places):
-        if place is not None:
-            size = 1 + int(torch.cat([place, held[dim]]).max())
-            index = torch.full((size,), -1).scatter_(0, held[dim], torch.arange(len(held[dim])))[place]
-            here &= index >= 0
-            address += index * local.stride(dim)
-    positions, address = here.nonzero().flatten(), address[here]
-    if not len(positions):
-        return
-    distances = address.diff()
-    neighbours = (positions.diff() == 1) & (distances >= 0)
-    step = int(distances[neighbours].min()) if neighbours.any() else 1
-    ends = (~(neighbours & (distances == step))).nonzero().flatten().tolist()
-    for first, last in zip([0, *(end + 1 for end in ends)], [*ends, len(positions) - 1], strict=True):
-        yield _Run(slice(int(positions[first]), int(positions[last]) + 1), int(address[first]), step)
+        if not placement.is_replicate():
+            cut = Cut(weight.device_mesh.size(mesh_dim), coordinate[mesh_dim], getattr(placement, "split_factor", 1))
+            cuts[placement.dim].append(cut)  # type: ignore[attr-defined]
+    return cuts

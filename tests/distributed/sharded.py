@@ -26,7 +26,7 @@ from zoo import example
 
 from lightning_spectral import ExactSVD, ResidualBlock, attach_scales, balance_penalty, find_blocks, measure
 from lightning_spectral.linalg import Adjoint, Diagonal, Matrix, Product, Sharded, frobenius_norm
-from lightning_spectral.linalg.sharded import stand_in
+from lightning_spectral.linalg.tiles import stand_in
 from lightning_spectral.measure import Meter
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -421,6 +421,13 @@ def refused(call: Callable[[], Any]) -> str:
         return f"no error, but {call()}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+
+
+@case(2)
+def outside(mesh: DeviceMesh) -> str:
+    """A weight that belongs to the first process alone."""
+    weight = distribute_tensor(torch.ones(4, 6), DeviceMesh("cpu", [0]), [Shard(0)])
+    return refused(lambda: Sharded(weight).matmat(torch.ones(6, 1)).flatten().tolist())
 
 
 @case(2)

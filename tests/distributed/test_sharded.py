@@ -67,7 +67,7 @@ def comparisons(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def test_every_case_is_looked_at(two: Seen, four: Seen):
-    assert all(rank.keys() == {*OF_TWO, "refusals", "operators"} for rank in two)
+    assert all(rank.keys() == {*OF_TWO, "outside", "refusals", "operators"} for rank in two)
     assert all(rank.keys() == {*OF_FOUR, "operators"} for rank in four)
 
 
@@ -123,6 +123,11 @@ def test_every_view_of_every_placement_multiplies_as_the_whole_weight(request: p
         errors = rank["operators"]
         assert len(errors) > 50
         assert {name: error for name, error in errors.items() if not error < 1e-6} == {}
+
+
+def test_a_process_that_holds_nothing_of_a_weight_says_so_and_the_others_do_not_wait_for_it(two: Seen):
+    assert two[0]["outside"] == "no error, but [6.0, 6.0, 6.0, 6.0]"
+    assert two[1]["outside"].endswith("the weight is spread over processes of which this one is none")
 
 
 @pytest.mark.parametrize(
