@@ -109,8 +109,8 @@ def _places(view: Tensor, shape: torch.Size) -> tuple[list[Tensor | None], list[
         shape: Of the weight.
 
     Returns:
-        Indices ``(m,)`` of the rows and ``(n,)`` of the columns along every dimension. A dimension belongs to the rows or
-        to the columns; for the others there is ``None``.
+        Indices ``(m,)`` of the rows and ``(n,)`` of the columns along every dimension. A dimension belongs to the rows
+        or to the columns; for the others there is ``None``.
     """
     if view.untyped_storage().nbytes() != (shape.numel() + 1) * view.element_size():
         raise ConfigurationError(_NO_VIEW)
