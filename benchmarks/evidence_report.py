@@ -10,12 +10,10 @@ from typing import Any
 import evidence_statistics as statistics
 import numpy as np
 from evidence_statistics import METRICS, TIMES, Array, Results
+from numpy.typing import NDArray
 
 CONFIGURATION = ("layers", "mlp_gain", "attention_gain", "rate")
 STRATUM = ("layers", "rate")
-# Outcomes as they are, or relative to runs of the same depth and rate; all runs, or those whose attention did not start
-# too strong.
-KINDS = {"pooled": (False, False), "within": (True, False), "within, plain attention": (True, True)}
 SIGNED = ": ln ρ"
 SIDES = ("ρ < 1: tokens", "ρ < 1: loss", "ρ > 1: tokens", "ρ > 1: loss")
 GAINS = {(1.0, 1.0): "as they are", (8.0, 1.0): "MLPs 8×", (1.0, 8.0): "attention 8×"}
@@ -31,7 +29,7 @@ def analyse(training: Results, draws: int = 1000) -> dict[str, Any]:
         if not np.isfinite(column).all():
             raise SystemExit(f"{name} could not be measured in every block of every run")
     signed = {name.removesuffix(SIGNED): column for name, column in scores.items() if name.endswith(SIGNED)}
-    comparisons = len(KINDS) * (len(scores) * len(METRICS) + len(signed) * len(SIDES))
+    comparisons = len(kinds(watched)) * (len(scores) * len(METRICS) + len(signed) * len(SIDES))
     return {
         "runs": len(training),
         "watched": len(watched),
@@ -46,14 +44,25 @@ def analyse(training: Results, draws: int = 1000) -> dict[str, Any]:
     }
 
 
+def kinds(watched: Results) -> dict[str, tuple[bool, NDArray[np.bool_]]]:
+    """Return the kinds of comparison: whether outcomes are relative to depth and rate, and which runs are compared.
+
+    These are all runs, those whose attention did not start too strong, and those of each rate.
+    """
+    every = np.ones(len(watched), dtype=bool)
+    plain = np.array([result["attention_gain"] <= 1 for result in watched])
+    rates = np.array([result["rate"] for result in watched])
+    found = {"pooled": (False, every), "within": (True, every), "within, plain attention": (True, plain)}
+    return found | {f"rate {rate:g}": (True, rates == rate) for rate in np.unique(rates)}
+
+
 def prediction(
     watched: Results, scores: Mapping[str, Array], signed: Mapping[str, Array], draws: int, comparisons: int
 ) -> dict[str, Any]:
     """Return what predicts what, for every kind of comparison."""
     matrix, signs = np.column_stack([*scores.values()]), np.column_stack([*signed.values()])
     found: dict[str, Any] = {}
-    for kind, (relative, plain) in KINDS.items():
-        chosen = np.array([not plain or result["attention_gain"] <= 1 for result in watched])
+    for kind, (relative, chosen) in kinds(watched).items():
         runs = [result for result, here in zip(watched, chosen, strict=True) if here]
         clusters, strata = (statistics.configurations(runs, names) for names in (CONFIGURATION, STRATUM))
         bad = statistics.outcomes(runs)
@@ -71,19 +80,27 @@ def prediction(
 
 
 def same_ratio(watched: Results, draws: int) -> list[dict[str, Any]]:
-    """Compare runs that start from one ratio, reached by the one branch or by the other."""
-    lines = []
+    """Compare runs that start from one ratio, reached by the one branch or by the other, of all rates and of each."""
+    lines: list[dict[str, Any]] = []
+    rates = sorted({result["rate"] for result in watched})
     for gain in sorted({max(result["mlp_gain"], result["attention_gain"]) for result in watched} - {1.0}):
         for strong, weak in (((1.0, gain), (1 / gain, 1.0)), ((gain, 1.0), (1.0, 1 / gain))):
-            line: dict[str, Any] = {"strong": strong, "weak": weak}
-            for name in ("tokens", "loss"):
-                differences, runs = statistics.matched(watched, strong, weak, name)
-                if len(runs):
-                    clusters = statistics.configurations(runs, STRATUM)
-                    found = statistics.bootstrapped(statistics.mean_of(differences), clusters, draws)
-                    line |= {name: [float(value) for value in found[:3]], "pairs": len(runs)}
-            lines += [line] if "loss" in line else []
+            for rate in (None, *rates):
+                part = [result for result in watched if rate in (None, result["rate"])]
+                line: dict[str, Any] = {"strong": strong, "weak": weak, "rate": rate}
+                for name in ("tokens", "loss"):
+                    differences, runs = statistics.matched(part, strong, weak, name)
+                    if len(runs):
+                        line |= {"pairs": len(runs), name: interval_of(differences, runs, STRATUM, draws)}
+                lines += [line] if "loss" in line else []
     return lines
+
+
+def interval_of(differences: Array, runs: Results, names: Sequence[str], draws: int) -> list[float]:
+    """Return the mean of differences, the ends of its interval, which resamples whole clusters, and their range."""
+    clusters = statistics.configurations(runs, names)
+    value, low, high, _ = statistics.bootstrapped(statistics.mean_of(differences), clusters, draws)
+    return [float(number) for number in (value, low, high, differences.min(), differences.max())]
 
 
 def described(
@@ -103,15 +120,14 @@ def described(
 
 def steering(training: Results, draws: int) -> list[dict[str, Any]]:
     """Return the differences between each arm and the same runs left alone, by rate, and by rate and gains."""
-    rows: list[dict[str, Any]] = []
-    arms = [arm for arm in ("both", "guard", "low", "mlp") if any(result["arm"] == arm for result in training)]
-    rates = sorted({result["rate"] for result in training})
-    for arm in arms:
-        treated = statistics.paired(training, arm, "validation")[1]
-        seen = {(result["mlp_gain"], result["attention_gain"]) for result in treated}
-        for gains in (None, *(pair for pair in GAINS if pair in seen)):
-            rows += [compared(training, arm, gains, rate, draws) for rate in (*rates, None)]
-    return rows
+    lines: list[dict[str, Any]] = []
+    for arm in ("both", "guard", "low", "mlp"):
+        treated = [result for result in training if result["arm"] == arm]
+        for gains in (None, *GAINS):
+            part = [r for r in treated if gains is None or (r["mlp_gain"], r["attention_gain"]) == gains]
+            rates = sorted({result["rate"] for result in part})
+            lines += [compared(training, arm, gains, rate, draws) for rate in (*rates, *([None] if rates else []))]
+    return lines
 
 
 def compared(
@@ -127,11 +143,9 @@ def compared(
     line: dict[str, Any] = {"arm": arm, "gains": "all" if gains is None else GAINS[gains], "rate": rate}
     for name in ("validation", "spike"):
         differences, treated = statistics.paired(part, arm, name)
-        clusters = statistics.configurations(treated, CONFIGURATION)
-        found = statistics.bootstrapped(statistics.mean_of(differences), clusters, draws)
-        line[name] = [float(value) for value in found[:3]]
-        line[f"{name}_range"] = [float(differences.min()), float(differences.max())]
-        line["pairs"], line["configurations"] = len(differences), len(np.unique(clusters))
+        line[name] = interval_of(differences, treated, CONFIGURATION, draws)
+        line["pairs"] = len(differences)
+        line["configurations"] = len(np.unique(statistics.configurations(treated, CONFIGURATION)))
     return line
 
 
@@ -141,6 +155,11 @@ def cell(value: float, low: float, high: float, *flags: bool, digits: int = 2) -
         return "–"
     text = f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]".replace("-", "−")
     return f"**{text}**" if flags and flags[0] else text
+
+
+def ranged(value: float, low: float, high: float, least: float, most: float) -> str:
+    """Write the mean of a few differences and their range, where an interval would claim too much."""
+    return f"{value:+.3f} ({least:+.3f} to {most:+.3f})".replace("-", "−")
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -169,6 +188,21 @@ def side_table(analysis: Mapping[str, Any], time: str) -> str:
     return markdown(["rule", "runs with ρ < 1 / > 1", *SIDES], rows)
 
 
+def rate_table(analysis: Mapping[str, Any], time: str) -> str:
+    """Write how ln ρ and the token residual go with both outcomes at each rate."""
+    rates = [kind for kind in analysis if kind.startswith("rate ") and "," not in kind]
+    names = [name for name in analysis["within"] if name.startswith(time) and name.endswith((SIGNED, "last block"))]
+    rows = [
+        [
+            name.removeprefix(f"{time}: "),
+            *(cell(*analysis[rate][name][metric]) for metric in METRICS[:2] for rate in rates),
+        ]
+        for name in names
+    ]
+    outcomes = [metric.removeprefix("Spearman, ") for metric in METRICS[:2]]
+    return markdown(["predictor", *(f"{outcome}, {rate}" for outcome in outcomes for rate in rates)], rows)
+
+
 def same_ratio_table(analysis: Mapping[str, Any]) -> str:
     """Write the differences between a branch made strong and the other made weak."""
     rows = []
@@ -176,10 +210,12 @@ def same_ratio_table(analysis: Mapping[str, Any]) -> str:
         (mlp, attention), (weak_mlp, weak_attention) = line["strong"], line["weak"]
         strong = f"attention × {attention:g}" if attention > 1 else f"MLPs × {mlp:g}"
         weak = f"MLPs / {1 / weak_mlp:g}" if weak_mlp < 1 else f"attention / {1 / weak_attention:g}"
-        value, low, high = line["tokens"]
-        tokens = cell(-value, -high, -low, digits=3)  # as token residuals
-        rows.append([f"{strong} − {weak}", str(line["pairs"]), tokens, cell(*line["loss"], digits=3)])
-    return markdown(["start", "pairs", "Δ final token residual", "Δ validation loss"], rows)
+        value, low, high, least, most = line["tokens"]
+        residual = (-value, -high, -low, -most, -least)  # from minus a residual to a residual
+        every = line["rate"] is None
+        values = [cell(*v[:3], digits=3) if every else ranged(*v) for v in (residual, line["loss"])]
+        rows.append([f"{strong} − {weak}", "all" if every else f"{line['rate']:g}", str(line["pairs"]), *values])
+    return markdown(["start", "rate", "pairs", "Δ final token residual", "Δ validation loss"], rows)
 
 
 def steering_table(analysis: Mapping[str, Any], *, detailed: bool) -> str:
@@ -189,17 +225,13 @@ def steering_table(analysis: Mapping[str, Any], *, detailed: bool) -> str:
         if (line["gains"] != "all") != detailed or (detailed and line["rate"] is None):
             continue
         rate = "all" if line["rate"] is None else f"{line['rate']:g}"
+        measured = (line["validation"], line["spike"])
         if detailed:
-            values = [
-                f"{line[name][0]:+.3f} ({line[f'{name}_range'][0]:+.3f} to {line[f'{name}_range'][1]:+.3f})"
-                for name in ("validation", "spike")
-            ]
-            rows.append([line["gains"], rate, line["arm"], str(line["pairs"]), *values])
+            rows.append([line["gains"], rate, line["arm"], str(line["pairs"]), *(ranged(*m) for m in measured)])
         else:
-            values = [cell(*line[name], digits=3) for name in ("validation", "spike")]
-            rows.append([rate, line["arm"], f"{line['pairs']} / {line['configurations']}", *values])
+            pairs = f"{line['pairs']} / {line['configurations']}"
+            rows.append([rate, line["arm"], pairs, *(cell(*m[:3], digits=3) for m in measured)])
     rows.sort(key=lambda row: row[: 2 if detailed else 1])
-    rows = [[value.replace("-", "−") for value in row] for row in rows]
     if detailed:
         return markdown(["branches start", "rate", "arm", "pairs", "Δ validation loss", "Δ spike"], rows)
     return markdown(["rate", "arm", "pairs / configurations", "Δ validation loss", "Δ spike"], rows)
@@ -241,6 +273,7 @@ def tables(analysis: Mapping[str, Any], synthetic: Mapping[str, Mapping[str, Seq
         "step 50, within": prediction_table(analysis, "within", "early"),
         "step 50, plain attention": prediction_table(analysis, "within, plain attention", "early", short=True),
         "step 0, within": prediction_table(analysis, "within", "initial"),
+        "rates": rate_table(analysis, "early"),
         "sides": side_table(analysis, "early"),
         "same ratio": same_ratio_table(analysis),
         "steering": steering_table(analysis, detailed=False),

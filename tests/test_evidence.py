@@ -179,16 +179,17 @@ def test_one_ratio_is_reached_in_two_ways():
     assert [run["layers"] for run in runs] == [4, 8]
     assert statistics.matched(watched, (1.0, 8.0), (0.125, 1.0), "tokens")[0].tolist() == [0.125, 0.25]
     lines = report.same_ratio(watched, 20)
-    assert [(line["strong"], line["weak"], line["pairs"]) for line in lines] == [((1.0, 8.0), (0.125, 1.0), 2)]
-    assert (
-        report.same_ratio_table({"same ratio": lines})
-        .splitlines()[2]
-        .startswith("| attention × 8 − MLPs / 8 | 2 | −0.188 [−0.250, −0.125] | 0.875 [0.250, 1.500] |")
-    )
+    assert [(line["strong"], line["weak"], line["rate"], line["pairs"]) for line in lines] == [
+        ((1.0, 8.0), (0.125, 1.0), rate, 2) for rate in (None, 1e-3)
+    ]
+    assert report.same_ratio_table({"same ratio": lines}).splitlines()[2:] == [
+        "| attention × 8 − MLPs / 8 | all | 2 | −0.188 [−0.250, −0.125] | 0.875 [0.250, 1.500] |",
+        "| attention × 8 − MLPs / 8 | 0.001 | 2 | −0.188 (−0.250 to −0.125) | +0.875 (+0.250 to +1.500) |",
+    ]
 
 
 def test_the_analysis_compares_what_it_says(rng):
-    """Three kinds of comparison, each against scipy on the runs and outcomes that the kind is about."""
+    """Every kind of comparison, each against scipy on the runs and outcomes that the kind is about."""
 
     def watched(layers, attention_gain, seed):
         early = {rule: rng.normal(size=layers).tolist() for rule in statistics.RULES}
@@ -205,6 +206,7 @@ def test_the_analysis_compares_what_it_says(rng):
     plain = np.array([run["attention_gain"] <= 1 for run in runs])
     every = np.ones(24, dtype=bool)
     kinds = (("pooled", every, False), ("within", every, True), ("within, plain attention", plain, True))
+    kinds += (("rate 0.001", every, True),)
     for kind, chosen, relative in kinds:
         y = losses[chosen]
         if relative:
@@ -218,7 +220,7 @@ def test_the_analysis_compares_what_it_says(rng):
     assert sum(len(columns) for table in tables for columns in table.values() if len(table) > 1) == found["comparisons"]
     (steered, *_) = found["steering"]
     assert (steered["arm"], steered["gains"], steered["pairs"]) == ("both", "all", 24)
-    assert steered["validation"] == [0.0, 0.0, 0.0]
+    assert steered["validation"] == [0.0] * 5
 
 
 # Synthetic experiment.
