@@ -2,6 +2,7 @@
 #
 #   make demo         train the example GPT and watch it (two minutes on two cores)
 #   make test         the tests, in two processes; TEST_ARGS="-n 0" for one
+#   make test-distributed  every strategy, precision and mode in two processes, as a table
 #   make lint         style, docstrings and types
 #   make format       apply what can be applied automatically
 #   make test-oldest  the tests with the oldest supported releases
@@ -15,13 +16,16 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 # Neighbouring tests stay together, as they share what their modules prepare, until a process has nothing left to do.
 PYTEST = -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test lint format test-oldest bench clean
+.PHONY: demo test test-distributed lint format test-oldest bench clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/train_gpt.py $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python $(PYTEST) $(TEST_ARGS)
+
+test-distributed: $(VENV)/.installed-test
+	SPECTRAL_MATRIX=full $(BIN)/python -m pytest tests/distributed $(TEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -19,11 +19,13 @@ from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.functional import measure_functions
 from lightning_spectral.linalg import RandomizedSVD, Solver, SolverState, SpectralNorm, frobenius_norm
 from lightning_spectral.linalg.operators import largest_mesh
-from lightning_spectral.linalg.sharded import agreed, replicated
+from lightning_spectral.linalg.sharded import agreed, is_sharded, replicated
 from lightning_spectral.linearize import Linearized, WeightLinearization, linearize
 from lightning_spectral.records import Branch, LayerMeasurement, Linearization, Measurement, Path, ResidualBlock
 
-__all__ = ["Meter", "measure"]
+__all__ = ["EMPTY_NORM", "Meter", "measure"]
+
+EMPTY_NORM = "what enters the norm behind the branch is zero"
 
 # The Frobenius norm that a norm layer divides by: estimated with this many probes, exact up to this width; the error
 # bound allows for three standard deviations of the estimate.
@@ -70,32 +72,51 @@ class Meter:
         self.linearization = _checked(linearization)
         self.solver: Solver = RandomizedSVD() if solver is None else solver
         self.safe_zone = safe_zone
+        self._reasons: dict[Branch, str | None] = {}
         self._keys: tuple[str, ...] = ()
         self._state: SolverState | None = None
 
-    def measure(self, step: int = 0) -> Measurement:
-        """Measure every block now.
+    def measure(self, step: int = 0, share: tuple[int, int] = (0, 1)) -> Measurement:
+        """Measure every block now, or a share of them.
 
         Args:
             step: The optimizer step that the measurement is labelled with.
+            share: ``(r, w)``: measure only the blocks at the positions r, r + w, r + 2w, …, because w - 1 other
+                processes measure the rest. No effect where weights are spread over the processes: then all of them
+                take part in every product.
 
         Returns:
-            One layer per block. A norm that cannot be computed is ``None`` with a reason.
+            One layer per block. A norm that cannot be computed is ``None`` with a reason; one that belongs to the
+            share of another process is ``None``, with a reason only if there is no weight linearization.
         """
         start = time.perf_counter()
+        first, stride = (0, 1) if self._spread() else share
+        mine = {branch for block in self.blocks[first::stride] for branch in (block.attention, block.mlp)}
         branches = [branch for block in self.blocks for branch in (block.attention, block.mlp) if branch is not None]
-        built = [self._linearized(branch) for branch in branches]
+        built = [self._linearized(branch) if branch in mine else ([], self._reason(branch)) for branch in branches]
         operators = [(path, item) for paths, _ in built for path, item in paths]
         mesh = largest_mesh(item.operator for _, item in operators)
         keys = tuple(_key(path) for path, _ in operators)
         norms = iter(_agreed(self._solve([item for _, item in operators], keys), mesh))
         values = {
             branch: _largest([(path, next(norms)) for path, _ in paths], reason)
+            if branch in mine
+            else _Value(reason=reason)
             for branch, (paths, reason) in zip(branches, built, strict=True)
         }
         scales = _read_scales(self._scales, mesh)
         layers = tuple(_layer(block, values, scales) for block in self.blocks)
         return Measurement(step, self.linearization, layers, self.safe_zone, time.perf_counter() - start)
+
+    def _spread(self) -> bool:
+        """Whether a weight is spread over several processes; under FSDP it is whole at times, in all of them."""
+        return any(is_sharded(parameter) for parameter in self.model.parameters())
+
+    def _reason(self, branch: Branch) -> str | None:
+        """Return why a branch has no weight linearization, which does not depend on the values of its weights."""
+        if branch not in self._reasons:
+            self._reasons[branch] = self._linearized(branch)[1]
+        return self._reasons[branch]
 
     def _linearized(self, branch: Branch) -> tuple[list[tuple[Path, Linearized]], str | None]:
         try:
@@ -184,7 +205,7 @@ def _normalized(norm: SpectralNorm, item: Linearized, subspace: Tensor | None) -
     probes = max(_PROBES, right.shape[1] if right.shape[1] <= _EXACT_WIDTH else 0)
     size = float(frobenius_norm(right, generator=torch.Generator().manual_seed(0), n_probes=probes, subspace=subspace))
     if not size:
-        return SpectralNorm(None, None, "what enters the norm behind the branch is zero", norm.iterations)
+        return SpectralNorm(None, None, EMPTY_NORM, norm.iterations)
     value = norm.value * math.sqrt(right.shape[0]) / size
     deviation = 0.0
     if right.shape[1] > probes and subspace is not None:

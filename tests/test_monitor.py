@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import BLOCKS, LitGPT, PickyLitGPT, fit, loader
 from torch import nn
 
-from lightning_spectral import SpectralMonitor, find_blocks
+from lightning_spectral import RandomizedSVD, SpectralMonitor, find_blocks
 from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError
 from lightning_spectral.journal import read_journal
 
@@ -364,23 +365,26 @@ def test_a_model_that_is_never_called_is_refused_after_the_first_batch(tmp_path:
 # Failures
 
 
-class FailingMonitor(SpectralMonitor):
-    """Fails at some steps."""
+class FailingSolver:
+    """Fails at some of its calls; with one measurement a step, these are the steps."""
 
-    def __init__(self, steps: set[int], **settings: Any) -> None:
-        super().__init__(every_n_steps=1, **settings)
-        self.steps = steps
+    def __init__(self, calls: set[int]) -> None:
+        self.calls, self.count, self.solver = calls, -1, RandomizedSVD()
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer.global_step in self.steps:
+    def init(self, operators: Sequence[Any]) -> Any:
+        return self.solver.init(operators)
+
+    def compute(self, operators: Sequence[Any], state: Any) -> Any:
+        self.count += 1
+        if self.count in self.calls:
             raise OSError("the disk is full")
-        super()._measure(trainer, pl_module, *args)
+        return self.solver.compute(operators, state)
 
 
 def test_a_failure_is_told_and_training_goes_on(tmp_path: Path):
     recorder = Recorder()
     with pytest.warns(UserWarning, match=r"failed in measuring \(OSError: the disk is full\); training goes on"):
-        trainer = fit(tmp_path, FailingMonitor({2, 5}), logger=recorder)
+        trainer = fit(tmp_path, SpectralMonitor(1, solver=FailingSolver({2, 5})), logger=recorder)
     assert trainer.global_step == 8
     assert [step for step, _ in recorder.measured] == [0, 1, 3, 4, 6, 7, 8]
 
@@ -389,7 +393,7 @@ def test_three_failures_in_a_row_switch_it_off(tmp_path: Path):
     recorder = Recorder()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        trainer = fit(tmp_path, FailingMonitor({1, 3, 4, 5}), logger=recorder)
+        trainer = fit(tmp_path, SpectralMonitor(1, solver=FailingSolver({1, 3, 4, 5})), logger=recorder)
     assert trainer.global_step == 8
     assert [step for step, _ in recorder.measured] == [0, 2]
     failures = [text for warning in told if "failed in measuring" in (text := str(warning.message))]
@@ -398,7 +402,7 @@ def test_three_failures_in_a_row_switch_it_off(tmp_path: Path):
 
 def test_a_failure_is_raised_where_that_is_asked_for(tmp_path: Path):
     with pytest.raises(OSError, match="the disk is full"):
-        fit(tmp_path, FailingMonitor({2}, on_error="raise"))
+        fit(tmp_path, SpectralMonitor(1, solver=FailingSolver({2}), on_error="raise"))
 
 
 def test_weights_that_are_not_finite_are_counted_and_stop_nothing(tmp_path: Path):
@@ -509,7 +513,7 @@ def test_it_works_in_the_trainers_of_both_namespaces(tmp_path: Path, first: str)
     script = f"""
 import {first}, pytorch_lightning, torch
 from pytorch_lightning.callbacks import Callback
-from lightning_spectral import SpectralMonitor, find_blocks
+from lightning_spectral import RandomizedSVD, SpectralMonitor, find_blocks
 class Lit({first}.LightningModule):
     def __init__(self):
         super().__init__()

@@ -92,6 +92,16 @@ class ResidualScale(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Ignore what a checkpoint says: the model knows better."""
 
+    def __getattr__(self, name: str) -> Any:
+        """Explain the one failure of which torch's own message tells nothing."""
+        if name == "weight":  # what the plans of tensor parallelism look for in all children of a linear layer
+            raise AttributeError(
+                "a residual scale has no weight; under tensor parallelism, attach the scales after the layers are "
+                "parallelized: blocks = find_blocks(model), parallelize_module(...), attach_scales(model, blocks), and "
+                "fully_shard last"
+            )
+        return super().__getattr__(name)
+
     def extra_repr(self) -> str:
         """Show the scale where it can be read without waiting for a device."""
         at_hand = self.log_scale.device.type == "cpu" and self.log_scale.numel() == 1
@@ -166,7 +176,7 @@ def attach_scales(
 
     The scale multiplies the output of the branch's site (behind a norm, where one stands behind the branch) through a
     forward hook. Outputs are bitwise unchanged at first. A second call changes nothing. Call it before the model is
-    sharded or compiled, and before the optimizer is made.
+    compiled or sharded by ``fully_shard``, after layers are made tensor-parallel, and before the optimizer is made.
 
     Args:
         model: The model. It is changed in place: each site gets a child module ``residual_scale``.

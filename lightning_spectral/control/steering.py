@@ -44,9 +44,15 @@ class Steering:
         check_zones(rescaler, safe_zone)
         self.rescaler, self.safe_zone = rescaler, safe_zone
         self.scales: ResidualScales | None = None
+        self.disarmed = False  # the scales of several processes have come apart
         self._pairs: list[_Pair] = []  # of MLP and attention, by block
         self._unseen: list[Branch] = []
         self._handles: list[RemovableHandle] = []
+
+    @property
+    def blocks(self) -> tuple[ResidualBlock, ...] | None:
+        """The blocks that have scales, ``None`` before any were attached."""
+        return None if self.scales is None else self.scales.blocks
 
     def attach(self, model: nn.Module, blocks: Sequence[ResidualBlock] | None) -> None:
         """Attach the scales to a model, unless they are; a dry run attaches nothing.
@@ -74,8 +80,8 @@ class Steering:
         scales = ResidualScales(model, with_scales(model, blocks))
         if not len(scales) and not self.rescaler.dry_run:
             raise ConfigurationError(
-                f"{type(model).__name__} is built in configure_model, after callbacks could attach anything to it: end "
-                "configure_model with lightning_spectral.attach_scales(self), before fully_shard"
+                f"{type(model).__name__} is built or parallelized in configure_model, after callbacks could attach "
+                "anything to it: call lightning_spectral.attach_scales(self) there, before fully_shard"
             )
         self._take(scales)
 
@@ -129,6 +135,8 @@ class Steering:
         ]
         states = [BlockState.from_dict(values) for values in law] if len(law) == len(readings) else []
         actions, after = decide(self.rescaler, self.safe_zone, measurement.step, readings, states)
+        if self.disarmed:
+            return (), [state.to_dict() for state in states]
         if not self.rescaler.dry_run:
             forget_momentum(optimizers, self._moved(actions))
         return actions, [state.to_dict() for state in after]

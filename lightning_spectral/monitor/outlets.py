@@ -82,8 +82,11 @@ class Outlets:
         """Draw the run; ``index`` is where loggers put the picture."""
         if self._journal is None:
             return
+        records = self._journal.records()
+        if not records:  # every measurement has failed
+            return
         try:
-            figure = heatmap(self._journal.records())
+            figure = heatmap(records)
         except ModuleNotFoundError as error:
             rank_zero_info(f"SpectralMonitor: no heatmap; {error}")
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +13,20 @@ from typing import Any
 TESTS = Path(__file__).parents[1]
 
 
-def run(script: Path, count: int, folder: Path, *, timeout: float) -> list[dict[str, Any]]:
-    """Start ``script FOLDER`` in ``count`` processes and return what each one wrote to ``FOLDER/<rank>.json``."""
+def run(script: Path, count: int, folder: Path, *arguments: str, timeout: float) -> list[dict[str, Any]]:
+    """Start ``script FOLDER ARGUMENTS`` in some processes and return what each one wrote to ``FOLDER/<rank>.json``."""
     environment = os.environ | {
         "PYTHONPATH": str(TESTS),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(folder)],
-            env=environment | {"RANK": str(rank)},
+            [sys.executable, str(script), str(folder), *arguments],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -37,3 +40,10 @@ def run(script: Path, count: int, folder: Path, *, timeout: float) -> list[dict[
             process.kill()
     assert [process.returncode for process in processes] == [0] * count, "\n".join(printed)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -1,0 +1,140 @@
+"""The processes of a run: each measures a share of the blocks, all of them know the same afterwards.
+
+Whatever is decided, by the law, by an alarm or by a failure, is decided from numbers that every process has from the
+same collective, bit by bit. Which collectives run, and in which order, depends on the optimizer step and on such
+numbers only, never on what one process alone has seen: that is what keeps a run from hanging.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed
+
+from lightning_spectral.linalg.solution import NOT_FINITE, OUT_OF_RANGE
+from lightning_spectral.measure import EMPTY_NORM
+from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["Peers"]
+
+# What only the process that measured a branch can know, as a number.
+_REASONS = (None, NOT_FINITE, OUT_OF_RANGE, EMPTY_NORM)
+_OWN, _ALL = 6, 5  # numbers per block: of the one process that measured it, and of every process
+
+
+class Peers:
+    """The processes of one call of fit, seen from one of them.
+
+    Args:
+        trainer: Its strategy has the collectives.
+        pl_module: Its device is where they run.
+    """
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._strategy, self._device = trainer.strategy, pl_module.device
+        self.rank, self.count = trainer.global_rank, trainer.world_size
+
+    def agree(self, fine: bool) -> bool:
+        """Whether all is fine in every process."""
+        return fine if self.count == 1 else bool(self._strategy.reduce_boolean_decision(fine, all=True))
+
+    def combined(self, measurement: Measurement) -> tuple[Measurement, bool]:
+        """Return the measurement of all processes, and whether the residual scales are the same in all of them.
+
+        Norms come from the process that measured the block (:meth:`Meter.measure` says which does). What belongs to the
+        batch of a process is averaged over the processes: the token residuals and ranks, the logarithm of the update
+        ratio, its cosine.
+
+        Args:
+            measurement: What this process has measured.
+        """
+        if self.count == 1:
+            return measurement, True
+        width = math.ceil(len(measurement.layers) / self.count)
+        own = [number for layer in measurement.layers[self.rank :: self.count] for number in _own(layer)]
+        own += [math.nan] * (_OWN * width - len(own))
+        shared = [number for layer in measurement for number in _shared(layer)]
+        scales = [scale for layer in measurement for scale in (layer.mlp_scale, layer.attention_scale)]
+        numbers = torch.tensor([measurement.seconds, *own, *shared, *scales], dtype=torch.float64, device=self._device)
+        parts = [torch.empty_like(numbers) for _ in range(self.count)]
+        distributed.all_gather(parts, numbers)
+        gathered = torch.stack(parts).cpu()
+        seconds, own_, shared_, scales_ = torch.split(gathered, [1, len(own), len(shared), len(scales)], dim=1)
+        rows = own_.view(self.count, width, _OWN).transpose(0, 1).flatten(0, 1).tolist()  # block r + w·i is row i of r
+        means = shared_.nanmean(0).view(-1, _ALL).tolist()
+        pairs = scales_[0].view(-1, 2).tolist()
+        layers = tuple(map(_layer, measurement, rows, means, pairs))
+        alike = bool((scales_ == scales_[0]).all())
+        return replace(measurement, layers=layers, seconds=float(seconds.max())), alike
+
+
+def _own(layer: LayerMeasurement) -> Sequence[float]:
+    """Return what only the process that measured a block knows of it."""
+    expert = {None: -1.0, "shared": -2.0}.get(layer.mlp_expert)  # type: ignore[arg-type]
+    return (
+        _number(layer.mlp_norm),
+        _number(layer.attention_norm),
+        _number(layer.error_bound),
+        float(layer.mlp_expert or 0) if expert is None else expert,
+        _code(layer.mlp_reason),
+        _code(layer.attention_reason),
+    )
+
+
+def _shared(layer: LayerMeasurement) -> Sequence[float]:
+    """Return what every process has of a block, from its own batch."""
+    update = layer.functional or FunctionalMeasurement()
+    return (
+        _number(layer.token_residual),
+        _number(layer.typical_token_residual),
+        _number(layer.effective_rank),
+        math.nan if update.update_ratio is None else math.log(update.update_ratio),
+        _number(update.update_cosine),
+    )
+
+
+def _layer(
+    layer: LayerMeasurement, own: Sequence[float], mean: Sequence[float], scales: Sequence[float]
+) -> LayerMeasurement:
+    """Return a layer that is the same in all processes; structural reasons each of them knows by itself."""
+    mlp_norm, attention_norm, bound, expert, mlp_code, attention_code = own
+    residual, typical, rank, update, cosine = mean
+    heard = not (math.isnan(update) and math.isnan(cosine))
+    return replace(
+        layer,
+        mlp_norm=_value(mlp_norm),
+        attention_norm=_value(attention_norm),
+        error_bound=_value(bound),
+        mlp_expert={-1: None, -2: "shared"}.get(int(expert), int(expert)),
+        mlp_reason=_REASONS[int(mlp_code)] or layer.mlp_reason,
+        attention_reason=_REASONS[int(attention_code)] or layer.attention_reason,
+        mlp_scale=scales[0],
+        attention_scale=scales[1],
+        token_residual=_value(residual),
+        typical_token_residual=_value(typical),
+        effective_rank=_value(rank),
+        functional=FunctionalMeasurement(
+            update_ratio=None if math.isnan(update) else math.exp(update), update_cosine=_value(cosine)
+        )
+        if heard
+        else None,
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _value(number: float) -> float | None:
+    return None if math.isnan(number) else number
+
+
+def _code(reason: str | None) -> float:
+    return float(_REASONS.index(reason)) if reason in _REASONS else 0.0
