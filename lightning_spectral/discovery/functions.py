@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral.discovery.find import recorded
-from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.discovery.paths import module_at
 from lightning_spectral.discovery.recipes import attribute_path
 from lightning_spectral.discovery.replay import execute
 from lightning_spectral.discovery.residual import ResidualAdd, Term, residual_adds
@@ -274,9 +274,9 @@ class UpdateWatch:
                 held: dict[Branch, Tensor] = {}
                 for branch in (attention, mlp):
                     assert branch is not None
-                    module = resolve(self.model, branch.site)
-                    assert isinstance(module, nn.Module)
-                    self._handles.append(module.register_forward_hook(self._noting(block, branch, held)))
+                    module = module_at(self.model, branch.site)
+                    if module is not None:  # else the user has taken the block out of the model
+                        self._handles.append(module.register_forward_hook(self._noting(block, branch, held)))
         return self
 
     def __exit__(self, *_: object) -> None:
