@@ -49,6 +49,7 @@ def synthetic_figure(found: Mapping[str, Mapping[str, Sequence[float]]]) -> Figu
             x, middle, deviation, color=colour, linestyle=dashes, marker=marker, markersize=5, capsize=3, label=label
         )
     axes.plot(*zip(*PUBLISHED_CONTROL, strict=True), "x", color=INK, markersize=9, label="own bases, as published")
+    axes.set_ylim(bottom=0)
     axes.set_xscale("log")
     axes.set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10, 20], ["0.1", "0.2", "0.5", "1", "2", "5", "10", "20"])
     axes.xaxis.set_minor_locator(NullLocator())
