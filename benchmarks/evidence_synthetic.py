@@ -69,8 +69,8 @@ def cases(*, quick: bool) -> list[Case]:
 def basis(width: int, generator: torch.Generator, *, haar: bool) -> Tensor:
     """Return an orthogonal matrix from the QR factorization of a Gaussian, ``(width, width)``, float64."""
     Q, R = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
-    if haar:
-        Q = Q * R.diagonal().sign()
+    Q = Q * R.diagonal().sign() if haar else Q
+    assert isinstance(Q, Tensor)
     return Q
 
 
