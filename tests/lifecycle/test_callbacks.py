@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +237,37 @@ def test_accumulation_counts_optimizer_steps(tmp_path: Path, steer: bool):
     assert [record["step"] for record in records(tmp_path)] == [0, 2, 4, 6]
     assert all(layer["token_residual"] is not None for record in records(tmp_path)[1:] for layer in record["layers"])
     assert {action["step"] for action in read_actions(tmp_path / "spectral.jsonl")} == ({2, 4, 6} if steer else set())
+
+
+# Flags
+
+
+@pytest.fixture
+def determinism() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("determinism")
+@pytest.mark.parametrize("steer", [False, True])
+def test_algorithms_that_are_not_deterministic_are_not_used(tmp_path: Path, steer: bool):
+    """torch raises at the first one."""
+    monitor = SpectralMonitor(2, steer, geometry=True, on_error="raise")
+    trainer = fit(tmp_path, monitor, module=unbalanced(), deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert trainer.global_step == 8
+
+
+def test_there_is_no_thread_of_its_own(tmp_path: Path):
+    alive: list[set[threading.Thread]] = []
+
+    class Count(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            alive.append(set(threading.enumerate()))
+
+    before = set(threading.enumerate())
+    fit(tmp_path, [SpectralMonitor(1, True), Count()])
+    assert alive == [before] * 8
 
 
 # Stages
