@@ -19,6 +19,7 @@ from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import Adjoint, LinearOperator, Product, RandomizedSVD, Scaled, Solver, frobenius_norm
+from lightning_spectral.linalg.sharded import replicated
 from lightning_spectral.linearize import WeightLinearization, linearize, reading
 from lightning_spectral.measure import Meter
 from lightning_spectral.records import (
@@ -215,7 +216,7 @@ def _trained_gain(model: nn.Module, factors: Iterable[Factor]) -> str | None:
         if factor.role not in _NORMS or factor.parameter is None:
             continue
         with reading(model, factor.parameter) as gain:
-            low, high = map(float, gain.detach().aminmax())
+            low, high = map(float, replicated(gain.detach()).aminmax())
         if low != high:
             return f"the norm gain {factor.parameter} is not constant ({low:.4g} to {high:.4g})"
     return None
