@@ -14,6 +14,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 # Neighbouring tests stay together, as they share what their modules prepare, until a process has nothing left to do.
+# Without the experiments, benchmarks/evidence.py and alarms.py, which train for more than half an hour.
+BENCHMARKS = solver overhead memory discovery penalty rescale jacobian sharded
 PYTEST = -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-distributed lint format test-oldest bench clean
@@ -40,7 +42,7 @@ test-oldest: $(VENV)-oldest/.installed-test
 	$(VENV)-oldest/bin/python $(PYTEST) $(TEST_ARGS)
 
 bench: $(VENV)/.installed-test
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -19,8 +19,10 @@ from lightning_spectral.records import Measurement, ResidualBlock
 __all__ = ["BlockOutputs", "Geometry", "as_sequences", "with_geometry"]
 
 _MASSIVE = 100.0  # an activation is massive above this multiple of the median
-# The effective rank needs the eigenvalues of a Gram matrix: of so many tokens, evenly spaced, of so many sequences.
-_TOKENS, _SEQUENCES = 256, 2
+# So many sequences, evenly spaced, speak for a batch. The effective rank needs the eigenvalues of a Gram matrix: of so
+# many tokens, evenly spaced, of the first of them.
+_SEQUENCES = 8
+_RANK_TOKENS, _RANK_SEQUENCES = 256, 2
 
 
 class Geometry(NamedTuple):
@@ -106,8 +108,9 @@ class _Listener:
 def _geometry(stream: Tensor, token_dims: Sequence[int]) -> Tensor:
     with torch.autocast(stream.device.type, enabled=False):
         X = as_sequences(stream, token_dims)
-        stride = math.ceil(X.shape[1] / _TOKENS)
-        rank = effective_rank(X[:_SEQUENCES, ::stride], power=2)
+        X = X[:: math.ceil(len(X) / _SEQUENCES)]
+        stride = math.ceil(X.shape[1] / _RANK_TOKENS)
+        rank = effective_rank(X[:_RANK_SEQUENCES, ::stride], power=2)
         residuals = (token_residual(X), token_residual(X, massive=_MASSIVE))
         return torch.stack([*(residual.nanmean() for residual in residuals), rank.nanmean()])
 

@@ -197,7 +197,7 @@ class LayerMeasurement:
         attention_reason: Why ``attention_norm`` is ``None`` although the block has such a branch.
         error_bound: Relative a posteriori error bound, the larger of the two norms'.
         functional: What the branches do as functions, ``None`` where no batch was looked at.
-        token_residual: ‖X − 1x̄ᵀ‖_F / ‖X‖_F of the block's output, mean over the sequences of a batch; 0 where all
+        token_residual: ‖X − 1x̄ᵀ‖_F / ‖X‖_F of the block's output, mean over sequences of a batch; 0 where all
             tokens have become one vector. ``None`` where no batch was looked at.
         typical_token_residual: The same without massive activations, the few tokens and dimensions that are more than
             100 times as large as the median: they hide a collapse of the other tokens, or look like one.

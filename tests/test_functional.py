@@ -724,8 +724,9 @@ def test_an_update_of_nothing_has_no_ratio() -> None:
     assert Update.of(0 * x, x) == Update()
     assert Update.of(x, math.inf * x) == Update()
     assert Update.of(x, math.nan * x) == Update()
-    assert Update.of(2 * x, x.flatten()) == Update(2.0, None)
-    assert Update.of(3 * x, -x) == Update(3.0, -1.0)
+    assert Update.of(2 * x, x.flatten()).cosine is None
+    opposite = Update.of(3 * x, -x)
+    assert (opposite.ratio, opposite.cosine) == pytest.approx((3.0, -1.0), rel=1e-6)
 
 
 # --- The door ---------------------------------------------------------------------------------------------------------

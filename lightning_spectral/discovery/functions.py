@@ -239,8 +239,8 @@ def _norms(mlp: Tensor, attention: Tensor) -> Tensor:
     """Return ‖m‖_F, ‖a‖_F and the cosine of the angle between them, in at least float32."""
     mlp, attention = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (mlp, attention))
     m, a = (torch.linalg.vector_norm(part) for part in (mlp, attention))
-    alike = mlp.shape == attention.shape
-    return torch.stack([m, a, torch.vdot((mlp / m).flatten(), (attention / a).flatten()) if alike else m * math.nan])
+    inner = torch.vdot(mlp.flatten(), attention.flatten()) if mlp.shape == attention.shape else m * math.nan
+    return torch.stack([m, a, inner / m / a])
 
 
 @dataclass(eq=False)
