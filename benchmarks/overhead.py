@@ -25,8 +25,8 @@ from machine import describe
 from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral import ResidualBlock, find_blocks
-from lightning_spectral.block_outputs import BlockOutputs, with_geometry
 from lightning_spectral.measure import Meter
+from lightning_spectral.monitor.batch import BatchWatch
 from lightning_spectral.records import Measurement
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -69,25 +69,26 @@ def trainer(args: argparse.Namespace) -> tuple[GPT, Callable[[], None]]:
 
 
 class Tokens:
-    """Token geometry as ``SpectralMonitor(geometry=True)`` measures it, and what it costs."""
+    """What ``SpectralMonitor(geometry=True)`` measures on a batch, and what that costs."""
 
     def __init__(self, model: GPT, blocks: Sequence[ResidualBlock]) -> None:
-        self._outputs = BlockOutputs(model, blocks)
-        self._modules = [model.get_submodule(block.name) for block in blocks]
+        self._watch = BatchWatch(model, blocks, (), {})
+        names = [name for block in blocks for name in (block.name, *(branch.site for branch in block.branches))]
+        self._modules = [model.get_submodule(name) for name in names]
         self._clocks: list[RemovableHandle] = []
 
     def start(self) -> None:
         """Listen to the next forward pass."""
         self.seconds = 0.0
         self._add_clocks(-1)
-        self._outputs.start()
+        self._watch.start()
         self._add_clocks(1)
 
     def add_to(self, measurement: Measurement) -> None:
         """Stop listening; add what was heard to a measurement."""
         start = time.perf_counter()
-        self._outputs.stop()
-        with_geometry(measurement, self._outputs.values())
+        self._watch.stop()
+        self._watch.add_to(measurement)
         self.seconds += time.perf_counter() - start
         while self._clocks:
             self._clocks.pop().remove()

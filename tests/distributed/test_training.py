@@ -151,3 +151,10 @@ def test_scales_that_come_apart_end_the_steering(runs: Any):
     (message,) = here["told"]
     assert message.startswith("SpectralMonitor found residual scales that differ between processes at step 4: ")
     assert {action["step"] for action in here["actions"]} == {2}
+
+
+def test_scales_before_parallel_layers_are_explained(runs: Any):
+    for result in case(runs("tensor parallel"), "scales first"):
+        assert result["told"].startswith(
+            "a residual scale has no weight; under tensor parallelism, attach the scales after"
+        )

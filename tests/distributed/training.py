@@ -186,10 +186,11 @@ def fit(
     monitor: SpectralMonitor | None,
     others: list[Callback] | None = None,
     ckpt_path: Path | None = None,
+    kind: type[LitGPT] | None = None,
 ) -> tuple[LitGPT, Witness]:
     """Train and return the module and what was noted."""
     seed_everything(1, verbose=False)
-    module, witness = LitGPT(layout, steer=steer), Witness()
+    module, witness = (kind or LitGPT)(layout, steer=steer), Witness()
     trainer = Trainer(
         accelerator="cpu",
         devices=1 if layout == "single" else 2,
@@ -323,6 +324,24 @@ def tampered(layout: str, folder: Path) -> dict[str, Any]:
     return {"told": said, **journal(folder)}
 
 
+class ScalesFirst(LitGPT):
+    """Attaches the scales before the layers are made parallel."""
+
+    def configure_model(self) -> None:
+        if not self.done:
+            attach_scales(self)
+        super().configure_model()
+
+
+def scales_first(layout: str, folder: Path) -> dict[str, Any]:
+    """Do it in the wrong order."""
+    try:
+        fit(layout, folder, "32-true", steer=False, monitor=monitor_of(steer=True), kind=ScalesFirst)
+    except AttributeError as error:
+        return {"told": str(error)}
+    return {"told": "nothing"}
+
+
 def cases(layout: str, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return what is run under a strategy."""
     found: dict[str, Callable[[], dict[str, Any]]] = {}
@@ -335,6 +354,8 @@ def cases(layout: str, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
                     layout, place, precision, steer=steer, resume=resume
                 )
     found["neutral"] = lambda: neutral(layout, folder / "neutral")
+    if layout == "tensor parallel":
+        found["scales first"] = lambda: scales_first(layout, folder / "scales-first")
     if layout == "ddp":
         found["noisy"] = lambda: noisy(layout, folder / "noisy")
         found["fails once"] = lambda: failing(layout, folder / "fails-once", 1)
