@@ -96,6 +96,13 @@ def test_a_resumed_run_is_the_straight_one(runs: Any, layout: str, precision: st
             assert result["parameters"] == result["straight"]
 
 
+def test_a_sharded_run_can_be_resumed_from_one_file(runs: Any):
+    results = case(runs("fsdp2 root"), "one file")
+    assert all(result["parameters"] == result["straight"] for result in results)
+    assert results[0]["scales"] == results[1]["scales"]
+    assert any(scale != 0 for scale in results[0]["scales"][-1])
+
+
 @pytest.mark.parametrize("layout", STRATEGIES)
 def test_watching_changes_no_bit(runs: Any, layout: str):
     for result in case(runs(layout), "neutral"):

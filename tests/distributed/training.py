@@ -156,14 +156,15 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.path)
 
 
-def strategy_of(layout: str) -> Any:
+def strategy_of(layout: str, *, one_file: bool) -> Any:
     limit: dict[str, Any] = {"process_group_backend": "gloo", "timeout": timedelta(seconds=60)}
     if layout == "single":
         return "auto"
     if layout == "ddp":
         return DDPStrategy(**limit)
     tensor = 2 if layout == "tensor parallel" else 1
-    return ModelParallelStrategy(data_parallel_size=2 // tensor, tensor_parallel_size=tensor, **limit)
+    limit |= {"data_parallel_size": 2 // tensor, "tensor_parallel_size": tensor}
+    return ModelParallelStrategy(save_distributed_checkpoint=not one_file, **limit)
 
 
 def batches(layout: str) -> DataLoader[Any]:
@@ -187,6 +188,7 @@ def fit(
     others: list[Callback] | None = None,
     ckpt_path: Path | None = None,
     kind: type[LitGPT] | None = None,
+    one_file: bool = False,
 ) -> tuple[LitGPT, Witness]:
     """Train and return the module and what was noted."""
     seed_everything(1, verbose=False)
@@ -194,7 +196,7 @@ def fit(
     trainer = Trainer(
         accelerator="cpu",
         devices=1 if layout == "single" else 2,
-        strategy=strategy_of(layout),
+        strategy=strategy_of(layout, one_file=one_file),
         precision=precision,  # type: ignore[arg-type]
         max_steps=STEPS,
         logger=CSVLogger(folder.parent, name="", version=folder.name),
@@ -227,16 +229,20 @@ def journal(folder: Path) -> dict[str, Any]:
     return {"records": read_journal(path)[1], "actions": read_actions(path)}
 
 
-def cell(layout: str, folder: Path, precision: str, *, steer: bool, resume: bool) -> dict[str, Any]:
+def cell(
+    layout: str, folder: Path, precision: str, *, steer: bool, resume: bool, one_file: bool = False
+) -> dict[str, Any]:
     """Run one cell of the matrix."""
     monitor = monitor_of(steer=steer)
     if not resume:
         module, witness = fit(layout, folder, precision, steer=steer, monitor=monitor)
         return {"parameters": parameters(module), "scales": witness.scales, **journal(folder)}
     saved = folder.with_suffix(".ckpt")
-    straight, _ = fit(layout, folder, precision, steer=steer, monitor=monitor, others=[SaveAt(saved)])
+    how: dict[str, Any] = {"steer": steer, "one_file": one_file}
+    straight, _ = fit(layout, folder, precision, monitor=monitor, others=[SaveAt(saved)], **how)
     resumed = folder.with_name(folder.name + "-resumed")
-    module, witness = fit(layout, resumed, precision, steer=steer, monitor=monitor_of(steer=steer), ckpt_path=saved)
+    module, witness = fit(layout, resumed, precision, monitor=monitor_of(steer=steer), ckpt_path=saved, **how)
+    assert one_file == saved.is_file() or layout in ("single", "ddp")
     return {
         "straight": parameters(straight),
         "parameters": parameters(module),
@@ -353,6 +359,9 @@ def cases(layout: str, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
                 found[name] = lambda place=place, precision=precision, steer=steer, resume=resume: cell(
                     layout, place, precision, steer=steer, resume=resume
                 )
+    if layout == "fsdp2 root":
+        place = folder / "one-file"
+        found["one file"] = lambda: cell(layout, place, "32-true", steer=True, resume=True, one_file=True)
     found["neutral"] = lambda: neutral(layout, folder / "neutral")
     if layout == "tensor parallel":
         found["scales first"] = lambda: scales_first(layout, folder / "scales-first")
