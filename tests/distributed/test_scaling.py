@@ -1,0 +1,149 @@
+"""The formulas of ``benchmarks/scaling.py`` against what measurements read, compute and send in two processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from processes import run
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+STARTS = ("cold", "warm", "again")  # of the three measurements of every case
+CUT = ("fully sharded", "tensor parallel")
+
+Seen = list[dict[str, Any]]
+
+
+def load(path: Path) -> ModuleType:
+    """Import a script that has the name of another one."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+formulas = load(ROOT / "benchmarks" / "scaling.py")
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """What each of two processes counted."""
+    return run(Path(__file__).with_name("scaling.py"), 2, tmp_path_factory.mktemp("scaling"), timeout=300)
+
+
+@pytest.fixture(params=["512", "768"])
+def size(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=STARTS)
+def start(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def shape(seen: Seen, size: str) -> Any:
+    """Return the size of a model as the formulas take it."""
+    width, heads, groups, hidden, layers = seen[0]["sizes"][size]
+    return formulas.Shape(layers, width, hidden, groups * width // heads)
+
+
+def solved(counted: dict[str, Any], start: str) -> list[int]:
+    """Return the iterations that the solver reports, of operators that all began alike."""
+    starts, iterations = zip(*counted["solved"], strict=True)
+    assert set(starts) == {start}
+    return list(iterations)
+
+
+def expected(items: list[Any], start: str, iterations: list[int]) -> tuple[float, float, float]:
+    """Return the bytes that are read, and the operations of products and of projections."""
+    each = [formulas.flops(item, start, t) for item, t in zip(items, iterations, strict=True)]
+    read = sum(formulas.bytes_read(item, t) for item, t in zip(items, iterations, strict=True))
+    return read, sum(item.products for item in each), sum(item.projections for item in each)
+
+
+def all_reduces(counted: dict[str, Any]) -> list[tuple[int, int]]:
+    return [(elements, size) for name, _, elements, size in counted["collectives"] if name == "all_reduce"]
+
+
+def test_one_process_reads_and_computes_what_the_formulas_say(seen: Seen, size: str, start: str):
+    counted = seen[0][f"{size} whole"][STARTS.index(start)]
+    items = formulas.operators(shape(seen, size))
+    read, products, projections = expected(items, start, solved(counted, start))
+    assert counted["read"] == read
+    assert counted["flops"] == pytest.approx(products + projections, rel=0.05)
+    assert counted["collectives"] == []
+
+
+def test_processes_with_all_weights_measure_disjoint_shares_without_a_word(seen: Seen, size: str, start: str):
+    for rank in range(2):
+        counted = seen[rank][f"{size} shared out"][STARTS.index(start)]
+        model = shape(seen, size)
+        items = formulas.operators(model)[: 2 * len(range(rank, model.layers, 2))]
+        read, products, projections = expected(items, start, solved(counted, start))
+        assert counted["read"] == read
+        assert counted["flops"] == pytest.approx(products + projections, rel=0.05)
+        assert counted["collectives"] == []
+
+
+@pytest.mark.parametrize("layout", CUT)
+def test_products_are_divided_among_processes_and_projections_are_not(seen: Seen, size: str, start: str, layout: str):
+    both = [process[f"{size} {layout}"][STARTS.index(start)] for process in seen]
+    iterations = solved(both[0], start)
+    assert solved(both[1], start) == iterations
+    read, products, projections = expected(formulas.operators(shape(seen, size)), start, iterations)
+    assert sum(counted["read"] for counted in both) == read
+    assert sum(counted["flops"] for counted in both) == pytest.approx(products + 2 * projections, rel=0.05)
+
+
+@pytest.mark.parametrize("layout", CUT)
+def test_processes_that_hold_shards_send_what_the_formulas_say(seen: Seen, size: str, start: str, layout: str):
+    for process in seen:
+        counted = process[f"{size} {layout}"][STARTS.index(start)]
+        iterations, model = solved(counted, start), shape(seen, size)
+        told = formulas.messages(model, start, iterations, 2)
+        blocks = [size for elements, size in all_reduces(counted) if elements > model.width]
+        sent = sum(size for _, size in all_reduces(counted))
+        assert sum(blocks) == told.summed
+        assert sent == pytest.approx(told.summed + told.agreed, rel=0.05)
+        assert sent <= told.summed + told.agreed
+        longest = [max(iterations[i : i + 8]) for i in range(0, len(iterations), 8)]
+        assert len(blocks) == 4 * sum(longest)
+        # Every batch looks at least once, and at most after every step.
+        assert told.sums - sum(longest) + len(longest) <= len(all_reduces(counted)) <= told.sums
+
+
+def test_gains_are_gathered_where_they_are_cut(seen: Seen, size: str, start: str):
+    for layout in CUT:
+        counted = seen[0][f"{size} {layout}"][STARTS.index(start)]
+        told = formulas.messages(shape(seen, size), start, solved(counted, start), 2)
+        gathers = [size for name, _, _, size in counted["collectives"] if name == "all_gather_into_tensor"]
+        cut = layout == "fully sharded"
+        assert (len(gathers), sum(gathers)) == (told.gathers * cut, told.gathered * cut)
+        assert Counter(name for name, *_ in counted["collectives"]).keys() <= {"all_reduce", "all_gather_into_tensor"}
+
+
+@pytest.mark.parametrize("layers", [3, 4])
+def test_a_run_exchanges_one_vector_and_two_decisions_per_measurement(seen: Seen, layers: int):
+    decision = [["barrier", "torch.uint8", 1, 1], ["allreduce", "torch.int64", 1, 8]]
+    length = formulas.vector_length(layers, 2)
+    for process in seen:
+        trained = process[f"{layers} trained"]
+        at = [i for i, (_, dtype, *_) in enumerate(trained) if dtype == "torch.float64"]
+        assert len(at) == 3  # before the first step, after it and after the second
+        for i in at:
+            vector = ["allgather", "torch.float64", length, 8 * length]
+            assert trained[i - 2 : i + 3] == [*decision, vector, *decision]
+
+
+def test_the_documentation_quotes_the_tables(capsys: pytest.CaptureFixture[str]):
+    formulas.print_costs()
+    assert f"```text\n{capsys.readouterr().out}```\n" in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
