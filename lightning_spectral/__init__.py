@@ -7,6 +7,7 @@
     print(measure(model))                                                      # or measure once, without a Trainer
 """
 
+from lightning_spectral.audit import audit
 from lightning_spectral.control import (
     ResidualRescaler,
     ResidualScales,
@@ -49,6 +50,7 @@ __all__ = [
     "TokenResidual",
     "TokenSimilarity",
     "attach_scales",
+    "audit",
     "balance_init_",
     "balance_penalty",
     "covariance_trajectory",

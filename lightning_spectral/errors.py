@@ -5,10 +5,11 @@
     SpectralError
     ├── BlocksNotFoundError      no residual block was found in the model
     ├── ExampleInputError        the model could not be run on an example input
+    ├── CheckpointError          a checkpoint file cannot be read, or not understood
     └── ConfigurationError       an argument cannot be used (also a ValueError)
 """
 
-__all__ = ["BlocksNotFoundError", "ConfigurationError", "ExampleInputError", "SpectralError"]
+__all__ = ["BlocksNotFoundError", "CheckpointError", "ConfigurationError", "ExampleInputError", "SpectralError"]
 
 
 class SpectralError(Exception):
@@ -21,6 +22,10 @@ class BlocksNotFoundError(SpectralError):
 
 class ExampleInputError(SpectralError):
     """Structure is read from one traced forward pass, and no example input could be run."""
+
+
+class CheckpointError(SpectralError):
+    """A checkpoint cannot be read or understood; the message says which file, what was found and what was expected."""
 
 
 class ConfigurationError(SpectralError, ValueError):

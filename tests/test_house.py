@@ -156,6 +156,7 @@ def test_the_public_names_are_these():
         "TokenResidual",
         "TokenSimilarity",
         "attach_scales",
+        "audit",
         "balance_init_",
         "balance_penalty",
         "covariance_trajectory",

@@ -1,0 +1,112 @@
+"""``audit``: from a checkpoint file to a :class:`Measurement`, one block at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lightning_spectral.audit.files import Checkpoint, open_checkpoint, printable, read_json
+from lightning_spectral.audit.hugging_face import from_config
+from lightning_spectral.audit.skeleton import parameters_of, skeleton, unwrapped
+from lightning_spectral.audit.source import Source, find_source, refuse_differences
+from lightning_spectral.control.fuse import scale_keys
+from lightning_spectral.discovery.scaled import CHILD
+from lightning_spectral.errors import CheckpointError
+from lightning_spectral.linalg import Solver
+from lightning_spectral.linearize import WeightLinearization
+from lightning_spectral.measure import Meter
+from lightning_spectral.records import LayerMeasurement, Measurement, ResidualBlock
+
+__all__ = ["audit"]
+
+_CONFIG = "config.json"
+
+
+def audit(
+    path: str | Path,
+    blocks: Sequence[ResidualBlock] | None = None,
+    *,
+    linearization: WeightLinearization = "circuit",
+    config: str | Path | None = None,
+    solver: Solver | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Measurement:
+    """Measure every residual block of a checkpoint file. No model is loaded, and nothing in the file is executed.
+
+    The numbers are those of :func:`~lightning_spectral.measure` on the loaded model. Weights are read block by block,
+    so that no more than one block is in memory.
+
+    Where the branches are is not written in a checkpoint. It is known from ``blocks``, or from a ``config.json`` whose
+    ``model_type`` the installed transformers knows.
+
+    Args:
+        path: A ``.safetensors`` file, a Hugging Face folder (sharded or not), a Lightning checkpoint, or a state dict
+            saved by ``torch.save``.
+        blocks: The blocks of the model, ``find_blocks(model)``, for an architecture of your own. They are names and
+            layouts, so those of a freshly built model do.
+        linearization: ``"circuit"`` or ``"paper"``, as in :func:`~lightning_spectral.measure`.
+        config: A ``config.json``, or a folder with one; by default, the one beside the weights.
+        solver: How spectral norms are computed: :class:`RandomizedSVD` by default, or :class:`ExactSVD`.
+        progress: Called after each block with the number of blocks done and of all blocks.
+
+    Returns:
+        The measurement; ``print`` shows it as a table.
+
+    Raises:
+        CheckpointError: The file cannot be read, its structure is not known, or it has no number to measure.
+        ConfigurationError: The linearization is unknown.
+    """
+    start = time.perf_counter()
+    checkpoint = open_checkpoint(path)
+    found, source = _structure(checkpoint, blocks, config)
+    _refuse_unplaced_scales(checkpoint, found, source)
+    layers: list[LayerMeasurement] = []
+    for block in found:
+        model = skeleton(block, source.readers, source.read)
+        layers += Meter(model, (block,), linearization=linearization, solver=solver).measure().layers
+        if progress is not None:
+            progress(len(layers), len(found))
+    _refuse_empty(checkpoint, layers)
+    return Measurement(checkpoint.step, linearization, tuple(layers), seconds=time.perf_counter() - start)
+
+
+def _structure(
+    checkpoint: Checkpoint, blocks: Sequence[ResidualBlock] | None, config: str | Path | None
+) -> tuple[tuple[ResidualBlock, ...], Source]:
+    if blocks is not None:
+        blocks = tuple(unwrapped(block) for block in blocks)
+        needed = [name for block in blocks for name in parameters_of(block)]
+        source = find_source(checkpoint, needed)
+        # Blocks know no shapes: the factors of a branch either fit together or are refused when they are multiplied.
+        refuse_differences(checkpoint, source, {name: source.shapes.get(name, ()) for name in needed})
+        return blocks, source
+    file = checkpoint.folder / _CONFIG if config is None else Path(config)
+    file = file / _CONFIG if file.is_dir() else file
+    if config is None and not file.exists():
+        raise CheckpointError(
+            f"{printable(checkpoint.path)}: found {len(checkpoint.shapes)} tensors, but nothing says which of them "
+            f"form a branch: expected a {_CONFIG} beside it. Name one (config=, --config), or pass the blocks of a "
+            "model of your own: audit(path, find_blocks(model))"
+        )
+    return from_config(checkpoint, read_json(file), file)
+
+
+def _refuse_unplaced_scales(checkpoint: Checkpoint, blocks: Sequence[ResidualBlock], source: Source) -> None:
+    """Refuse residual scales that belong to no branch: the model computes with them, and the audit would not."""
+    sites = {f"{branch.site}.{CHILD}.log_scale" for block in blocks for branch in block.branches}
+    needed = {name for block in blocks for name in parameters_of(block)}
+    for name in scale_keys(source.readers):
+        owner, _, weight = name.removesuffix(".0.log_scale").rpartition("parametrizations.")
+        if name not in sites and owner + weight not in needed:
+            raise CheckpointError(
+                f"{printable(checkpoint.path)}: the residual scale {printable(name)} belongs to none of the branches"
+            )
+
+
+def _refuse_empty(checkpoint: Checkpoint, layers: Sequence[LayerMeasurement]) -> None:
+    if all(layer.mlp_norm is None and layer.attention_norm is None for layer in layers):
+        reasons = "; ".join(dict.fromkeys(printable(layer.reason) for layer in layers if layer.reason)) or "no branches"
+        raise CheckpointError(
+            f"{printable(checkpoint.path)}: none of its {len(layers)} blocks has a norm: {printable(reasons, 300)}"
+        )

@@ -1,0 +1,235 @@
+"""Open a checkpoint that nobody trusts: names, shapes and, one at a time, tensors. Nothing in it is ever executed."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.errors import CheckpointError
+
+__all__ = ["Checkpoint", "WRAPPERS", "open_checkpoint", "printable", "read_json"]
+
+# No real file comes near these, and what lies beyond costs memory before it can be refused.
+_MAX_HEADER, _MAX_JSON, _MAX_PICKLE, _MAX_NAME = 2**26, 2**26, 2**28, 512
+
+WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What wrappers put into the names of the modules that they wrap."""
+
+# Where training scripts keep the state dict among other things.
+_STATE_DICTS = ("state_dict", "model_state_dict", "model")
+_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_ZIP = b"PK\x03\x04"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """The tensors of a checkpoint, by name; a tensor is read when it is asked for.
+
+    Attributes:
+        path: What the user named.
+        folder: Where ``config.json`` would lie.
+        shapes: Shape of every tensor.
+        read: Returns a tensor. Its memory belongs to the file wherever the format allows it.
+        step: Optimizer step at which it was written, 0 where the file does not say.
+    """
+
+    path: Path
+    folder: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    step: int = 0
+
+
+def printable(text: object, limit: int = 100) -> str:
+    """Return a text from a file as something that a terminal can show: one short line of printable ASCII.
+
+    Args:
+        text: The text.
+        limit: Number of characters above which the middle is left out.
+    """
+    line = str(text)
+    if len(line) > limit:
+        line = f"{line[: limit // 2]}...{line[-limit // 4 :]}"
+    line = line.encode("ascii", "backslashreplace").decode()
+    return "".join(item if item.isprintable() else f"\\x{ord(item):02x}" for item in line)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint file or a model folder.
+
+    Args:
+        path: A ``.safetensors`` file, a file of ``torch.save`` (a state dict, or a Lightning checkpoint with one), or a
+            Hugging Face folder, sharded or not.
+
+    Raises:
+        CheckpointError: There is no such file, it is damaged, or its format is not one of these.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _named(path, path.parent, _open_file(path))
+    if (path / ".metadata").exists():
+        raise CheckpointError(
+            f"{printable(path)}: a distributed checkpoint keeps its index as a pickle, which can run code, so it is "
+            "not read. If you trust it, convert it with torch.distributed.checkpoint.format_utils.dcp_to_torch_save "
+            "and audit the file that this writes"
+        )
+    index = next((path / name for name in _INDICES if (path / name).exists()), None)
+    if index is not None:
+        return _named(path, path, _open_shards(index))
+    candidates = [path / name for name in _SINGLE if (path / name).exists()] or sorted(path.glob("*.safetensors"))
+    if len(candidates) != 1 and not (candidates and candidates[0].name in _SINGLE):
+        found = ", ".join(printable(item.name, 40) for item in candidates[:5]) or "no weights"
+        raise CheckpointError(
+            f"{printable(path)}: found {found} in this folder, expected one of {', '.join((*_INDICES, *_SINGLE))} or a "
+            "single *.safetensors"
+        )
+    return _named(path, path, _open_file(candidates[0]))
+
+
+Tensors = tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor], int]
+
+
+def _named(path: Path, folder: Path, tensors: Tensors) -> Checkpoint:
+    """Leave out what wrappers add to names, and names that belong to no module."""
+    shapes, read, step = tensors
+    stored = {WRAPPERS.sub("", name): name for name in shapes if len(name) <= _MAX_NAME}
+    if not stored:
+        raise CheckpointError(f"{printable(path)}: found no tensors, expected the weights of a model")
+    plain = {name: shapes[key] for name, key in stored.items()}
+    return Checkpoint(path, folder, plain, lambda name: read(stored[name]), step)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: The file is too large, no JSON, or not an object.
+    """
+    with _damage(path, "a JSON object"):
+        if path.stat().st_size > _MAX_JSON:
+            raise ValueError(f"{path.stat().st_size} bytes, more than any real file of this kind has")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError(f"a {type(found).__name__}")
+        return found
+
+
+@contextmanager
+def _damage(path: Path, expected: str) -> Iterator[None]:
+    """Say in one line what is wrong with a file. Parsers of damaged files raise whatever they like."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        text = printable(next(iter(str(error).strip().splitlines()), ""), 200)
+        raise CheckpointError(
+            f"{printable(path)}: not readable as {expected}: {type(error).__name__}{': ' if text else ''}{text}"
+        ) from None
+
+
+def _open_shards(index: Path) -> Tensors:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        raise CheckpointError(f"{printable(index)}: expected an object 'weight_map' from tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or "\\" in name or not name.isprintable():
+            raise CheckpointError(
+                f"{printable(index)}: the shard {printable(name)!r} is not the name of a file beside it"
+            )
+    shards = {name: _open_file(index.parent / name) for name in names}
+    absent = [key for key, name in weight_map.items() if key not in shards[name][0]]
+    if absent:
+        raise CheckpointError(
+            f"{printable(index)}: {len(absent)} tensor(s) are not in the shard that the index names, the first is "
+            f"{printable(absent[0])}"
+        )
+    shapes = {key: shards[name][0][key] for key, name in weight_map.items()}
+    return shapes, lambda key: shards[weight_map[key]][1](key), 0
+
+
+def _open_file(path: Path) -> Tensors:
+    if not path.is_file():
+        raise CheckpointError(f"{printable(path)}: no such file, expected a checkpoint file or a model folder")
+    with _damage(path, "a file"), path.open("rb") as file:
+        start = file.read(9)
+    if not start:
+        raise CheckpointError(f"{printable(path)}: the file is empty, expected a checkpoint")
+    # A safetensors file begins with the length of its header and the brace that opens it.
+    if path.suffix == ".safetensors" or (start[8:] == b"{" and not start.startswith(_ZIP)):
+        return _open_safetensors(path, start)
+    return _open_torch(path, start)
+
+
+def _open_safetensors(path: Path, start: bytes) -> Tensors:
+    expected = "a safetensors file"
+    with _damage(path, expected):
+        try:
+            from safetensors import safe_open
+        except ModuleNotFoundError:
+            raise CheckpointError(
+                f"{printable(path)}: reading it needs the package safetensors: pip install 'lightning-spectral[cli]'"
+            ) from None
+        size, length = path.stat().st_size, int.from_bytes(start[:8], "little")
+        if length > min(size - 8, _MAX_HEADER):
+            raise ValueError(f"it announces a header of {length} bytes and has {size} bytes in all")
+        file: Any = safe_open(path, "pt")
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    def read(name: str) -> Tensor:
+        with _damage(path, expected):
+            tensor = file.get_tensor(name)
+            assert isinstance(tensor, Tensor)
+            return tensor
+
+    return shapes, read, 0
+
+
+def _open_torch(path: Path, start: bytes) -> Tensors:
+    with _damage(path, "a file of torch.save that holds tensors and plain values only"):
+        mapped = start.startswith(_ZIP)
+        if mapped:
+            _refuse_bomb(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        state = _state_dict(loaded)
+        tensors = {key: value for key, value in state.items() if isinstance(key, str) and _is_plain(value)}
+        step = loaded.get("global_step", 0)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return shapes, tensors.__getitem__, step if isinstance(step, int) else 0
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Refuse an archive that is larger than its file: ``torch.save`` does not compress."""
+    with zipfile.ZipFile(path) as archive:
+        for item in archive.infolist():
+            if item.compress_type != zipfile.ZIP_STORED or item.file_size > item.compress_size:
+                raise ValueError("the archive is compressed")
+            if item.filename.endswith("data.pkl") and item.file_size > _MAX_PICKLE:
+                raise ValueError(f"its index has {item.file_size} bytes, more than that of any real checkpoint")
+
+
+def _state_dict(loaded: Any) -> Mapping[Any, Any]:
+    if not isinstance(loaded, Mapping):
+        raise TypeError(f"it holds a {type(loaded).__name__}, expected a state dict")
+    inner = next((loaded[key] for key in _STATE_DICTS if isinstance(loaded.get(key), Mapping)), None)
+    return loaded if inner is None else inner
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a strided tensor with memory of its own for every entry: a view may claim any size."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.is_quantized:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
