@@ -54,7 +54,7 @@ class StopAt(Callback):
         trainer.should_stop = trainer.should_stop or trainer.global_step >= self.step
 
 
-def run(layers: int, gain: float, seed: int, steps: int, every_n_steps: int, **settings: Any) -> Path:
+def run(layers: int, gain: float, seed: int, steps: int, every_n_steps: int) -> Path:
     """Train the example's GPT as the example does, and return the journal."""
     seed_everything(seed, verbose=False)
     config, (text, _) = Config(layers), read_standard_library()
@@ -67,7 +67,7 @@ def run(layers: int, gain: float, seed: int, steps: int, every_n_steps: int, **s
         max_steps=400,
         accelerator="cpu",
         logger=logger,
-        callbacks=[SpectralMonitor(every_n_steps, **settings), StopAt(steps)],
+        callbacks=[SpectralMonitor(every_n_steps, geometry=True), StopAt(steps)],
         gradient_clip_val=1.0,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -105,15 +105,14 @@ def main() -> None:
     print(f"collapse: token residual of the last block below {COLLAPSED:g}\n")
     print(f"{'run':<44}{'seed':>5}{'alarm':>7}{'forecast':>10}{'reached':>9}{'smallest':>10}{'warnings':>10}")
     deep = (args.deep_steps, args.deep_every)
-    runs: dict[str, tuple[Any, ...]] = {
-        f"{args.deep} blocks, attention × {args.gain:g}": (args.deep, args.gain, *deep, {"geometry": True}),
-        f"{args.deep} blocks": (args.deep, 1.0, *deep, {"geometry": True}),
-        "the example, tokens measured": (8, 1.0, args.healthy_steps, 10, {"geometry": True}),
-        "the example, the monitor's default settings": (8, 1.0, args.healthy_steps, 50, {}),
+    runs = {
+        f"{args.deep} blocks, attention × {args.gain:g}": (args.deep, args.gain, *deep),
+        f"{args.deep} blocks": (args.deep, 1.0, *deep),
+        "the example, tokens measured": (8, 1.0, args.healthy_steps, 10),
     }
-    for name, (layers, gain, steps, every, settings) in runs.items():
+    for name, (layers, gain, steps, every) in runs.items():
         for seed in args.seeds:
-            journal = run(layers, gain, seed, steps, every, **settings)
+            journal = run(layers, gain, seed, steps, every)
             print(f"{name:<44}{seed:>5} {described(journal)}", flush=True)
 
 

@@ -6,8 +6,8 @@
 One model is trained in one process. Rounds without and with measurements alternate, so that whatever else the machine
 does meets all of them alike. A round is as many optimizer steps as the longest interval.
 
-The geometry of tokens is measured inside the forward pass, by hooks at the blocks' outputs. Two more hooks per block,
-one before and one behind, read the clock: a difference of whole steps would drown in their scatter.
+Tokens and updates are measured inside the forward pass, by hooks at the outputs of blocks and branches. Two more hooks
+each, one before and one behind, read the clock: a difference of whole steps would drown in their scatter.
 """
 
 from __future__ import annotations
@@ -68,6 +68,11 @@ def trainer(args: argparse.Namespace) -> tuple[GPT, Callable[[], None]]:
     return model, step
 
 
+def now() -> float:
+    """Return seconds; with one thread those of the processor, which other work on the machine disturbs less."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 class Tokens:
     """What ``SpectralMonitor(geometry=True)`` measures on a batch, and what that costs."""
 
@@ -86,16 +91,16 @@ class Tokens:
 
     def add_to(self, measurement: Measurement) -> None:
         """Stop listening; add what was heard to a measurement."""
-        start = time.perf_counter()
+        start = now()
         self._watch.stop()
         self._watch.add_to(measurement)
-        self.seconds += time.perf_counter() - start
+        self.seconds += now() - start
         while self._clocks:
             self._clocks.pop().remove()
 
     def _add_clocks(self, sign: int) -> None:
         def read(*_: object) -> None:
-            self.seconds += sign * time.perf_counter()
+            self.seconds += sign * now()
 
         self._clocks += [module.register_forward_hook(read) for module in self._modules]
 
@@ -122,13 +127,13 @@ def run_round(
         due = meter is not None and index % interval == interval - 1
         if due and tokens is not None:
             tokens.start()
-        start = time.perf_counter()
+        start = now()
         step()
-        stepped = time.perf_counter()
+        stepped = now()
         seconds.steps.append(stepped - start)
         if due:
             measurement = meter.measure(index)
-            seconds.weights.append(time.perf_counter() - stepped)
+            seconds.weights.append(now() - stepped)
             if tokens is not None:
                 tokens.add_to(measurement)
             seconds.tokens.append(0.0 if tokens is None else tokens.seconds)
@@ -144,11 +149,11 @@ def main() -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"GPT of {args.layers} blocks, width {args.width}, {parameters / 1e6:.1f} M parameters")
 
-    start = time.perf_counter()
+    start = now()
     blocks = find_blocks(model)
-    found = time.perf_counter()
+    found = now()
     Meter(model, blocks, linearization=args.linearization).measure()
-    cold = time.perf_counter()
+    cold = now()
     print(f"finding {len(blocks)} blocks: {found - start:.2f} s; first measurement: {(cold - found) * 1e3:.0f} ms\n")
 
     run_round(step, 5, Watched())  # warm up

@@ -21,7 +21,7 @@ __all__ = ["BlockOutputs", "Geometry", "as_sequences", "with_geometry"]
 _MASSIVE = 100.0  # an activation is massive above this multiple of the median
 # So many sequences, evenly spaced, speak for a batch. The effective rank needs the eigenvalues of a Gram matrix: of so
 # many tokens, evenly spaced, of the first of them.
-_SEQUENCES = 8
+_SEQUENCES = 4
 _RANK_TOKENS, _RANK_SEQUENCES = 256, 2
 
 
