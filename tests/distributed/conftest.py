@@ -20,7 +20,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             if cell and report.when == "call":
                 message = dict(report.user_properties).get("refused")
                 result = outcome if message is None else f"refused: {message}"
-                lines.append("  ".join((f"{cell[1]:<16}", *(f"{part:<10}" for part in cell[2].split(", ")), result)))
+                lines.append("  ".join((f"{cell[1]:<26}", *(f"{part:<10}" for part in cell[2].split(", ")), result)))
     terminalreporter.section("strategy × precision × watch or steer × fit or resume")
     terminalreporter.write_line("\n".join(lines))
 

@@ -36,7 +36,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def seen(layout: str) -> Seen:
         if layout not in known:
             folder = tmp_path_factory.mktemp(layout.replace(" ", "-"))
-            known[layout] = run(SCRIPT, 1 if layout == "single" else 2, folder, layout, timeout=300)
+            count = {"single": 1, "fsdp2 over tensor parallel": 4}.get(layout, 2)
+            known[layout] = run(SCRIPT, count, folder, layout, timeout=900)
         return known[layout]
 
     return seen

@@ -41,10 +41,11 @@ from lightning_spectral import (
 from lightning_spectral.measure import Meter
 
 VOCABULARY, WIDTH, HEADS, BLOCKS, CONTEXT, STEPS, STOP = 32, 32, 4, 4, 8, 8, 4
+FULL = "SPECTRAL_MATRIX" in os.environ  # as `make test-distributed` sets it; the other tests run the first precision
 STRATEGIES = ("single", "ddp", "fsdp2 blocks", "fsdp2 root", "tensor parallel")
-# `make test-distributed` runs all of them, the other tests the first.
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true")[: None if "SPECTRAL_MATRIX" in os.environ else 1]
-RANK = int(os.environ.get("LOCAL_RANK", "0"))
+STRATEGIES += ("fsdp2 over tensor parallel",) if FULL else ()  # four processes
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true")[: None if FULL else 1]
+RANK, WORLD = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 STEERED = {"gain": 0.5, "patience": 1, "smoothing": 0.0}
 
 
@@ -103,7 +104,7 @@ class LitGPT(LightningModule):
         if self.layout != "fsdp2 root":  # there the callback finds the blocks, and attaches the scales, before
             self.spectral_blocks = find_blocks(self)
         assert self.device_mesh is not None
-        if self.layout == "tensor parallel":
+        if "tensor parallel" in self.layout:
             columns, rows = ColwiseParallel(), RowwiseParallel()
             plan = {"attention.q": columns, "attention.k": columns, "attention.v": columns, "attention.o": rows}
             for block in self.model.blocks:  # type: ignore[union-attr]
@@ -162,8 +163,8 @@ def strategy_of(layout: str, *, one_file: bool) -> Any:
         return "auto"
     if layout == "ddp":
         return DDPStrategy(**limit)
-    tensor = 2 if layout == "tensor parallel" else 1
-    limit |= {"data_parallel_size": 2 // tensor, "tensor_parallel_size": tensor}
+    tensor = 2 if "tensor parallel" in layout else 1
+    limit |= {"data_parallel_size": WORLD // tensor, "tensor_parallel_size": tensor}
     return ModelParallelStrategy(save_distributed_checkpoint=not one_file, **limit)
 
 
@@ -175,7 +176,8 @@ def batches(layout: str) -> DataLoader[Any]:
     tokens = torch.randint(VOCABULARY, (4, CONTEXT), generator=torch.Generator().manual_seed(7))
     if layout in ("single", "tensor parallel"):
         return DataLoader(tokens, batch_size=4)
-    return DataLoader(tokens[2 * RANK : 2 * RANK + 2], batch_size=2)
+    half = 2 * (RANK * 2 // WORLD)  # of four processes, two neighbours see the same
+    return DataLoader(tokens[half : half + 2], batch_size=2)
 
 
 def fit(
@@ -195,7 +197,7 @@ def fit(
     module, witness = (kind or LitGPT)(layout, steer=steer), Witness()
     trainer = Trainer(
         accelerator="cpu",
-        devices=1 if layout == "single" else 2,
+        devices=WORLD,
         strategy=strategy_of(layout, one_file=one_file),
         precision=precision,  # type: ignore[arg-type]
         max_steps=STEPS,
