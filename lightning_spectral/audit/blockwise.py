@@ -64,7 +64,12 @@ def audit(
     layers: list[LayerMeasurement] = []
     for block in found:
         model = skeleton(block, source.readers, source.read)
-        layers += Meter(model, (block,), linearization=linearization, solver=solver).measure().layers
+        try:
+            layers += Meter(model, (block,), linearization=linearization, solver=solver).measure().layers
+        except (RuntimeError, IndexError) as error:
+            raise CheckpointError(
+                f"{printable(path)}: the weights of {printable(block.name)} do not fit together: {printable(error)}"
+            ) from None
         if progress is not None:
             progress(len(layers), len(found))
     _refuse_empty(checkpoint, layers)
@@ -79,7 +84,7 @@ def _structure(
         needed = [name for block in blocks for name in parameters_of(block)]
         source = find_source(checkpoint, needed)
         # Blocks know no shapes: the factors of a branch either fit together or are refused when they are multiplied.
-        refuse_differences(checkpoint, source, {name: source.shapes.get(name, ()) for name in needed})
+        refuse_differences(checkpoint, source, dict.fromkeys(needed))
         return blocks, source
     file = checkpoint.folder / _CONFIG if config is None else Path(config)
     file = file / _CONFIG if file.is_dir() else file

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from lightning_spectral.errors import CheckpointError
 
-__all__ = ["Checkpoint", "WRAPPERS", "open_checkpoint", "printable", "read_json"]
+__all__ = ["Checkpoint", "open_checkpoint", "plain_name", "printable", "read_json"]
 
 # No real file comes near these, and what lies beyond costs memory before it can be refused.
 _MAX_HEADER, _MAX_JSON, _MAX_PICKLE, _MAX_NAME = 2**26, 2**26, 2**28, 512
 
-WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What wrappers put into the names of the modules that they wrap."""
-
+# What wrappers put into the names of the modules that they wrap.
+_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Where training scripts keep the state dict among other things.
 _STATE_DICTS = ("state_dict", "model_state_dict", "model")
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -50,7 +49,16 @@ class Checkpoint:
     step: int = 0
 
 
-def printable(text: object, limit: int = 100) -> str:
+def plain_name(path: str) -> str:
+    """Return the path of a module or a weight without what wrappers put into it.
+
+    Args:
+        path: The path, which may be that of the wrapper itself.
+    """
+    return _WRAPPERS.sub("", f"{path}.").removesuffix(".")
+
+
+def printable(text: object, limit: int = 200) -> str:
     """Return a text from a file as something that a terminal can show: one short line of printable ASCII.
 
     Args:
@@ -102,7 +110,7 @@ Tensors = tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor], int]
 def _named(path: Path, folder: Path, tensors: Tensors) -> Checkpoint:
     """Leave out what wrappers add to names, and names that belong to no module."""
     shapes, read, step = tensors
-    stored = {WRAPPERS.sub("", name): name for name in shapes if len(name) <= _MAX_NAME}
+    stored = {plain_name(name): name for name in shapes if len(name) <= _MAX_NAME and name.isprintable()}
     if not stored:
         raise CheckpointError(f"{printable(path)}: found no tensors, expected the weights of a model")
     plain = {name: shapes[key] for name, key in stored.items()}

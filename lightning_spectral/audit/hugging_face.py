@@ -7,6 +7,7 @@ is its blocks, which are names and layouts: they are found in a model that is th
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,10 +42,12 @@ _DROPPED = {
     "transformers_version",
     "use_pretrained_backbone",
 }
+# What makes a library build lists, or fill memory, before anybody can say stop; with room above what models have.
+_COUNT = re.compile(r"(^|_)(num|n)_(?!positions|ctx|vocab)|layers?$|depths?$|heads?$|experts?$|groups?$|labels?$")
+_MAX_COUNT, _MAX_SIZE = 2**17, 2**24
 _SILENT = 100  # above every level of logging
 _SMALL = 8_000_000  # a model with fewer numbers is looked at as it is
-_MAX_NUMBERS = 2**28  # of a model that is looked at; a config may announce anything
-_NARROW_HEADS = (8, 16, 32)  # sizes of a head to try, in pairs
+_NARROW_HEADS = (4, 8, 16, 32)  # sizes of a head to try, until two say the same
 
 
 def from_config(
@@ -62,7 +65,7 @@ def from_config(
     """
     with _quiet():
         try:
-            make = _Architecture(entries, limit=4 * len(checkpoint.shapes) + 1000)
+            make = _Architecture(entries, 4 * len(checkpoint.shapes) + 1000, _numbers(checkpoint.shapes))
             model = make.model({}, "meta")
             source = find_transformers_source(checkpoint, model, model.state_dict())
             blocks = _blocks(make, model)
@@ -87,7 +90,7 @@ def from_config(
 class _Architecture:
     """A model class and a config that are known to the installed transformers."""
 
-    def __init__(self, entries: dict[str, Any], limit: int) -> None:
+    def __init__(self, entries: dict[str, Any], most_weights: int, most_numbers: int) -> None:
         try:
             import transformers
         except ModuleNotFoundError:
@@ -101,10 +104,11 @@ class _Architecture:
                 f"model_type is {printable(repr(kind))}, expected one that transformers {transformers.__version__} "
                 "knows (code that a folder brings along is not run)"
             )
+        _refuse_immense(entries)
         config = known[kind].from_dict(_cleaned(entries))
         self.config_class = type(config)
         self.entries: dict[str, Any] = config.to_dict()
-        self.limit = limit
+        self.limits = most_weights, max(2 * _SMALL, most_numbers)
         self.model_class = _model_class(transformers, entries.get("architectures"), self.config_class)
         self.name: str = self.model_class.__name__
         self.head_size = _head_size(config)
@@ -112,7 +116,7 @@ class _Architecture:
     def model(self, changes: Mapping[str, Any], device: str) -> Any:
         """Build the model, in evaluation mode; with ``changes`` instead of some entries of the config."""
         config = self.config_class.from_dict(_cleaned(deepcopy(self.entries | dict(changes))))
-        with _limited(self.limit), torch.device(device), torch.random.fork_rng(devices=[]):
+        with _limited(*self.limits), torch.device(device), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return self.model_class(config).eval()
 
@@ -120,6 +124,16 @@ class _Architecture:
 def _cleaned(entries: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in entries.items() if isinstance(key, str) and not key.startswith("_")}
     return {key: _decoded(value) for key, value in kept.items() if key not in _DROPPED}
+
+
+def _refuse_immense(entries: Mapping[str, Any]) -> None:
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            _refuse_immense(value)
+        for number in value if isinstance(value, list) else [value]:
+            most = _MAX_COUNT if _COUNT.search(str(key)) else _MAX_SIZE
+            if isinstance(number, int) and abs(number) > most and "theta" not in str(key):
+                raise CheckpointError(f"{printable(key)} is {printable(number, 30)}, expected {most} at most")
 
 
 def _decoded(value: Any) -> Any:
@@ -186,8 +200,8 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _limited(count: int) -> Iterator[None]:
-    """Stop a model from being built that has more weights than the file, or would fill the memory."""
+def _limited(most_weights: int, most_numbers: int) -> Iterator[None]:
+    """Stop a model from being built that is larger than the file: a config may announce anything."""
     total = numbers = 0
 
     def check(module: nn.Module, name: str, parameter: Any) -> None:
@@ -196,7 +210,7 @@ def _limited(count: int) -> Iterator[None]:
             return
         total += 1
         numbers += 0 if parameter.is_meta else parameter.numel()
-        if total > count or numbers > _MAX_NUMBERS:
+        if total > most_weights or numbers > most_numbers:
             raise CheckpointError("the config describes a model with far more weights than the file has")
 
     handle = register_module_parameter_registration_hook(check)
@@ -209,7 +223,7 @@ def _limited(count: int) -> Iterator[None]:
 def _blocks(make: _Architecture, model: Any) -> tuple[ResidualBlock, ...]:
     """Find the blocks in the model itself if it is small, and in two narrow ones that have to agree if it is not."""
     wide = _shapes(model)
-    if sum(parameter.numel() for parameter in model.parameters()) <= _SMALL:
+    if _numbers(wide) <= _SMALL:
         return find_blocks(make.model({}, "cpu"))
     problem: Exception = NotScaledError("the size of its heads is not known")
     found: list[tuple[ResidualBlock, ...]] = []
@@ -235,6 +249,10 @@ def _blocks(make: _Architecture, model: Any) -> tuple[ResidualBlock, ...]:
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {name: tuple(tensor.shape) for name, tensor in named}
+
+
+def _numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
 
 
 def _with_aliases(source: Source, model: nn.Module) -> Source:

@@ -21,6 +21,7 @@ _WIDTH = re.compile(
     r"(.*_)?(dim|dims|size|sizes|rank|width|channels|d_model|d_ff|d_kv|d_inner|n_embd|n_inner|dim_ff|d_embed|n_embed)"
 )
 _NO_WIDTH = re.compile(r"vocab|image|patch|window|chunk|kernel|batch|block|position|state|scale|conv|cache|topk|num_")
+_INNER, _INNER_DIVISOR = re.compile(r"intermediate|inner|ffn|d_ff"), 4  # most numbers of a model are here
 _VOCABULARY = 101
 _STEPS_ALIKE = {"transpose", "select", "t", "permute", "unsqueeze", "squeeze", "flatten", "expand", "mT"}
 _ARITHMETIC = {"add", "sub", "mul", "div", "exp", "reciprocal", "sigmoid", "tanh", "square", "sqrt", "abs", "neg"}
@@ -53,6 +54,8 @@ def _narrower(key: str, value: Any, divisor: int) -> Any:
         return min(value, _VOCABULARY)
     if not _WIDTH.fullmatch(key) or _NO_WIDTH.search(key):
         return value
+    if _INNER.search(key):
+        divisor *= _INNER_DIVISOR
     return value // divisor if value % divisor == 0 else max(8, value // divisor // 8 * 8)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_spectral.audit.files import WRAPPERS
+from lightning_spectral.audit.files import plain_name
 from lightning_spectral.discovery.scaled import CHILD
 from lightning_spectral.records import Factor, Path, ResidualBlock
 
@@ -62,17 +62,17 @@ def unwrapped(block: ResidualBlock) -> ResidualBlock:
     """
 
     def plain(factor: Factor) -> Factor:
-        return replace(factor, parameter=None if factor.parameter is None else WRAPPERS.sub("", factor.parameter))
+        return replace(factor, parameter=None if factor.parameter is None else plain_name(factor.parameter))
 
     branches = tuple(
         replace(
             branch,
-            site=WRAPPERS.sub("", branch.site),
+            site=plain_name(branch.site),
             paths=tuple(Path(tuple(map(plain, path.factors)), path.expert) for path in branch.paths),
         )
         for branch in block.branches
     )
-    return replace(block, name=WRAPPERS.sub("", block.name + ".").removesuffix("."), branches=branches)
+    return replace(block, name=plain_name(block.name), branches=branches)
 
 
 def skeleton(block: ResidualBlock, names: Collection[str], read: Callable[[str], Tensor]) -> nn.Module:

@@ -189,13 +189,13 @@ def find_transformers_source(checkpoint: Checkpoint, model: Any, expected: Itera
     return find_source(checkpoint, wanted, _Conversion(rename, by_pattern, dot_natural_key, model))
 
 
-def refuse_differences(checkpoint: Checkpoint, source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
+def refuse_differences(checkpoint: Checkpoint, source: Source, expected: Mapping[str, tuple[int, ...] | None]) -> None:
     """Refuse a checkpoint that has not the weights that its structure says.
 
     Args:
         checkpoint: The checkpoint.
         source: Its weights.
-        expected: Shapes of the weights that will be read.
+        expected: Shapes of the weights that will be read, ``None`` where they are not known.
 
     Raises:
         CheckpointError: A weight is not there, or of another shape.
@@ -205,11 +205,11 @@ def refuse_differences(checkpoint: Checkpoint, source: Source, expected: Mapping
     wrong = [
         f"{printable(name)} is {source.shapes[found[0]]}, expected {expected[name]}"
         for name, found in stored.items()
-        if found is not None and source.shapes.get(found[0], expected[name]) != expected[name]
+        if found is not None and expected[name] not in (None, source.shapes.get(found[0], expected[name]))
     ]
     if absent or wrong:
         problem = wrong[0] if wrong else f"{printable(absent[0])} is not there"
         raise CheckpointError(
-            f"{printable(checkpoint.path)}: {len(absent)} of {len(expected)} weights are missing and {len(wrong)} have "
-            f"another shape (packed weights have): {problem}"
+            f"{printable(checkpoint.path)}: {len(absent)} of {len(expected)} weights are missing (parametrized ones "
+            f"are stored in pieces) and {len(wrong)} have another shape (packed ones do): {problem}"
         )

@@ -106,7 +106,7 @@ def widened(entries: dict[str, Any], factor: int = 4) -> dict[str, Any]:
 def test_blocks_found_in_a_narrow_model_are_those_of_the_wide_one(name: str, monkeypatch: pytest.MonkeyPatch):
     model: Any = example(name).build()
     entries = widened(model.config.to_dict()) | {"architectures": [type(model).__name__]}
-    make = room._Architecture(entries, limit=100_000)
+    make = room._Architecture(entries, most_weights=100_000, most_numbers=10**8)
     wide = make.model({}, "cpu")
     monkeypatch.setattr(room, "_SMALL", 0)
     if name in NOT_NARROWED or (name in REFUSED and REFUSED[name] != NO_NORMS):

