@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -90,11 +92,19 @@ def _structure(
     file = file / _CONFIG if file.is_dir() else file
     if config is None and not file.exists():
         raise CheckpointError(
-            f"{printable(checkpoint.path)}: found {len(checkpoint.shapes)} tensors, but nothing says which of them "
-            f"form a branch: expected a {_CONFIG} beside it. Name one (config=, --config), or pass the blocks of a "
-            "model of your own: audit(path, find_blocks(model))"
+            f"{printable(checkpoint.path)}: found {len(checkpoint.shapes)} tensors ({_outline(checkpoint)}), but "
+            "nothing says where norms stand, how heads lie in a matrix and what multiplies a branch: expected a "
+            f"{_CONFIG} beside it. Name one (config=, --config), or pass the blocks of a model of your own: "
+            "audit(path, find_blocks(model))"
         )
     return from_config(checkpoint, read_json(file), file)
+
+
+def _outline(checkpoint: Checkpoint) -> str:
+    """Return the matrices that occur most often, with a star for the numbers in their names."""
+    counts = Counter(re.sub(r"\d+", "*", name) for name, shape in checkpoint.shapes.items() if len(shape) > 1)
+    shown = ", ".join(f"{count} x {printable(name, 60)}" for name, count in counts.most_common(4))
+    return shown + (", ..." if len(counts) > 4 else "")
 
 
 def _refuse_unplaced_scales(checkpoint: Checkpoint, blocks: Sequence[ResidualBlock], source: Source) -> None:

@@ -150,7 +150,9 @@ def test_wrong_weights_give_one_clear_error(state: Any, blocks: Any, tmp_path: P
     assert "found no tensors, expected the weights of a model" in refused(path, blocks)
     torch.save(dict(list(state.items())[:5]), path)
     assert "weights are missing" in refused(path, blocks)
-    assert "nothing says which of them form a branch: expected a config.json" in refused(path)
+    message = refused(path)
+    assert "found 5 tensors (1 x transformer.h.*.attn.c_attn.weight, 1 x transformer.h.*.attn.c_proj.weight)" in message
+    assert "but nothing says where norms stand" in message
 
 
 def test_a_config_and_a_file_that_disagree_give_one_clear_error(tmp_path: Path):
