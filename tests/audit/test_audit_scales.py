@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_run import LitGPT, TinyGPT, fit
 from zoo import example
 
-from lightning_spectral import ExactSVD, attach_scales, audit, find_blocks, fuse_scales, measure
+from lightning_spectral import ExactSVD, SpectralMonitor, attach_scales, audit, find_blocks, fuse_scales, measure
 from lightning_spectral.audit import compare
 from lightning_spectral.errors import CheckpointError
 
@@ -52,6 +53,20 @@ def test_residual_scales_enter_the_norms(name: str, tmp_path: Path):
     assert {layer.mlp_scale for layer in fused} == {1.0}
     for layer, before in zip(fused, expected, strict=True):
         assert math.isclose(layer.ratio or 0, before.ratio or 0, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_a_lightning_checkpoint_is_measured_as_its_model(steered: bool, tmp_path: Path):
+    """Saved by the Trainer, with the states of optimizer and monitor; by the blocks of an untrained inner model."""
+    module = LitGPT()
+    monitor = SpectralMonitor(every_n_steps=1, auto_rescale=steered)
+    trainer = fit(tmp_path, monitor, module=module, limit_val_batches=0)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    if steered:
+        assert any(layer.mlp_scale != 1.0 for layer in measure(module))
+    found = audit(tmp_path / "last.ckpt", find_blocks(TinyGPT()), solver=ExactSVD())
+    assert found.step == trainer.global_step == 8
+    assert numbers(found) == numbers(measure(module.model, solver=ExactSVD()))
 
 
 def test_a_scale_that_belongs_to_no_branch_is_not_passed_over(tmp_path: Path):

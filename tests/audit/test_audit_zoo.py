@@ -133,6 +133,15 @@ def test_a_layout_that_holds_sizes_is_not_widened():
             shrink._factor(factor, {"w": narrow}, {"w": wide}, 2)
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+def test_a_sharded_folder_is_put_together(name: str, tmp_path: Path):
+    """Experts are stored one by one, and those of one layer may lie in several files."""
+    model: Any = example(name).build()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    same(audit(tmp_path, solver=ExactSVD()), measure(model, solver=ExactSVD()))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("prefix", ["model.", "net.inner.", "_orig_mod.model."])
 def test_a_checkpoint_of_a_training_run_has_a_prefix(name: str, prefix: str, tmp_path: Path):
