@@ -37,7 +37,7 @@ def audit(
     """Measure every residual block of a checkpoint file. No model is loaded, and nothing in the file is executed.
 
     The numbers are those of :func:`~lightning_spectral.measure` on the loaded model. Weights are read block by block,
-    so that no more than one block is in memory.
+    so that no more than one block is in memory (but all of a file that ``torch.save`` wrote in its format before 1.6).
 
     Where the branches are is not written in a checkpoint. It is known from ``blocks``, or from a ``config.json`` whose
     ``model_type`` the installed transformers knows.
