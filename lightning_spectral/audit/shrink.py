@@ -55,7 +55,8 @@ def _narrower(key: str, value: Any, divisor: int) -> Any:
     if not _WIDTH.fullmatch(key) or _NO_WIDTH.search(key):
         return value
     if _INNER.search(key):
-        divisor *= _INNER_DIVISOR
+        # No layout depends on it but by halves; grouped products want rows of a multiple of 16 bytes.
+        return max(8, value // divisor // _INNER_DIVISOR // 8 * 8)
     return value // divisor if value % divisor == 0 else max(8, value // divisor // 8 * 8)
 
 

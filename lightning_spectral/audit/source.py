@@ -37,8 +37,15 @@ class Source:
     shapes: Mapping[str, tuple[int, ...]]
 
     def read(self, name: str) -> Tensor:
-        """Read one weight."""
-        return self.readers[name]()
+        """Read one weight.
+
+        Raises:
+            CheckpointError: It holds 8-bit floats: those of a quantized checkpoint are to be multiplied by scales.
+        """
+        tensor = self.readers[name]()
+        if tensor.is_floating_point() and tensor.element_size() < 2:
+            raise CheckpointError(f"{printable(name)} holds {tensor.dtype}, whose scales are not understood")
+        return tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,6 +144,9 @@ def test_wrong_weights_give_one_clear_error(state: Any, blocks: Any, tmp_path: P
         with pytest.raises(CheckpointError, match=message) as info:
             audit(path, blocks)
         assert str(info.value).isprintable()
+    torch.save({name: value.to(torch.float8_e4m3fn) for name, value in state.items()}, path)
+    with pytest.raises(CheckpointError, match=r"attn\.c_proj\.weight holds torch\.float8_e4m3fn, whose scales are not"):
+        audit(path, blocks)
     torch.save([1, 2], path)
     assert "it holds a list, expected a state dict" in refused(path, blocks)
     torch.save({"a": 1}, path)
