@@ -18,7 +18,13 @@ from lightning_spectral.control import (
 )
 from lightning_spectral.covariance import covariance_trajectory
 from lightning_spectral.discovery import find_blocks
-from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError, SpectralError
+from lightning_spectral.errors import (
+    BlocksNotFoundError,
+    CheckpointError,
+    ConfigurationError,
+    ExampleInputError,
+    SpectralError,
+)
 from lightning_spectral.journal import read_actions, read_events, read_journal
 from lightning_spectral.linalg import ExactSVD, RandomizedSVD
 from lightning_spectral.lyapunov import lyapunov_exponents
@@ -33,6 +39,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "BlocksNotFoundError",
     "Branch",
+    "CheckpointError",
     "ConfigurationError",
     "EffectiveRank",
     "ExactSVD",

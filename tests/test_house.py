@@ -139,6 +139,7 @@ def test_the_public_names_are_these():
     assert lightning_spectral.__all__ == [
         "BlocksNotFoundError",
         "Branch",
+        "CheckpointError",
         "ConfigurationError",
         "EffectiveRank",
         "ExactSVD",
