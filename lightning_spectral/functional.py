@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_spectral.discovery.functions import BranchFunction, Update, UpdateWatch, branch_functions
+from lightning_spectral.discovery.functions import BranchFunction, branch_functions
 from lightning_spectral.discovery.scaled import scale_module
+from lightning_spectral.discovery.updates import Update, UpdateWatch
 from lightning_spectral.errors import ExampleInputError
 from lightning_spectral.geometry.jacobian import Response, derivative_error, response
 from lightning_spectral.linalg import Jacobian, RandomizedSVD, Solver

@@ -116,7 +116,8 @@ def test_a_block_that_drifts_away_from_where_it_had_settled_is_warned_of_once():
     )
     assert warning.message.startswith("spectral WARNING, step 210, zone (0.5, 2): ")
     assert warning.message.endswith(
-        "No alarm: ratios alone do not tell a collapse; tokens were not measured (geometry=True)"
+        "No alarm: ratios alone do not tell a collapse; tokens were not measured (geometry=True). If the loss suffers "
+        "too, try a smaller learning rate or a longer warm-up"
     )
     assert run.memory.drifting == {0}
 
@@ -314,7 +315,7 @@ def test_an_event_is_plain_json():
     run = Watched()
     for measurement in range(10):
         run.see([0.2] * 2, [0.9, 0.8 * 0.7**measurement * (1 + 0.1 * (measurement % 2))])
-    events = [json.loads(json.dumps(event.to_dict(), allow_nan=False)) for event in run.events]
+    events = [json.loads(json.dumps(asdict(event), allow_nan=False)) for event in run.events]
     assert events[0]["forecast"] is None
     alarm = next(event for event in events if event["level"] == "alarm")
     assert set(alarm) == {"level", "step", "since", "blocks", "message", "forecast"}

@@ -31,7 +31,8 @@ from lightning_spectral import (
     find_blocks,
     measure,
 )
-from lightning_spectral.discovery.functions import BranchFunction, Update, branch_functions
+from lightning_spectral.discovery.functions import BranchFunction, branch_functions
+from lightning_spectral.discovery.updates import Update
 from lightning_spectral.functional import update_ratios, watch_updates
 from lightning_spectral.geometry.jacobian import derivative_error, gains
 from lightning_spectral.linalg import Jacobian

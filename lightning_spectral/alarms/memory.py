@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from statistics import median
 from typing import Any, Literal
 
@@ -38,10 +38,6 @@ class Event:
     blocks: tuple[int, ...]
     message: str
     forecast: Forecast | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values that ``json.dumps`` accepts."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from lightning_spectral.trends import Forecast
 __all__ = ["Tokens", "collapse", "crossing", "drift", "relief"]
 
 TOLD_AT_ONCE = 4  # blocks named in one message
+_CALMER = "a smaller learning rate or a longer warm-up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,8 @@ def drift(
         clauses.append(f"{where}, {settled}{pace}")
     since = min(blocks[layer.index].since for layer in layers)
     seen = "tokens were not measured (geometry=True)" if tokens is None else str(tokens)
-    text = f"{_listed(clauses)}. No alarm: ratios alone do not tell a collapse; {seen}"
+    text = f"{_listed(clauses)}. No alarm: ratios alone do not tell a collapse; {seen}. "
+    text += f"If the loss suffers too, try {_CALMER}"
     return _event("warning", "spectral WARNING", measurement, layers, since, text, tokens)
 
 
@@ -83,7 +85,7 @@ def collapse(level: Level, blocks: Mapping[int, BlockMemory], measurement: Measu
     """Say that the tokens become one vector, and what the ratios have to do with it."""
     side = -1 if any(block.stays < 0 for block in blocks.values()) else 1
     outside = [layer for layer in measurement if blocks[layer.index].stays == side]
-    advice = "a smaller learning rate or a longer warm-up"
+    advice = _CALMER
     if not outside:
         who = "No ratio has stayed outside: the balance of the branches is not what does it"
     else:

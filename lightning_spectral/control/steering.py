@@ -128,6 +128,8 @@ class Steering:
             The actions, and the new state of the law.
         """
         assert self.scales is not None
+        if self.disarmed:
+            return (), [dict(values) for values in law]
         pairs = zip(measurement, self.scales.blocks, self._pairs, strict=True)
         readings = [
             replace(self._reading(layer, block, pair), tokens_fall=layer.index in falling)
@@ -135,8 +137,6 @@ class Steering:
         ]
         states = [BlockState.from_dict(values) for values in law] if len(law) == len(readings) else []
         actions, after = decide(self.rescaler, self.safe_zone, measurement.step, readings, states)
-        if self.disarmed:
-            return (), [state.to_dict() for state in states]
         if not self.rescaler.dry_run:
             forget_momentum(optimizers, self._moved(actions))
         return actions, [state.to_dict() for state in after]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from lightning_spectral.block_outputs import BlockOutputs, with_geometry
-from lightning_spectral.discovery.functions import UpdateWatch
+from lightning_spectral.discovery.updates import UpdateWatch
 from lightning_spectral.errors import ExampleInputError
 from lightning_spectral.functional import watch_updates
 from lightning_spectral.records import FunctionalMeasurement, Measurement, ResidualBlock
@@ -37,24 +38,23 @@ class BatchWatch:
             self._updates = watch_updates(model, blocks, args, kwargs)
         except ExampleInputError:  # the blocks were given: no input is needed for anything else
             self._updates = None
-        self._listening = False
+        self._listening: ExitStack | None = None
         self._heard = False  # a pass that no measurement has been given yet
 
     def start(self) -> None:
         """Begin to listen, unless it does already (gradient accumulation): the last pass counts."""
-        if not self._listening:
-            self._listening = self._heard = True
+        if self._listening is None:
+            self._listening, self._heard = ExitStack(), True
+            self._listening.callback(self._outputs.stop)
             self._outputs.start()
             if self._updates is not None:
-                self._updates.__enter__()
+                self._listening.enter_context(self._updates)
 
     def stop(self) -> None:
         """Leave the model as it was."""
-        if self._listening:
-            self._listening = False
-            self._outputs.stop()
-            if self._updates is not None:
-                self._updates.__exit__()
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
 
     def add_to(self, measurement: Measurement) -> Measurement:
         """Add what was heard to the layers of a measurement, once.
@@ -70,16 +70,9 @@ class BatchWatch:
             return measurement
         if self._updates.error is not None:
             raise self._updates.error
-        updates = self._updates.updates
-        layers = (
-            replace(
-                layer,
-                functional=FunctionalMeasurement(
-                    update_ratio=updates[layer.index].ratio, update_cosine=updates[layer.index].cosine
-                ),
-            )
-            if layer.index in updates
-            else layer
-            for layer in measurement
-        )
+        known = {
+            index: FunctionalMeasurement(update_ratio=update.ratio, update_cosine=update.cosine)
+            for index, update in self._updates.updates.items()
+        }
+        layers = (replace(layer, functional=known.get(layer.index)) for layer in measurement)
         return replace(measurement, layers=tuple(layers))

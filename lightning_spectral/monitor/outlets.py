@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ class Outlets:
         for logger in trainer.loggers:
             logger.log_metrics(series.values, step=series.batches)
         if self._journal is not None:
-            told = [event.to_dict() for event in events]
+            told = [asdict(event) for event in events]
             self._journal.append(measurement, told + [described_action(action, measurement) for action in actions])
         for event in events:
             (rank_zero_info if event.level == "info" else rank_zero_warn)(event.message)

@@ -66,12 +66,12 @@ class Peers:
         parts = [torch.empty_like(numbers) for _ in range(self.count)]
         distributed.all_gather(parts, numbers)
         gathered = torch.stack(parts).cpu()
-        seconds, own_, shared_, scales_ = torch.split(gathered, [1, len(own), len(shared), len(scales)], dim=1)
-        rows = own_.view(self.count, width, _OWN).transpose(0, 1).flatten(0, 1).tolist()  # block r + w·i is row i of r
-        means = shared_.nanmean(0).view(-1, _ALL).tolist()
-        pairs = scales_[0].view(-1, 2).tolist()
+        seconds, owned, averaged, scaled = torch.split(gathered, [1, len(own), len(shared), len(scales)], dim=1)
+        rows = owned.view(self.count, width, _OWN).transpose(0, 1).flatten(0, 1).tolist()  # block r + w·i is row i of r
+        means = averaged.nanmean(0).view(-1, _ALL).tolist()
+        pairs = scaled[0].view(-1, 2).tolist()
         layers = tuple(map(_layer, measurement, rows, means, pairs))
-        alike = bool((scales_ == scales_[0]).all())
+        alike = bool((scaled == scaled[0]).all())
         return replace(measurement, layers=layers, seconds=float(seconds.max())), alike
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import socket
@@ -9,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 TESTS = Path(__file__).parents[1]
 
@@ -40,6 +43,15 @@ def run(script: Path, count: int, folder: Path, *arguments: str, timeout: float)
             process.kill()
     assert [process.returncode for process in processes] == [0] * count, "\n".join(printed)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+
+def join(folder: Path) -> None:
+    """Become one of the processes that :func:`run` has started, in a script of theirs."""
+    count, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    store = torch.distributed.FileStore(str(folder / "store"), count)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=count, timeout=datetime.timedelta(seconds=60)
+    )
 
 
 def _free_port() -> int:

@@ -6,7 +6,6 @@ second warm after a step like an optimizer's, the third after a change that no b
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from processes import join
 from sharded import GPT, in_blocks, tensor_parallel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -158,10 +158,7 @@ def main() -> None:
     """Count everything and write it."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "store"), WORLD)
-    torch.distributed.init_process_group(
-        "gloo", store=store, rank=RANK, world_size=WORLD, timeout=datetime.timedelta(seconds=60)
-    )
+    join(folder)
     mesh = init_device_mesh("cpu", (WORLD,))
     results: dict[str, Any] = {"sizes": SIZES}
     for name, size in SIZES.items():

@@ -5,7 +5,6 @@ A case measures a model in one piece, shards it, and measures it again with the 
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from processes import join
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -534,10 +534,7 @@ def main() -> None:
     """Run every case and write what came of it."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "store"), WORLD)
-    torch.distributed.init_process_group(
-        "gloo", store=store, rank=RANK, world_size=WORLD, timeout=datetime.timedelta(seconds=30)
-    )
+    join(folder)
     mesh = init_device_mesh("cpu", (2,)) if WORLD == 2 else init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     results: dict[str, Any] = {}
     for name, function in CASES[WORLD].items():
