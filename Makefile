@@ -3,6 +3,7 @@
 #   make demo         train the example GPT and watch it (two minutes on two cores)
 #   make test         the tests, in two processes; TEST_ARGS="-n 0" for one
 #   make test-distributed  every strategy, precision and mode in two processes, as a table
+#   make docs         the documentation as pages, in docs/_build; a warning is an error
 #   make lint         style, docstrings and types
 #   make format       apply what can be applied automatically
 #   make test-oldest  the tests with the oldest supported releases
@@ -18,7 +19,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 BENCHMARKS = solver overhead memory discovery penalty rescale jacobian sharded scaling audit
 PYTEST = -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-distributed lint format test-oldest bench clean
+.PHONY: demo test test-distributed docs lint format test-oldest bench clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/train_gpt.py $(DEMO_ARGS)
@@ -28,6 +29,9 @@ test: $(VENV)/.installed-test
 
 test-distributed: $(VENV)/.installed-test
 	SPECTRAL_MATRIX=full $(BIN)/python -m pytest tests/distributed $(TEST_ARGS)
+
+docs: $(VENV)/.installed-test
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky docs docs/_build
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -45,7 +49,7 @@ bench: $(VENV)/.installed-test
 	set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(VENV)-oldest docs/_build docs/_generated runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 # What is installed is remembered by an empty file, so that a change of versions reinstalls and nothing else does.
 $(VENV)/.installed-demo: pyproject.toml constraints.txt
