@@ -8,40 +8,13 @@ from found import Search
 from torch import Tensor, nn
 from zoo import example, examples
 from zoo.gpt import Block, NanoGPT
+from zoo.reasons import CROSS, MIXER, REASONS, expected_reasons, has_ratio
 
 from lightning_spectral import Branch, find_blocks
 
 ALL = [member.name for member in examples()]
 WITH_BLOCKS = [member.name for member in examples() if not member.expected_refusal]
 REFUSED = [member.name for member in examples() if member.expected_refusal]
-
-MIXER = "a token mixer that is not attention has no weight linearization"
-CROSS = "cross-attention reads another sequence and is not part of the ratio"
-PATHS = "its output is a sum over {} paths, not a product of matrices"
-LOW_RANK = "its output is a sum over paths of different length"
-
-# Every model of the zoo that has a branch without a norm, and why. No other model may have a reason.
-REASONS = {
-    "state space": (MIXER, ("mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "nemotron_h", "granitemoehybrid")),
-    "recurrence": (MIXER, ("rwkv", "recurrent_gemma", "xlstm", "qwen3_next", "qwen3_5_text", "minimax", "hybrid")),
-    "convolution": (MIXER, ("lfm2", "convnext", "conformer", "wav2vec2")),
-    "no weights, or weights over tokens": (MIXER, ("fnet", "mlp_mixer")),
-    "encoder-decoder": (
-        CROSS,
-        (
-            *("t5", "bart", "mbart", "marian", "whisper", "bare_decoder", "torch_decoder_pre", "torch_decoder_post"),
-            *("torch_transformer_pre", "torch_transformer_post"),
-        ),
-    ),
-    "difference of two attentions": (PATHS.format(2), ("diffllama",)),
-    "values of three projections": (PATHS.format(3), ("zaya",)),
-    "low-rank updates in attention": (PATHS.format(2), ("low_rank_updates",)),
-    "low-rank updates in the MLP": (LOW_RANK, ("low_rank_updates",)),
-}
-
-
-def expected_reasons(name: str) -> list[str]:
-    return [reason for reason, names in REASONS.values() if name in names]
 
 
 def sites(branches: tuple[Branch, ...]) -> list[str]:
@@ -104,6 +77,15 @@ def test_every_branch_is_measurable_or_says_why_not(name: str, found: Search) ->
     expected = expected_reasons(name)
     assert all(any(reason.startswith(start) for start in expected) for reason in reasons), set(reasons)
     assert all(any(reason.startswith(start) for reason in reasons) for start in expected), set(reasons)
+
+
+@pytest.mark.parametrize("name", WITH_BLOCKS)
+def test_the_blocks_with_a_ratio_are_the_known_ones(name: str, found: Search) -> None:
+    """Attention and an MLP, and a chain of factors for both: what the documentation's page of architectures says."""
+    result = found(name)
+    for block, expected in zip(result.blocks, result.member.blocks, strict=True):
+        branches = (block.attention, block.mlp)
+        assert all(branch is not None and branch.paths for branch in branches) == has_ratio(result.member, expected)
 
 
 def test_the_table_of_reasons_names_models_of_the_zoo() -> None:
