@@ -9,6 +9,7 @@ from lightning_spectral.linalg.randomized import RandomizedSVD
 from lightning_spectral.linalg.sharded import Sharded
 from lightning_spectral.linalg.solution import Memory, Solver, SolverState, SpectralNorm
 from lightning_spectral.linalg.stacked import Stacked
+from lightning_spectral.linalg.sums import Sum
 
 __all__ = [
     "Adjoint",
@@ -27,5 +28,6 @@ __all__ = [
     "SolverState",
     "SpectralNorm",
     "Stacked",
+    "Sum",
     "frobenius_norm",
 ]

@@ -317,5 +317,7 @@ def balanced_by_largest(operator: LinearOperator, largest: float) -> tuple[Linea
         return None
     # The scale, and a vector multiplied by it, must stay normal numbers: 2**±126 in float32, 2**±1022 in float64.
     limit = 1000 if operator.dtype == torch.float64 else 120
+    if largest == 0:
+        return operator, -limit  # any power of two is right, and the smallest does not hide the other terms of a sum
     exponent = max(-limit, min(limit, math.frexp(largest)[1]))
     return (Scaled(operator, math.ldexp(1.0, -exponent)), exponent) if exponent else (operator, 0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.operators import Adjoint, LinearOperator, Product, Scaled
 from lightning_spectral.linalg.sharded import Sharded, Share, added, agreed
+from lightning_spectral.linalg.sums import Sum
 
 __all__ = ["Stacked"]
 
@@ -89,6 +90,11 @@ def _multiplied(operator: LinearOperator, X: Tensor, turns: tuple[bool, ...]) ->
             case Scaled():
                 c = operator.c.detach() if isinstance(operator.c, Tensor) else operator.c
                 X = yield from _multiplied(operator.operator, X * c, (transposed,))
+            case Sum():
+                terms = []
+                for term in operator.operators:
+                    terms.append((yield from _multiplied(term, X, (transposed,))))
+                X = torch.stack(terms).sum(0)
             case Sharded():
                 X = yield operator.share(X, transposed=transposed)
             case _:

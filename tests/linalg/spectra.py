@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_spectral.linalg import Adjoint, Diagonal, Gather, LinearOperator, Matrix, Product, Scaled
+from lightning_spectral.linalg import Adjoint, Diagonal, Gather, LinearOperator, Matrix, Product, Scaled, Sum
 
 
 def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -77,4 +77,9 @@ OPERATORS: dict[str, Callable[[], LinearOperator]] = {
     "grouped-query attention": lambda: Product(
         Matrix(_random(24, 24)), Gather(torch.arange(12).repeat_interleave(2), 12), Matrix(_random(12, 24))
     ),
+    "low-rank update": lambda: Sum(Matrix(_random(12, 20)), Product(Matrix(_random(12, 3)), Matrix(_random(3, 20)))),
+    "wide update of a bfloat16 weight": lambda: Sum(
+        Matrix(_random(12, 20).bfloat16()), Scaled(Product(Matrix(_random(2, 12).mT), Matrix(_random(2, 20))), 0.5)
+    ),
+    "transposed sum": lambda: Adjoint(Sum(Matrix(_random(20, 12)), Adjoint(Matrix(_random(12, 20))))),
 }

@@ -9,7 +9,8 @@ from lightning_spectral.linalg import Adjoint, Diagonal, Matrix, Product, Random
 
 from .spectra import OPERATORS, SPECTRA, with_spectrum
 
-ESTIMATED = {"nested product", "product", "grouped-query attention", "gather"}
+SUMS = {"low-rank update", "wide update of a bfloat16 weight", "transposed sum"}
+ESTIMATED = {"nested product", "product", "grouped-query attention", "gather"} | SUMS
 
 
 @pytest.mark.parametrize("name", sorted(set(OPERATORS) - ESTIMATED))
@@ -48,6 +49,13 @@ def test_estimates_are_as_good_as_promised(deflate, generator):
     promised = (2 / 64) ** 0.5 * top * rest**0.5 / (2 * exact**2)
     assert spread <= 1.5 * promised
     assert abs(torch.tensor(errors).mean()) <= promised
+
+
+@pytest.mark.parametrize("name", sorted(SUMS))
+def test_a_sum_is_exact_with_as_many_probes_as_columns(name, generator):
+    operator = OPERATORS[name]()
+    actual = frobenius_norm(operator, generator=generator, n_probes=20)
+    assert float(actual) == pytest.approx(float(operator.dense().norm()), rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1e25])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg import Diagonal, Gather, LinearOperator, Matrix, Product, Stacked
+from lightning_spectral.linalg import Diagonal, Gather, LinearOperator, Matrix, Product, Stacked, Sum
 
 from .spectra import OPERATORS
 
@@ -68,7 +68,12 @@ def test_balanced_takes_out_a_power_of_two(operator):
 def test_balanced_refuses_what_is_not_finite(poison):
     weight = torch.ones(3, 4)
     weight[1, 2] = poison
-    for operator in (Matrix(weight), Product(Diagonal(torch.ones(3)), Matrix(weight)), Diagonal(weight[1])):
+    for operator in (
+        Matrix(weight),
+        Product(Diagonal(torch.ones(3)), Matrix(weight)),
+        Diagonal(weight[1]),
+        Sum(Matrix(torch.ones(3, 4)), Matrix(weight)),
+    ):
         assert operator.balanced() is None
 
 
@@ -93,6 +98,11 @@ def test_product_applies_right_to_left():
     torch.testing.assert_close(Product(Matrix(A), Matrix(B)).dense(), A.double() @ B.double())
 
 
+def test_a_sum_is_the_sum_of_its_terms():
+    terms = [torch.randn(4, 6) for _ in range(3)]
+    torch.testing.assert_close(Sum(*map(Matrix, terms)).dense(), sum(terms).double())
+
+
 def test_stacked_equals_the_loop(generator):
     operators = [Matrix(torch.randn(6, 9, generator=generator)) for _ in range(3)]
     rows = torch.randn(3, 4, 9, generator=generator)
@@ -115,6 +125,8 @@ def test_stacked_equals_the_loop(generator):
         (lambda: Gather(torch.ones(3), 4), "index must be a vector of int32 or int64"),
         (lambda: Product(), "at least one operator"),
         (lambda: Product(Matrix(torch.ones(3, 4)), Matrix(torch.ones(3, 4))), r"do not fit: \(3, 4\) @ \(3, 4\)"),
+        (lambda: Sum(), "operators of one shape, got none"),
+        (lambda: Sum(Matrix(torch.ones(3, 4)), Matrix(torch.ones(4, 3))), r"got \(3, 4\) \+ \(4, 3\)"),
         (lambda: Stacked([Matrix(torch.ones(3, 4)), Matrix(torch.ones(4, 3))]), "must agree in shape"),
     ],
 )

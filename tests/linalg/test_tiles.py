@@ -57,7 +57,7 @@ def test_the_tiles_of_all_parts_make_the_matrix(name, order, cuts, generator):
     for indices in all_parts(weight.shape, cuts):
         local = weight[indices[0]][:, indices[1]][:, :, indices[2]]
         local = local.permute(order).contiguous().permute(*torch.tensor(order).argsort().tolist())
-        for tile in tiles(local, weight.shape, indices, VIEWS[name](stand_in(weight))):
+        for tile in tiles(local, weight.shape, indices, VIEWS[name](stand_in(weight.shape))):
             assert tile.matrix.weight.untyped_storage().data_ptr() == local.untyped_storage().data_ptr()
             actual[tile.rows, tile.columns] += tile.matrix.weight
             covered[tile.rows, tile.columns] += 1
@@ -69,9 +69,9 @@ def test_rows_at_one_distance_are_one_tile():
     """As few products as possible: what is cut off from its neighbours in memory is all that is separate."""
     weight = torch.zeros(12, 5)
     whole = [torch.arange(12), torch.arange(5)]
-    assert len(tiles(weight, weight.shape, whole, stand_in(weight)[1::3])) == 1
-    assert len(tiles(weight, weight.shape, whole, stand_in(weight).unflatten(0, (2, 3, 2))[:, 1])) == 2
-    assert tiles(weight[:0], weight.shape, [torch.arange(0), torch.arange(5)], stand_in(weight)) == []
+    assert len(tiles(weight, weight.shape, whole, stand_in(weight.shape)[1::3])) == 1
+    assert len(tiles(weight, weight.shape, whole, stand_in(weight.shape).unflatten(0, (2, 3, 2))[:, 1])) == 2
+    assert tiles(weight[:0], weight.shape, [torch.arange(0), torch.arange(5)], stand_in(weight.shape)) == []
 
 
 @pytest.mark.parametrize(
@@ -82,4 +82,4 @@ def test_rows_at_one_distance_are_one_tile():
 def test_what_is_no_rectangle_of_the_weight_is_refused(read):
     weight = torch.zeros(3, 8)
     with pytest.raises(ConfigurationError, match="rearranged on the way to a matrix in a way that is no view of it"):
-        tiles(weight, weight.shape, [torch.arange(3), torch.arange(8)], read(stand_in(weight)))
+        tiles(weight, weight.shape, [torch.arange(3), torch.arange(8)], read(stand_in(weight.shape)))
