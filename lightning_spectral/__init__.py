@@ -25,6 +25,7 @@ from lightning_spectral.errors import (
     ExampleInputError,
     SpectralError,
 )
+from lightning_spectral.history import History, heatmap
 from lightning_spectral.journal import read_actions, read_events, read_journal
 from lightning_spectral.linalg import ExactSVD, RandomizedSVD
 from lightning_spectral.lyapunov import lyapunov_exponents
@@ -32,7 +33,6 @@ from lightning_spectral.measure import measure
 from lightning_spectral.metrics import EffectiveRank, SpectralRatio, StableRank, TokenResidual, TokenSimilarity
 from lightning_spectral.monitor import SpectralMonitor
 from lightning_spectral.records import Branch, LayerMeasurement, Measurement, ResidualBlock
-from lightning_spectral.report import heatmap
 
 __version__ = "0.1.0.dev0"
 
@@ -44,6 +44,7 @@ __all__ = [
     "EffectiveRank",
     "ExactSVD",
     "ExampleInputError",
+    "History",
     "LayerMeasurement",
     "Measurement",
     "RandomizedSVD",

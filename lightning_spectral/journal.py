@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import Measurement, ResidualBlock
 
-__all__ = ["Journal", "described", "read_actions", "read_events", "read_journal"]
+__all__ = ["Journal", "described", "entries", "read_actions", "read_events", "read_journal"]
 
 FORMAT = "lightning_spectral"
 """Key that only the first line has; its value is the version of the format."""
+VERSION = 1
 
 
 class Journal:
@@ -35,7 +36,7 @@ class Journal:
                 will be measured again. ``None`` begins a new file.
         """
         self.path = path
-        self._lines: list[str] = [_line({FORMAT: 1, **header})]
+        self._lines: list[str] = [_line({FORMAT: VERSION, **header})]
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,7 @@ class Journal:
         self._lines = []
 
     def _take_over(self, path: Path, linearization: str, resume_step: int) -> None:
-        header, *entries = _entries(path)
+        header, *entries = _whole(path)
         if header["linearization"] == linearization:
             self._lines += [_line(entry) for entry in entries if entry["step"] <= resume_step]
         else:  # two linearizations are never mixed in one series, and nothing measured is thrown away
@@ -82,7 +83,7 @@ def read_journal(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dic
     Raises:
         ConfigurationError: The file is not one of ours.
     """
-    header, *entries = _entries(path)
+    header, *entries = _whole(path)
     return header, _measurements(entries)
 
 
@@ -99,7 +100,7 @@ def read_actions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ConfigurationError: The file is not one of ours.
     """
-    return [entry for entry in _entries(path)[1:] if "action" in entry]
+    return [entry for entry in _whole(path)[1:] if "action" in entry]
 
 
 def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -115,23 +116,49 @@ def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ConfigurationError: The file is not one of ours.
     """
-    return [entry for entry in _entries(path)[1:] if "level" in entry]
+    return [entry for entry in _whole(path)[1:] if "level" in entry]
 
 
 def _measurements(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [entry for entry in entries if "layers" in entry]
 
 
-def _entries(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # torn by a crash, hence the last
-    if not entries or not isinstance(entries[0], dict) or FORMAT not in entries[0]:
-        raise ConfigurationError(f"{os.fspath(path)!r} does not begin with the header of a spectral journal")
-    return entries
+def entries(path: str | os.PathLike[str]) -> Iterator[dict[str, Any] | None]:
+    """Yield what the lines of a run's file hold, the header first.
+
+    A line that cannot be read was torn by a crash, or is being written: it and what may follow it are one ``None``.
+
+    Raises:
+        ConfigurationError: The file is not one of ours, or was written in a later format.
+    """
+    # Only \n ends a line: names may hold what Python takes for the end of one.
+    with Path(path).open(encoding="utf-8", errors="replace", newline="\n") as file:
+        header = _entry(file.readline())
+        if header is None or FORMAT not in header:
+            raise ConfigurationError(f"{os.fspath(path)!r} does not begin with the header of a spectral journal")
+        if header[FORMAT] != VERSION:
+            raise ConfigurationError(
+                f"{os.fspath(path)!r} is of format {str(header[FORMAT])[:20]!r}, this release reads format {VERSION}"
+            )
+        yield header
+        for line in file:
+            entry = _entry(line)
+            yield entry
+            if entry is None:
+                return
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _whole(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return every entry but a torn one."""
+    return [entry for entry in entries(path) if entry is not None]
 
 
 def described(block: ResidualBlock) -> dict[str, Any]:

@@ -11,7 +11,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_spectral.display import measurement_table, profile_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = [
     "Branch",
@@ -51,6 +56,8 @@ class Factor:
             attention). ``None`` means all rows once, in order.
         constant: A constant multiplier, 1.0 for none.
         size: Number of channels of a norm (``None`` for matrices and multipliers).
+        updates: What the model adds to the matrix, such as low-rank adapters: chains of matrices and multipliers of
+            the same role, leftmost first, before ``rows`` picks rows of the sum.
     """
 
     role: FactorRole
@@ -59,6 +66,12 @@ class Factor:
     rows: tuple[range, ...] | None = None
     constant: float = 1.0
     size: int | None = None
+    updates: tuple[tuple[Factor, ...], ...] = ()
+
+    def flat(self) -> Iterator[Factor]:
+        """Yield the factor and those of its updates."""
+        yield self
+        yield from (factor for chain in self.updates for factor in chain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +128,8 @@ class Branch:
 
     @property
     def factors(self) -> tuple[Factor, ...]:
-        """Every distinct factor of the branch, the one nearest the site first."""
-        return tuple(dict.fromkeys(factor for path in self.paths for factor in path.factors))
+        """Every distinct factor of the branch, the one nearest the site first, each matrix before its updates."""
+        return tuple(dict.fromkeys(item for path in self.paths for factor in path.factors for item in factor.flat()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,39 +318,21 @@ class Measurement:
         values["seconds"] = self.seconds
         return values
 
+    def plot(self) -> Figure:
+        """Draw both norms and the ratio of every block.
+
+        Returns:
+            A figure that belongs to no global state: save it with ``figure.savefig(path)``.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        return profile_figure(self)
+
     def __str__(self) -> str:
         """Return a readable table, one line per block."""
-        return "\n".join(_table(self))
+        return measurement_table(self)
 
     def __repr__(self) -> str:
         """Return the same table: a measurement is looked at more often than it is evaluated."""
         return str(self)
-
-
-def _number(value: float | None, width: int) -> str:
-    return f"{'-' if value is None else format(value, '.4g'):>{width}}"
-
-
-def _table(measurement: Measurement) -> Iterator[str]:
-    low, high = measurement.safe_zone
-    name_width = max([len(layer.name) for layer in measurement.layers] + [len("block")])
-    # Scales are shown where there are any: most models have none.
-    scaled = any(layer.mlp_scale != 1.0 or layer.attention_scale != 1.0 for layer in measurement.layers)
-    weights = measurement.linearization != "jacobian"  # nobody has calibrated a zone for Jacobians
-    zone = f"safe zone ({low:g}, {high:g})" if weights else "no zone is known"
-    yield (
-        f"spectral ratio ‖mlp‖₂/‖attention‖₂, linearization={measurement.linearization!r}, "
-        f"step {measurement.step}, {zone}"
-    )
-    scales = f"  {'scales':>13}" if scaled else ""
-    yield f"{'':>4}  {'block':<{name_width}}  {'mlp':>10}  {'attention':>10}  {'ratio':>8}{scales}"
-    for layer in measurement.layers:
-        note = layer.reason or ""
-        if weights and layer.ratio is not None and not low < layer.ratio < high:
-            note = "above the zone" if layer.ratio >= high else "below the zone"
-        scales = f"  {layer.mlp_scale:>5.3g} : {layer.attention_scale:<5.3g}" if scaled else ""
-        line = (
-            f"{layer.index:>4}  {layer.name:<{name_width}}  {_number(layer.mlp_norm, 10)}  "
-            f"{_number(layer.attention_norm, 10)}  {_number(layer.ratio, 8)}{scales}  {note}"
-        )
-        yield line.rstrip()

@@ -3,88 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.records import Measurement
+from lightning_spectral.display.figure import INK, Floats, new_figure, plain, power_of_two
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-__all__ = ["heatmap"]
-
-Floats = NDArray[np.float64]
+__all__ = ["heatmap_figure", "scale_limit", "step_edges"]
 
 # Red and blue stay apart under every common colour blindness, and the white between them is ρ = 1.
 COLOURS = "RdBu_r"
-INK = "#222222"
 CENTRED: Any = {"rotation": "vertical", "ha": "center", "va": "center"}
 # A colour scale always reaches from 1/4 to 4, so that two runs look alike where they are alike, and never beyond 1/64
 # to 64, so that one extreme block does not turn all others white.
 NARROWEST, WIDEST = 2, 6  # powers of two
 
 
-def heatmap(measurements: Sequence[Measurement | Mapping[str, Any]]) -> Figure:
+def heatmap_figure(values: Floats, steps: Sequence[int], linearization: str, zone: tuple[float, float]) -> Figure:
     """Draw ln ρ of every block (upwards) at every measured step (to the right).
 
-    Blue blocks are dominated by attention, red ones by their MLP, white ones balanced. Lines enclose what lies outside
-    the safe zone. Blocks without a ratio are hatched.
-
     Args:
-        measurements: Measurements of one run in one linearization, or the dictionaries that :meth:`Measurement.to_dict`
-            makes and ``spectral.jsonl`` holds. Of two at the same step the later one counts.
-
-    Returns:
-        A figure that belongs to no global state: save it with ``figure.savefig(path)``.
+        values: ln ρ, shape ``(blocks, measurements)``, NaN where a block has no ratio.
+        steps: Optimizer step of every measurement, rising.
+        linearization: What was measured.
+        zone: The safe zone.
 
     Raises:
-        ConfigurationError: There is nothing to draw, or the measurements are of different linearizations.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    records = {int(record["step"]): record for record in map(_as_dict, measurements)}
-    if not records:
-        raise ConfigurationError("a heatmap needs at least one measurement; none came")
-    linearizations = sorted({record["linearization"] for record in records.values()})
-    if len(linearizations) > 1:
-        raise ConfigurationError(f"a heatmap shows one linearization; these came: {', '.join(linearizations)}")
-    steps = sorted(records)
-    values = _log_ratios([records[step] for step in steps])
-    last = records[steps[-1]]
-    return _draw(values, steps, linearizations[0], (last["safe_zone"][0], last["safe_zone"][1]))
-
-
-def _as_dict(measurement: Measurement | Mapping[str, Any]) -> Mapping[str, Any]:
-    return measurement.to_dict() if isinstance(measurement, Measurement) else measurement
-
-
-def _log_ratios(records: Sequence[Mapping[str, Any]]) -> Floats:
-    """Return ln ρ, shape ``(blocks, measurements)``, NaN where a ratio is missing."""
-    blocks = 1 + max((layer["index"] for record in records for layer in record["layers"]), default=0)
-    values = np.full((blocks, len(records)), np.nan)
-    for column, record in enumerate(records):
-        for layer in record["layers"]:
-            if layer["ratio"] is not None:
-                values[layer["index"], column] = math.log(layer["ratio"])
-    return values
-
-
-def _draw(values: Floats, steps: Sequence[int], linearization: str, zone: tuple[float, float]) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        message = "drawing needs matplotlib; type: pip install 'lightning-spectral[plot]'"
-        raise ModuleNotFoundError(message) from error
     blocks = values.shape[0]
     # Tall enough for a readable row each, up to the height of a page.
-    figure = Figure(figsize=(8.0, min(max(2.6 + 0.22 * blocks, 3.6), 10.0)), dpi=150, layout="constrained")
+    figure = new_figure(min(max(2.6 + 0.22 * blocks, 3.6), 10.0))
     axes = figure.add_subplot()
-    edges = _step_edges(steps)
+    edges = step_edges(steps)
     mesh = _paint(axes, values, edges)
     _enclose(axes, values, edges, zone)
     _label(axes, blocks, linearization)
@@ -94,7 +51,7 @@ def _draw(values: Floats, steps: Sequence[int], linearization: str, zone: tuple[
     return figure
 
 
-def _step_edges(steps: Sequence[int]) -> Floats:
+def step_edges(steps: Sequence[int]) -> Floats:
     """Return the borders of the columns, halfway between two measurements."""
     points = np.asarray(steps, dtype=float)
     if len(points) == 1:
@@ -103,14 +60,14 @@ def _step_edges(steps: Sequence[int]) -> Floats:
     return np.concatenate([[2 * points[0] - middle[0]], middle, [2 * points[-1] - middle[-1]]])
 
 
-def _limit(values: Floats) -> int:
-    """Return the end of the colour scale as a power of two."""
+def scale_limit(values: Floats) -> int:
+    """Return the end of the colour scale as a power of two, for values of ln ρ."""
     largest = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 0.0
     return min(max(math.ceil(largest / math.log(2)), NARROWEST), WIDEST)
 
 
 def _paint(axes: Axes, values: Floats, edges: Floats) -> ScalarMappable:
-    limit = _limit(values) * math.log(2)
+    limit = scale_limit(values) * math.log(2)
     axes.patch.set(facecolor="#d9d9d9", hatch="////", edgecolor="#a6a6a6")  # shows through where a ratio is missing
     rows = np.arange(values.shape[0] + 1) - 0.5
     return axes.pcolormesh(edges, rows, np.ma.masked_invalid(values), cmap=COLOURS, vmin=-limit, vmax=limit)
@@ -144,17 +101,16 @@ def _label(axes: Axes, blocks: int, linearization: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(blocks, 16)))
     axes.set_ylim(-0.5, blocks - 0.5)
-    axes.tick_params(length=3, color="#999999", labelcolor=INK, labelsize=9)
-    axes.spines[:].set_visible(False)
+    plain(axes)
 
 
 def _scale(figure: Figure, axes: Axes, mesh: ScalarMappable, values: Floats, zone: tuple[float, float]) -> None:
     """Add the colour bar, labelled in ρ although the colours are even in ln ρ, with the edges of the zone."""
-    limit = _limit(values)
+    limit = scale_limit(values)
     beyond = np.abs(values[np.isfinite(values)]) > limit * math.log(2)
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=24, extend="both" if beyond.any() else "neither")
     powers = range(-limit, limit + 1)
-    bar.set_ticks([power * math.log(2) for power in powers], labels=[_power_of_two(power) for power in powers])
+    bar.set_ticks([power * math.log(2) for power in powers], labels=[power_of_two(power) for power in powers])
     bar.set_label("← attention larger      MLP larger →", color=INK, fontsize=9)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelcolor=INK, labelsize=9)
@@ -162,7 +118,3 @@ def _scale(figure: Figure, axes: Axes, mesh: ScalarMappable, values: Floats, zon
         bar.ax.axhline(math.log(edge), color=INK, linewidth=1.2)
     middle = sum(map(math.log, zone)) / 2
     bar.ax.text(0.5, middle, "safe zone", transform=bar.ax.get_yaxis_transform(), color=INK, fontsize=7, **CENTRED)
-
-
-def _power_of_two(power: int) -> str:
-    return str(2**power) if power >= 0 else f"1/{2**-power}"

@@ -1,0 +1,68 @@
+"""One picture of one measurement: norms and ratio over depth."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightning_spectral.display.figure import ATTENTION, INK, MLP, Floats, new_figure, plain, power_of_two
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lightning_spectral.records import Measurement
+
+__all__ = ["profile_figure"]
+
+
+def profile_figure(measurement: Measurement) -> Figure:
+    """Draw both norms (above) and the ratio (below) of every block, on logarithmic axes. What is missing is a gap.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    figure = new_figure(5.4)
+    above, below = figure.subplots(2, 1, sharex=True)
+    blocks = np.array([layer.index for layer in measurement])
+    series = (("MLP", MLP, "o", "mlp_norm"), ("attention", ATTENTION, "s", "attention_norm"))
+    for label, colour, marker, name in series:
+        norms = _column([getattr(layer, name) for layer in measurement])
+        above.plot(blocks, norms, color=colour, marker=marker, markersize=4.5, linewidth=1.4, label=label)
+    above.set_yscale("log")
+    above.set_ylabel("spectral norm", color=INK)
+    above.legend(frameon=False, fontsize=9, ncols=2, loc="upper right", bbox_to_anchor=(1.0, 1.16))
+    _ratios(below, blocks, _column([layer.ratio for layer in measurement]), measurement)
+    for axes in (above, below):
+        plain(axes)
+        axes.grid(axis="y", color="#e3e3e3", linewidth=0.6)
+        axes.set_axisbelow(True)
+    above.set_title(f"Step {measurement.step}, “{measurement.linearization}”", loc="left", color=INK, weight="bold")
+    return figure
+
+
+def _column(values: list[float | None]) -> Floats:
+    """Return an array with NaN for what is missing, and for a norm of zero, which no logarithmic axis shows."""
+    return np.array([value or math.nan for value in values])
+
+
+def _ratios(axes: Axes, blocks: Floats, ratios: Floats, measurement: Measurement) -> None:
+    """Draw bars from ρ = 1, up in the colour of the MLP and down in the colour of attention."""
+    from matplotlib.ticker import MaxNLocator
+
+    powers = np.log2(ratios)
+    axes.bar(blocks, powers, color=np.where(powers > 0, MLP, ATTENTION), width=0.7)
+    reach = max(2, math.ceil(float(np.nanmax(np.abs(powers))))) if np.isfinite(powers).any() else 2
+    if measurement.linearization != "jacobian":  # nobody has calibrated a zone for Jacobians
+        axes.axhspan(*np.log2(measurement.safe_zone), color="#999999", alpha=0.18, linewidth=0, zorder=0)
+        axes.text(0.995, np.log2(measurement.safe_zone[1]), "safe zone", color="#555555", fontsize=8, ha="right",
+                  va="top", transform=axes.get_yaxis_transform())  # fmt: skip
+    axes.axhline(0.0, color=INK, linewidth=0.8)
+    ticks = range(-reach, reach + 1, max(1, reach // 4))
+    axes.set_yticks(list(ticks), labels=[power_of_two(power) for power in ticks])
+    axes.set_ylim(-reach, reach)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    axes.set_ylabel("ρ = ‖MLP‖₂ / ‖attention‖₂", color=INK)
+    axes.set_xlabel("block", color=INK)
