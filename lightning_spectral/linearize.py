@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_spectral.discovery.flattened import flattened
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import Adjoint, Diagonal, Gather, LinearOperator, Matrix, Product, Scaled, Sharded
+from lightning_spectral.linalg.flattened import FlatShard
 from lightning_spectral.linalg.operators import largest_mesh
 from lightning_spectral.linalg.sharded import agreed, is_sharded, replicated
 from lightning_spectral.linalg.tiles import stand_in
@@ -175,14 +177,18 @@ def _matrix(model: nn.Module, factor: Factor) -> list[LinearOperator]:
         return _selected(_arranged(replicated(weight), factor), factor.rows, Matrix)
 
 
-def _sharded(weight: DTensor, factor: Factor) -> list[LinearOperator]:
+def _sharded(weight: DTensor | FlatShard, factor: Factor) -> list[LinearOperator]:
     if torch.is_grad_enabled():
         raise ConfigurationError(f"{factor.parameter} is sharded: no gradient goes through its spectral norm")
     # Views say which entries are read, arithmetic is done to every entry: it does not matter which comes first.
     views = tuple(step for step in factor.layout if step[0] not in _ARITHMETIC)
     arithmetic = (step for step in factor.layout if step[0] in _ARITHMETIC)
-    stored, view = _applied(weight, arithmetic), _arranged(stand_in(weight), replace(factor, layout=views))
-    assert isinstance(stored, DTensor)
+    view = _arranged(stand_in(weight.shape), replace(factor, layout=views))
+    stored: Any = (
+        replace(weight, entries=_applied(weight.entries, arithmetic))
+        if isinstance(weight, FlatShard)
+        else _applied(weight, arithmetic)
+    )
     return _selected(view, factor.rows, partial(Sharded, stored))
 
 
@@ -239,8 +245,12 @@ def _tensor(model: nn.Module, factor: Factor) -> Tensor:
 
 
 @contextmanager
-def _reading(model: nn.Module, factor: Factor) -> Iterator[Tensor]:
+def _reading(model: nn.Module, factor: Factor) -> Iterator[Tensor | FlatShard]:
     assert factor.parameter is not None
+    shard = flattened(model, factor.parameter)
+    if shard is not None:
+        yield shard
+        return
     with reading(model, factor.parameter) as tensor:
         # A DTensor cannot be detached in inference mode; without grad mode, what is read of it is detached anyway.
         yield tensor if torch.is_grad_enabled() or isinstance(tensor, DTensor) else tensor.detach()

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_spectral.discovery import find_blocks
+from lightning_spectral.discovery.flattened import flattened
 from lightning_spectral.discovery.inputs import arguments_of
-from lightning_spectral.discovery.scaled import scale_module, with_scales
+from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.discovery.scaled import log_scale_path, with_scales
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.functional import measure_functions
 from lightning_spectral.linalg import RandomizedSVD, Solver, SolverState, SpectralNorm, frobenius_norm
+from lightning_spectral.linalg.flattened import is_flattened
 from lightning_spectral.linalg.operators import largest_mesh
 from lightning_spectral.linalg.sharded import agreed, is_sharded, replicated
 from lightning_spectral.linearize import Linearized, WeightLinearization, linearize
@@ -68,7 +71,9 @@ class Meter:
         self.model = model
         self.blocks = with_scales(model, blocks)
         branches = [branch for block in self.blocks for branch in (block.attention, block.mlp)]
-        self._scales = {branch: scale for branch in branches if (scale := scale_module(model, branch)) is not None}
+        self._scales: dict[Branch | None, str] = {
+            branch: path for branch in branches if branch and (path := log_scale_path(model, branch))
+        }
         self.linearization = _checked(linearization)
         self.solver: Solver = RandomizedSVD() if solver is None else solver
         self.safe_zone = safe_zone
@@ -104,13 +109,13 @@ class Meter:
             else _Value(reason=reason)
             for branch, (paths, reason) in zip(branches, built, strict=True)
         }
-        scales = _read_scales(self._scales, mesh)
+        scales = _read_scales(self.model, self._scales, mesh)
         layers = tuple(_layer(block, values, scales) for block in self.blocks)
         return Measurement(step, self.linearization, layers, self.safe_zone, time.perf_counter() - start)
 
     def _spread(self) -> bool:
         """Whether a weight is spread over several processes; under FSDP it is whole at times, in all of them."""
-        return any(is_sharded(parameter) for parameter in self.model.parameters())
+        return is_flattened(self.model) or any(is_sharded(parameter) for parameter in self.model.parameters())
 
     def _reason(self, branch: Branch) -> str | None:
         """Return why a branch has no weight linearization, which does not depend on the values of its weights."""
@@ -238,13 +243,16 @@ def _agreed(norms: Sequence[SpectralNorm], mesh: DeviceMesh | None) -> list[Spec
     ]
 
 
-def _read_scales(modules: Mapping[Branch | None, nn.Module], mesh: DeviceMesh | None) -> dict[Branch | None, float]:
+def _read_scales(
+    model: nn.Module, paths: Mapping[Branch | None, str], mesh: DeviceMesh | None
+) -> dict[Branch | None, float]:
     """Return the residual scale of every branch that has one, read in a single transfer from the device."""
-    logs: list[Tensor] = [replicated(module.log_scale).detach().double() for module in modules.values()]  # type: ignore[arg-type]
+    tensors: list[Any] = [flattened(model, path) or resolve(model, path) for path in paths.values()]
+    logs = [replicated(tensor).detach().double() for tensor in tensors]
     if not logs:
         return {}
     (together,) = agreed([torch.cat([log.to(logs[0].device) for log in logs])], [mesh])
-    return dict(zip(modules, together.exp().tolist(), strict=True))
+    return dict(zip(paths, together.exp().tolist(), strict=True))
 
 
 def _layer(

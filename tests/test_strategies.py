@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import pytest
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 
 from lightning_spectral import ConfigurationError
 from lightning_spectral.monitor.strategies import check_strategy
 
 
-class Derived(FSDPStrategy):
+class Derived(DeepSpeedStrategy):
     """What a user might have made of it."""
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, Derived])
-def test_flattened_weights_are_refused_with_what_to_use_instead(strategy: type[FSDPStrategy]):
-    expected = r"cannot work under FSDPStrategy: it flattens .* Use ModelParallelStrategy with fully_shard in configure"
+@pytest.mark.parametrize("kind", [DeepSpeedStrategy, Derived])
+def test_partitioned_weights_are_refused_with_what_to_use_instead(kind: type[Strategy]):
+    strategy = kind.__new__(kind)  # to initialize it takes the library
+    expected = r"cannot work under DeepSpeedStrategy: it partitions weights .* Use DDPStrategy, FSDPStrategy or Model"
     with pytest.raises(ConfigurationError, match=expected):
-        check_strategy(strategy())
+        check_strategy(strategy)
 
 
-@pytest.mark.parametrize("strategy", [DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy])
-def test_the_others_are_not(strategy: type):
-    check_strategy(strategy())
+@pytest.mark.parametrize("kind", [DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy])
+def test_the_others_are_not(kind: type[Strategy]):
+    check_strategy(kind())

@@ -178,8 +178,8 @@ class Steering:
         dead: list[Branch] = []
         for branch in self._unseen:
             scale = log_scale_tensor(model, branch)
-            if scale is None or not scale.requires_grad or scale.grad is not None:
-                continue
+            if scale is None or not scale.requires_grad or scale.grad is not None or not scale.numel():
+                continue  # an empty one belongs to another process, which checks it
             (dead if _ran(model, branch) else waiting).append(branch)
         if dead:
             told = "; ".join(f"{branch.site} ({_cause_of_death(model, branch)})" for branch in dead)

@@ -15,6 +15,7 @@ from lightning_spectral.discovery.inputs import guesses
 from lightning_spectral.discovery.recorder import record
 from lightning_spectral.discovery.tape import Tape
 from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
+from lightning_spectral.linalg.flattened import is_flattened
 from lightning_spectral.records import ResidualBlock
 
 __all__ = ["attempted_calls", "find_blocks", "recorded"]
@@ -119,7 +120,7 @@ def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 def _refuse_sharded(model: nn.Module) -> None:
     """Refuse a model whose weights exist in one piece only while a layer runs, or never: no pass can be looked at."""
     name = next((name for name, item in model.named_parameters() if isinstance(item, DTensor)), None)
-    if name is not None or any(isinstance(module, FSDPModule) for module in model.modules()):
+    if name is not None or is_flattened(model) or any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ExampleInputError(
             f"{type(model).__name__} is sharded{f' ({name} is a DTensor)' if name else ''}, and structure is read from "
             "one forward pass of whole weights. Find the blocks before sharding, blocks = find_blocks(model) in "

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.linalg.flattened import FlatShard, boxes
 from lightning_spectral.linalg.operators import (
     LinearOperator,
     balanced_by_largest,
@@ -52,7 +53,7 @@ class Sharded(LinearOperator):
 
     Args:
         weight: A DTensor with the placements ``Shard`` and ``Replicate``, such as ``fully_shard`` and tensor
-            parallelism make. Shards may be uneven or empty.
+            parallelism make, or what ``FullyShardedDataParallel`` has left of a weight. Shards may be uneven or empty.
         view: How the weight is read, as a Matrix would be: ``(m, n)`` or ``(groups, rows, n)``, a view of what
             :func:`~lightning_spectral.linalg.tiles.stand_in` returned for it. By default the weight itself.
 
@@ -62,19 +63,24 @@ class Sharded(LinearOperator):
             on all processes.
     """
 
-    def __init__(self, weight: DTensor, view: Tensor | None = None) -> None:
-        check_weight(weight, "weight", dims=(weight.ndim,))
-        view = stand_in(weight) if view is None else view
+    def __init__(self, weight: DTensor | FlatShard, view: Tensor | None = None) -> None:
+        self.mesh: DeviceMesh
+        self._dims: tuple[int, ...]
+        if isinstance(weight, FlatShard):
+            # As large as the whole, so that all processes refuse alike.
+            check_weight(weight.entries.new_empty(1).expand(weight.shape), "weight", dims=(len(weight.shape),))
+            self.mesh, self._dims, local = weight.mesh, (0,), weight.entries
+            parts = list(boxes(weight.entries, weight.shape, weight.start))
+        else:
+            check_weight(weight, "weight", dims=(weight.ndim,))
+            self.mesh, self._dims, local = weight.device_mesh, _sharded_dims(weight), weight.to_local().detach()
+            parts = [(local, [held(size, cuts) for size, cuts in zip(weight.shape, _cuts(weight), strict=True)])]
+        view = stand_in(weight.shape) if view is None else view
         if view.ndim not in (2, 3) or view.numel() == 0:
             raise ConfigurationError(f"weight must be read in 2 or 3 dimensions, got shape {tuple(view.shape)}.")
-        self.shape = (view.shape[:-1].numel(), view.shape[-1])
-        self.dtype = vector_dtype(weight)
-        self.mesh: DeviceMesh = weight.device_mesh
-        self._dims = _sharded_dims(weight)
-        local: Tensor = weight.to_local().detach()
+        self.shape, self.dtype = (view.shape[:-1].numel(), view.shape[-1]), vector_dtype(local)
         self.device = local.device
-        indices = [held(size, cuts) for size, cuts in zip(weight.shape, _cuts(weight), strict=True)]
-        self._tiles = tiles(local, weight.shape, indices, view)
+        self._tiles = [tile for part, indices in parts for tile in tiles(part, weight.shape, indices, view)]
 
     def share(self, X: Tensor, *, transposed: bool) -> Share:
         """Return what this process adds to ``W @ X``, or to ``Wᵀ @ X``."""
@@ -120,13 +126,19 @@ class Sharded(LinearOperator):
         return Share(block, self.mesh, self._dims)
 
 
-def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+def is_sharded(tensor: Tensor | FlatShard) -> TypeGuard[DTensor | FlatShard]:
     """Whether a tensor is spread over processes, so that no process holds all of it."""
+    if isinstance(tensor, FlatShard):
+        return True
     return isinstance(tensor, DTensor) and not all(placement.is_replicate() for placement in tensor.placements)
 
 
-def replicated(tensor: Tensor) -> Tensor:
+def replicated(tensor: Tensor | FlatShard) -> Tensor:
     """Return a tensor in one piece, gathered from the processes that hold it. For vectors and numbers only."""
+    if isinstance(tensor, FlatShard):
+        ours = tensor.entries.new_zeros(tensor.shape.numel())
+        ours[tensor.start : tensor.start + len(tensor.entries)] = tensor.entries
+        return added([Share(ours, tensor.mesh, (0,))])[0].view(tensor.shape)
     if not isinstance(tensor, DTensor):
         return tensor
     whole: Tensor = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim).to_local()

@@ -45,13 +45,13 @@ class Tile(NamedTuple):
     columns: slice
 
 
-def stand_in(weight: Tensor) -> Tensor:
-    """Return a tensor without numbers in which entry i of the weight, counted by rows, lies at place i + 1 of memory.
+def stand_in(shape: torch.Size) -> Tensor:
+    """Return a tensor without numbers in which entry i of a weight, counted by rows, lies at place i + 1 of memory.
 
     A view of it says by its strides which entries are meant. A copy, even of all of it, has memory of another size.
     """
-    memory = torch.empty(weight.numel() + 1, dtype=weight.dtype, device="meta")
-    return memory[1:].view(weight.shape)
+    memory = torch.empty(shape.numel() + 1, device="meta")
+    return memory[1:].view(shape)
 
 
 def held(size: int, cuts: Sequence[Cut]) -> Tensor:

@@ -17,7 +17,7 @@ from lightning_spectral.linalg import Solver
 from lightning_spectral.monitor.framework import Callback, overrides, rank_zero_info
 from lightning_spectral.monitor.order import check_order
 from lightning_spectral.monitor.session import Session, blocks_of
-from lightning_spectral.monitor.strategies import check_strategy, is_tensor_parallel
+from lightning_spectral.monitor.strategies import check_strategy, is_tensor_parallel, will_shard
 from lightning_spectral.records import ResidualBlock
 from lightning_spectral.series import Series
 
@@ -152,7 +152,7 @@ class SpectralMonitor(Callback):
         if self._steering is None:
             hook = pl_module.register_load_state_dict_pre_hook(refuse_lost_scales)  # type: ignore[no-untyped-call]
             self._load_hook = hook
-            if stage == "fit" and hasattr(trainer.strategy, "device_mesh"):
+            if stage == "fit" and will_shard(trainer.strategy):
                 self._early = _found(pl_module, self.blocks)
             return
         check_order(callbacks, self)

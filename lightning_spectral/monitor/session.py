@@ -23,6 +23,7 @@ from lightning_spectral.monitor.batch import BatchWatch
 from lightning_spectral.monitor.framework import rank_zero_info, rank_zero_warn
 from lightning_spectral.monitor.outlets import Outlets
 from lightning_spectral.monitor.peers import Peers
+from lightning_spectral.monitor.strategies import outermost
 from lightning_spectral.records import Measurement, ResidualBlock
 from lightning_spectral.report import one_screen
 from lightning_spectral.series import Series, logged_values
@@ -155,7 +156,8 @@ class Session:
     def _watch(self, model: nn.Module, blocks: tuple[ResidualBlock, ...], *args: Any, **kwargs: Any) -> None:
         monitor, zone = self._monitor, self._monitor.safe_zone
         rule = monitor.linearization
-        self.meter = Meter(model, blocks, linearization=rule, solver=monitor.solver, safe_zone=zone)
+        read = outermost(self._trainer.strategy, model)
+        self.meter = Meter(read, blocks, linearization=rule, solver=monitor.solver, safe_zone=zone)
         if monitor.geometry:
             self._batch_watch = _listening(model, blocks, args, kwargs)
         if self.series.warm_start:

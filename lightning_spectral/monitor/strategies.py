@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.linalg.flattened import is_flattened
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
-__all__ = ["check_strategy", "is_tensor_parallel"]
+__all__ = ["check_strategy", "is_tensor_parallel", "outermost", "will_shard"]
 
 # By name, because there are two copies of each class, and because some need packages that may not be installed.
 _UNREADABLE = {
-    "FSDPStrategy": "flattens the weights of a module into one vector and cuts that into pieces, so that no process "
-    "has a part of a matrix to multiply with. Use ModelParallelStrategy with fully_shard in configure_model (FSDP2)",
     "DeepSpeedStrategy": "partitions weights in ways that this package cannot read (ZeRO stage 3), and has not been "
-    "tested with. Use DDPStrategy, or ModelParallelStrategy with fully_shard in configure_model (FSDP2)",
+    "tested with. Use DDPStrategy, FSDPStrategy or ModelParallelStrategy",
     "XLAFSDPStrategy": "shards weights in a way that this package cannot read, and has not been tested with",
 }
 
@@ -27,14 +28,27 @@ def check_strategy(strategy: Strategy) -> None:
     Raises:
         ConfigurationError: They cannot.
     """
-    for base in type(strategy).__mro__:
-        if base.__name__ in _UNREADABLE:
-            raise ConfigurationError(
-                f"SpectralMonitor cannot work under {base.__name__}: it {_UNREADABLE[base.__name__]}"
-            )
+    for name in _names(strategy):
+        if name in _UNREADABLE:
+            raise ConfigurationError(f"SpectralMonitor cannot work under {name}: it {_UNREADABLE[name]}")
+
+
+def will_shard(strategy: Strategy) -> bool:
+    """Whether the model may be cut after callbacks were set up, and can no longer be run by them then."""
+    return hasattr(strategy, "device_mesh") or "FSDPStrategy" in _names(strategy)
+
+
+def outermost(strategy: Strategy, model: nn.Module) -> nn.Module:
+    """Return what the strategy has put around a model, if that is needed to read its weights; else the model."""
+    around = strategy.model
+    return model if around is None or not is_flattened(around) else around
 
 
 def is_tensor_parallel(strategy: Strategy) -> bool:
     """Whether ``configure_model`` will cut layers into pieces, which has to come before scales are attached to them."""
     mesh = getattr(strategy, "device_mesh", None)
     return mesh is not None and "tensor_parallel" in mesh.mesh_dim_names and mesh["tensor_parallel"].size() > 1
+
+
+def _names(strategy: Strategy) -> list[str]:
+    return [base.__name__ for base in type(strategy).__mro__]

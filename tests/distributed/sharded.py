@@ -458,9 +458,9 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
         "partial": refused(lambda: Sharded(unsummed)),
         "partial_branch": str(measure(with_unsummed, blocks).layers[0].reason),
         "nan_beside": str(measure(uneasy, blocks).layers[0].reason),
-        "copied": refused(lambda: Sharded(spread, stand_in(spread).transpose(0, 1).contiguous())),
-        "mixed": refused(lambda: Sharded(spread, stand_in(spread).view(3, 8))),
-        "vector": refused(lambda: Sharded(spread, stand_in(spread)[0])),
+        "copied": refused(lambda: Sharded(spread, stand_in(spread.shape).transpose(0, 1).contiguous())),
+        "mixed": refused(lambda: Sharded(spread, stand_in(spread.shape).view(3, 8))),
+        "vector": refused(lambda: Sharded(spread, stand_in(spread.shape)[0])),
         "integer": refused(lambda: Sharded(distribute_tensor(whole.int(), mesh, [Shard(0)]))),
     }
 
@@ -507,7 +507,7 @@ def operators(mesh: DeviceMesh) -> dict[str, float]:
         gains = torch.rand(twin.shape[0], generator=generator), torch.rand(twin.shape[1], generator=generator)
         for spread in placements(mesh, weight.ndim):
             stored = distribute_tensor(weight, mesh, spread)
-            operator = Sharded(stored, view(stand_in(stored)))
+            operator = Sharded(stored, view(stand_in(stored.shape)))
             between = Product(Diagonal(gains[0]), operator, Diagonal(gains[1]))
             balanced = operator.balanced()
             assert balanced is not None
