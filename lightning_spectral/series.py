@@ -27,6 +27,7 @@ class Series:
             the weights after k stepping batches, which are the weights that the loss logged at k was computed with.
             It equals the optimizer step wherever there is one optimizer.
         values: What was logged last.
+        blocks: The blocks that are measured, as plain values: an audit of the checkpoint knows them by this.
         warm_start: State of the meter.
         law: State of the control law, one entry per block; empty without one.
         memory: What the alarms remember.
@@ -38,6 +39,7 @@ class Series:
     seen_step: int = 0
     batches: int = 0
     values: dict[str, float] = field(default_factory=dict)
+    blocks: dict[str, Any] = field(default_factory=dict)
     warm_start: dict[str, Any] = field(default_factory=dict)
     law: list[dict[str, Any]] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)

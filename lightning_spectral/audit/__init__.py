@@ -2,6 +2,6 @@
 
 from lightning_spectral.audit.blockwise import audit
 from lightning_spectral.audit.compare import Comparison, compare
-from lightning_spectral.audit.files import printable
+from lightning_spectral.audit.untrusted import printable
 
 __all__ = ["Comparison", "audit", "compare", "printable"]

@@ -8,13 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lightning_spectral.audit.files import Checkpoint, open_checkpoint, printable, read_json
+from lightning_spectral.audit.files import Checkpoint, open_checkpoint
 from lightning_spectral.audit.hugging_face import from_config
 from lightning_spectral.audit.skeleton import parameters_of, skeleton, unwrapped
 from lightning_spectral.audit.source import Source, find_source, refuse_differences
+from lightning_spectral.audit.untrusted import damage, printable, read_json
 from lightning_spectral.control.fuse import scale_keys
+from lightning_spectral.discovery.plain import from_plain
 from lightning_spectral.discovery.scaled import CHILD
-from lightning_spectral.errors import CheckpointError
+from lightning_spectral.errors import CheckpointError, SpectralError
 from lightning_spectral.linalg import Solver
 from lightning_spectral.linearize import WeightLinearization
 from lightning_spectral.measure import Meter
@@ -39,12 +41,13 @@ def audit(
     The numbers are those of :func:`~lightning_spectral.measure` on the loaded model. Weights are read block by block,
     so that no more than one block is in memory (but all of a file that ``torch.save`` wrote in its format before 1.6).
 
-    Where the branches are is not written in a checkpoint. It is known from ``blocks``, or from a ``config.json`` whose
+    Where the branches are is not written in the weights. It is known from ``blocks``; else from what
+    :class:`SpectralMonitor` has left in the checkpoints of a run that it watched; else from a ``config.json`` whose
     ``model_type`` the installed transformers knows.
 
     Args:
-        path: A ``.safetensors`` file, a Hugging Face folder (sharded or not), a Lightning checkpoint, or a state dict
-            saved by ``torch.save``.
+        path: A ``.safetensors`` file, a Hugging Face folder (sharded or not), a Lightning checkpoint (a file, or the
+            folder that several processes wrote), or a state dict saved by ``torch.save``.
         blocks: The blocks of the model, ``find_blocks(model)``, for an architecture of your own. They are names and
             layouts, so those of a freshly built model do.
         linearization: ``"circuit"`` or ``"paper"``, as in :func:`~lightning_spectral.measure`.
@@ -65,10 +68,12 @@ def audit(
     _refuse_unplaced_scales(checkpoint, found, source)
     layers: list[LayerMeasurement] = []
     for block in found:
-        model = skeleton(block, source.readers, source.read)
         try:
+            model = skeleton(block, source.readers, source.read)
             layers += Meter(model, (block,), linearization=linearization, solver=solver).measure().layers
-        except (RuntimeError, IndexError) as error:
+        except SpectralError:
+            raise
+        except Exception as error:  # what layouts lead to that do not fit the weights, and may come from the file
             raise CheckpointError(
                 f"{printable(path)}: the weights of {printable(block.name)} do not fit together: {printable(error)}"
             ) from None
@@ -81,6 +86,11 @@ def audit(
 def _structure(
     checkpoint: Checkpoint, blocks: Sequence[ResidualBlock] | None, config: str | Path | None
 ) -> tuple[tuple[ResidualBlock, ...], Source]:
+    file = checkpoint.folder / _CONFIG if config is None else Path(config)
+    file = file / _CONFIG if file.is_dir() else file
+    if blocks is None and config is None and checkpoint.blocks is not None:
+        with damage(checkpoint.path, "the blocks that a monitor has left in a checkpoint"):
+            blocks = from_plain(checkpoint.blocks)
     if blocks is not None:
         blocks = tuple(unwrapped(block) for block in blocks)
         needed = [name for block in blocks for name in parameters_of(block)]
@@ -88,14 +98,12 @@ def _structure(
         # Blocks know no shapes: the factors of a branch either fit together or are refused when they are multiplied.
         refuse_differences(checkpoint, source, dict.fromkeys(needed))
         return blocks, source
-    file = checkpoint.folder / _CONFIG if config is None else Path(config)
-    file = file / _CONFIG if file.is_dir() else file
     if config is None and not file.exists():
         raise CheckpointError(
             f"{printable(checkpoint.path)}: found {len(checkpoint.shapes)} tensors ({_outline(checkpoint)}), but "
             "nothing says where norms stand, how heads lie in a matrix and what multiplies a branch: expected a "
-            f"{_CONFIG} beside it. Name one (config=, --config), or pass the blocks of a model of your own: "
-            "audit(path, find_blocks(model))"
+            f"{_CONFIG} beside it, or what SpectralMonitor leaves in the checkpoints of a run. Name a config (config=, "
+            "--config), or pass the blocks of a model of your own: audit(path, find_blocks(model))"
         )
     return from_config(checkpoint, read_json(file), file)
 

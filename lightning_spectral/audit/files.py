@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_spectral.audit.distributed import METADATA, open_distributed
+from lightning_spectral.audit.untrusted import STATE_DICTS, damage, is_plain, printable, read_json, refuse_bomb
+from lightning_spectral.discovery.plain import FORMAT
 from lightning_spectral.errors import CheckpointError
 
-__all__ = ["Checkpoint", "open_checkpoint", "plain_name", "printable", "read_json"]
+__all__ = ["Checkpoint", "open_checkpoint", "plain_name"]
 
 # No real file comes near these, and what lies beyond costs memory before it can be refused.
-_MAX_HEADER, _MAX_JSON, _MAX_PICKLE, _MAX_NAME = 2**26, 2**26, 2**28, 512
+_MAX_HEADER, _MAX_NAME = 2**26, 512
 
 # What wrappers put into the names of the modules that they wrap.
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Where training scripts keep the state dict among other things.
-_STATE_DICTS = ("state_dict", "model_state_dict", "model")
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
+_REST = "meta.pt"  # of a distributed checkpoint of Lightning
 _ZIP = b"PK\x03\x04"
 
 
@@ -40,6 +39,7 @@ class Checkpoint:
         shapes: Shape of every tensor.
         read: Returns a tensor. Its memory belongs to the file wherever the format allows it.
         step: Optimizer step at which it was written, 0 where the file does not say.
+        blocks: What a monitor of this package has left in the checkpoint, as it is; ``None`` where there was none.
     """
 
     path: Path
@@ -47,6 +47,7 @@ class Checkpoint:
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
     step: int = 0
+    blocks: Any = None
 
 
 def plain_name(path: str) -> str:
@@ -56,20 +57,6 @@ def plain_name(path: str) -> str:
         path: The path, which may be that of the wrapper itself.
     """
     return _WRAPPERS.sub("", f"{path}.").removesuffix(".")
-
-
-def printable(text: object, limit: int = 200) -> str:
-    """Return a text from a file as something that a terminal can show: one short line of printable ASCII.
-
-    Args:
-        text: The text.
-        limit: Number of characters above which the middle is left out.
-    """
-    line = str(text)
-    if len(line) > limit:
-        line = f"{line[: limit // 2]}...{line[-limit // 4 :]}"
-    line = line.encode("ascii", "backslashreplace").decode()
-    return "".join(item if item.isprintable() else f"\\x{ord(item):02x}" for item in line)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -85,12 +72,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_dir():
         return _named(path, path.parent, _open_file(path))
-    if (path / ".metadata").exists():
-        raise CheckpointError(
-            f"{printable(path)}: a distributed checkpoint keeps its index as a pickle, which can run code, so it is "
-            "not read. If you trust it, convert it with torch.distributed.checkpoint.format_utils.dcp_to_torch_save "
-            "and audit the file that this writes"
-        )
+    if (path / METADATA).exists():
+        return _named(path, path, (*open_distributed(path), _beside(path)))
     index = next((path / name for name in _INDICES if (path / name).exists()), None)
     if index is not None:
         return _named(path, path, _open_shards(index))
@@ -104,46 +87,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return _named(path, path, _open_file(candidates[0]))
 
 
-Tensors = tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor], int]
+Facts = tuple[int, Any]  # step and blocks
+_NO_FACTS: Facts = 0, None
+Tensors = tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor], Facts]
 
 
 def _named(path: Path, folder: Path, tensors: Tensors) -> Checkpoint:
     """Leave out what wrappers add to names, and names that belong to no module."""
-    shapes, read, step = tensors
+    shapes, read, facts = tensors
     stored = {plain_name(name): name for name in shapes if len(name) <= _MAX_NAME and name.isprintable()}
     if not stored:
         raise CheckpointError(f"{printable(path)}: found no tensors, expected the weights of a model")
     plain = {name: shapes[key] for name, key in stored.items()}
-    return Checkpoint(path, folder, plain, lambda name: read(stored[name]), step)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: The file is too large, no JSON, or not an object.
-    """
-    with _damage(path, "a JSON object"):
-        if path.stat().st_size > _MAX_JSON:
-            raise ValueError(f"{path.stat().st_size} bytes, more than any real file of this kind has")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise TypeError(f"a {type(found).__name__}")
-        return found
-
-
-@contextmanager
-def _damage(path: Path, expected: str) -> Iterator[None]:
-    """Say in one line what is wrong with a file. Parsers of damaged files raise whatever they like."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        text = printable(next(iter(str(error).strip().splitlines()), ""), 200)
-        raise CheckpointError(
-            f"{printable(path)}: not readable as {expected}: {type(error).__name__}{': ' if text else ''}{text}"
-        ) from None
+    return Checkpoint(path, folder, plain, lambda name: read(stored[name]), *facts)
 
 
 def _open_shards(index: Path) -> Tensors:
@@ -164,13 +120,13 @@ def _open_shards(index: Path) -> Tensors:
             f"{printable(absent[0])}"
         )
     shapes = {key: shards[name][0][key] for key, name in weight_map.items()}
-    return shapes, lambda key: shards[weight_map[key]][1](key), 0
+    return shapes, lambda key: shards[weight_map[key]][1](key), _NO_FACTS
 
 
 def _open_file(path: Path) -> Tensors:
     if not path.is_file():
         raise CheckpointError(f"{printable(path)}: no such file, expected a checkpoint file or a model folder")
-    with _damage(path, "a file"), path.open("rb") as file:
+    with damage(path, "a file"), path.open("rb") as file:
         start = file.read(9)
     if not start:
         raise CheckpointError(f"{printable(path)}: the file is empty, expected a checkpoint")
@@ -182,7 +138,7 @@ def _open_file(path: Path) -> Tensors:
 
 def _open_safetensors(path: Path, start: bytes) -> Tensors:
     expected = "a safetensors file"
-    with _damage(path, expected):
+    with damage(path, expected):
         try:
             from safetensors import safe_open
         except ModuleNotFoundError:
@@ -196,48 +152,47 @@ def _open_safetensors(path: Path, start: bytes) -> Tensors:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def read(name: str) -> Tensor:
-        with _damage(path, expected):
+        with damage(path, expected):
             tensor = file.get_tensor(name)
             assert isinstance(tensor, Tensor)
             return tensor
 
-    return shapes, read, 0
+    return shapes, read, _NO_FACTS
 
 
 def _open_torch(path: Path, start: bytes) -> Tensors:
-    with _damage(path, "a file of torch.save that holds tensors and plain values only"):
+    with damage(path, "a file of torch.save that holds tensors and plain values only"):
         mapped = start.startswith(_ZIP)
         if mapped:
-            _refuse_bomb(path)
+            refuse_bomb(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         state = _state_dict(loaded)
-        tensors = {key: value for key, value in state.items() if isinstance(key, str) and _is_plain(value)}
-        step = loaded.get("global_step", 0)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return shapes, tensors.__getitem__, step if isinstance(step, int) else 0
+        tensors = {key: value for key, value in state.items() if isinstance(key, str) and is_plain(value)}
+        facts = _facts(loaded)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__, facts
 
 
-def _refuse_bomb(path: Path) -> None:
-    """Refuse an archive that is larger than its file: ``torch.save`` does not compress."""
-    with zipfile.ZipFile(path) as archive:
-        for item in archive.infolist():
-            if item.compress_type != zipfile.ZIP_STORED or item.file_size > item.compress_size:
-                raise ValueError("the archive is compressed")
-            if item.filename.endswith("data.pkl") and item.file_size > _MAX_PICKLE:
-                raise ValueError(f"its index has {item.file_size} bytes, more than that of any real checkpoint")
+def _beside(folder: Path) -> Facts:
+    """Return the facts in the file that Lightning puts beside the shards."""
+    path = folder / _REST
+    if not path.is_file():
+        return _NO_FACTS
+    with damage(path, "what Lightning writes beside the shards"):
+        refuse_bomb(path)
+        return _facts(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _facts(loaded: Mapping[Any, Any]) -> Facts:
+    """Return what a Lightning checkpoint says besides its tensors."""
+    step, callbacks = loaded.get("global_step", 0), loaded.get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, Mapping) else ()
+    kept = (state.get("blocks") for state in states if isinstance(state, Mapping))
+    blocks = next((item for item in kept if isinstance(item, Mapping) and FORMAT in item), None)
+    return (step if isinstance(step, int) else 0), blocks
 
 
 def _state_dict(loaded: Any) -> Mapping[Any, Any]:
     if not isinstance(loaded, Mapping):
         raise TypeError(f"it holds a {type(loaded).__name__}, expected a state dict")
-    inner = next((loaded[key] for key in _STATE_DICTS if isinstance(loaded.get(key), Mapping)), None)
+    inner = next((loaded[key] for key in STATE_DICTS if isinstance(loaded.get(key), Mapping)), None)
     return loaded if inner is None else inner
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is a strided tensor with memory of its own for every entry: a view may claim any size."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
-        return False
-    if type(value) not in (Tensor, torch.nn.Parameter) or value.is_quantized:
-        return False
-    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()

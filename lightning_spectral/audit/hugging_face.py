@@ -19,10 +19,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from lightning_spectral.audit.files import Checkpoint, printable
+from lightning_spectral.audit.files import Checkpoint
 from lightning_spectral.audit.shrink import NotScaledError, narrower, rescaled
 from lightning_spectral.audit.skeleton import parameters_of
 from lightning_spectral.audit.source import Source, find_transformers_source, refuse_differences
+from lightning_spectral.audit.untrusted import printable
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.errors import CheckpointError, SpectralError
 from lightning_spectral.records import ResidualBlock

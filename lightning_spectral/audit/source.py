@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_spectral.audit.files import Checkpoint, printable
+from lightning_spectral.audit.files import Checkpoint
 from lightning_spectral.audit.skeleton import stored_names
+from lightning_spectral.audit.untrusted import printable
 from lightning_spectral.control.fuse import scale_keys
 from lightning_spectral.errors import CheckpointError
 

