@@ -7,11 +7,14 @@ of several norms only the leftmost counts.
 
 ``"paper"``: the definition of 'The 1:1 Rule', number for number: W_down · W_up, and W_o, or W_o W_oᵀ where W_o is not
 square, each times the residual multipliers.
+
+An *adapter* adds its product to a matrix W when the model runs, such as α/r · BA for low-rank ones. What the network
+computes with is the sum, so the sum is the matrix of the branch; neither it nor BA is formed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,16 +28,17 @@ from torch.distributed.tensor import DTensor
 from lightning_spectral.discovery.flattened import flattened
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg import Adjoint, Diagonal, Gather, LinearOperator, Matrix, Product, Scaled, Sharded
+from lightning_spectral.linalg import Adjoint, Diagonal, Gather, LinearOperator, Matrix, Product, Scaled, Sharded, Sum
 from lightning_spectral.linalg.flattened import FlatShard
 from lightning_spectral.linalg.operators import largest_mesh
 from lightning_spectral.linalg.sharded import agreed, is_sharded, replicated
 from lightning_spectral.linalg.tiles import stand_in
 from lightning_spectral.records import Factor, Path
 
-__all__ = ["Linearized", "WeightLinearization", "linearize", "reading"]
+__all__ = ["Adapters", "Linearized", "WeightLinearization", "linearize", "reading"]
 
 WeightLinearization = Literal["circuit", "paper"]
+Adapters = Literal["sum", "base", "delta"]
 
 _ARITHMETIC = {"add", "sub", "mul", "div", "exp", "reciprocal", "sigmoid", "tanh", "square", "sqrt"}
 
@@ -62,9 +66,9 @@ class _Chain:
     norms: list[Factor] = field(default_factory=list)  # norms that wait for the matrix behind which they stand
     normalized_from: int | None = None
 
-    def finished(self) -> Linearized:
+    def finished(self, adapters: Adapters = "sum") -> Linearized:
         self._agree()
-        operator: LinearOperator = Product(*self.operators)
+        operator = Product(*self.operators) if adapters != "delta" else _difference(self.operators)
         for scalar in self.scalars:
             operator = Scaled(operator, scalar)
         if self.normalized_from is None:
@@ -87,7 +91,12 @@ class _Chain:
 
 
 def linearize(
-    model: nn.Module, path: Path, linearization: WeightLinearization, *, differentiable: bool = False
+    model: nn.Module,
+    path: Path,
+    linearization: WeightLinearization,
+    *,
+    adapters: Adapters = "sum",
+    differentiable: bool = False,
 ) -> Linearized:
     """Build the operator of one path of a branch from the weights as they are now.
 
@@ -101,6 +110,8 @@ def linearize(
         model: The model that the path belongs to.
         path: A chain of factors.
         linearization: ``"circuit"`` or ``"paper"``.
+        adapters: ``"sum"`` for the branch as it is, ``"base"`` for what it would be without adapters, ``"delta"`` for
+            the first minus the second (behind a norm, both at the size that the norm gives to the first).
         differentiable: Whether the tensors that the operators hold keep their graphs, so that a caller can
             differentiate by the parameters. The products that the operators take themselves are never part of a graph.
 
@@ -109,13 +120,19 @@ def linearize(
 
     Raises:
         ConfigurationError: A weight holds no numbers (it is on the meta device, packed, or of an integer dtype), it has
-            another shape than the one that the path was made for, or it is sharded in a way that cannot be read.
+            another shape than the one that the path was made for, or it is sharded in a way that cannot be read; or
+            the difference is asked for and there is no adapter.
     """
+    if adapters == "base":
+        path = replace(path, factors=tuple(replace(factor, adapters=()) for factor in path.factors))
+    if adapters == "delta" and not any(factor.adapters for factor in path.factors):
+        raise ConfigurationError("it has no adapter")
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        return _circuit(model, path) if linearization == "circuit" else Linearized(_paper(model, path))
+        chain = _circuit(model, path) if linearization == "circuit" else _paper(model, path)
+        return chain.finished(adapters)
 
 
-def _circuit(model: nn.Module, path: Path) -> Linearized:
+def _circuit(model: nn.Module, path: Path) -> _Chain:
     chain = _Chain()
     for factor in path.factors:
         if factor.role in ("post_norm", "inner_norm"):
@@ -124,10 +141,10 @@ def _circuit(model: nn.Module, path: Path) -> Linearized:
             _append_gain(model, chain, factor)
         else:
             _append(model, chain, _matrix(model, factor))
-    return chain.finished()
+    return chain
 
 
-def _paper(model: nn.Module, path: Path) -> LinearOperator:
+def _paper(model: nn.Module, path: Path) -> _Chain:
     chain = _Chain()
     for factor in path.factors:
         if factor.role == "scale":
@@ -137,7 +154,29 @@ def _paper(model: nn.Module, path: Path) -> LinearOperator:
     last = chain.operators[-1]
     if any(factor.role == "output" for factor in path.factors) and last.shape[0] != last.shape[1]:
         chain.operators.append(Adjoint(last))
-    return chain.finished().operator
+    return chain
+
+
+def _difference(operators: Sequence[LinearOperator]) -> LinearOperator:
+    """Return the product of matrices with adapters minus that of the matrices alone.
+
+    With Fᵢ = Wᵢ + Dᵢ, F₁F₂… - W₁W₂… = Σᵢ W₁…Wᵢ₋₁ Dᵢ Fᵢ₊₁…, where nothing cancels however small the adapters are.
+    """
+    without: list[LinearOperator] = []
+    terms = []
+    for i, operator in enumerate(operators):
+        parts = _parts(operator)
+        if len(parts) > 1:
+            terms.append(Product(*without, Sum(*parts[1:]), *operators[i + 1 :]))
+        without.append(parts[0])
+    return Sum(*terms)
+
+
+def _parts(operator: LinearOperator) -> tuple[LinearOperator, ...]:
+    """Return a matrix and its adapters."""
+    if isinstance(operator, Adjoint):
+        return tuple(map(Adjoint, _parts(operator.operator)))
+    return operator.operators if isinstance(operator, Sum) else (operator,)
 
 
 def _append_gain(model: nn.Module, chain: _Chain, factor: Factor) -> None:
@@ -170,7 +209,28 @@ def _append(model: nn.Module, chain: _Chain, operators: list[LinearOperator]) ->
 
 
 def _matrix(model: nn.Module, factor: Factor) -> list[LinearOperator]:
-    """Return the matrix of a factor, and the repetition of its rows where there is one."""
+    """Return the matrix of a factor with its adapters, and the repetition of its rows where there is one."""
+    *repetition, matrix = _stored(model, factor)
+    if not factor.adapters:
+        return [*repetition, matrix]
+    return [*repetition, Sum(matrix, *(_adapter(model, chain, factor.rows) for chain in factor.adapters))]
+
+
+def _adapter(model: nn.Module, factors: Iterable[Factor], rows: tuple[range, ...] | None) -> LinearOperator:
+    """Return an adapter of a matrix of which rows are picked, without their repetition."""
+    chain = _Chain()
+    for factor in factors:
+        if factor.role == "scale":
+            _append_gain(model, chain, factor)
+        elif chain.operators:
+            chain.operators += _stored(model, factor)
+        else:
+            chain.operators += _stored(model, replace(factor, rows=rows))[-1:]
+    return chain.finished().operator
+
+
+def _stored(model: nn.Module, factor: Factor) -> list[LinearOperator]:
+    """Return the matrix that a parameter holds, and the repetition of its rows where there is one."""
     with _reading(model, factor) as weight:
         if is_sharded(weight):
             return _sharded(weight, factor)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_spectral import settings
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.discovery.flattened import flattened
 from lightning_spectral.discovery.inputs import arguments_of
@@ -23,7 +24,7 @@ from lightning_spectral.linalg import RandomizedSVD, Solver, SolverState, Spectr
 from lightning_spectral.linalg.flattened import is_flattened
 from lightning_spectral.linalg.operators import largest_mesh
 from lightning_spectral.linalg.sharded import agreed, is_sharded, replicated
-from lightning_spectral.linearize import Linearized, WeightLinearization, linearize
+from lightning_spectral.linearize import Adapters, Linearized, WeightLinearization, linearize
 from lightning_spectral.records import Branch, LayerMeasurement, Linearization, Measurement, Path, ResidualBlock
 
 __all__ = ["EMPTY_NORM", "Meter", "measure"]
@@ -52,6 +53,7 @@ class Meter:
         model: The model that the blocks were found in.
         blocks: The blocks to measure.
         linearization: ``"circuit"`` or ``"paper"``.
+        adapters: What is measured of branches with adapters; see :func:`measure`.
         solver: How spectral norms are computed, :class:`RandomizedSVD` by default.
         safe_zone: Passed on to the measurements.
 
@@ -65,6 +67,7 @@ class Meter:
         blocks: Sequence[ResidualBlock],
         *,
         linearization: Linearization = "circuit",
+        adapters: Adapters = "sum",
         solver: Solver | None = None,
         safe_zone: tuple[float, float] = (0.5, 2.0),
     ) -> None:
@@ -75,6 +78,7 @@ class Meter:
             branch: path for branch in branches if branch and (path := log_scale_path(model, branch))
         }
         self.linearization = _checked(linearization)
+        self.adapters: Adapters = settings.choice("adapters", adapters, get_args(Adapters))
         self.solver: Solver = RandomizedSVD() if solver is None else solver
         self.safe_zone = safe_zone
         self._reasons: dict[Branch, str | None] = {}
@@ -124,8 +128,12 @@ class Meter:
         return self._reasons[branch]
 
     def _linearized(self, branch: Branch) -> tuple[list[tuple[Path, Linearized]], str | None]:
+        paths = branch.paths
+        if self.adapters == "delta":  # of a mixture, some experts may have adapters
+            paths = tuple(path for path in paths if any(factor.adapters for factor in path.factors)) or paths
         try:
-            return [(path, linearize(self.model, path, self.linearization)) for path in branch.paths], branch.reason
+            built = [linearize(self.model, path, self.linearization, adapters=self.adapters) for path in paths]
+            return list(zip(paths, built, strict=True)), branch.reason
         except (ConfigurationError, AttributeError) as error:
             return [], str(error)
 
@@ -156,6 +164,7 @@ def measure(
     blocks: Sequence[ResidualBlock] | None = None,
     *,
     linearization: Linearization = "circuit",
+    adapters: Adapters = "sum",
     solver: Solver | None = None,
     batch: Any = None,
 ) -> Measurement:
@@ -168,6 +177,9 @@ def measure(
             W_down W_up, norm gains and residual multipliers included), ``"paper"`` (W_o against W_down W_up, as in
             'The 1:1 Rule') or ``"jacobian"`` (the derivatives of both branches on ``batch``, which are dearer: see
             :func:`~lightning_spectral.functional.measure_functions`). Never compare across rules.
+        adapters: What is measured of a branch whose matrices have adapters (W x + α/r · B(A(x))): ``"sum"``, which is
+            what the network computes; ``"base"``, what the branch would be without them; or ``"delta"``, what they
+            change, the operator of the sum minus that of the base. A branch without adapters has no delta.
         solver: How spectral norms are computed: :class:`RandomizedSVD` by default, or :class:`ExactSVD`.
         batch: Example input, if none can be guessed: a tensor, a tuple of positional arguments or a dict of keyword
             arguments. The blocks are found on it, and Jacobians measured; guessed tokens are random ones.
@@ -178,16 +190,18 @@ def measure(
     Raises:
         BlocksNotFoundError: The model has no residual block.
         ExampleInputError: The model could not be run on any example input.
-        ConfigurationError: The linearization is unknown.
+        ConfigurationError: The linearization is unknown, or it does not know the part of the adapters.
     """
     if linearization != "jacobian":
         _checked(linearization, get_args(Linearization))
+    elif settings.choice("adapters", adapters, get_args(Adapters)) != "sum":
+        raise ConfigurationError(f"adapters={adapters!r}: Jacobians are those of the model as it runs, expected 'sum'")
     args, kwargs = arguments_of(batch)
     if blocks is None:
         blocks = find_blocks(model, *args, **kwargs)
     if linearization == "jacobian":
         return measure_functions(model, blocks, args, kwargs, solver=solver)
-    return Meter(model, blocks, linearization=linearization, solver=solver).measure()
+    return Meter(model, blocks, linearization=linearization, adapters=adapters, solver=solver).measure()
 
 
 def _checked(linearization: Any, known: tuple[Any, ...] = get_args(WeightLinearization)) -> WeightLinearization:
@@ -199,7 +213,8 @@ def _checked(linearization: Any, known: tuple[Any, ...] = get_args(WeightLineari
 
 def _key(path: Path) -> str:
     """Name an operator by its parameters, so that a warm start is never taken for another one."""
-    return "|".join(f"{factor.parameter}{factor.layout}{factor.rows}" for factor in path.factors)
+    factors = (item for factor in path.factors for item in factor.flat())
+    return "|".join(f"{factor.parameter}{factor.layout}{factor.rows}" for factor in factors)
 
 
 def _normalized(norm: SpectralNorm, item: Linearized, subspace: Tensor | None) -> SpectralNorm:

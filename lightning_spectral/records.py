@@ -56,8 +56,8 @@ class Factor:
             attention). ``None`` means all rows once, in order.
         constant: A constant multiplier, 1.0 for none.
         size: Number of channels of a norm (``None`` for matrices and multipliers).
-        updates: What the model adds to the matrix, such as low-rank adapters: chains of matrices and multipliers of
-            the same role, leftmost first, before ``rows`` picks rows of the sum.
+        adapters: What the model adds to the matrix, such as low-rank adapters: chains of matrices and multipliers, the
+            leftmost first. ``rows`` picks rows of the sum.
     """
 
     role: FactorRole
@@ -66,12 +66,12 @@ class Factor:
     rows: tuple[range, ...] | None = None
     constant: float = 1.0
     size: int | None = None
-    updates: tuple[tuple[Factor, ...], ...] = ()
+    adapters: tuple[tuple[Factor, ...], ...] = ()
 
     def flat(self) -> Iterator[Factor]:
-        """Yield the factor and those of its updates."""
+        """Yield the factor and those of its adapters."""
         yield self
-        yield from (factor for chain in self.updates for factor in chain)
+        yield from (factor for chain in self.adapters for factor in chain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Branch:
 
     @property
     def factors(self) -> tuple[Factor, ...]:
-        """Every distinct factor of the branch, the one nearest the site first, each matrix before its updates."""
+        """Every distinct factor of the branch, the one nearest the site first, each matrix before its adapters."""
         return tuple(dict.fromkeys(item for path in self.paths for factor in path.factors for item in factor.flat()))
 
 
@@ -249,10 +249,14 @@ class LayerMeasurement:
     @property
     def reason(self) -> str | None:
         """Why a norm or the ratio is missing, ``None`` where nothing is."""
+        branches = (
+            ("mlp", self.mlp_norm, self.mlp_reason),
+            ("attention", self.attention_norm, self.attention_reason),
+        )
         parts = [
-            f"{word}: {text}"
-            for word, text in (("mlp", self.mlp_reason), ("attention", self.attention_reason))
-            if text is not None
+            f"{word}: {reason or 'its norm is zero'}"
+            for word, norm, reason in branches
+            if reason is not None or norm == 0.0
         ]
         return "; ".join(parts) or None
 
@@ -322,7 +326,7 @@ class Measurement:
         """Draw both norms and the ratio of every block.
 
         Returns:
-            A figure that belongs to no global state: save it with ``figure.savefig(path)``.
+            A figure that belongs to no global state. Save it with ``figure.savefig(path)``.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.

@@ -576,7 +576,8 @@ def test_a_branch_that_starts_at_zero_has_norm_zero_and_no_ratio() -> None:
     for measured_ in measure(model, blocks):
         assert measured_.attention_norm == 0.0
         assert measured_.mlp_norm is not None
-        assert (measured_.ratio, measured_.log_ratio, measured_.reason) == (None, None, None)
+        assert (measured_.ratio, measured_.log_ratio, measured_.attention_reason) == (None, None, None)
+        assert measured_.reason == "attention: its norm is zero"
     again = find_blocks(model, *example("nanogpt").inputs(model)[0])
     assert again == blocks
 

@@ -45,6 +45,7 @@ from lightning_spectral.linalg import (
     Scaled,
     Solver,
     SolverState,
+    Sum,
 )
 from lightning_spectral.linearize import Linearized, WeightLinearization, linearize
 from lightning_spectral.records import Branch, Path, ResidualBlock
@@ -258,6 +259,8 @@ def _multiplied(operator: LinearOperator, X: Tensor, *, transposed: bool = False
             for factor in operator.operators if transposed else reversed(operator.operators):
                 X = _multiplied(factor, X, transposed=transposed)
             return X
+        case Sum():
+            return torch.stack([_multiplied(term, X, transposed=transposed) for term in operator.operators]).sum(0)
         case Adjoint():
             return _multiplied(operator.operator, X, transposed=not transposed)
         case Scaled():

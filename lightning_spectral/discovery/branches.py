@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from lightning_spectral.discovery.experts import with_all_experts
-from lightning_spectral.discovery.factors import Chain, chains, check_sum
+from lightning_spectral.discovery.factors import chains
 from lightning_spectral.discovery.operations import (
+    Multiplier,
     is_attention,
     is_contraction,
     is_product,
@@ -148,13 +149,20 @@ def finished(
         return replace(record, reason="a token mixer that is not attention has no weight linearization")
     if kind == "cross_attention":
         return replace(record, reason="cross-attention reads another sequence and is not part of the ratio")
-    found: list[Chain] = []
     try:
-        for term in branch.terms:
-            region = Region(tape, branch.add.skip.leaf, term.start)
-            found += chains(tape, region, prober, kind, term.outer)
-        check_sum(found, kind)
-        paths: tuple[Path, ...] = with_all_experts(modules, block, tuple(dict.fromkeys(found)), kind)
+        region, multipliers = _whole(tape, branch)
+        found = chains(tape, region, prober, kind, multipliers)
+        paths: tuple[Path, ...] = with_all_experts(modules, block, found, kind)
     except UnmeasurableError as error:
         return replace(record, reason=str(error))
     return replace(record, paths=paths)
+
+
+def _whole(tape: Tape, branch: FoundBranch) -> tuple[Region, tuple[tuple[int, Multiplier], ...]]:
+    """Return a branch from the stream to the value that is all of its terms, and what multiplies that value."""
+    first, *rest = branch.terms
+    if not rest:
+        return Region(tape, branch.add.skip.leaf, first.start), first.outer
+    together = min(set(first.spine).intersection(*(term.spine for term in rest)))
+    outer = tuple((value, multiplier) for value, multiplier in first.multipliers if value >= together)
+    return Region(tape, branch.add.skip.leaf, together), outer

@@ -64,6 +64,8 @@ def _map_layout(chain: Chain, step: tuple[object, ...], number: int, count: int)
     """Return the chain of one expert: its entry of the stack, or its share of rows that hold all experts."""
     result = []
     for factor in chain:
+        adapters = tuple(_map_layout(adapter, step, number, count) for adapter in factor.adapters)
+        factor = replace(factor, adapters=adapters)
         if step in factor.layout:
             layout = tuple(("select", 0, number) if item == step else item for item in factor.layout)
             factor = replace(factor, layout=layout)
@@ -95,7 +97,7 @@ def _listed(modules: Mapping[str, nn.Module], block: str, chain: Chain) -> list[
         family = []
         for key in (name for name, _ in container.named_children()):
             sibling = tuple(_moved(factor, f"{head}.{common[depth - 1]}.", f"{head}.{key}.") for factor in chain)
-            if all(_exists(modules[""], factor) for factor in sibling):
+            if all(_exists(modules[""], item) for factor in sibling for item in factor.flat()):
                 family.append(Path(sibling, int(key) if key.isdigit() else key))
         if len(family) > 1:
             return family
@@ -103,6 +105,8 @@ def _listed(modules: Mapping[str, nn.Module], block: str, chain: Chain) -> list[
 
 
 def _moved(factor: Factor, old: str, new: str) -> Factor:
+    adapters = tuple(tuple(_moved(item, old, new) for item in chain) for chain in factor.adapters)
+    factor = replace(factor, adapters=adapters)
     if factor.parameter is None or not factor.parameter.startswith(old):
         return factor
     return replace(factor, parameter=new + factor.parameter[len(old) :])

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lightning_spectral.discovery.operations import Divisor, Multiplier, is_norm, refs
+from lightning_spectral.discovery.multipliers import multiplier_factors
+from lightning_spectral.discovery.operations import Multiplier, is_norm, refs
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.products import MATRICES, Reader, matrix_factor, rows_read, weight_product
-from lightning_spectral.discovery.recipes import NoRecipeError, recipe
 from lightning_spectral.discovery.routes import Route, Router, UnmeasurableError, normalized_operand, value_operand
+from lightning_spectral.discovery.sums import summed_matrix
 from lightning_spectral.discovery.tape import Operation, Tape
 from lightning_spectral.records import BranchKind, Factor, FactorRole
 
@@ -42,7 +43,7 @@ def chains(
         UnmeasurableError: Where the branch is not a chain of matrices of its parameters; the message says why.
     """
     walker = _Walker(tape, region, prober, Router(tape, region, prober), single=kind == "attention")
-    outer = tuple(_scales(tape, tuple(multiplier for _, multiplier in multipliers)))
+    outer = tuple(multiplier_factors(tape, tuple(multiplier for _, multiplier in multipliers)))
     found: dict[Chain, None] = {}
     for inner in walker.chains_to(region.leaf, None):
         found[*outer, *inner] = None
@@ -86,7 +87,7 @@ class _Walker:
         if self.single and len(routes) > 1:
             raise UnmeasurableError(f"its output is a sum over {len(routes)} paths, not a product of matrices")
         for route in routes:
-            scales = () if route.nonlinear else tuple(_scales(self.tape, route.multipliers))
+            scales = () if route.nonlinear else tuple(multiplier_factors(self.tape, route.multipliers))
             if route.kind == "stream":
                 yield scales
                 continue
@@ -103,8 +104,12 @@ class _Walker:
         elif route.kind == "norm":
             yield from self._through_norm(operation, reader)
         else:
-            product = weight_product(self.tape, operation)
-            matrix = matrix_factor(self.tape, product)
+            if route.kind == "sum":
+                addends = self.router.sums[route.anchor]
+                product, matrix = summed_matrix(self.region, self.prober, route.anchor, addends)
+            else:
+                product = weight_product(self.tape, operation)
+                matrix = matrix_factor(self.tape, product)
             if reader is not None:
                 rows = rows_read(self.prober, self.region, product, route.anchor, reader)
                 matrix = replace(matrix, rows=rows)
@@ -117,7 +122,7 @@ class _Walker:
         if is_norm(operation):
             gain = refs(operation, 1 if operation.name == "native_group_norm" else 2)
         size = self.tape.shape(gain[0] if gain else source)[-1]
-        gains = [replace(factor, role="inner_norm", size=size) for factor in _scales(self.tape, gain)]
+        gains = [replace(factor, role="inner_norm", size=size) for factor in multiplier_factors(self.tape, gain)]
         norm = tuple(gains) or (Factor("inner_norm", None, size=size),)
         if not self._reaches_product(source):
             # Nothing but the stream stands before the norm, and the norm removes the scale of that.
@@ -134,7 +139,7 @@ class _Walker:
     def _reaches_product(self, value: int) -> bool:
         for route in self.router.routes(value):
             operation = self.tape.producer(route.anchor)
-            if route.kind in ("product", "mixing"):
+            if route.kind in ("product", "sum", "mixing"):
                 return True
             if route.kind == "norm" and operation is not None and self._reaches_product(self._normalized(operation)):
                 return True
@@ -143,38 +148,6 @@ class _Walker:
 
 def _holding(reader: Reader | None, frozen: frozenset[int]) -> Reader | None:
     return None if reader is None else replace(reader, frozen=reader.frozen | frozen)
-
-
-def _scales(tape: Tape, multipliers: Sequence[Multiplier]) -> Iterator[Factor]:
-    """Yield the multipliers of a path as factors."""
-    for multiplier in multipliers:
-        if isinstance(multiplier, float):
-            if multiplier != 1.0:
-                yield Factor("scale", None, constant=multiplier)
-            continue
-        divides = isinstance(multiplier, Divisor)
-        value = multiplier.value if isinstance(multiplier, Divisor) else multiplier
-        if tape.made_of_parameters(value):
-            gain = _gain(tape, value)
-            yield replace(gain, layout=(*gain.layout, ("reciprocal",))) if divides else gain
-        elif not tape.is_data(value):
-            content = tape.tensors[value].double()
-            if float(content.min()) != float(content.max()):
-                raise UnmeasurableError("it is multiplied by a tensor that belongs to no parameter and no buffer")
-            number = float(content.max())
-            yield Factor("scale", None, constant=1 / number if divides else number)
-
-
-def _gain(tape: Tape, value: int) -> Factor:
-    try:
-        name, steps = recipe(tape, value)
-    except NoRecipeError as error:
-        raise UnmeasurableError(f"a multiplier on the path cannot be read: {error}") from None
-    shape = [size for size in tape.shape(value) if size != 1]
-    if len(shape) > 1:
-        raise UnmeasurableError("a multiplier on the path differs between tokens")
-    steps = tuple(step for step in steps if step[0] not in ("expand", "unsqueeze", "squeeze", "reshape"))
-    return Factor("scale", name, layout=steps, size=shape[0] if shape else None)
 
 
 def _with_roles(chain: Chain, kind: BranchKind) -> Chain:
@@ -189,8 +162,13 @@ def _with_roles(chain: Chain, kind: BranchKind) -> Chain:
             role = "post_norm" if position < matrices[0] else "pre_norm" if position > matrices[-1] else role
         elif role == "scale" and factor.size is not None and matrices and position > matrices[-1]:
             role = "pre_norm"
-        result.append(replace(factor, role=role))
+        adapters = tuple(tuple(_named(item, role) for item in adapter) for adapter in factor.adapters)
+        result.append(replace(factor, role=role, adapters=adapters))
     return _merged_norms(tuple(result))
+
+
+def _named(factor: Factor, role: FactorRole) -> Factor:
+    return replace(factor, role=role) if factor.role == "latent" else factor
 
 
 def _merged_norms(chain: Chain) -> Chain:

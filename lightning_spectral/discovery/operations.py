@@ -10,6 +10,7 @@ from lightning_spectral.discovery.tape import Operation, Ref, Tape
 __all__ = [
     "Divisor",
     "Multiplier",
+    "added_operand",
     "addends",
     "base_name",
     "is_attention",
@@ -24,6 +25,7 @@ __all__ = [
     "refs",
     "scattered_inputs",
     "shifted_input",
+    "term_factor",
     "weight_operand",
 ]
 
@@ -189,6 +191,21 @@ def parameter_of(tape: Tape, value: int) -> int | None:
             return None
         value = source
     return value
+
+
+def added_operand(operation: Operation) -> int | None:
+    """Return the value that a fused product adds to its result, usually a bias."""
+    found = refs(operation, 0) if base_name(operation) in _WITH_BIAS_FIRST else ()
+    return found[0] if found else None
+
+
+def term_factor(operation: Operation, value: int) -> float:
+    """Return the number by which an addition multiplies one of its terms."""
+    name = base_name(operation)
+    alpha = float(operation.kwargs.get("alpha", 1))
+    if value not in refs(operation, 0 if name == "rsub" else 1):
+        return 1.0
+    return alpha if name == "add" else -alpha
 
 
 def matrix_operands(operation: Operation) -> tuple[int, ...]:

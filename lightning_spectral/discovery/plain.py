@@ -68,6 +68,7 @@ def _plain_factor(factor: Factor) -> dict[str, Any]:
         "rows": None if factor.rows is None else [[run.start, run.stop, run.step] for run in factor.rows],
         "constant": factor.constant,
         "size": factor.size,
+        "adapters": [[_plain_factor(item) for item in chain] for chain in factor.adapters],
     }
 
 
@@ -128,7 +129,15 @@ def _factor(plain: dict[Any, Any]) -> Factor:
         None if rows is None else _rows(_list(rows)),
         _real(plain.get("constant")),
         None if size is None else _number(size),
+        tuple(_adapter(_list(chain)) for chain in _list(plain.get("adapters", ()))),
     )
+
+
+def _adapter(chain: list[Any]) -> tuple[Factor, ...]:
+    factors = [_of(item, dict) for item in chain]
+    if not factors or any(factor.get("adapters") for factor in factors):
+        raise ValueError("an adapter has no factors, or has adapters itself")
+    return tuple(map(_factor, factors))
 
 
 def _step(step: list[Any]) -> tuple[Any, ...]:

@@ -169,6 +169,26 @@ class Prober:
             return True
         return moved[0].shape == moved[1].shape and float((moved[0] ^ moved[1]).double().mean()) < 0.1
 
+    def same_channels(self, region: Region, source: int, first: tuple[int, int], second: tuple[int, int]) -> bool:
+        """Whether two values, each given with its channel dimension, are one value up to the order of positions.
+
+        Args:
+            region: The branch.
+            source: What both were made of by data movement.
+            first: A value and its channel dimension.
+            second: Another one.
+        """
+        question = ("same", region.local(source), region.local(first[0]), first[1], region.local(second[0]), second[1])
+        return self.once(region, question, lambda: self._same_content(source, first, second))
+
+    def _same_content(self, source: int, first: tuple[int, int], second: tuple[int, int]) -> bool:
+        content = {source: _noise(self.tape.tensors[source], seed=10)}
+        try:
+            one, other = (self._columns(content, target, {}) for target in (first, second))
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return False
+        return torch.equal(one, other)
+
     def channel_map(
         self, region: Region, source: tuple[int, int], target: tuple[int, ...], frozen: Iterable[int] = ()
     ) -> tuple[int, ...] | None:

@@ -155,14 +155,23 @@ def test_factors_alone_keep_the_site_that_was_found() -> None:
 
 
 def test_a_hint_gives_factors_to_a_branch_that_has_a_reason() -> None:
-    """The low-rank updates may be left out, if the user says so."""
+    """The second of two attentions may be left out, if the user says so."""
+    first = {"output": "self_attn.o_proj.weight", "value": "self_attn.v_proj.weight"}
+    found, hinted = found_and_hinted("diffllama", {"model.layers.*": {"attention": first}})
+    assert all(block.attention.reason for block in found)
+    assert not any(branch.reason for block in hinted for branch in block.branches)
+
+
+def test_a_hint_leaves_adapters_out() -> None:
+    """They are no part of a chain that the user lists."""
     base = {
         "attention": {"output": "attn.c_proj.base.weight", "value": "attn.c_attn.base.weight"},
         "mlp": {"down": "mlp.c_proj.base.weight", "up": "mlp.c_fc.base.weight"},
     }
     found, hinted = found_and_hinted("low_rank_updates", {"transformer.h.*": base})
-    assert all(branch.reason for block in found for branch in block.branches)
-    assert not any(branch.reason for block in hinted for branch in block.branches)
+    for blocks, adapted in ((found, True), (hinted, False)):
+        for branch in (branch for block in blocks for branch in block.branches):
+            assert any(factor.adapters for factor in branch.factors) == adapted
 
 
 def test_a_hint_for_one_branch_drops_no_other() -> None:

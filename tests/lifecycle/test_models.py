@@ -151,7 +151,7 @@ def layers(folder: Path, number: int = -1) -> list[dict[str, Any]]:
 
 
 KINDS = {
-    adapters: "a low-rank update beside a weight): merge the update into the weight to measure it",
+    adapters: None,
     packed: r"weight, model.blocks.0.mlp.2.step cannot be read: it is computed by the operation 'mul'",
     adapters_on_packed: r"base.step cannot be read: it is computed by the operation 'mul'",
     shared: None,
@@ -215,11 +215,12 @@ def test_scales_of_frozen_branches_are_moved_by_the_law_alone(tmp_path: Path):
         assert scales(module)[f"model.blocks.0.{name}.residual_scale.log_scale"].item() == pytest.approx(change)
 
 
-def test_merged_adapters_are_measured(tmp_path: Path):
+def test_adapters_are_measured_as_if_they_were_merged(tmp_path: Path):
     module = built(adapters)
-    fit(tmp_path, [], module=module)
+    fit(tmp_path, SpectralMonitor(4), module=module)
+    beside = [layer["ratio"] for layer in layers(tmp_path)]
     each_linear(module, LowRank.merged)
-    assert all(layer.ratio is not None for layer in measure(module))
+    assert beside == pytest.approx([layer.ratio for layer in measure(module)], rel=1e-2)
 
 
 def test_a_scale_of_a_shared_block_counts_at_each_use(tmp_path: Path):

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import functools
 
-from . import arrangements, experts, fused, hugging_face, plain, refused, survey, torch_layers, unseen, wrappers
+from . import (
+    adapters,
+    arrangements,
+    experts,
+    fused,
+    hugging_face,
+    plain,
+    refused,
+    survey,
+    torch_layers,
+    unseen,
+    wrappers,
+)
 from .example import Example, ExpectedBlock
 
 __all__ = ["Example", "ExpectedBlock", "example", "examples", "survey"]
@@ -12,7 +24,7 @@ __all__ = ["Example", "ExpectedBlock", "example", "examples", "survey"]
 
 @functools.cache
 def _by_name() -> dict[str, Example]:
-    origins = (plain, torch_layers, fused, experts, arrangements, wrappers, refused, unseen)
+    origins = (plain, torch_layers, fused, experts, arrangements, adapters, wrappers, refused, unseen)
     members = [*hugging_face.surveyed(), *(member for origin in origins for member in origin.members())]
     names = [member.name for member in members]
     assert len(names) == len(set(names)), "two examples share a name"

@@ -10,7 +10,6 @@ from .example import Example, ExpectedBlock
 MIXER = "a token mixer that is not attention has no weight linearization"
 CROSS = "cross-attention reads another sequence and is not part of the ratio"
 PATHS = "its output is a sum over {} paths, not a product of matrices"
-LOW_RANK = "its output is a sum over paths of different length"
 
 # Every model of the zoo that has a branch without a norm, and why. No other model may have a reason.
 REASONS = {
@@ -27,8 +26,6 @@ REASONS = {
     ),
     "difference of two attentions": (PATHS.format(2), ("diffllama",)),
     "values of three projections": (PATHS.format(3), ("zaya",)),
-    "low-rank updates in attention": (PATHS.format(2), ("low_rank_updates",)),
-    "low-rank updates in the MLP": (LOW_RANK, ("low_rank_updates",)),
 }
 
 

@@ -1,0 +1,54 @@
+"""Read what multiplies a path: constants, parameters, and gains per channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from lightning_spectral.discovery.operations import Divisor, Multiplier
+from lightning_spectral.discovery.recipes import NoRecipeError, recipe
+from lightning_spectral.discovery.routes import UnmeasurableError
+from lightning_spectral.discovery.tape import Tape
+from lightning_spectral.records import Factor
+
+__all__ = ["multiplier_factors"]
+
+
+def multiplier_factors(tape: Tape, multipliers: Sequence[Multiplier]) -> Iterator[Factor]:
+    """Yield the multipliers of a path as factors.
+
+    Args:
+        tape: The recorded forward pass.
+        multipliers: Numbers, and values that are made of parameters or are constant.
+
+    Raises:
+        UnmeasurableError: A multiplier cannot be read again later, or is no multiplier of whole channels.
+    """
+    for multiplier in multipliers:
+        if isinstance(multiplier, float):
+            if multiplier != 1.0:
+                yield Factor("scale", None, constant=multiplier)
+            continue
+        divides = isinstance(multiplier, Divisor)
+        value = multiplier.value if isinstance(multiplier, Divisor) else multiplier
+        if tape.made_of_parameters(value):
+            gain = _gain(tape, value)
+            yield replace(gain, layout=(*gain.layout, ("reciprocal",))) if divides else gain
+        elif not tape.is_data(value):
+            content = tape.tensors[value].double()
+            if float(content.min()) != float(content.max()):
+                raise UnmeasurableError("it is multiplied by a tensor that belongs to no parameter and no buffer")
+            number = float(content.max())
+            yield Factor("scale", None, constant=1 / number if divides else number)
+
+
+def _gain(tape: Tape, value: int) -> Factor:
+    try:
+        name, steps = recipe(tape, value)
+    except NoRecipeError as error:
+        raise UnmeasurableError(f"a multiplier on the path cannot be read: {error}") from None
+    shape = [size for size in tape.shape(value) if size != 1]
+    if len(shape) > 1:
+        raise UnmeasurableError("a multiplier on the path differs between tokens")
+    steps = tuple(step for step in steps if step[0] not in ("expand", "unsqueeze", "squeeze", "reshape"))
+    return Factor("scale", name, layout=steps, size=shape[0] if shape else None)

@@ -1,0 +1,74 @@
+"""Read a sum of products that multiply one value: a matrix, and the adapters beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lightning_spectral.discovery.multipliers import multiplier_factors
+from lightning_spectral.discovery.probe import Prober, Region
+from lightning_spectral.discovery.products import (
+    STACK,
+    Reader,
+    WeightProduct,
+    matrix_factor,
+    rows_read,
+    weight_product,
+)
+from lightning_spectral.discovery.routes import Addend, Route, UnmeasurableError
+from lightning_spectral.records import Factor
+
+__all__ = ["summed_matrix"]
+
+
+def summed_matrix(
+    region: Region, prober: Prober, value: int, addends: Sequence[Addend]
+) -> tuple[WeightProduct, Factor]:
+    """Return the product whose matrix the others are added to, and that matrix with its adapters.
+
+    Args:
+        region: The branch.
+        prober: Checks that all terms read the same channels and write the same channels.
+        value: The sum.
+        addends: Its terms; the first single product without multipliers is the one that the others adapt.
+
+    Raises:
+        UnmeasurableError: The terms are no matrices that can be added up, or one cannot be read.
+    """
+    products = {part: [_product(region, link) for link in part.links] for part in addends}
+    base = next((part for part in addends if len(part.links) == 1 and not part.links[0].multipliers), None)
+    if base is None:
+        raise UnmeasurableError("its matrix is multiplied by a number before an adapter is added to it")
+    first = products[base][0]
+    for part, chain in products.items():
+        written = (part.links[0].anchor, chain[0].channel)
+        channels = tuple(range(region.tape.shape(value)[first.channel]))
+        if prober.channel_map(region, written, (value, first.channel)) != channels or not prober.same_channels(
+            region, part.source, (first.data, first.channel), (chain[-1].data, chain[-1].channel)
+        ):
+            raise UnmeasurableError("it is a sum of products that do not read and write the same channels")
+    adapters = tuple(_adapter(region, prober, part, products[part]) for part in addends if part is not base)
+    return first, replace(matrix_factor(region.tape, first), adapters=adapters)
+
+
+def _product(region: Region, link: Route) -> WeightProduct:
+    operation = region.tape.producer(link.anchor)
+    assert operation is not None
+    return weight_product(region.tape, operation)
+
+
+def _adapter(region: Region, prober: Prober, part: Addend, products: Sequence[WeightProduct]) -> tuple[Factor, ...]:
+    """Return the chain of one adapter, multipliers included, the leftmost factor first."""
+    chain: list[Factor] = []
+    for position, (link, product) in enumerate(zip(part.links, products, strict=True)):
+        multipliers = tuple(multiplier_factors(region.tape, link.multipliers))
+        if any(factor.size is not None for factor in multipliers):
+            raise UnmeasurableError("an adapter beside its matrix is multiplied by a gain per channel")
+        matrix = matrix_factor(region.tape, product)
+        if STACK in matrix.layout:
+            raise UnmeasurableError("the adapters of stacked matrices are multiplied in one product")
+        if position > 0:
+            rows = rows_read(prober, region, product, link.anchor, Reader(products[position - 1]))
+            matrix = replace(matrix, rows=rows)
+        chain += [*multipliers, matrix]
+    return tuple(chain)
