@@ -33,6 +33,7 @@ from lightning_spectral.measure import measure
 from lightning_spectral.metrics import EffectiveRank, SpectralRatio, StableRank, TokenResidual, TokenSimilarity
 from lightning_spectral.monitor import SpectralMonitor
 from lightning_spectral.records import Branch, LayerMeasurement, Measurement, ResidualBlock
+from lightning_spectral.report import report
 
 __version__ = "0.1.0.dev0"
 
@@ -70,4 +71,5 @@ __all__ = [
     "read_actions",
     "read_events",
     "read_journal",
+    "report",
 ]

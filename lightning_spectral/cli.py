@@ -1,4 +1,4 @@
-"""The command line: ``lightning-spectral audit PATH``."""
+"""The command line: ``lightning-spectral audit PATH`` and ``lightning-spectral report RUN_DIR``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_spectral.audit import Comparison, audit, compare, printable
 from lightning_spectral.errors import SpectralError
 from lightning_spectral.records import Measurement
+from lightning_spectral.report import report, write_checkpoint_page
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -35,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser = _parser()
     except ModuleNotFoundError:
         return _failed("the command line needs jsonargparse: pip install 'lightning-spectral[cli]'")
-    options = parser.parse_args(None if arguments is None else list(arguments)).audit
+    options = parser.parse_args(None if arguments is None else list(arguments))
     try:
-        return _audit(options)
-    except (SpectralError, OSError) as error:
+        return _audit(options.audit) if options.subcommand == "audit" else _report(options.report)
+    except (SpectralError, OSError, ModuleNotFoundError) as error:
         return _failed(str(error))
 
 
@@ -57,8 +58,19 @@ def _parser() -> ArgumentParser:
     command.add_argument(
         "--fail-outside-zone", action="store_true", help="exit with 3 if a ratio (of the last checkpoint) is outside"
     )
-    parser.add_subcommands().add_subcommand("audit", command, help=command.description)
+    command.add_argument("--html", type=str | None, default=None, help="file to write a page with charts to")
+    page = ArgumentParser(description="Draw a run, also one that is still going, as one HTML file.")
+    page.add_argument("run_dir", type=str, help="log directory of the run, or its spectral.jsonl")
+    page.add_argument("--output", type=str | None, default=None, help="the page; beside spectral.jsonl by default")
+    commands = parser.add_subcommands()
+    commands.add_subcommand("audit", command, help=command.description)
+    commands.add_subcommand("report", page, help=page.description)
     return parser
+
+
+def _report(options: Any) -> int:
+    _say(sys.stdout, str(report(options.run_dir, options.output)))
+    return _OK
 
 
 def _audit(options: Any) -> int:
@@ -69,6 +81,8 @@ def _audit(options: Any) -> int:
     if options.json is not None:
         text = json.dumps({"paths": paths, **result.to_dict()}, indent=1, allow_nan=False)
         Path(options.json).write_text(text + "\n", encoding="utf-8")
+    if options.html is not None:
+        write_checkpoint_page(options.html, paths, measured)
     ratios = [layer.ratio for layer in measured[-1] if layer.ratio is not None]
     low, high = measured[-1].safe_zone
     if not options.fail_outside_zone:

@@ -109,7 +109,7 @@ class History:
         outside the safe zone. Blocks without a ratio are hatched.
 
         Returns:
-            A figure that belongs to no global state: save it with ``figure.savefig(path)``.
+            A figure that belongs to no global state. Save it with ``figure.savefig(path)``.
 
         Raises:
             ConfigurationError: Nothing was measured.

@@ -94,8 +94,8 @@ def read_actions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         path: A ``spectral.jsonl``.
 
     Returns:
-        The actions in the order in which they were taken: step, block, ratio before, changes of the logarithms of both
-        scales, reason.
+        The actions in the order in which they were taken, each with its step, its block, the ratio before, the changes
+        of the logarithms of both scales and the reason.
 
     Raises:
         ConfigurationError: The file is not one of ours.
@@ -110,8 +110,9 @@ def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         path: A ``spectral.jsonl``.
 
     Returns:
-        The events in order: level (``"info"``, ``"warning"`` or ``"alarm"``), step, step since which it has been so,
-        blocks, message, and where a trend leads there, the forecast step of collapse with its earliest and latest.
+        The events in order, each with its level (``"info"``, ``"warning"`` or ``"alarm"``), its step, the step since
+        which it has been so, its blocks, its message, and where a trend leads there, the forecast step of collapse with
+        its earliest and latest.
 
     Raises:
         ConfigurationError: The file is not one of ours.

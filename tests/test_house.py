@@ -171,6 +171,7 @@ def test_the_public_names_are_these():
         "read_actions",
         "read_events",
         "read_journal",
+        "report",
     ]
 
 

@@ -1,7 +1,12 @@
-"""Measurements in, figures and text out. Drawing needs the extra ``plot``; importing this package does not."""
+"""Measurements in; figures, pages and text out.
+
+Figures need the extra ``plot``, pages the extra ``report``; importing this package needs neither.
+"""
 
 from lightning_spectral.history import heatmap
+from lightning_spectral.report.checkpoint import write_checkpoint_page
 from lightning_spectral.report.loggers import send_figure
+from lightning_spectral.report.run import report
 from lightning_spectral.report.table import one_screen
 
-__all__ = ["heatmap", "one_screen", "send_figure"]
+__all__ = ["heatmap", "one_screen", "report", "send_figure", "write_checkpoint_page"]
