@@ -1,0 +1,156 @@
+"""Every fenced block of the documentation is run, checked, or says to the reader why it is not."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from pages import NOT_RUN, PAGES, ROOT, Block, blocks
+from reader import brought, write_files
+
+import lightning_spectral
+
+LANGUAGES = {"python", "bash", "yaml", "text", "{include}", "{toctree}"}
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+# What a page writes in capitals is the reader's own.
+PLACEHOLDERS = {
+    "PATH": "model_folder",
+    "BEFORE": "model_folder",
+    "AFTER": "finetuned_folder",
+    "RUN_DIR": "runs/gpt/version_0",
+}
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a reader has on disk, written once."""
+    folder = tmp_path_factory.mktemp("reader")
+    write_files(folder)
+    return folder
+
+
+@pytest.fixture
+def desk(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of the page's own, with the reader's files; the global random stream is as it was before."""
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        yield tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:spectral WARNING")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_blocks_of_a_page_run(name: str, desk: Path):
+    """One after the other, in one namespace; what stands directly below a block is what it prints."""
+    namespace = brought() | {"__name__": "page"}
+    for block in blocks(ROOT / name):
+        assert block.language in LANGUAGES, f"{name}:{block.line} is in an unknown language"
+        if block.is_run and block.language == "python":
+            compare(block, run_python(block, namespace, desk))
+        elif block.is_run and block.language == "bash":
+            printed = [run_command(command, desk) for command in commands(block)]
+            compare(block, "".join(printed))
+        elif block.language == "yaml":
+            check_yaml(yaml.safe_load(block.text))
+
+
+def run_python(block: Block, namespace: dict[str, object], desk: Path) -> str:
+    """Run a block where a traceback names its page and line; a script that a page asks to save is saved."""
+    source = "\n" * (block.line - 1) + block.text
+    if saved := re.search(r"[Ss]ave this as `([\w.]+)`", block.page.read_text(encoding="utf-8")):
+        path = desk / saved[1]
+        if not path.exists():
+            path.write_text(block.text, encoding="utf-8")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(source, str(block.page), "exec"), namespace)
+    return printed.getvalue()
+
+
+def commands(block: Block) -> list[Sequence[str]]:
+    """The commands of a block, comments left out."""
+    return [words for line in block.text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def run_command(words: Sequence[str], desk: Path) -> str:
+    """Run our own command line; look whether what any other command names exists."""
+    match list(words):
+        case ["lightning-spectral", *_]:
+            return run_ours(words, desk)
+        case ["make", target, *_]:
+            assert target in TARGETS, words
+        case ["pip", "install", *wanted]:
+            for extra in re.findall(r"\w+", "".join(re.findall(r"\[(.*?)\]", " ".join(wanted)))):
+                assert extra in EXTRAS, words
+        case ["python", script, *_]:
+            assert (ROOT / script).exists() or (desk / script).exists(), words
+        case ["pre-commit", "install"]:
+            assert (ROOT / ".pre-commit-config.yaml").exists()
+        case _:
+            pytest.fail(f"nobody knows how to try {shlex.join(words)!r}")
+    return ""
+
+
+def run_ours(words: Sequence[str], desk: Path) -> str:
+    """Run ``lightning-spectral`` in a process of its own; exit code 3 is an answer too."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "from lightning_spectral.cli import main; raise SystemExit(main())"]
+    command += [PLACEHOLDERS.get(word, word) for word in words[1:]]
+    done = subprocess.run(command, cwd=desk, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode in ({0, 3} if "--fail-outside-zone" in words else {0}), f"{words}\n{done.stderr}"
+    return done.stdout
+
+
+def compare(block: Block, printed: str) -> None:
+    """Compare what was printed with the page; three dots stand for anything."""
+    if block.output is None:
+        return
+    parts = [re.escape(part) for part in re.split(r"\.{3}", normal(block.output))]
+    assert re.fullmatch(".*".join(parts), normal(printed), re.DOTALL), (
+        f"{block.page.name}:{block.line} prints\n{printed}\nbut the page says\n{block.output}"
+    )
+
+
+def normal(text: str) -> str:
+    """Leave out what no reader sees: space at the ends of lines and of the whole."""
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+
+def check_yaml(node: object) -> None:
+    """Every class that a file names exists, and has the arguments that it is given."""
+    if isinstance(node, list):
+        for item in node:
+            check_yaml(item)
+    elif isinstance(node, dict):
+        if "class_path" in node and node["class_path"].startswith("lightning_spectral."):
+            built = getattr(lightning_spectral, node["class_path"].rpartition(".")[2])
+            assert set(node.get("init_args", {})) <= set(built.__init__.__annotations__)
+        for item in node.values():
+            check_yaml(item)
+
+
+def test_what_is_not_run_says_why():
+    """The marker is the first line of its block, gives a reason, and is rare."""
+    left_out = Counter()
+    for page, name in zip(PAGES, NAMES, strict=True):
+        for block in blocks(page):
+            if block.language in ("python", "bash") and not block.is_run:
+                left_out[name] += 1
+                assert len(block.text.splitlines()[0]) > len(NOT_RUN) + 8
+            assert NOT_RUN.strip() not in "\n".join(block.text.splitlines()[1:]), f"{name}:{block.line}"
+    assert left_out == {"docs/distributed.md": 2}
