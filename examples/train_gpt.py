@@ -139,7 +139,9 @@ class LitGPT(LightningModule):
         """AdamW, warmed up and annealed."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.1)
         steps = self.trainer.estimated_stepping_batches
-        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps, pct_start=0.1)
+        # Its warm-up ends at step `pct_start * steps - 1` and is divided by that: none in runs too short for one.
+        warmup = 0.1 if steps > 10 else 0.0
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps, pct_start=warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
 

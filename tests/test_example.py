@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import importlib
+import math
 import os
 import re
 import subprocess
@@ -38,6 +41,19 @@ def test_it_trains_watches_and_says_where_everything_lies(tmp_path: Path, linear
     assert header["linearization"] == linearization
     assert [record["step"] for record in records] == [0, 10, 20, 30]
     assert all(layer["ratio"] > 0 for record in records for layer in record["layers"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 9, 10, 11])
+def test_a_run_of_any_length_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int):
+    """The learning rate's cycle of ten steps once divided by the length of its warm-up, zero."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    script = importlib.import_module("train_gpt")
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *MODEL, "--steps", str(steps), "--out", str(tmp_path)])
+    with (script.train(script.parse()) / "metrics.csv").open(newline="") as file:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert len(losses) == steps
+    assert all(map(math.isfinite, losses))
 
 
 def test_the_model_knows_nothing_of_this_package():
