@@ -12,7 +12,7 @@ sys.path.append(str(ROOT / "docs" / "_ext"))
 sys.path.append(str(ROOT / "tests"))  # the zoo, from which the page of architectures is made
 
 project = "lightning_spectral"
-author = "The lightning_spectral authors"
+author = project_copyright = "The lightning_spectral authors"
 version = release = lightning_spectral.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated"]
@@ -42,6 +42,6 @@ html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["site.css"]
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
