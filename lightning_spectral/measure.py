@@ -81,6 +81,7 @@ class Meter:
         self.adapters: Adapters = settings.choice("adapters", adapters, get_args(Adapters))
         self.solver: Solver = RandomizedSVD() if solver is None else solver
         self.safe_zone = safe_zone
+        self._shared = _shared(self.blocks)
         self._reasons: dict[Branch, str | None] = {}
         self._keys: tuple[str, ...] = ()
         self._state: SolverState | None = None
@@ -114,7 +115,7 @@ class Meter:
             for branch, (paths, reason) in zip(branches, built, strict=True)
         }
         scales = _read_scales(self.model, self._scales, mesh)
-        layers = tuple(_layer(block, values, scales) for block in self.blocks)
+        layers = tuple(_layer(block, values, scales, self._shared) for block in self.blocks)
         return Measurement(step, self.linearization, layers, self.safe_zone, time.perf_counter() - start)
 
     def _spread(self) -> bool:
@@ -170,9 +171,13 @@ def measure(
 ) -> Measurement:
     """Measure every residual block of a model once.
 
+    A block with several branches of a kind, such as two MLPs of half a step, is measured by the first of them. To
+    measure the others, pass blocks without the first: ``dataclasses.replace(block, branches=block.branches[1:])``.
+
     Args:
         model: Any module with residual blocks.
-        blocks: The blocks to measure; found in the model by default.
+        blocks: The blocks to measure; found in the model by default. A module that several blocks share is measured
+            once, in the first of them; the others have a reason that names it.
         linearization: The rule that turns branches into linear operators: ``"circuit"`` (W_o W_v against
             W_down W_up, norm gains and residual multipliers included), ``"paper"`` (W_o against W_down W_up, as in
             'The 1:1 Rule') or ``"jacobian"`` (the derivatives of both branches on ``batch``, which are dearer: see
@@ -270,11 +275,30 @@ def _read_scales(
     return dict(zip(paths, together.exp().tolist(), strict=True))
 
 
+def _shared(blocks: Sequence[ResidualBlock]) -> dict[tuple[str, str], str]:
+    """Return where a branch is listed that a block shares with an earlier one, by the block's name and the kind."""
+    found = {}
+    for block in blocks:
+        for kind, branch in (("attention", block.attention), ("mlp", block.mlp)):
+            for alias in () if branch is None else branch.aliases:
+                users = (other for other in blocks if other != block and alias.startswith(f"{other.name}."))
+                found.update({(other.name, kind): block.name for other in users})
+    return found
+
+
 def _layer(
-    block: ResidualBlock, values: Mapping[Branch, _Value], scales: Mapping[Branch | None, float]
+    block: ResidualBlock,
+    values: Mapping[Branch, _Value],
+    scales: Mapping[Branch | None, float],
+    shared: Mapping[tuple[str, str], str],
 ) -> LayerMeasurement:
-    attention = values[block.attention] if block.attention is not None else _Value()
-    mlp = values[block.mlp] if block.mlp is not None else _Value()
+    def value(kind: str, branch: Branch | None) -> _Value:
+        if branch is not None:
+            return values[branch]
+        owner = shared.get((block.name, kind))
+        return _Value(reason=None if owner is None else f"it is that of {owner}, where it is measured")
+
+    attention, mlp = value("attention", block.attention), value("mlp", block.mlp)
     bounds = [value.bound for value in (attention, mlp) if value.bound is not None]
     return LayerMeasurement(
         index=block.index,

@@ -116,6 +116,8 @@ class Branch:
         ends: The parameters (weights and biases, or gain and bias of a norm behind them) that have to be scaled to
             scale the branch: its output is homogeneous of degree one in them together, and nothing else uses them.
         ends_reason: Why there are no such parameters, ``None`` where there are.
+        aliases: Further paths of the module at the site. A module that several blocks share is one branch, listed in
+            the first block that runs it; what scales it there scales it in all of them.
     """
 
     kind: BranchKind
@@ -125,6 +127,7 @@ class Branch:
     reason: str | None = None
     ends: tuple[End, ...] = ()
     ends_reason: str | None = None
+    aliases: tuple[str, ...] = ()
 
     @property
     def factors(self) -> tuple[Factor, ...]:
@@ -156,7 +159,7 @@ class ResidualBlock:
 
     @property
     def attention(self) -> Branch | None:
-        """The branch that moves information between tokens (its ``kind`` says whether it is attention)."""
+        """The first branch that moves information between tokens (its ``kind`` says whether it is attention)."""
         mixers = [branch for branch in self.branches if branch.kind in ("attention", "mixer")]
         return next((branch for branch in mixers if branch.kind == "attention"), mixers[0] if mixers else None)
 

@@ -629,16 +629,45 @@ def test_blocks_that_share_a_weight_are_both_measured_with_it() -> None:
     assert exact(model, again).layers == exact(model, blocks).layers
 
 
-@pytest.mark.xfail(strict=True, reason="a module in two blocks has one path, and is listed in the first block only")
-def test_blocks_that_share_a_module_are_both_measured_with_it() -> None:
-    """One MLP for two blocks."""
-    model, blocks = built("nanogpt")
+def test_a_module_that_blocks_share_is_listed_once_and_names_its_other_places() -> None:
+    """One MLP for two blocks: it has one path and one scale, so the second block says where it is measured."""
+    model, _ = built("nanogpt")
     first, second, _ = layers(model, "nanogpt")
     second.mlp, second.ln_2 = first.mlp, first.ln_2
-    again = find_blocks(model, *example("nanogpt").inputs(model)[0])
-    assert [block.name for block in again] == [block.name for block in blocks]
-    one, two, three = exact(model, again)
-    assert one.mlp_norm == two.mlp_norm != three.mlp_norm
+    one, two, three = blocks = find_blocks(model, *example("nanogpt").inputs(model)[0])
+    assert one.mlp is not None
+    assert two.attention is not None
+    assert (one.mlp.aliases, two.mlp, two.attention.aliases) == (("transformer.h.1.mlp",), None, ())
+    assert [branch.aliases for branch in three.branches] == [(), ()]
+    for measured_, solver in ((measure(model, blocks), None), (exact(model, blocks), ExactSVD())):
+        assert [layer.ratio is None for layer in measured_] == [False, True, False]
+        assert measured_.layers[1].reason == "mlp: it is that of transformer.h.0, where it is measured"
+        alone = measure(model, [replace(two, branches=(two.attention, one.mlp))], solver=solver).layers[0]
+        assert alone.mlp_norm == measured_.layers[0].mlp_norm
+
+
+def test_a_block_that_stands_in_several_places_names_them() -> None:
+    """One block three times in a list."""
+    model, _ = built("nanogpt")
+    model.transformer["h"] = nn.ModuleList([model.transformer["h"][0]] * 3)
+    (block,) = find_blocks(model, *example("nanogpt").inputs(model)[0])
+    for branch in block.branches:
+        word = branch.site.rpartition(".")[2]
+        assert branch.aliases == (f"transformer.h.1.{word}", f"transformer.h.2.{word}")
+    assert [layer.reason for layer in measure(model, [block])] == [None]
+
+
+def test_of_two_branches_of_a_kind_the_first_is_measured_and_the_others_on_request() -> None:
+    """Two MLPs of half a step around the attention."""
+    model, blocks = built("macaron")
+    found = exact(model, blocks)
+    behind = exact(model, [replace(block, branches=block.branches[1:]) for block in blocks])
+    for block, layer, other in zip(layers(model, "macaron"), found, behind, strict=True):
+        for mlp, norm in ((block.ffn1, layer.mlp_norm), (block.ffn2, other.mlp_norm)):
+            gain, up, down = (mlp.net[place].weight.detach().double() for place in (0, 1, 4))
+            wanted = torch.linalg.matrix_norm(0.5 * down @ up * gain, ord=2)
+            assert norm == pytest.approx(float(wanted), rel=1e-6)
+        assert layer.attention_norm == other.attention_norm
 
 
 @pytest.mark.parametrize("name", ["nanogpt", "qkv_per_head", "mixtral", "gpt2", "dbrx", "deepseek_v3", "llama"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -41,21 +42,31 @@ def blocks_of(tape: Tape, model: nn.Module) -> tuple[list[ResidualBlock], list[s
     adds, refused = residual_adds(tape)
     found, homeless = branches_of(tape, adds, prober)
     modules = dict(model.named_modules())
+    names = _names(model)
     outside = _weights_outside(tape, found)
     finder = EndFinder(tape, model, found, prober)
     blocks = []
     for index, (name, members) in enumerate(_named_groups(modules, found).items()):
         kinds = _settled_kinds(members)
-        branches = tuple(
+        records = [
             finder.with_ends(finished(tape, modules, name, branch, kind, prober), branch, name)
             for branch, kind in zip(members, kinds, strict=True)
-        )
+        ]
+        branches = tuple(replace(record, aliases=names.get(record.site, ())) for record in records)
         problem = _problem(tape, name, members, outside, prober)
         evidence = "trace" if problem is None else f"trace; not verified: {problem}"
         blocks.append(
             ResidualBlock(index, name, branches, problem is None, evidence, _token_dims(tape, members, prober))
         )
     return blocks, [*refused, *homeless]
+
+
+def _names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the further paths of every module that has several, by the path that it is known under."""
+    found: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(module, []).append(path)
+    return {first: tuple(others) for first, *others in found.values() if others}
 
 
 def _token_dims(tape: Tape, members: Sequence[FoundBranch], prober: Prober) -> tuple[int, ...]:

@@ -106,7 +106,7 @@ def _branch(model: nn.Module, block: str, kind: BranchKind, hint: Any, known: Br
     element = known.output_index if index is None and known is not None else index
     branch = Branch(kind, path, element, paths, reason)
     if known is not None and (path, element) == (known.site, known.output_index):
-        return replace(branch, ends=known.ends, ends_reason=known.ends_reason)
+        return replace(branch, ends=known.ends, ends_reason=known.ends_reason, aliases=known.aliases)
     return _with_ends(model, branch)
 
 

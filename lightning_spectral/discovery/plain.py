@@ -44,6 +44,7 @@ def to_plain(blocks: Iterable[ResidualBlock]) -> dict[str, Any]:
             "reason": item.reason,
             "ends": [[end.parameter, end.offset] for end in item.ends],
             "ends_reason": item.ends_reason,
+            "aliases": list(item.aliases),
         }
 
     listed = [
@@ -110,6 +111,7 @@ def _branch(plain: dict[Any, Any], factors: list[Factor]) -> Branch:
         reason,
         tuple(End(_text(path), _real(offset)) for path, offset in map(_list, _list(plain.get("ends")))),
         ends_reason,
+        tuple(_text(path) for path in _list(plain.get("aliases", ()))),
     )
 
 

@@ -21,6 +21,14 @@ from lightning_spectral.discovery.tape import Call, Operation, Place, Ref, Tape
 __all__ = ["record", "undisturbed"]
 
 
+# Fused operations that hide a sum are recorded as what they compute: x, what multiplies it, and what is added.
+_SPELLED_OUT: dict[str, Callable[..., tuple[Tensor, Any, Tensor]]] = {
+    "lerp": lambda x, y, weight: (x, 1 - weight, y * weight),
+    "addcmul": lambda x, y, z, value=1: (x, 1, value * (y * z)),
+    "addcdiv": lambda x, y, z, value=1: (x, 1, value * (y / z)),
+}
+
+
 @dataclass(slots=True)
 class _Storage:
     """What is known of one storage: the values in it, those that a write made stale, and the writes so far."""
@@ -102,6 +110,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and note it."""
         kwargs = kwargs or {}
+        name = _name(func)
+        spelled_out = _SPELLED_OUT.get(name.removesuffix("_")) if "out" not in kwargs else None
+        if spelled_out is not None:
+            with self:
+                x, factor, added = spelled_out(*args, **kwargs)
+                return x.mul_(factor).add_(added) if name.endswith("_") else x * factor + added
         inputs: list[int] = []
 
         def note(leaf: Any) -> Any:
@@ -123,9 +137,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         tensors = written + tensors_in(result)
         places = [_place(tensor) for tensor in tensors]
-        schema = getattr(func, "_schema", None)
-        name = func.name() if schema is None else schema.name.split("::")[-1]
-        operation = Operation(len(self.tape.operations), name, func, args, kwargs, inputs, call=self._call)
+        operation = Operation(len(self.tape.operations), _name(func), func, args, kwargs, inputs, call=self._call)
         if not written and len(places) == 1 and places[0] in self.storages[places[0].storage].current:
             return  # a view of the whole (detach, alias, view to the same shape) is the value itself
         self._append(operation, [tensor.detach() for tensor in tensors], places)
@@ -142,6 +154,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Undo what the forward pass wrote into parameters, buffers and its own inputs."""
         for live, before in self.changed.values():
             live.copy_(before)
+
+
+def _name(func: Any) -> str:
+    schema = getattr(func, "_schema", None)
+    name: str = func.name() if schema is None else schema.name.split("::")[-1]
+    return name
 
 
 def _place(tensor: Tensor) -> Place:

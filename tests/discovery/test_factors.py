@@ -347,6 +347,13 @@ class Multiplied(Block):
         "divided by a gain": (lambda block, x, y: x + y / block.fours, 0.25),
         "times a constant vector": (lambda block, x, y: x + y * torch.full((32,), 4.0), 4.0),
         "twice": (lambda block, x, y: torch.add(x, (y * 3) / block.four, alpha=2), 1.5),
+        "interpolated": (lambda block, x, y: torch.lerp(x, y, 0.25), 0.25),
+        "interpolated from the branch": (lambda block, x, y: torch.lerp(y, x, 0.25), 0.75),
+        "interpolated in place": (lambda block, x, y: (x + 0).lerp_(y, 0.25), 0.25),
+        "interpolated by a parameter": (lambda block, x, y: torch.lerp(x, y, block.four), 4.0),
+        "fused with a gain": (lambda block, x, y: torch.addcmul(x, y, block.fours, value=0.5), 2.0),
+        "fused with a gain in place": (lambda block, x, y: (x + 0).addcmul_(block.fours, y), 4.0),
+        "fused with a divisor": (lambda block, x, y: torch.addcdiv(x, y, block.fours, value=2), 0.5),
     }
 
     def __init__(self, way: str = "minus") -> None:
@@ -373,6 +380,46 @@ def test_every_multiplier_of_a_branch_is_a_factor(way: str) -> None:
                 for path in (branch.paths[0], bare)
             )
             assert float(with_scale / without) == pytest.approx(Multiplied.WAYS[way][1], rel=1e-6)
+
+
+class Multiplier(nn.Module):
+    """A linear layer that multiplies its product while it adds the bias."""
+
+    WAYS: ClassVar[dict[str, tuple[Callable[[Any, Tensor], Tensor], float]]] = {
+        "alpha of a sum": (lambda layer, x: torch.add(layer.bias, x @ layer.weight.T, alpha=0.25), 0.25),
+        "alpha of a difference": (lambda layer, x: torch.sub(layer.bias, x @ layer.weight.T, alpha=0.25), 0.25),
+        "alpha of a product": (
+            lambda layer, x: torch.addmm(layer.bias, x.flatten(0, 1), layer.weight.T, alpha=0.25).view_as(x),
+            0.25,
+        ),
+        "beta of a product": (
+            lambda layer, x: torch.addmm(layer.bias, x.flatten(0, 1), layer.weight.T, beta=0.25).view_as(x),
+            1.0,
+        ),
+    }
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.weight, self.bias = way, nn.Parameter(torch.randn(32, 32)), nn.Parameter(torch.randn(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.WAYS[self.way][0](self, x)
+
+
+@pytest.mark.parametrize("way", Multiplier.WAYS)
+def test_what_multiplies_a_product_inside_a_branch_is_a_factor(way: str) -> None:
+    """Fused additions have factors of their own."""
+    model = NanoGPT(layers=1).double().eval()
+    attention = model.transformer["h"][0].attn
+    attention.c_proj = Multiplier(way).double()
+    factors = find_blocks(model)[0].branches[0].factors
+    values = next(factor for factor in factors if factor.role == "value")
+    product = linearize(model, Path(tuple(factor for factor in factors if factor.role != "pre_norm")), "circuit")
+    assert values.rows == (range(64, 96),)
+    torch.testing.assert_close(
+        product.operator.dense().abs(),
+        (Multiplier.WAYS[way][1] * attention.c_proj.weight @ attention.c_attn.weight[64:]).detach().abs(),
+    )
 
 
 def test_a_multiplier_that_nobody_owns_is_a_reason() -> None:
