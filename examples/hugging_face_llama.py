@@ -7,8 +7,9 @@ Nothing is downloaded: the weights are random, and the text is the standard libr
 Blocks are found in the model as it is: grouped key/value heads, a gated MLP and RMSNorm need no word of yours. Any
 other model of `transformers` takes the place of `LlamaForCausalLM`, pretrained ones too.
 
-What to look for: the table at the end and the heatmap, from left to right. The first block usually parts from the
-others early. That is what training does here, not a fault; whether a run goes well, the loss says.
+What to look for: the table at the end; in the heatmap, when which block parts from the others; in the report, the same
+and more, with the numbers under the pointer. Blocks leave the zone here while the loss falls as it should: that is
+information about the model, not a fault.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader
 from train_gpt import Windows, read_standard_library
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_spectral import SpectralMonitor
+from lightning_spectral import SpectralMonitor, report
 
 
 class LitLlama(LightningModule):
@@ -98,6 +99,10 @@ def main() -> None:
     folder = Path(logger.log_dir)
     print(f"\nvalidation loss    {trainer.callback_metrics['val/loss']:.3f} nats per byte")
     print(f"heatmap            {folder / 'spectral.png'}\nevery measurement  {folder / 'spectral.jsonl'}")
+    try:  # the same as `lightning-spectral report FOLDER`
+        print(f"report             {report(folder)}")
+    except ModuleNotFoundError as missing:
+        print(missing)
 
 
 if __name__ == "__main__":

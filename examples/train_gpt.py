@@ -222,6 +222,7 @@ def report(folder: Path) -> None:
     ):
         print(f"{what:<30} {folder / name}")
     print(f"{'curves and heatmap':<30} tensorboard --logdir {folder.parent}")
+    print(f"{'to look closer':<30} lightning-spectral report {folder}")
 
 
 if __name__ == "__main__":

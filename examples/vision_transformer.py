@@ -106,6 +106,7 @@ def main() -> None:
     folder = Path(logger.log_dir)
     print(f"\naccuracy           {trainer.callback_metrics['val/accuracy']:.1%} of {len(held_out)} images")
     print(f"heatmap            {folder / 'spectral.png'}\nevery measurement  {folder / 'spectral.jsonl'}")
+    print(f"to look closer     lightning-spectral report {folder}")
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ def watched(folder: Path, printed: str, blocks: str, steps: list[int]) -> None:
     assert f"step {steps[-1]}, safe zone (0.5, 2)" in printed
     rows = re.findall(rf"^ +\d  {re.escape(blocks)}\.\d +\S+ +\S+ +(\S+)", printed, re.M)
     assert [float(row) for row in rows] == pytest.approx(ratios[-1], rel=1e-3)
-    named = [folder.parents[2] / path for path in re.findall(r"(runs/\S+\.\w+)", printed)]
-    assert [path.name for path in named[-2:]] == ["spectral.png", "spectral.jsonl"]
-    assert named[-2].read_bytes().startswith(b"\x89PNG")
+    places = dict(re.findall(r"^(heatmap|every measurement) +(\S+)$", printed, re.M))
+    assert folder.parents[2] / places["every measurement"] == folder / "spectral.jsonl"
+    assert (folder.parents[2] / places["heatmap"]).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_llama_learns_and_is_watched(run: Callable[..., str], tmp_path: Path):
@@ -44,6 +44,8 @@ def test_a_llama_learns_and_is_watched(run: Callable[..., str], tmp_path: Path):
     printed = run("hugging_face_llama.py", *SMALL, *text, "--heads", "2", "--kv-heads", "1")
     folder = tmp_path / "runs" / "llama" / "version_0"
     watched(folder, printed, "model.model.layers", [0, 10, 20, 30])
+    (page,) = re.findall(r"^report +(\S+)$", printed, re.M)
+    assert "model.model.layers.2" in (tmp_path / page).read_text(encoding="utf-8")
     assert column(folder, "val/loss")[-1] < column(folder, "train/loss")[0] - 0.5
 
 
