@@ -10,6 +10,7 @@ import shutil
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,8 +98,6 @@ def run_command(words: Sequence[str], desk: Path) -> str:
                 assert extra in EXTRAS, words
         case ["python", script, *_]:
             assert (ROOT / script).exists() or (desk / script).exists(), words
-        case ["pre-commit", "install"]:
-            assert (ROOT / ".pre-commit-config.yaml").exists()
         case _:
             pytest.fail(f"nobody knows how to try {shlex.join(words)!r}")
     return ""
@@ -139,6 +138,22 @@ def check_yaml(node: object) -> None:
             assert set(node.get("init_args", {})) <= set(built.__init__.__annotations__)
         for item in node.values():
             check_yaml(item)
+
+
+def test_a_page_that_is_wrong_is_told(desk: Path):
+    """With its name and line, whether its code fails, its output differs or its command is unknown."""
+    page = desk / "page.md"
+    page.write_text("Words.\n\n```python\nprint(6 * 7)\n```\n\n```text\n4...1\n```\n\n```bash\nreboot\n```\n")
+    code, command = blocks(page)
+    printed = run_python(code, {}, desk)
+    with pytest.raises(AssertionError, match=r"page\.md:4 prints\s+42\s+but the page says\s+4\.\.\.1"):
+        compare(code, printed)
+    compare(replace(code, output="4...\n"), printed)
+    with pytest.raises(pytest.fail.Exception, match="nobody knows how to try 'reboot'"):
+        run_command(*commands(command), desk)
+    with pytest.raises(ZeroDivisionError, match="division by zero") as error:
+        run_python(replace(code, text="1\n1 / 0\n"), {}, desk)
+    assert (error.traceback[-1].path, error.traceback[-1].lineno) == (page, 4)
 
 
 def test_what_is_not_run_says_why():
