@@ -269,7 +269,7 @@ class Written(nn.Module):
         self.middle = nn.Parameter(torch.randn(3, 3))
         self.scale = nn.Parameter(torch.tensor(0.7))
         self.gains = nn.Parameter(torch.rand(m) + 0.5)
-        self.kernel = nn.Parameter(torch.randn(n, 1, 3))
+        self.full = nn.Parameter(torch.randn(m, n) / 6)
 
     WAYS: dict[str, tuple[Callable[[Written, Tensor, Tensor], Tensor], Callable[[Written], Tensor]]]
 
@@ -299,7 +299,11 @@ Written.WAYS = {
         lambda s: 0.5 * s.b @ s.a,
     ),
     "einsum": (lambda s, x, y: y + torch.einsum("btn,rn,mr->btm", x, s.a, s.b), lambda s: s.b @ s.a),
-    "wide": (lambda s, x, y: y + F.linear(x, s.b @ s.a), None),
+    "a second layer": (lambda s, x, y: y + F.linear(x, s.full), lambda s: s.full),
+    "formed": (lambda s, x, y: y + F.linear(x, s.b @ s.a), None),
+    "of the token before": (lambda s, x, y: y + x.roll(1, 1) @ s.a.T @ s.b.T, None),
+    "for the token behind": (lambda s, x, y: y + (x @ s.a.T @ s.b.T).roll(1, 1), None),
+    "across tokens between": (lambda s, x, y: y + (x @ s.a.T).roll(1, 1) @ s.b.T, None),
     "channels reversed": (lambda s, x, y: y + x.flip(-1) @ s.a.T @ s.b.T, None),
     "output reversed": (lambda s, x, y: y + (x @ s.a.T @ s.b.T).flip(-1), None),
     "inner channels reversed": (

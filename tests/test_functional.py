@@ -431,7 +431,7 @@ def test_a_branch_that_starts_at_zero_has_no_ratio() -> None:
     assert layer.mlp_norm == 0
     assert layer.attention_norm > 0
     assert layer.ratio is None
-    assert layer.reason is None
+    assert (layer.mlp_reason, layer.reason) == (None, "mlp: its norm is zero")
     assert layer.functional.frobenius_ratio is None
     assert layer.functional.update_ratio is None
     assert layer.functional.mlp_gain_mean == 0

@@ -169,8 +169,8 @@ class Prober:
             return True
         return moved[0].shape == moved[1].shape and float((moved[0] ^ moved[1]).double().mean()) < 0.1
 
-    def same_channels(self, region: Region, source: int, first: tuple[int, int], second: tuple[int, int]) -> bool:
-        """Whether two values, each given with its channel dimension, are one value up to the order of positions.
+    def same_rows(self, region: Region, source: int, first: tuple[int, int], second: tuple[int, int]) -> bool:
+        """Whether two values, each given with its channel dimension, hold the same channels at the same positions.
 
         Args:
             region: The branch.
@@ -179,15 +179,40 @@ class Prober:
             second: Another one.
         """
         question = ("same", region.local(source), region.local(first[0]), first[1], region.local(second[0]), second[1])
-        return self.once(region, question, lambda: self._same_content(source, first, second))
+        return self.once(region, question, lambda: self._same_rows(source, first, second))
 
-    def _same_content(self, source: int, first: tuple[int, int], second: tuple[int, int]) -> bool:
+    def _same_rows(self, source: int, first: tuple[int, int], second: tuple[int, int]) -> bool:
         content = {source: _noise(self.tape.tensors[source], seed=10)}
         try:
             one, other = (self._columns(content, target, {}) for target in (first, second))
         except (RuntimeError, IndexError, ValueError, TypeError):
             return False
         return torch.equal(one, other)
+
+    def keeps_positions(self, region: Region, source: tuple[int, int], target: tuple[int, int]) -> bool:
+        """Whether what a value holds at a position reaches another value there, and nowhere else.
+
+        Args:
+            region: The branch.
+            source: A value and its channel dimension.
+            target: A value that is affine in it, and its channel dimension.
+        """
+        question = ("positions", region.local(source[0]), source[1], region.local(target[0]), target[1])
+        return self.once(region, question, lambda: self._keeps_positions(source, target))
+
+    def _keeps_positions(self, source: tuple[int, int], target: tuple[int, int]) -> bool:
+        value, dimension = source
+        rows = _noise(self.tape.tensors[value], seed=11).movedim(dimension, -1)
+        signs = torch.rand(rows.shape[:-1], generator=torch.Generator().manual_seed(12)).to(rows.device).round() * 2 - 1
+        contents = (torch.zeros_like(rows), rows, rows * signs.unsqueeze(-1))
+        try:
+            silent, once, signed = (
+                self._columns({value: content.movedim(-1, dimension)}, target, {}) for content in contents
+            )
+            error = (signed - silent) - (once - silent) * signs.reshape(-1, 1)
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return False
+        return bool(error.abs().max() <= _TOLERANCE * (once - silent).abs().max())
 
     def channel_map(
         self, region: Region, source: tuple[int, int], target: tuple[int, ...], frozen: Iterable[int] = ()

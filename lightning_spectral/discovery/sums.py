@@ -41,14 +41,27 @@ def summed_matrix(
         raise UnmeasurableError("its matrix is multiplied by a number before an adapter is added to it")
     first = products[base][0]
     for part, chain in products.items():
-        written = (part.links[0].anchor, chain[0].channel)
-        channels = tuple(range(region.tape.shape(value)[first.channel]))
-        if prober.channel_map(region, written, (value, first.channel)) != channels or not prober.same_channels(
-            region, part.source, (first.data, first.channel), (chain[-1].data, chain[-1].channel)
-        ):
+        if not _is_alike(region, prober, value, first, part, chain):
             raise UnmeasurableError("it is a sum of products that do not read and write the same channels")
     adapters = tuple(_adapter(region, prober, part, products[part]) for part in addends if part is not base)
     return first, replace(matrix_factor(region.tape, first), adapters=adapters)
+
+
+def _is_alike(
+    region: Region, prober: Prober, value: int, first: WeightProduct, part: Addend, chain: Sequence[WeightProduct]
+) -> bool:
+    """Whether a term reads what the first product reads, and writes its channels in order, position by position."""
+    channels = tuple(range(region.tape.shape(value)[first.channel]))
+    written = (part.links[0].anchor, chain[0].channel)
+    readers = [(value, first.channel), *((product.data, product.channel) for product in chain[:-1])]
+    return (
+        prober.same_rows(region, part.source, (first.data, first.channel), (chain[-1].data, chain[-1].channel))
+        and prober.channel_map(region, written, readers[0]) == channels
+        and all(
+            prober.keeps_positions(region, (link.anchor, product.channel), reader)
+            for link, product, reader in zip(part.links, chain, readers, strict=True)
+        )
+    )
 
 
 def _product(region: Region, link: Route) -> WeightProduct:
