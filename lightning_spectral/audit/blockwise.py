@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from lightning_spectral.audit.ahead import ReadAhead
 from lightning_spectral.audit.files import Checkpoint, open_checkpoint
 from lightning_spectral.audit.hugging_face import from_config
-from lightning_spectral.audit.skeleton import parameters_of, skeleton, unwrapped
+from lightning_spectral.audit.skeleton import parameters_of, unwrapped
 from lightning_spectral.audit.source import Source, find_source, refuse_differences
 from lightning_spectral.audit.untrusted import damage, printable, read_json
 from lightning_spectral.control.fuse import scale_keys
@@ -67,20 +69,29 @@ def audit(
     found, source = _structure(checkpoint, blocks, config)
     _refuse_unplaced_scales(checkpoint, found, source)
     layers: list[LayerMeasurement] = []
-    for block in found:
-        try:
-            model = skeleton(block, source.readers, source.read)
-            layers += Meter(model, (block,), linearization=linearization, solver=solver).measure().layers
-        except SpectralError:
-            raise
-        except Exception as error:  # what layouts lead to that do not fit the weights, and may come from the file
-            raise CheckpointError(
-                f"{printable(path)}: the weights of {printable(block.name)} do not fit together: {printable(error)}"
-            ) from None
-        if progress is not None:
-            progress(len(layers), len(found))
+    with ReadAhead(found, source) as weights:
+        for position, block in enumerate(found):
+            with _fitting(path, block):
+                meter = Meter(weights.read(position), (block,), linearization=linearization, solver=solver)
+                layers += meter.measure().layers
+            del meter  # and with it the weights, before the block after the next one is read
+            if progress is not None:
+                progress(len(layers), len(found))
     _refuse_empty(checkpoint, layers)
     return Measurement(checkpoint.step, linearization, tuple(layers), seconds=time.perf_counter() - start)
+
+
+@contextmanager
+def _fitting(path: str | Path, block: ResidualBlock) -> Iterator[None]:
+    """Say which block has weights that its layouts do not fit; layouts may come from the file, and do anything."""
+    try:
+        yield
+    except SpectralError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{printable(path)}: the weights of {printable(block.name)} do not fit together: {printable(error)}"
+        ) from None
 
 
 def _structure(

@@ -38,6 +38,7 @@ class Checkpoint:
         folder: Where ``config.json`` would lie.
         shapes: Shape of every tensor.
         read: Returns a tensor. Its memory belongs to the file wherever the format allows it.
+        copied: Whether the format does not allow it.
         step: Optimizer step at which it was written, 0 where the file does not say.
         blocks: What a monitor of this package has left in the checkpoint, as it is; ``None`` where there was none.
     """
@@ -46,6 +47,7 @@ class Checkpoint:
     folder: Path
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
+    copied: bool = False
     step: int = 0
     blocks: Any = None
 
@@ -73,7 +75,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_dir():
         return _named(path, path.parent, _open_file(path))
     if (path / METADATA).exists():
-        return _named(path, path, (*open_distributed(path), _beside(path)))
+        return _named(path, path, _open_distributed(path))
     index = next((path / name for name in _INDICES if (path / name).exists()), None)
     if index is not None:
         return _named(path, path, _open_shards(index))
@@ -87,22 +89,29 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return _named(path, path, _open_file(candidates[0]))
 
 
-Facts = tuple[int, Any]  # step and blocks
-_NO_FACTS: Facts = 0, None
-Tensors = tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor], Facts]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Opened:
+    """What a file or the files of a folder hold; see :class:`Checkpoint`."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    copied: bool = False
+    step: int = 0
+    blocks: Any = None
 
 
-def _named(path: Path, folder: Path, tensors: Tensors) -> Checkpoint:
+def _named(path: Path, folder: Path, found: _Opened) -> Checkpoint:
     """Leave out what wrappers add to names, and names that belong to no module."""
-    shapes, read, facts = tensors
-    stored = {plain_name(name): name for name in shapes if len(name) <= _MAX_NAME and name.isprintable()}
+    stored = {plain_name(name): name for name in found.shapes if len(name) <= _MAX_NAME and name.isprintable()}
     if not stored:
         raise CheckpointError(f"{printable(path)}: found no tensors, expected the weights of a model")
-    plain = {name: shapes[key] for name, key in stored.items()}
-    return Checkpoint(path, folder, plain, lambda name: read(stored[name]), *facts)
+    shapes = {name: found.shapes[key] for name, key in stored.items()}
+    return Checkpoint(
+        path, folder, shapes, lambda name: found.read(stored[name]), found.copied, found.step, found.blocks
+    )
 
 
-def _open_shards(index: Path) -> Tensors:
+def _open_shards(index: Path) -> _Opened:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         raise CheckpointError(f"{printable(index)}: expected an object 'weight_map' from tensor names to file names")
@@ -113,17 +122,17 @@ def _open_shards(index: Path) -> Tensors:
                 f"{printable(index)}: the shard {printable(name)!r} is not the name of a file beside it"
             )
     shards = {name: _open_file(index.parent / name) for name in names}
-    absent = [key for key, name in weight_map.items() if key not in shards[name][0]]
+    absent = [key for key, name in weight_map.items() if key not in shards[name].shapes]
     if absent:
         raise CheckpointError(
             f"{printable(index)}: {len(absent)} tensor(s) are not in the shard that the index names, the first is "
             f"{printable(absent[0])}"
         )
-    shapes = {key: shards[name][0][key] for key, name in weight_map.items()}
-    return shapes, lambda key: shards[weight_map[key]][1](key), _NO_FACTS
+    shapes = {key: shards[name].shapes[key] for key, name in weight_map.items()}
+    return _Opened(shapes, lambda key: shards[weight_map[key]].read(key))
 
 
-def _open_file(path: Path) -> Tensors:
+def _open_file(path: Path) -> _Opened:
     if not path.is_file():
         raise CheckpointError(f"{printable(path)}: no such file, expected a checkpoint file or a model folder")
     with damage(path, "a file"), path.open("rb") as file:
@@ -136,7 +145,7 @@ def _open_file(path: Path) -> Tensors:
     return _open_torch(path, start)
 
 
-def _open_safetensors(path: Path, start: bytes) -> Tensors:
+def _open_safetensors(path: Path, start: bytes) -> _Opened:
     expected = "a safetensors file"
     with damage(path, expected):
         try:
@@ -157,10 +166,10 @@ def _open_safetensors(path: Path, start: bytes) -> Tensors:
             assert isinstance(tensor, Tensor)
             return tensor
 
-    return shapes, read, _NO_FACTS
+    return _Opened(shapes, read)
 
 
-def _open_torch(path: Path, start: bytes) -> Tensors:
+def _open_torch(path: Path, start: bytes) -> _Opened:
     with damage(path, "a file of torch.save that holds tensors and plain values only"):
         mapped = start.startswith(_ZIP)
         if mapped:
@@ -168,22 +177,23 @@ def _open_torch(path: Path, start: bytes) -> Tensors:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         state = _state_dict(loaded)
         tensors = {key: value for key, value in state.items() if isinstance(key, str) and is_plain(value)}
-        facts = _facts(loaded)
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__, facts
+        step, blocks = _facts(loaded)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return _Opened(shapes, tensors.__getitem__, step=step, blocks=blocks)
 
 
-def _beside(folder: Path) -> Facts:
-    """Return the facts in the file that Lightning puts beside the shards."""
-    path = folder / _REST
-    if not path.is_file():
-        return _NO_FACTS
-    with damage(path, "what Lightning writes beside the shards"):
-        refuse_bomb(path)
-        return _facts(torch.load(path, map_location="cpu", weights_only=True))
+def _open_distributed(folder: Path) -> _Opened:
+    shapes, read = open_distributed(folder)
+    step, blocks, rest = 0, None, folder / _REST
+    if rest.is_file():
+        with damage(rest, "what Lightning writes beside the shards"):
+            refuse_bomb(rest)
+            step, blocks = _facts(torch.load(rest, map_location="cpu", weights_only=True))
+    return _Opened(shapes, read, copied=True, step=step, blocks=blocks)
 
 
-def _facts(loaded: Mapping[Any, Any]) -> Facts:
-    """Return what a Lightning checkpoint says besides its tensors."""
+def _facts(loaded: Mapping[Any, Any]) -> tuple[int, Any]:
+    """Return what a Lightning checkpoint says besides its tensors: its step, and the blocks that a monitor left."""
     step, callbacks = loaded.get("global_step", 0), loaded.get("callbacks")
     states = callbacks.values() if isinstance(callbacks, Mapping) else ()
     kept = (state.get("blocks") for state in states if isinstance(state, Mapping))

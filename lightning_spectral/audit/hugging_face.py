@@ -267,4 +267,4 @@ def _with_aliases(source: Source, model: nn.Module) -> Source:
             readers |= dict.fromkeys(group, source.readers[stored])
             if stored in source.shapes:
                 shapes |= dict.fromkeys(group, source.shapes[stored])
-    return Source(readers, shapes)
+    return Source(readers, shapes, source.copied)

@@ -32,10 +32,12 @@ class Source:
     Attributes:
         readers: What reads a weight, by its name in the model.
         shapes: Shape of every weight; not of those that are put together from pieces.
+        copied: Whether to read one copies it out of the file.
     """
 
     readers: Mapping[str, Callable[[], Tensor]]
     shapes: Mapping[str, tuple[int, ...]]
+    copied: bool
 
     def read(self, name: str) -> Tensor:
         """Read one weight.
@@ -96,7 +98,7 @@ def find_source(checkpoint: Checkpoint, expected: Iterable[str], conversion: _Co
             shapes[target] = checkpoint.shapes[stored[0][1]]
         else:
             readers |= _converted(checkpoint, target, stored, conversion)
-    return Source(readers, shapes)
+    return Source(readers, shapes, checkpoint.copied)
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:
