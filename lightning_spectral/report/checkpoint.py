@@ -21,7 +21,7 @@ from lightning_spectral.report.canvas import (
     tick_powers_of_two,
 )
 from lightning_spectral.report.page import Section, check_installed, write_page
-from lightning_spectral.report.tables import comparison_table, measurement_table
+from lightning_spectral.report.tables import comparison_table, norms_table
 from lightning_spectral.report.words import clear, zone_words
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def write_checkpoint_page(
     check_installed()
     compared = len(measurements) == 2
     last = measurements[-1]
-    table = comparison_table(*measurements) if compared else measurement_table(last)
+    table = comparison_table(*measurements) if compared else norms_table(last)
     sections = [
         Section("Ratio of every block", _RATIO_CHANGE if compared else _RATIO, ("ratio",)),
         Section("Spectral norms", _NORMS_CHANGE if compared else _NORMS, ("norms",)),

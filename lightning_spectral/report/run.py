@@ -17,7 +17,7 @@ from lightning_spectral.report.tables import (
     action_table,
     block_table,
     event_table,
-    measurement_table,
+    norms_table,
     series_table,
     settings,
 )
@@ -93,7 +93,7 @@ def _is_run(path: Path) -> bool:
 
 def _sections(history: History, charts: Mapping[str, figure]) -> Sequence[Section]:
     """Return the parts of the page for which there is something to show."""
-    last = measurement_table(history.measurements[-1])
+    last = norms_table(history.measurements[-1])
     told = (settings(history.header), *block_table(history.header))
     return [
         *_drawn(history, charts),

@@ -20,7 +20,8 @@ __all__ = [
     "block_table",
     "comparison_table",
     "event_table",
-    "measurement_table",
+    "norms_table",
+    "number",
     "series_table",
     "settings",
 ]
@@ -65,7 +66,7 @@ def _extremes(series: Any) -> Iterator[str]:
     return map(number, values)
 
 
-def measurement_table(measurement: Measurement) -> Table:
+def norms_table(measurement: Measurement) -> Table:
     """Return one measurement, one row per block."""
     head = ("block", "name", "‖MLP‖₂", "‖attention‖₂", "ρ", "note")
     zone = measurement.safe_zone if measurement.linearization != "jacobian" else None

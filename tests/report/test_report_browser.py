@@ -1,0 +1,204 @@
+"""The report in a real browser: it draws, answers the pointer and the keyboard, and reaches no network."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import Page, chromium
+from made_runs import HOSTILE, STEPS, measurements, ratio, steered_run, watched_run
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.keys import Keys
+
+from lightning_spectral.report import report, write_checkpoint_page
+
+CHARTS = [
+    "heatmap", "ratio", "mlp_norm", "attention_norm", "mlp_scale", "attention_scale", "typical_token_residual",
+    "effective_rank", "events", "actions",
+]  # fmt: skip
+DRAWN = """
+const canvas = deep(view(arguments[0]).el.shadowRoot).find((el) => el.localName === "canvas");
+const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+let colours = new Set();
+for (let i = 0; i < pixels.length; i += 4) if (pixels[i + 3]) colours.add(pixels[i] + "," + pixels[i + 1]);
+return colours.size;
+"""
+ACTIVE = """
+let el = document.activeElement;
+while (el.shadowRoot?.activeElement) el = el.shadowRoot.activeElement;
+return el.title || el.innerText || el.getAttribute("aria-label") || el.localName;
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pages")
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Iterator[Page]:
+    with chromium(folder / "profile") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def steered(folder: Path) -> Path:
+    return report(steered_run(folder / "steered.jsonl"))
+
+
+@pytest.fixture
+def opened(page: Page, steered: Path) -> Page:
+    page.open(steered)
+    return page
+
+
+def test_every_chart_is_drawn_without_a_complaint_or_a_request(opened: Page):
+    names = opened.run("return [...Bokeh.index.roots].map((v) => v.model.name).filter((name) => name)")
+    assert names == CHARTS
+    assert all(opened.run(DRAWN, name) > 3 for name in CHARTS)
+    assert opened.console() == []
+    assert set(opened.requests()) == {"file", "data"}
+
+
+@pytest.mark.parametrize(("block", "column"), [(4, 5), (0, 6), (2, 1)])
+def test_hover_shows_the_value_of_a_cell(opened: Page, block: int, column: int):
+    shown = opened.hover("heatmap", STEPS[column], block)
+    found = re.fullmatch(rf"block: {block} step: {STEPS[column]} ρ: (\S+)", shown)
+    assert found, shown
+    assert float(found[1]) == pytest.approx(ratio(block, column), rel=5.1e-4)
+
+
+def test_hover_shows_the_value_and_the_name_of_a_line(opened: Page):
+    shown = opened.hover("ratio", 60, ratio(4, 5))
+    found = re.fullmatch(r"block: 4 model\.blocks\.4 step: 60 ρ = .*: (\S+)", shown)
+    assert found, shown
+    assert float(found[1]) == pytest.approx(ratio(4, 5), rel=5.1e-4)
+
+
+def test_hover_shows_a_value_that_has_no_neighbours_in_time(opened: Page):
+    """Tokens were seen in pairs of measurements, except where the gap of block 1 leaves one alone."""
+    assert "step: 80" not in opened.hover("effective_rank", 80, 8.0, 0.5)  # column 6: no tokens
+    assert opened.hover("effective_rank", 20, 8.0).startswith("block: 1 model.blocks.1 step: 20")
+
+
+def test_hover_shows_what_was_said_and_done(opened: Page):
+    assert opened.hover("events", 60, "alarm") == "step: 60 tokens become one vector"
+    assert opened.hover("actions", 40, 0.5) == "step: 40 blocks moved: 1 blocks held: 1"
+
+
+def test_a_gap_is_a_gap(opened: Page):
+    assert opened.hover("ratio", 30, ratio(1, 3), 0.5) == ""
+
+
+def test_charts_zoom_together_from_the_keyboard(opened: Page):
+    span = "return ['ratio', 'heatmap', 'events'].map((n) => view(n).model.x_range.end - view(n).model.x_range.start)"
+    before = opened.run(span)
+    opened.run("document.getElementById('section-1').scrollIntoView()")
+    seen: list[str] = []
+    for _ in range(40):
+        ActionChains(opened.driver).send_keys(Keys.TAB).perform()
+        seen.append(opened.run(ACTIVE))
+        if seen[-1].lower().startswith("zoom in"):
+            break
+    assert seen[0] == "Skip to the report"
+    assert seen[-1].lower().startswith("zoom in"), seen
+    ActionChains(opened.driver).send_keys(Keys.ENTER).perform()
+    after = opened.wait(f"const now = (() => {{ {span} }})(); return now[0] < {0.99 * before[0]} ? now : null")
+    assert after is not None
+    assert len(set(after)) == len(set(before)) == 1
+
+
+def test_headings_landmarks_and_labels_are_in_order(opened: Page):
+    levels = opened.run("return [...document.querySelectorAll('h1,h2,h3,h4')].map((h) => Number(h.localName[1]))")
+    assert levels[0] == 1
+    assert set(levels[1:]) == {2}
+    for landmark in ("header", "nav[aria-label]", "main", "footer", "html[lang=en]", "title"):
+        assert opened.run("return document.querySelectorAll(arguments[0]).length", landmark) == 1, landmark
+    labelled = opened.run("""return [...document.querySelectorAll('.chart')].map((c) =>
+      ['aria-labelledby', 'aria-describedby'].map((a) => document.getElementById(c.getAttribute(a)).innerText.length)
+    );""")
+    assert len(labelled) == len(CHARTS)
+    assert all(title > 5 and caption > 20 for title, caption in labelled)
+    assert opened.run("return [...document.querySelectorAll('thead th')].every((th) => th.scope === 'col')")
+    assert opened.run("const ids = [...document.querySelectorAll('[id]')].map((e) => e.id);"
+                      "return ids.length === new Set(ids).size")  # fmt: skip
+    assert opened.run("return [...document.querySelectorAll('nav a')].every((a) => document.querySelector(a.hash))")
+
+
+CONTRAST = """
+function luminance(colour) {
+  const parts = colour.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255);
+  const [r, g, b] = parts.map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+const paper = luminance(getComputedStyle(document.body).backgroundColor);
+return ["body", ".caption", "a", "summary", ".subtitle"].map((name) => {
+  const ink = luminance(getComputedStyle(document.querySelector(name)).color);
+  return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
+}).concat([paper]);
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_in_both_schemes(page: Page, steered: Path, scheme: str):
+    page.open(steered, scheme=scheme)
+    *contrasts, paper = page.run(CONTRAST)
+    assert min(contrasts) >= 4.5  # WCAG 2.2, 1.4.3
+    assert (paper < 0.1) is (scheme == "dark")
+    turned = page.run("return getComputedStyle(document.querySelector('.chart')).filter")
+    assert ("invert" in turned) is (scheme == "dark")
+    assert page.console() == []
+
+
+def test_a_narrow_window_needs_no_scrolling_sideways(page: Page, steered: Path):
+    page.open(steered, width=360)
+    assert page.run("return document.documentElement.scrollWidth") <= 360
+    widths = page.run("return [...document.querySelectorAll('.chart')].map((c) => c.getBoundingClientRect().right)")
+    assert max(widths) <= 360
+
+
+def test_it_prints_on_pages(opened: Page):
+    printed = opened.driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})
+    document = base64.b64decode(printed["data"])
+    assert document.startswith(b"%PDF")
+    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", document)) <= 12
+
+
+def test_hostile_names_do_no_harm(page: Page, folder: Path):
+    page.open(report(steered_run(folder / "hostile.jsonl", HOSTILE)))
+    shown = page.hover("ratio", 60, ratio(4, 5))
+    assert "=HYPERLINK('http://example.com')" in shown
+    assert "{{ 7 * 7 }}{% raw %}@name{safe}$x" in page.hover("ratio", 60, ratio(3, 5))
+    assert "<script>window.harmed = 1</script>" in page.run("return document.body.innerText")
+    assert page.run("return window.harmed ?? null") is None
+    assert page.console() == []
+    assert set(page.requests()) == {"file", "data"}
+    assert (
+        page.run("return document.querySelectorAll('script').length") == 3
+    )  # the charts, what unpacks them, and the unpacked
+
+
+@pytest.mark.parametrize(("steps", "linearization"), [((0,), "circuit"), ((0, 7), "jacobian"), ((3, 2**40), "paper")])
+def test_small_and_odd_runs_are_drawn(page: Page, folder: Path, steps: tuple[int, ...], linearization: str):
+    page.open(report(watched_run(folder / f"{linearization}.jsonl", steps, linearization)))
+    assert page.run(DRAWN, "heatmap") > 3
+    assert page.hover("ratio", steps[0], 1.0).startswith("block: ")
+    assert page.console() == []
+
+
+def test_the_page_of_an_audit_shows_one_checkpoint_or_two(page: Page, folder: Path):
+    names = ("a", "<b>", "c")
+    items = measurements(names)
+    write_checkpoint_page(folder / "one.html", ["<i>one</i>"], [items[5]])
+    page.open(folder / "one.html")
+    assert page.hover("ratio", 0, 0.5) == f"block: 0 a ρ: {ratio(0, 5):.4g}"
+    assert page.console() == []
+    write_checkpoint_page(folder / "two.html", ["one", "two"], [items[1], items[5]])
+    page.open(folder / "two.html")
+    shown = f"block: 0 a ρ before: {ratio(0, 1):.4g} ρ after: {ratio(0, 5):.4g}"
+    assert page.hover("ratio", 0, ratio(0, 5)) == shown
+    assert page.hover("norms", 1, items[5].layers[1].mlp_norm).startswith("block: 1 <b> MLP: ")
+    assert page.console() == []

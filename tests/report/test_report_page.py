@@ -1,0 +1,350 @@
+"""The report as a file: which run it draws, what it says, what it refuses."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import gzip
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_runs import HOSTILE, STEPS, measurements, ratio, steered_run, watched_run
+
+from lightning_spectral import History, report
+from lightning_spectral.alarms import Event
+from lightning_spectral.cli import main
+from lightning_spectral.display.heatmap import step_edges
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.records import LayerMeasurement, Measurement
+from lightning_spectral.report import lines as charts
+from lightning_spectral.report.canvas import rounded
+from lightning_spectral.report.heat import SHADES, heat_chart, zone_palette
+from lightning_spectral.report.lines import run_charts
+from lightning_spectral.report.words import clear, story
+
+
+class Reader(HTMLParser):
+    """Collects the text of a page, and the tables, as a screen reader would."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.rows: list[list[str]] = []
+        self.sentences: list[str] = []
+        self.charts: list[str] = []
+        self.policy = ""
+        self._into: list[str] | None = None
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        values = dict(attrs)
+        if tag == "meta" and values.get("http-equiv"):
+            self.policy = values["content"] or ""
+        if "data-chart" in values:
+            self.charts.append(values["data-chart"] or "")
+        if tag == "tr":
+            self.rows.append([])
+        self._into = {"td": self.rows and self.rows[-1], "th": self.rows and self.rows[-1], "li": self.sentences}.get(
+            tag
+        )
+        if self._into is not None:
+            self._into.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th", "li"):
+            self._into = None
+
+    def handle_data(self, data: str) -> None:
+        if self._into is not None:
+            self._into[-1] += data
+
+
+def read(path: Path) -> Reader:
+    return Reader(path.read_text(encoding="utf-8"))
+
+
+def told(items: Sequence[Measurement], events: Sequence[Event] = (), **header: object) -> str:
+    return " ".join(story(History(header, tuple(items), tuple(events))))
+
+
+# Which run.
+
+
+def test_the_page_lies_beside_the_file_of_the_run(tmp_path: Path):
+    run = steered_run(tmp_path / "version_0" / "spectral.jsonl")
+    assert report(run) == report(run.parent) == report(tmp_path) == run.with_suffix(".html")
+    assert report(run, tmp_path / "page.html") == tmp_path / "page.html"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_same_run_gives_the_same_words(tmp_path: Path):
+    run = steered_run(tmp_path / "spectral.jsonl")
+    assert read(report(run)).rows == read(report(run, tmp_path / "other.html")).rows
+
+
+def test_a_monitor_with_another_prefix_is_found(tmp_path: Path):
+    watched_run(tmp_path / "logs" / "mine.jsonl")
+    (tmp_path / "logs" / "notes.jsonl").write_text('{"a": 1}\n')
+    assert report(tmp_path) == tmp_path / "logs" / "mine.html"
+
+
+def test_several_runs_are_listed_and_none_is_drawn(tmp_path: Path):
+    for number in range(12):
+        watched_run(tmp_path / f"version_{number:02d}" / "spectral.jsonl")
+    with pytest.raises(ConfigurationError, match=r"12 runs, name one of them: .*version_00.*version_09.*; and 2 more$"):
+        report(tmp_path)
+
+
+def test_of_several_files_in_one_folder_the_usual_name_counts(tmp_path: Path):
+    watched_run(tmp_path / "paper.jsonl", linearization="paper")
+    watched_run(tmp_path / "spectral.jsonl")
+    assert report(tmp_path) == tmp_path / "spectral.html"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path / "nothing", r"nothing: no such file or folder$"),
+        (lambda path: path, r"no spectral.jsonl in this folder or below$"),
+        (lambda path: _written(path / "spectral.jsonl", ""), "does not begin with the header"),
+        (lambda path: _written(path / "spectral.jsonl", '{"lightning_spectral": 1}\n'), r"nothing was measured yet$"),
+        (lambda path: _written(path / "spectral.jsonl", '{"lightning_spectral": 9}\n'), "this release reads format 1"),
+        (lambda path: _written(path / "spectral.jsonl", "\x7fELF\x00\xff"), "does not begin with the header"),
+    ],
+    ids=range(6),
+)
+def test_what_cannot_be_drawn_is_one_error(tmp_path: Path, make, said: str, capsys: pytest.CaptureFixture[str]):
+    place = make(tmp_path)
+    with pytest.raises(ConfigurationError, match=said):
+        report(place)
+    assert main(["report", str(place)]) == 2
+    assert re.search(said, capsys.readouterr().err.strip())
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_a_run_that_is_still_written_is_drawn_as_far_as_it_goes(tmp_path: Path):
+    run = steered_run(tmp_path / "spectral.jsonl")
+    whole = run.read_bytes()
+    first_two = sum(len(line) + 1 for line in whole.split(b"\n")[:3])  # measurements, and the header
+    for end in (first_two - 40, first_two, first_two + 1, first_two + 1500):
+        run.write_bytes(whole[:end])
+        page = read(report(run))
+        assert "heatmap" in page.charts
+        assert any("breaks off" in sentence for sentence in page.sentences) is (end != first_two)
+
+
+def test_the_command_line_says_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = steered_run(tmp_path / "spectral.jsonl")
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{run.with_suffix('.html')}\n"
+    assert main(["report", str(run), "--output", str(tmp_path / "there.html")]) == 0
+    assert (tmp_path / "there.html").exists()
+
+
+@pytest.mark.parametrize("missing", ["bokeh", "jinja2"])
+def test_without_the_extra_the_message_says_what_to_type(
+    tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    run = steered_run(tmp_path / "spectral.jsonl")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"needs {missing}; type: pip install 'lightning-.*\[report\]'"):
+        report(run)
+    assert main(["report", str(run)]) == 2
+    assert "lightning-spectral[report]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(Path(charts.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_the_package_is_imported_without_the_extra(path: Path):
+    loaded = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not re.search(r"\b(bokeh|jinja2|matplotlib)\b", "\n".join(map(ast.unparse, loaded)))
+
+
+# What stands in it.
+
+
+def test_every_table_has_the_numbers_of_the_run(tmp_path: Path):
+    page = read(report(steered_run(tmp_path / "spectral.jsonl")))
+    (last,) = (row for row in page.rows if row[:2] == ["4", "model.blocks.4"] and row[5:] == ["above the zone"])
+    assert float(last[4]) == pytest.approx(ratio(4, 6), rel=1e-3)
+    extremes = next(row for row in page.rows if row[:2] == ["0", "model.blocks.0"] and len(row) == 6 and row[2] == "1")
+    wanted = [1.0, ratio(0, 6), 1.0, ratio(0, 6)]
+    assert [float(cell) for cell in extremes[2:]] == pytest.approx(wanted, rel=1e-3)
+    assert ["60", "alarm", "tokens become one vector"] in page.rows
+    assert ["4", "model.blocks.4", "2", "0", "0.9048", "1.105", "above the zone"] in page.rows
+    assert ["rescaler.gain", "0.3"] in page.rows
+    assert ["rescaler.dry_run", "no"] in page.rows
+    assert ["4", "model.blocks.4", "model.blocks.4.attn", "–", "yes"] in page.rows
+
+
+def test_a_watched_run_has_no_charts_of_what_it_did_not_do(tmp_path: Path):
+    page = read(report(watched_run(tmp_path / "spectral.jsonl")))
+    assert page.charts == ["heatmap", "ratio", "mlp_norm", "attention_norm"]
+
+
+def test_a_run_without_a_single_ratio_still_has_its_tables():
+    layers = (LayerMeasurement(0, "a", 2.0, None, attention_reason="packed 4-bit weights"),)
+    history = History({}, (Measurement(0, "circuit", layers), Measurement(5, "circuit", layers)))
+    assert list(run_charts(history)) == ["mlp_norm"]
+    assert "1 block without a ratio at the end" in " ".join(story(history))
+
+
+def test_the_page_runs_two_scripts_by_their_hash_and_reaches_nothing(tmp_path: Path):
+    path = report(steered_run(tmp_path / "spectral.jsonl"))
+    text = path.read_text(encoding="utf-8")
+    policy = read(path).policy
+    rules = dict(part.strip().split(" ", 1) for part in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert set(rules) == {"default-src", "script-src", "style-src", "img-src", "connect-src", "base-uri", "form-action"}
+    assert (rules["img-src"], rules["connect-src"]) == ("data: blob:", "data:")
+    packed, loader = re.findall(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)
+    unpacked = gzip.decompress(base64.b64decode(packed)).decode()
+    hashes = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (loader, unpacked)]
+    assert rules["script-src"] == " ".join(f"'sha256-{digest}'" for digest in hashes)
+    assert "http" not in re.sub(
+        r"<script type.*?</script>|Content-Security-Policy|http-equiv", "", text, flags=re.DOTALL
+    )
+
+
+def test_hostile_names_are_text_and_short(tmp_path: Path):
+    path = report(steered_run(tmp_path / "spectral.jsonl", HOSTILE))
+    page = read(path)
+    assert page.tags.count("script") == 2
+    assert page.tags.count("img") == 0
+    names = [row[1] for row in page.rows if len(row) == 6 and row[0].isdigit()]
+    assert {HOSTILE[0], HOSTILE[1], HOSTILE[2], HOSTILE[3], HOSTILE[4]} <= set(names)
+    assert all(name.isprintable() and len(name) <= 100 for name in names)
+
+
+def test_hostile_headers_do_no_harm(tmp_path: Path):
+    run = watched_run(tmp_path / "spectral.jsonl")
+    first, rest = run.read_text().split("\n", 1)
+    for strange in (
+        {"blocks": 5},
+        {"blocks": [1]},
+        {"blocks": [{"name": ["<b>"]}]},
+        {"rescaler": [[[]]]},
+        {"<i>": {"<u>": "x" * 999}},
+    ):
+        run.write_text(json.dumps(json.loads(first) | strange) + "\n" + rest)
+        assert not {"b", "i", "u"} & set(read(report(run)).tags)
+
+
+# The words.
+
+
+def test_the_story_of_a_run_in_words():
+    items = measurements(tuple("abcde"))
+    events = [Event("alarm", 60, 20, (0,), "x"), Event("warning", 40, 20, (4,), "y")]
+    text = told(items, events, rescaler={"gain": 1})
+    assert "7 measurements of 5 blocks from step 0 to step 80, by the “circuit” linearization." in text
+    assert "Inside the safe zone (0.5, 2): 5 of 5 blocks at the start, 1 of 5 blocks at the end." in text
+    assert f"Farthest below: block 0 (a) at ρ = {ratio(0, 6):.4g}." in text
+    assert "1 alarm, at step 60; 1 warning." in text
+    assert "The controller was on and moved no scale." in text
+
+
+def test_the_witness_of_the_tokens_is_told():
+    text = told(measurements(("a", "b")))
+    smallest = 0.5 * math.exp(-5 - 0.1)
+    assert f"Token residual behind block 1: 0.17 at step 10, {smallest:.2g} at step 60; smallest {smallest:.2g}" in text
+    assert "below 0.02: that happened." in text
+    assert "that did not happen" in told(measurements(("a", "b"))[:3])
+    assert "Tokens were not measured (geometry=True)" in told(measurements(("a",), tokens=False))
+
+
+def test_what_did_not_happen_is_told_as_well():
+    text = told(measurements(("c",) * 3, tokens=False)[:1])
+    assert "1 measurement of 3 blocks at step 0" in text
+    assert "Inside the safe zone (0.5, 2): 3 of 3 blocks." in text
+    assert "Farthest" not in text
+    assert "No alarm, no warning." in text
+    assert "The run was watched, not steered." in text
+
+
+def test_actions_are_added_up(tmp_path: Path):
+    text = " ".join(story(History.read(steered_run(tmp_path / "spectral.jsonl"))))
+    assert "The controller moved scales of 2 blocks in 3 actions, from step 40 to step 60." in text
+    dry = History.read(steered_run(tmp_path / "spectral.jsonl"))
+    assert "The controller would have moved" in " ".join(story(replace(dry, header={"rescaler": {"dry_run": True}})))
+
+
+def test_jacobians_have_no_zone():
+    items = [replace(item, linearization="jacobian") for item in measurements(("a", "b"))]
+    text = told(items)
+    assert "No safe zone is known for ratios of Jacobians." in text
+    assert "Inside" not in text
+
+
+def test_texts_are_cleared():
+    assert clear("a\x00b\u202ec\nd\u2028") == "a�b�c�d�"
+    assert clear("x" * 101) == "x" * 99 + "…"
+    assert clear("ρ ‖W‖ 漢") == "ρ ‖W‖ 漢"
+
+
+# The charts.
+
+
+def test_images_have_the_ratios_and_steps_of_the_run_in_columns_of_one_width():
+    history = History({}, tuple(measurements(tuple("abcde"))))
+    (renderer,) = heat_chart(history, _range(), (0.5, 2.0)).renderers
+    data = renderer.data_source.data
+    painted = np.concatenate(data["image"], axis=1)
+    np.testing.assert_allclose(painted, history.values("ratio"), rtol=1e-4)
+    assert np.isnan(painted[1, 3])
+    np.testing.assert_array_equal(np.concatenate(data["step"], axis=1)[0], STEPS)
+    np.testing.assert_array_equal(np.concatenate(data["block"], axis=1)[:, 0], range(5))
+    edges = np.concatenate([[x + dw * k / image.shape[1] for k in range(image.shape[1])]
+                            for x, dw, image in zip(data["x"], data["dw"], data["image"], strict=True)])  # fmt: skip
+    np.testing.assert_allclose(edges, step_edges(STEPS)[:-1])
+
+
+def _range():
+    from bokeh.models import Range1d
+
+    return Range1d(0, 1)
+
+
+@pytest.mark.parametrize("zone", [(0.5, 2.0), (0.25, 3.0), (1.2, 3.0)])
+def test_colours_are_white_at_one_jump_at_the_zone_and_grow_beyond(zone: tuple[float, float]):
+    limit = 3
+    colours = np.array([[int(c[k : k + 2], 16) for k in (1, 3, 5)] for c in zone_palette(limit, zone)], dtype=float)
+    powers = (np.arange(SHADES) + 0.5) / SHADES * 2 * limit - limit
+    lightness = colours @ [0.299, 0.587, 0.114]
+    jumps = np.abs(np.diff(lightness))
+    for edge in np.log2(zone):
+        if abs(edge) > 0.3:
+            near = int(np.argmin(np.abs((powers[1:] + powers[:-1]) / 2 - edge)))
+            assert jumps[near - 1 : near + 2].max() > 5 * np.median(jumps)
+    assert (np.diff(lightness[powers > 0]) <= 1e-9).all()
+    assert (np.diff(lightness[powers < 0]) >= -1e-9).all()
+    assert colours[-1][0] > colours[-1][2]  # red: the MLP
+    assert colours[0][2] > colours[0][0]  # blue: attention
+
+
+def test_values_of_a_chart_keep_four_digits_and_their_gaps():
+    values = np.exp(np.linspace(-30, 30, 10_001))
+    np.testing.assert_allclose(rounded(values), values, rtol=6.2e-5)
+    assert np.isnan(rounded(np.array([math.nan]))).all()
+    assert rounded(np.array([0.0, 1.0, 0.5])).tolist() == [0.0, 1.0, 0.5]
+
+
+def test_lines_share_their_steps_and_their_range(tmp_path: Path):
+    charts = run_charts(History.read(steered_run(tmp_path / "spectral.jsonl")))
+    assert len({id(chart.x_range) for chart in charts.values()}) == 1
+    lines = [chart.renderers[0].data_source for name, chart in charts.items() if name.endswith(("ratio", "norm"))]
+    assert len({id(source) for source in lines}) == 1
