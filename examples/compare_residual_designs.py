@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from train_gpt import Block, Config, LitGPT, Windows, read_standard_library
 
-from lightning_spectral import LayerMeasurement, ResidualBlock, find_blocks, lyapunov_exponents, measure
+from lightning_spectral import ResidualBlock, find_blocks, lyapunov_exponents, measure
 from lightning_spectral.geometry import token_residual
 
 # Of the Okabe-Ito palette, which stays apart under every common colour blindness.
@@ -277,17 +277,11 @@ def observe(module: LitGPT, blocks: tuple[ResidualBlock, ...], ids: Tensor, k: i
     reasons = {}
     for name, values in ratios.items():
         layers = {"circuit": circuit, "paper": paper}.get(name, jacobian)
-        missing = [reason_of(layer) for layer, value in zip(layers, values, strict=True) if value is None]
+        missing = [str(layer.reason) for layer, value in zip(layers, values, strict=True) if value is None]
         if missing:
             reasons[name] = f"{len(missing)} of {len(values)} blocks: " + "; ".join(dict.fromkeys(missing))
     exponents = lyapunov_exponents(module.model, ids, blocks=blocks, k=k).exponents.tolist()
     return Observation(ratios, reasons, residuals(module, ids), exponents, loss)
-
-
-def reason_of(layer: LayerMeasurement) -> str:
-    """Say why a block has no ratio."""
-    zero = [name for name, norm in (("MLP", layer.mlp_norm), ("attention", layer.attention_norm)) if norm == 0]
-    return layer.reason or f"norm 0 of the branches: {' and '.join(zero)}"
 
 
 @torch.no_grad()

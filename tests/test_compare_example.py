@@ -83,7 +83,7 @@ def test_only_rezero_has_no_ratio_and_only_at_first(done: tuple[dict[str, Any], 
     values = [value for run in runs.values() for values in run["trained"]["ratios"].values() for value in values]
     assert all(0 < value < 1e4 for value in values)
     assert re.search(r"^ReZero, initial +- +- +- +- +- +0\.\d+ +0\.000 ", printed, re.M)
-    reason = "2 of 2 blocks: norm 0 of the branches: MLP and attention"
+    reason = "2 of 2 blocks: mlp: its norm is zero; attention: its norm is zero"
     assert runs["ReZero"]["initial"]["reasons"] == dict.fromkeys(RATIOS, reason)
     assert f"-  ReZero, initial: {reason} (ρ circuit, ρ paper, ρ Jacobian, ρ F, update)" in printed
     assert printed.count("\n-  ") == 1
