@@ -60,7 +60,9 @@ def write() -> None:
     """Write both pages."""
     FOLDER.mkdir(exist_ok=True)
     for name, lines in (("architectures.md", architectures()), ("keys.md", keys())):
-        (FOLDER / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path, text = FOLDER / name, "\n".join(lines) + "\n"
+        if not path.exists() or path.read_text(encoding="utf-8") != text:  # another build may be reading it
+            path.write_text(text, encoding="utf-8")
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
