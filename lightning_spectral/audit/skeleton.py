@@ -28,7 +28,7 @@ class _Scale(nn.Module):
         self.register_buffer("log_scale", log_scale)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * torch.exp(self.get_buffer("log_scale"))
+        return weight * torch.exp(self.get_buffer("log_scale")).to(weight.dtype)  # as the model rounds it
 
 
 def parameters_of(block: ResidualBlock) -> dict[str, None]:

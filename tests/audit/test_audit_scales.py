@@ -18,7 +18,6 @@ from lightning_spectral.cli import main
 from lightning_spectral.errors import CheckpointError
 
 
-
 def numbers(measurement: Any) -> list[Any]:
     return [
         (layer.name, layer.mlp_norm, layer.attention_norm, layer.mlp_scale, layer.attention_scale)
