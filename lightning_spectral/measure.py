@@ -56,6 +56,7 @@ class Meter:
         adapters: What is measured of branches with adapters; see :func:`measure`.
         solver: How spectral norms are computed, :class:`RandomizedSVD` by default.
         safe_zone: Passed on to the measurements.
+        among: All blocks of the model, where ``blocks`` are some of them: with these they may share branches.
 
     Raises:
         ConfigurationError: The linearization is unknown.
@@ -70,6 +71,7 @@ class Meter:
         adapters: Adapters = "sum",
         solver: Solver | None = None,
         safe_zone: tuple[float, float] = (0.5, 2.0),
+        among: Sequence[ResidualBlock] | None = None,
     ) -> None:
         self.model = model
         self.blocks = with_scales(model, blocks)
@@ -81,7 +83,7 @@ class Meter:
         self.adapters: Adapters = settings.choice("adapters", adapters, get_args(Adapters))
         self.solver: Solver = RandomizedSVD() if solver is None else solver
         self.safe_zone = safe_zone
-        self._shared = _shared(self.blocks)
+        self._shared = _shared(blocks if among is None else among)
         self._reasons: dict[Branch, str | None] = {}
         self._keys: tuple[str, ...] = ()
         self._state: SolverState | None = None
