@@ -64,5 +64,6 @@ def test_a_vision_transformer_is_watched_and_better_than_chance(run: Callable[..
     folder = tmp_path / "runs" / "vision" / "version_0"
     watched(folder, printed, "model.vit.layers", [*range(0, 101, 10)])
     assert column(folder, "val/accuracy")[-1] > 0.4  # of ten digits
+    assert all(0 < residual < 1 for residual in column(folder, "spectral/token_residual_min"))
     (printed_accuracy,) = re.findall(r"^accuracy +(\S+)% of 359 images", printed, re.M)
     assert float(printed_accuracy) == pytest.approx(100 * column(folder, "val/accuracy")[-1], abs=0.1)
