@@ -72,9 +72,10 @@ def audit(
     with ReadAhead(found, source) as weights:
         for position, block in enumerate(found):
             with _fitting(path, block):
-                meter = Meter(weights.read(position), (block,), linearization=linearization, solver=solver)
+                model = weights.read(position)
+                meter = Meter(model, (block,), linearization=linearization, solver=solver, among=found)
                 layers += meter.measure().layers
-            del meter  # and with it the weights, before the block after the next one is read
+            del model, meter  # and with it the weights, before the block after the next one is read
             if progress is not None:
                 progress(len(layers), len(found))
     _refuse_empty(checkpoint, layers)
@@ -128,7 +129,8 @@ def _outline(checkpoint: Checkpoint) -> str:
 
 def _refuse_unplaced_scales(checkpoint: Checkpoint, blocks: Sequence[ResidualBlock], source: Source) -> None:
     """Refuse residual scales that belong to no branch: the model computes with them, and the audit would not."""
-    sites = {f"{branch.site}.{CHILD}.log_scale" for block in blocks for branch in block.branches}
+    branches = [branch for block in blocks for branch in block.branches]
+    sites = {f"{site}.{CHILD}.log_scale" for branch in branches for site in (branch.site, *branch.aliases)}
     needed = {name for block in blocks for name in parameters_of(block)}
     for name in scale_keys(source.readers):
         owner, _, weight = name.removesuffix(".0.log_scale").rpartition("parametrizations.")

@@ -85,6 +85,8 @@ def rescaled(block: ResidualBlock, narrow: Shapes, wide: Shapes, divisor: int) -
 
 
 def _factor(factor: Factor, narrow: Shapes, wide: Shapes, divisor: int) -> Factor:
+    if factor.adapters:
+        raise NotScaledError("a matrix has adapters")
     if factor.parameter is None:
         return factor if factor.size is None else replace(factor, size=factor.size * divisor)
     if factor.parameter not in narrow or factor.parameter not in wide:

@@ -62,12 +62,14 @@ def unwrapped(block: ResidualBlock) -> ResidualBlock:
     """
 
     def plain(factor: Factor) -> Factor:
-        return replace(factor, parameter=None if factor.parameter is None else plain_name(factor.parameter))
+        name = None if factor.parameter is None else plain_name(factor.parameter)
+        return replace(factor, parameter=name, adapters=tuple(tuple(map(plain, chain)) for chain in factor.adapters))
 
     branches = tuple(
         replace(
             branch,
             site=plain_name(branch.site),
+            aliases=tuple(map(plain_name, branch.aliases)),
             paths=tuple(Path(tuple(map(plain, path.factors)), path.expert) for path in branch.paths),
         )
         for branch in block.branches

@@ -72,6 +72,23 @@ def test_a_lightning_checkpoint_is_measured_as_its_model(steered: bool, tmp_path
     assert capsys.readouterr().out.splitlines() == str(audit(tmp_path / "last.ckpt")).splitlines()
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_branch_that_two_blocks_share_is_measured_once(scaled: bool, tmp_path: Path):
+    """And stored, with its scale, under the names of both."""
+    model: Any = example("nanogpt").build()
+    first, second, _ = model.transformer.h
+    second.mlp, second.ln_2 = first.mlp, first.ln_2
+    blocks = find_blocks(model, *example("nanogpt").inputs(model)[0])
+    if scaled:
+        with torch.no_grad():
+            for parameter in attach_scales(model, blocks).parameters():
+                parameter.fill_(0.3)
+    expected = measure(model, blocks, solver=ExactSVD())
+    torch.save({f"_orig_mod.{name}": value for name, value in model.state_dict().items()}, tmp_path / "a.pt")
+    assert audit(tmp_path / "a.pt", blocks, solver=ExactSVD()).layers == expected.layers
+    assert expected.layers[1].mlp_reason == "it is that of transformer.h.0, where it is measured"
+
+
 def test_a_scale_that_belongs_to_no_branch_is_not_passed_over(tmp_path: Path):
     model = example("gpt2").build()
     state = {**model.state_dict(), "transformer.h.1.ln_1.residual_scale.log_scale": torch.ones(1)}

@@ -138,6 +138,9 @@ def test_a_layout_that_holds_sizes_is_not_widened():
         factor = shrink.Factor("up", "w", layout=layout)
         with pytest.raises(shrink.NotScaledError, match=message):
             shrink._factor(factor, {"w": narrow}, {"w": wide}, 2)
+    adapted = shrink.Factor("up", "w", adapters=((shrink.Factor("up", "a"),),))
+    with pytest.raises(shrink.NotScaledError, match="a matrix has adapters"):
+        shrink._factor(adapted, {"w": (4,)}, {"w": (8,)}, 2)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
