@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_runs import HOSTILE, STEPS, measurements, ratio, steered_run, watched_run
+from zoo import example
 
-from lightning_spectral import History, report
+from lightning_spectral import History, audit, report
 from lightning_spectral.alarms import Event
 from lightning_spectral.cli import main
 from lightning_spectral.display.heatmap import step_edges
@@ -348,3 +349,39 @@ def test_lines_share_their_steps_and_their_range(tmp_path: Path):
     assert len({id(chart.x_range) for chart in charts.values()}) == 1
     lines = [chart.renderers[0].data_source for name, chart in charts.items() if name.endswith(("ratio", "norm"))]
     assert len({id(source) for source in lines}) == 1
+
+
+# The audit.
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    example("llama").build().save_pretrained(folder)  # type: ignore[attr-defined]
+    return folder
+
+
+def test_an_audit_writes_a_page_with_the_numbers_of_its_table(checkpoint: Path, tmp_path: Path):
+    path = tmp_path / "audit.html"
+    assert main(["audit", str(checkpoint), "--html", str(path)]) == 0
+    page = read(path)
+    assert page.charts == ["ratio", "norms"]
+    for layer in audit(checkpoint):
+        norms = [format(value, ".4g") for value in (layer.mlp_norm, layer.attention_norm, layer.ratio) if value]
+        assert any(row[:5] == [str(layer.index), layer.name, *norms] for row in page.rows)
+
+
+def test_an_audit_of_two_checkpoints_writes_what_changed(checkpoint: Path, tmp_path: Path):
+    path = tmp_path / "audit.html"
+    assert main(["audit", str(checkpoint), str(checkpoint), "--html", str(path)]) == 0
+    page = read(path)
+    assert [row[-1] for row in page.rows] == ["change of ln ρ", "0", "0", "0"]
+    assert any("before" in sentence and "now" in sentence for sentence in page.sentences)
+
+
+def test_an_audit_without_the_extra_says_what_to_type(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "bokeh", None)
+    assert main(["audit", str(checkpoint), "--html", str(tmp_path / "audit.html")]) == 2
+    assert "lightning-spectral[report]" in capsys.readouterr().err
