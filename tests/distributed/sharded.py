@@ -18,14 +18,17 @@ import torch.nn.functional as F
 from processes import join
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import example
 
 from lightning_spectral import ExactSVD, ResidualBlock, attach_scales, balance_penalty, find_blocks, measure
 from lightning_spectral.linalg import Adjoint, Diagonal, Matrix, Product, Sharded, frobenius_norm
+from lightning_spectral.linalg.flattened import is_flattened
 from lightning_spectral.linalg.tiles import stand_in
 from lightning_spectral.measure import Meter
 
@@ -153,8 +156,8 @@ def compared(
     """Measure cold, after a change of the weights and once more: a model in one piece, and one that is sharded."""
     plain, model = build(), build()
     blocks = find(plain)
-    shard(model)
-    assert any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    model = shard(model) or model
+    assert is_flattened(model) or any(isinstance(parameter, DTensor) for parameter in model.parameters())
     result: dict[str, Any] = {}
     for name, item in (("plain", plain), ("sharded", model)):
         meter = Meter(item, blocks, **settings)
@@ -199,12 +202,43 @@ def tensor_parallel(mesh: DeviceMesh, *names: str) -> Callable[[nn.Module], Any]
     return shard
 
 
+def flat(mesh: DeviceMesh, *units: type[nn.Module], **settings: Any) -> Callable[[nn.Module], nn.Module]:
+    """Flatten every unit of these kinds, and what is left, as FSDP1 does."""
+    where = {"device_mesh": mesh, "device_id": torch.device("cpu"), "use_orig_params": True} | settings
+    return lambda model: FullyShardedDataParallel(model, auto_wrap_policy=ModuleWrapPolicy(set(units)), **where)
+
+
 def drifted(model: nn.Module) -> None:
     """Move what the second process has for itself, as rounding errors do in training."""
     with torch.no_grad():
         for parameter in model.parameters():
             if RANK and not isinstance(parameter, DTensor):
                 parameter.mul_(1 - 1e-6)
+
+
+def with_scales() -> nn.Module:
+    """Return a model with residual scales, all of them different."""
+    model = GPT()
+    attach_scales(model)
+    with torch.no_grad():
+        for i, (name, parameter) in enumerate(model.named_parameters()):
+            if name.endswith("log_scale"):
+                parameter.fill_(0.01 * (i % 40))
+    return model
+
+
+def broken() -> nn.Module:
+    """Return a model with numbers that are not finite, in places that only the last process holds."""
+    model = GPT()
+    with torch.no_grad():
+        model.layers[0].up.weight[-1, 3] = torch.nan
+        model.layers[1].attention.out.weight[-1, -1] = -torch.inf
+    return model
+
+
+def sound_blocks(model: nn.Module) -> tuple[ResidualBlock, ...]:
+    """Return the blocks of a model like :func:`broken`."""
+    return find_blocks(GPT())
 
 
 def by_columns(parameter: nn.Parameter) -> Shard:
@@ -238,6 +272,57 @@ def blocks_and_root_trained(mesh: DeviceMesh) -> Any:
 def uneven(mesh: DeviceMesh) -> Any:
     """No dimension divides by two; grouped queries."""
     return compared(lambda: GPT(85, 5, 1, 171), in_blocks(mesh))
+
+
+@case(2)
+def flat_trained(mesh: DeviceMesh) -> Any:
+    """Each block flattened for itself, with weights that are trained between the measurements."""
+    return compared(GPT, flat(mesh, Block), change=train)
+
+
+@case(2)
+def flat_uneven(mesh: DeviceMesh) -> Any:
+    """Everything in one vector, that is cut somewhere in the middle of a row; of most weights a process has nothing."""
+    return compared(lambda: GPT(85, 5, 1, 171), flat(mesh))
+
+
+@case(2)
+def flat_half_precision(mesh: DeviceMesh) -> Any:
+    """Weights of 16 bits, under the other linearization; linear layers as units."""
+    return compared(lambda: GPT().bfloat16(), flat(mesh, nn.Linear), linearization="paper")
+
+
+@case(2)
+def flat_scaled(mesh: DeviceMesh) -> Any:
+    """With residual scales, each of which one process owns."""
+    return compared(with_scales, flat(mesh, Block))
+
+
+@case(2)
+def flat_layouts(mesh: DeviceMesh) -> Any:
+    """Fused, grouped, transposed and stacked weights of the zoo."""
+    results = {}
+    for name in LAYOUTS:
+        member = example(name)
+        model = member.build()
+        args, kwargs = member.inputs(model)
+        blocks = find_blocks(model, *args, **kwargs)
+        results[name] = compared(member.build, flat(mesh), lambda model, blocks=blocks: blocks)  # type: ignore[misc]
+    return results
+
+
+@case(2)
+def flat_wide(mesh: DeviceMesh) -> Any:
+    """A width at which a block of vectors is smaller than any weight."""
+    return compared(lambda: GPT(384, 4, 4, 768, layers=1), flat(mesh))
+
+
+@case(4)
+def flat_groups(mesh: DeviceMesh) -> Any:
+    """Two groups of processes that hold the same."""
+    return compared(
+        lambda: GPT(85, 5, 1, 171, 2), flat(mesh, Block, sharding_strategy=ShardingStrategy.HYBRID_SHARD), change=train
+    )
 
 
 @case(2)
@@ -313,34 +398,19 @@ def huge_and_tiny(mesh: DeviceMesh) -> Any:
 @case(2)
 def not_finite(mesh: DeviceMesh) -> Any:
     """A number that only the last process holds."""
+    return compared(broken, in_blocks(mesh), sound_blocks)
 
-    def build() -> nn.Module:
-        model = GPT()
-        with torch.no_grad():
-            model.layers[0].up.weight[-1, 3] = torch.nan
-            model.layers[1].attention.out.weight[-1, -1] = -torch.inf
-        return model
 
-    def find(model: nn.Module) -> tuple[ResidualBlock, ...]:
-        return find_blocks(GPT())
-
-    return compared(build, in_blocks(mesh), find)
+@case(2)
+def flat_not_finite(mesh: DeviceMesh) -> Any:
+    """The same in flattened weights."""
+    return compared(broken, flat(mesh, nn.Linear), sound_blocks)
 
 
 @case(2)
 def scaled(mesh: DeviceMesh) -> Any:
     """With residual scales, each of which one process owns."""
-
-    def build() -> nn.Module:
-        model = GPT()
-        attach_scales(model)
-        with torch.no_grad():
-            for i, (name, parameter) in enumerate(model.named_parameters()):
-                if name.endswith("log_scale"):
-                    parameter.fill_(0.01 * (i % 40))
-        return model
-
-    return compared(build, in_blocks(mesh))
+    return compared(with_scales, in_blocks(mesh))
 
 
 @case(2)
@@ -438,6 +508,9 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
     in_blocks(mesh, root=False)(model)
     parallel = GPT(80, 4, 4, layers=1)
     tensor_parallel(mesh)(parallel)
+    together, nameless, computed = GPT(80, layers=1), GPT(80, layers=1), GPT(80, layers=1)
+    parametrize.register_parametrization(computed.layers[0].up, "weight", nn.Identity())
+    flattened, without_names = flat(mesh)(together), flat(mesh, use_orig_params=False)(nameless)
     whole = torch.ones(4, 6)
     spread = distribute_tensor(whole, mesh, [Shard(0)])
     unsummed = DTensor.from_local(whole, mesh, [Partial()], run_check=False)
@@ -455,6 +528,10 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
         "measure": refused(lambda: measure(model)),
         "jacobian": refused(lambda: measure(model, blocks, linearization="jacobian")),
         "penalty": refused(lambda: balance_penalty(model, blocks)),
+        "find_flattened": refused(lambda: find_blocks(flattened)),
+        "penalty_flattened": refused(lambda: balance_penalty(flattened, blocks)),
+        "no_names": str(measure(without_names, blocks).layers[0].reason),
+        "computed": str(measure(flat(mesh)(computed), blocks).layers[0].reason),
         "partial": refused(lambda: Sharded(unsummed)),
         "partial_branch": str(measure(with_unsummed, blocks).layers[0].reason),
         "nan_beside": str(measure(uneasy, blocks).layers[0].reason),

@@ -18,6 +18,13 @@ OF_TWO = (
     "blocks_and_root_trained",
     "uneven",
     "columns",
+    "flat_trained",
+    "flat_uneven",
+    "flat_half_precision",
+    "flat_scaled",
+    "flat_not_finite",
+    "flat_layouts",
+    "flat_wide",
     "tensor_parallel_trained",
     "drifting_apart",
     "half_precision",
@@ -31,7 +38,7 @@ OF_TWO = (
     "wide",
     "wide_and_tensor_parallel",
 )
-OF_FOUR = ("both", "both_uneven", "replicated_groups")
+OF_FOUR = ("both", "both_uneven", "replicated_groups", "flat_groups")
 LABELS = {"index", "name", "mlp_expert", "mlp_reason", "attention_reason", "reason"}
 
 Seen = list[dict[str, Any]]
@@ -94,7 +101,7 @@ def test_no_process_sends_more_than_blocks_of_vectors_and_norm_gains(seen: Seen)
         assert max(gathered, default=0) < item["largest_vector"]
 
 
-@pytest.mark.parametrize("name", ["wide", "wide_and_tensor_parallel"])
+@pytest.mark.parametrize("name", ["wide", "wide_and_tensor_parallel", "flat_wide"])
 def test_what_travels_is_small_beside_the_smallest_weight(two: Seen, name: str):
     item = two[0][name]
     sizes = [size for operation, size in item["sharded_traffic"] if operation == "all_reduce"]
@@ -103,15 +110,17 @@ def test_what_travels_is_small_beside_the_smallest_weight(two: Seen, name: str):
     assert max(sizes) < item["smallest_weight"] / 8
 
 
-def test_numbers_that_are_not_finite_are_seen_by_the_processes_that_do_not_hold_them(two: Seen):
+@pytest.mark.parametrize("name", ["not_finite", "flat_not_finite"])
+def test_numbers_that_are_not_finite_are_seen_by_the_processes_that_do_not_hold_them(two: Seen, name: str):
     for rank in two:
-        layers = rank["not_finite"]["sharded"][0]["layers"]
+        layers = rank[name]["sharded"][0]["layers"]
         assert [layer["mlp_reason"] for layer in layers] == ["weights are not finite (NaN or Inf)", None, None]
         assert [layer["attention_reason"] for layer in layers] == [None, "weights are not finite (NaN or Inf)", None]
 
 
-def test_scales_are_read_by_the_processes_that_do_not_own_them(two: Seen):
-    layers = two[0]["scaled"]["sharded"][0]["layers"]
+@pytest.mark.parametrize("name", ["scaled", "flat_scaled"])
+def test_scales_are_read_by_the_processes_that_do_not_own_them(two: Seen, name: str):
+    layers = two[0][name]["sharded"][0]["layers"]
     scales = [layer[f"{branch}_scale"] for layer in layers for branch in ("mlp", "attention")]
     assert len(set(scales)) == len(scales)
     assert [math.isclose(scale, 1.0) for scale in scales].count(True) <= 1
@@ -138,6 +147,13 @@ def test_a_process_that_holds_nothing_of_a_weight_says_so_and_the_others_do_not_
         ("measure", r"ExampleInputError: GPT is sharded .*measure\(model, blocks\), SpectralMonitor\(blocks=blocks\)"),
         ("jacobian", r"ExampleInputError: .*GPT is sharded"),
         ("penalty", r"ConfigurationError: .*down.weight is sharded: no gradient goes through its spectral norm"),
+        ("find_flattened", r"ExampleInputError: FullyShardedDataParallel is sharded, and structure is read from one"),
+        ("penalty_flattened", r"ConfigurationError: .*down.weight is sharded: no gradient goes through its spectral"),
+        (
+            "no_names",
+            r"mlp: .* cannot be told from the others: expected FullyShardedDataParallel\(use_orig_params=True",
+        ),
+        ("computed", r"mlp: layers.0.up.weight is computed from other parameters, and those are flattened and cut"),
         ("partial", r"ConfigurationError: the weight is a sum that has not been taken yet \(placement Partial\)"),
         ("partial_branch", r"mlp: the weight is a sum that has not been taken yet \(placement Partial\)"),
         ("nan_beside", r"mlp: weights are not finite"),

@@ -16,7 +16,7 @@ SHARDED = STRATEGIES[2:]
 REFUSED = {  # by Lightning itself
     (layout, "64-true"): "The `ModelParallelStrategy` does not support `Fabric(..., precision='64-true')`"
     for layout in SHARDED
-}
+} | {("fsdp1", "64-true"): "`precision='64-true')` is not supported in FSDP"}
 CELLS = [
     (layout, f"{precision}, {what}, {how}")
     for layout in STRATEGIES
