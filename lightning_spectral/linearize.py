@@ -14,11 +14,10 @@ computes with is the sum, so the sum is the matrix of the branch; neither it nor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -28,9 +27,10 @@ from torch.distributed.tensor import DTensor
 from lightning_spectral.discovery.flattened import flattened
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg import Adjoint, Diagonal, Gather, LinearOperator, Matrix, Product, Scaled, Sharded, Sum
+from lightning_spectral.linalg import Adjoint, Diagonal, LinearOperator, Matrix, Product, Scaled, Sharded, Sum
 from lightning_spectral.linalg.flattened import FlatShard
 from lightning_spectral.linalg.operators import largest_mesh
+from lightning_spectral.linalg.rows import rows_of
 from lightning_spectral.linalg.sharded import agreed, is_sharded, replicated
 from lightning_spectral.linalg.tiles import stand_in
 from lightning_spectral.records import Factor, Path
@@ -234,7 +234,7 @@ def _stored(model: nn.Module, factor: Factor) -> list[LinearOperator]:
     with _reading(model, factor) as weight:
         if is_sharded(weight):
             return _sharded(weight, factor)
-        return _selected(_arranged(replicated(weight), factor), factor.rows, Matrix)
+        return rows_of(_arranged(replicated(weight), factor), factor.rows, Matrix)
 
 
 def _sharded(weight: DTensor | FlatShard, factor: Factor) -> list[LinearOperator]:
@@ -249,53 +249,7 @@ def _sharded(weight: DTensor | FlatShard, factor: Factor) -> list[LinearOperator
         if isinstance(weight, FlatShard)
         else _applied(weight, arithmetic)
     )
-    return _selected(view, factor.rows, partial(Sharded, stored))
-
-
-def _selected(
-    weight: Tensor, rows: tuple[range, ...] | None, matrix: Callable[[Tensor], LinearOperator]
-) -> list[LinearOperator]:
-    """Return the matrix whose rows are picked, as a view where the rows form a pattern, and as a repetition of one.
-
-    Args:
-        weight: The weight, or what says where its entries lie.
-        rows: The rows, ``None`` for all of them.
-        matrix: Makes an operator of a view of the weight.
-    """
-    if rows is None:
-        return [matrix(weight)]
-    unique = tuple(sorted(set(rows), key=lambda run: run.start))
-    view = _view(weight, unique)
-    operator = matrix(weight if view is None else view)
-    if view is not None and unique == rows:
-        return [operator]
-    if view is None:
-        index = torch.cat([torch.tensor(run) for run in rows])
-    else:
-        starts = dict(zip(unique, _offsets(unique), strict=True))
-        index = torch.cat([torch.arange(starts[run], starts[run] + len(run)) for run in rows])
-    return [Gather(index.to(operator.device), operator.shape[0]), operator]
-
-
-def _offsets(runs: tuple[range, ...]) -> list[int]:
-    lengths = [len(run) for run in runs]
-    return [sum(lengths[:position]) for position in range(len(runs))]
-
-
-def _view(weight: Tensor, runs: tuple[range, ...]) -> Tensor | None:
-    """Return rows that lie at one distance from each other (heads) as a strided view, ``None`` where they do not."""
-    first = runs[0]
-    if len(runs) == 1:
-        return weight[first.start : first.stop : first.step]
-    distances = {later.start - earlier.start for earlier, later in pairwise(runs)}
-    if len(distances) != 1 or len({(len(run), run.step) for run in runs}) != 1 or min(distances) <= 0:
-        return None
-    row, column = weight.stride()
-    return weight.as_strided(
-        (len(runs), len(first), weight.shape[1]),
-        (distances.pop() * row, first.step * row, column),
-        weight.storage_offset() + first.start * row,
-    )
+    return rows_of(view, factor.rows, partial(Sharded, stored))
 
 
 def _tensor(model: nn.Module, factor: Factor) -> Tensor:

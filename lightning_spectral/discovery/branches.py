@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_spectral.discovery.experts import with_all_experts
 from lightning_spectral.discovery.factors import chains
+from lightning_spectral.discovery.operands import UnmeasurableError
 from lightning_spectral.discovery.operations import (
     Multiplier,
     is_attention,
@@ -21,7 +22,6 @@ from lightning_spectral.discovery.operations import (
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.recipes import attribute_path
 from lightning_spectral.discovery.residual import ResidualAdd, Term
-from lightning_spectral.discovery.routes import UnmeasurableError
 from lightning_spectral.discovery.sites import Site, choose_site, usable_modules
 from lightning_spectral.discovery.tape import Tape
 from lightning_spectral.records import Branch, BranchKind, Path

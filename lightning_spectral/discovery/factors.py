@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_spectral.discovery.multipliers import multiplier_factors
+from lightning_spectral.discovery.operands import UnmeasurableError, normalized_operand, value_operand
 from lightning_spectral.discovery.operations import Multiplier, is_norm, refs
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.products import MATRICES, Reader, matrix_factor, rows_read, weight_product
-from lightning_spectral.discovery.routes import Route, Router, UnmeasurableError, normalized_operand, value_operand
+from lightning_spectral.discovery.routes import Route, Router
 from lightning_spectral.discovery.sums import summed_matrix
 from lightning_spectral.discovery.tape import Operation, Tape
 from lightning_spectral.records import BranchKind, Factor, FactorRole

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from lightning_spectral.discovery.operands import UnmeasurableError
 from lightning_spectral.discovery.operations import Divisor, Multiplier
 from lightning_spectral.discovery.recipes import NoRecipeError, recipe
-from lightning_spectral.discovery.routes import UnmeasurableError
 from lightning_spectral.discovery.tape import Tape
 from lightning_spectral.records import Factor
 

@@ -202,10 +202,9 @@ def added_operand(operation: Operation) -> int | None:
 def term_factor(operation: Operation, value: int) -> float:
     """Return the number by which an addition multiplies one of its terms."""
     name = base_name(operation)
-    alpha = float(operation.kwargs.get("alpha", 1))
-    if value not in refs(operation, 0 if name == "rsub" else 1):
-        return 1.0
-    return alpha if name == "add" else -alpha
+    first, second = (refs(operation, position) for position in ((1, 0) if name == "rsub" else (0, 1)))
+    alpha = float(operation.kwargs.get("alpha", 1)) * (1 if name == "add" else -1)
+    return float(value in first) + alpha * (value in second)
 
 
 def matrix_operands(operation: Operation) -> tuple[int, ...]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lightning_spectral.discovery.operands import UnmeasurableError
 from lightning_spectral.discovery.operations import base_name, matrix_operands, weight_operand
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.recipes import NoRecipeError, recipe, shortest
-from lightning_spectral.discovery.routes import UnmeasurableError
 from lightning_spectral.discovery.tape import Operation, Tape
 from lightning_spectral.records import Factor
 

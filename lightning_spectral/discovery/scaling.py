@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lightning_spectral.discovery.operands import normalized_operand
 from lightning_spectral.discovery.operations import (
     base_name,
     is_contraction,
@@ -20,7 +21,6 @@ from lightning_spectral.discovery.operations import (
     scattered_inputs,
     weight_operand,
 )
-from lightning_spectral.discovery.routes import normalized_operand
 from lightning_spectral.discovery.tape import Operation, Tape
 
 __all__ = ["PARAMETRIZED", "Scaling", "ScalingWalk", "UnscalableError"]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lightning_spectral.discovery.multipliers import multiplier_factors
+from lightning_spectral.discovery.operands import UnmeasurableError
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.products import (
     STACK,
@@ -15,7 +16,7 @@ from lightning_spectral.discovery.products import (
     rows_read,
     weight_product,
 )
-from lightning_spectral.discovery.routes import Addend, Route, UnmeasurableError
+from lightning_spectral.discovery.routes import Addend, Route
 from lightning_spectral.records import Factor
 
 __all__ = ["summed_matrix"]

@@ -388,6 +388,7 @@ class Multiplier(nn.Module):
     WAYS: ClassVar[dict[str, tuple[Callable[[Any, Tensor], Tensor], float]]] = {
         "alpha of a sum": (lambda layer, x: torch.add(layer.bias, x @ layer.weight.T, alpha=0.25), 0.25),
         "alpha of a difference": (lambda layer, x: torch.sub(layer.bias, x @ layer.weight.T, alpha=0.25), 0.25),
+        "with itself": (lambda layer, x: torch.add(y := x @ layer.weight.T, y, alpha=0.5), 1.5),
         "alpha of a product": (
             lambda layer, x: torch.addmm(layer.bias, x.flatten(0, 1), layer.weight.T, alpha=0.25).view_as(x),
             0.25,

@@ -1,0 +1,78 @@
+"""Which operand of an operation carries the values: not the attention pattern, not a statistic of the value itself."""
+
+from __future__ import annotations
+
+from lightning_spectral.discovery.operations import (
+    base_name,
+    is_attention,
+    is_contraction,
+    is_product,
+    matrix_operands,
+    refs,
+)
+from lightning_spectral.discovery.tape import Operation, Tape
+
+__all__ = ["UnmeasurableError", "normalized_operand", "value_operand"]
+
+
+class UnmeasurableError(Exception):
+    """The branch has no weight linearization; the message is the reason that the user sees."""
+
+
+def normalized_operand(tape: Tape, operation: Operation) -> int | None:
+    """Return the value that is multiplied by a statistic of itself: a norm written out in elementary operations."""
+    if base_name(operation) not in ("mul", "div") or len(operation.inputs) != 2:
+        return None
+    first, second = operation.inputs
+    for value, statistic in ((first, second), (second, first)):
+        source = tape.producer(statistic)
+        while source is not None and source.name in ("expand", "unsqueeze", "_to_copy", "view"):
+            statistic = source.inputs[0]
+            source = tape.producer(statistic)
+        shape = tape.shape(statistic)
+        if not shape or shape[-1] != 1 or tape.shape(value)[-1] == 1:
+            continue
+        for base in (value, _centred(tape, value)):
+            if tape.depends(statistic, base):
+                inside = tape.between(base, statistic)[1:]
+                return None if any(_is_weighted(tape, item) for item in inside) else base
+    return None
+
+
+def _centred(tape: Tape, value: int) -> int:
+    """Return x for x − mean(x): the variance may have been computed from x in another way."""
+    operation = tape.producer(value)
+    return operation.inputs[0] if operation is not None and base_name(operation) == "sub" else value
+
+
+def _is_weighted(tape: Tape, value: int) -> bool:
+    operation = tape.producer(value)
+    return operation is not None and (is_product(tape, operation) or is_attention(operation))
+
+
+def value_operand(tape: Tape, operation: Operation) -> int:
+    """Return the operand of an attention product that carries the values, not the pattern."""
+    if "attention" in operation.name:
+        found = refs(operation, 2)
+        if found:
+            return found[0]
+    operands = matrix_operands(operation)
+    weighted = [value for value in operands if _is_pattern(tape, value)]
+    others = [value for value in operands if value not in weighted]
+    if len(others) != 1:
+        raise UnmeasurableError(f"no value path: both operands of {operation.name!r} depend on the tokens alike")
+    return others[0]
+
+
+def _is_pattern(tape: Tape, value: int) -> bool:
+    """Whether the value was made by a softmax, read backwards through everything but another product."""
+    seen, queue = set(), [value]
+    while queue:
+        operation = tape.producer(queue.pop())
+        if operation is None or operation.index in seen or is_contraction(operation):
+            continue
+        if "softmax" in operation.name:
+            return True
+        seen.add(operation.index)
+        queue += operation.inputs
+    return False

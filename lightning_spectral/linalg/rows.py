@@ -1,0 +1,59 @@
+"""Picked rows of a weight: as a view of it where they form a pattern, and as a repetition of such a view."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.linalg.operators import Gather, LinearOperator
+
+__all__ = ["rows_of"]
+
+
+def rows_of(
+    weight: Tensor, rows: tuple[range, ...] | None, matrix: Callable[[Tensor], LinearOperator]
+) -> list[LinearOperator]:
+    """Return the matrix whose rows are picked, as a view where the rows form a pattern, and as a repetition of one.
+
+    Args:
+        weight: The weight, or what says where its entries lie.
+        rows: The rows, ``None`` for all of them.
+        matrix: Makes an operator of a view of the weight.
+    """
+    if rows is None:
+        return [matrix(weight)]
+    unique = tuple(sorted(set(rows), key=lambda run: run.start))
+    view = _view(weight, unique)
+    operator = matrix(weight if view is None else view)
+    if view is not None and unique == rows:
+        return [operator]
+    if view is None:
+        index = torch.cat([torch.tensor(run) for run in rows])
+    else:
+        starts = dict(zip(unique, _offsets(unique), strict=True))
+        index = torch.cat([torch.arange(starts[run], starts[run] + len(run)) for run in rows])
+    return [Gather(index.to(operator.device), operator.shape[0]), operator]
+
+
+def _offsets(runs: tuple[range, ...]) -> list[int]:
+    lengths = [len(run) for run in runs]
+    return [sum(lengths[:position]) for position in range(len(runs))]
+
+
+def _view(weight: Tensor, runs: tuple[range, ...]) -> Tensor | None:
+    """Return rows that lie at one distance from each other (heads) as a strided view, ``None`` where they do not."""
+    first = runs[0]
+    if len(runs) == 1:
+        return weight[first.start : first.stop : first.step]
+    distances = {later.start - earlier.start for earlier, later in pairwise(runs)}
+    if len(distances) != 1 or len({(len(run), run.step) for run in runs}) != 1 or min(distances) <= 0:
+        return None
+    row, column = weight.stride()
+    return weight.as_strided(
+        (len(runs), len(first), weight.shape[1]),
+        (distances.pop() * row, first.step * row, column),
+        weight.storage_offset() + first.start * row,
+    )
