@@ -129,7 +129,7 @@ def depth_colours(count: int) -> tuple[str, ...]:
     from bokeh.palettes import Viridis256
 
     # Without the yellow end, which is not seen on white.
-    return tuple(Viridis256[round(position)] for position in np.linspace(0, 205, max(count, 2)))
+    return tuple(Viridis256[round(position)] for position in np.linspace(0, 190, max(count, 2)))
 
 
 def rounded(values: Floats) -> NDArray[np.float32]:

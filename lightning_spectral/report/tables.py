@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lightning_spectral.history import History
+from lightning_spectral.journal import FORMAT
 from lightning_spectral.records import LayerMeasurement, Measurement
 from lightning_spectral.report.words import clear
 
@@ -150,7 +151,9 @@ def settings(header: Mapping[str, Any]) -> Table:
 
 def _flat(header: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in header.items():
-        if isinstance(value, dict):
+        if name == FORMAT:
+            yield "format of the file", value
+        elif isinstance(value, dict):
             yield from ((f"{name}.{inner}", what) for inner, what in value.items())
         else:
             yield name, value
