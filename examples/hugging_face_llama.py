@@ -3,9 +3,11 @@
     python examples/hugging_face_llama.py
     python examples/hugging_face_llama.py --layers 12 --width 192 --steps 1000
 
-Nothing is downloaded: the weights are random, and the text is the standard library's source, as in `train_gpt.py`.
+Needs `pip install '.[examples]'`. Nothing is downloaded: the weights are random, and the text is the standard library's
+source, as in `train_gpt.py` beside it.
+
 Blocks are found in the model as it is: grouped key/value heads, a gated MLP and RMSNorm need no word of yours. Any
-other model of `transformers` takes the place of `LlamaForCausalLM`, pretrained ones too.
+other causal language model of `transformers` takes the place of `LlamaForCausalLM`, a pretrained one too.
 
 What to look for: the table at the end; in the heatmap, when which block parts from the others; in the report, the same
 and more, with the numbers under the pointer. Blocks leave the zone here while the loss falls as it should: that is

@@ -4,7 +4,8 @@
     python examples/vision_transformer.py --layers 12 --patch 1
 
 The images, 1,797 digits of 8 × 8 pixels, come with scikit-learn; the model is built from a configuration of
-`transformers`, with random weights. Nothing is downloaded, and nothing in the callback knows of images.
+`transformers`, with random weights. Nothing is downloaded, and nothing in the callback knows of images. Needs
+`pip install '.[examples]'`.
 
 What to look for: first of all the accuracy, on images that were not trained on. The ratios say how the balance of MLP
 and attention moves over depth and time on the way there, not how good the model is. Blocks leave the zone, and there is
