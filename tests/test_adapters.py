@@ -393,7 +393,7 @@ def test_the_gate_is_known_by_its_name_with_and_without_adapters(swapped: bool):
 
 
 class Experts(nn.Module):
-    """Adapters on every expert but the last one, which no token needs to reach."""
+    """Adapters on every expert but the last one."""
 
     def __init__(self, count: int = 4) -> None:
         super().__init__()
@@ -413,28 +413,40 @@ class Experts(nn.Module):
         return result
 
 
-def test_the_experts_of_a_mixture_have_adapters_of_their_own():
+def mixture(idle: int) -> nn.Module:
+    """A block with experts, of which one never runs."""
     torch.manual_seed(0)
     model = NanoGPT(layers=1).eval()
-    block = model.transformer["h"][0]
-    block.mlp = Experts().eval()
-    for layer in block.mlp.modules():
+    model.transformer["h"][0].mlp = mlp = Experts().eval()
+    for layer in mlp.modules():
         if isinstance(layer, Adapted):
             nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
-    with torch.no_grad():
-        block.mlp.router.bias[2] = -1e3  # an idle expert: its adapters are known from those of its siblings
-    blocks = find_blocks(model.double(), IDS)
-    paths = {path.expert: path for path in blocks[0].mlp.paths}
+    nn.init.constant_(mlp.router.bias[idle : idle + 1], -1e3)
+    return model.double()
+
+
+def test_experts_have_adapters_of_their_own_and_an_idle_one_those_of_its_siblings():
+    model = mixture(idle=2)
+    block = model.transformer["h"][0]
+    blocks = find_blocks(model, IDS)
     gain = torch.diag(block.ln_2.weight.detach())
+    paths = {path.expert: path for path in blocks[0].mlp.paths}
+    assert set(paths) == {0, 1, 2, 3}
     for number, expert in enumerate(block.mlp.experts):
-        down, up = (
-            layer.merged().weight if isinstance(layer, Adapted) else layer.weight
-            for layer in (expert.c_proj, expert.c_fc)
-        )
-        if number in paths:
-            found = linearize(model, paths[number], "circuit").operator.dense()
-            torch.testing.assert_close(found, (down @ up).detach() @ gain)
-    assert set(paths) >= {0, 1, 2}
+        layers = (expert.c_proj, expert.c_fc)
+        down, up = (layer.merged().weight if isinstance(layer, Adapted) else layer.weight for layer in layers)
+        found = linearize(model, paths[number], "circuit").operator.dense()
+        torch.testing.assert_close(found, (down @ up).detach() @ gain)
+    assert measure(model, blocks, adapters="delta").layers[0].mlp_expert in (0, 1, 2)
+
+
+def test_an_idle_expert_that_is_built_otherwise_is_no_reason_to_forget_it():
+    branch = find_blocks(mixture(idle=3), IDS)[0].mlp
+    assert branch.paths == ()
+    assert branch.reason == (
+        "its expert transformer.h.0.mlp.experts.3 is built otherwise than those that ran on the example input, and did "
+        "not run itself"
+    )
 
 
 # Penalty, scales, packed weights

@@ -152,7 +152,7 @@ def finished(
     try:
         region, multipliers = _whole(tape, branch)
         found = chains(tape, region, prober, kind, multipliers)
-        paths: tuple[Path, ...] = with_all_experts(modules, block, found, kind)
+        paths: tuple[Path, ...] = with_all_experts(modules, block, found, kind, set(tape.names.values()))
     except UnmeasurableError as error:
         return replace(record, reason=str(error))
     return replace(record, paths=paths)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from lightning_spectral.discovery.factors import Chain
+from lightning_spectral.discovery.operands import UnmeasurableError
 from lightning_spectral.discovery.paths import common_parts, resolve
 from lightning_spectral.discovery.products import MATRICES, STACK
 from lightning_spectral.records import BranchKind, Factor, Path
@@ -16,7 +18,7 @@ __all__ = ["with_all_experts"]
 
 
 def with_all_experts(
-    modules: Mapping[str, nn.Module], block: str, chains: tuple[Chain, ...], kind: BranchKind
+    modules: Mapping[str, nn.Module], block: str, chains: tuple[Chain, ...], kind: BranchKind, ran: Collection[str]
 ) -> tuple[Path, ...]:
     """Return one path per chain, and per expert where the chains are those of a mixture of experts.
 
@@ -28,16 +30,26 @@ def with_all_experts(
         block: Module path of the block; containers above it hold blocks, not experts.
         chains: The chains that were found on the tape.
         kind: The kind of the branch.
+        ran: The names of the parameters that took part in the recorded pass.
+
+    Raises:
+        UnmeasurableError: Not all experts can be known.
     """
     if kind != "mlp":
         return tuple(Path(chain) for chain in chains)
     found: dict[Path, None] = {}
     dense = []
+    entries: defaultdict[str, set[str]] = defaultdict(set)  # of the containers that hold experts
     for chain in chains:
-        family = _stacked(modules, chain) or _listed(modules, block, chain)
+        family = _stacked(modules, chain)
+        if not family:
+            container, listed = _listed(modules, block, chain, chains)
+            entries[container].update(listed)
+            family = list(listed.values())
         found.update(dict.fromkeys(family))
         if not family:
             dense.append(Path(chain, "shared" if len(chains) > 1 else None))
+    _check_complete(modules, entries, ran)
     if not found:
         dense = [replace(path, expert=None) for path in dense]
     elif len(dense) > 0:
@@ -85,23 +97,42 @@ def _count(modules: Mapping[str, nn.Module], factor: Factor, position: int) -> i
     return int(tensor.shape[0])  # type: ignore[attr-defined]
 
 
-def _listed(modules: Mapping[str, nn.Module], block: str, chain: Chain) -> list[Path]:
-    """Experts in a ``ModuleList`` inside the block."""
+def _listed(
+    modules: Mapping[str, nn.Module], block: str, chain: Chain, chains: Sequence[Chain]
+) -> tuple[str, dict[str, Path]]:
+    """Experts in a ``ModuleList`` inside the block: its path, and the entries that are built as the chain's is."""
     names = [factor.parameter for factor in chain if factor.role in MATRICES and factor.parameter]
     common = common_parts(names)
     for depth in range(len(common), len(block.split(".")) if block else 0, -1):
-        container = modules.get(".".join(common[: depth - 1]))
+        head = ".".join(common[: depth - 1])
+        container = modules.get(head)
         if not isinstance(container, nn.ModuleList | nn.ModuleDict) or len(container) < 2:
             continue
-        head = ".".join(common[: depth - 1])
-        family = []
+        family = {}
         for key in (name for name, _ in container.named_children()):
             sibling = tuple(_moved(factor, f"{head}.{common[depth - 1]}.", f"{head}.{key}.") for factor in chain)
             if all(_exists(modules[""], item) for factor in sibling for item in factor.flat()):
-                family.append(Path(sibling, int(key) if key.isdigit() else key))
-        if len(family) > 1:
-            return family
-    return []
+                family[key] = Path(sibling, int(key) if key.isdigit() else key)
+        others = (factor.parameter or "" for other in chains if other != chain for factor in other)
+        if len(family) > 1 or any(name.startswith(f"{head}.") for name in others):
+            return head, family
+    return "", {}
+
+
+def _check_complete(modules: Mapping[str, nn.Module], entries: Mapping[str, set[str]], ran: Collection[str]) -> None:
+    """Refuse a mixture with an expert that did not run and is built otherwise than those that did.
+
+    Raises:
+        UnmeasurableError: There is one, so that the largest norm is not known.
+    """
+    for head, known in entries.items():
+        for key, expert in modules[head].named_children():
+            names = [f"{head}.{key}.{name}" for name, _ in expert.named_parameters()]
+            if known and key not in known and names and not any(name in ran for name in names):
+                raise UnmeasurableError(
+                    f"its expert {head}.{key} is built otherwise than those that ran on the example input, and did not "
+                    "run itself"
+                )
 
 
 def _moved(factor: Factor, old: str, new: str) -> Factor:
