@@ -1,19 +1,36 @@
-"""What residual scales need of an optimizer: to be in it, to lose momentum when moved, to be absent from old states."""
+"""What scales need of an optimizer: to be in it, no momentum when moved, none in old states, steps that count."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_spectral.control.scales import ResidualScales
 from lightning_spectral.errors import ConfigurationError
 
-__all__ = ["check_optimized", "forget_momentum", "with_fresh_scales"]
+__all__ = ["check_optimized", "forget_momentum", "held", "lost_steps", "with_fresh_scales"]
 
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg", "prev")
+
+
+class Lost(NamedTuple):
+    """A scale whose steps are lost.
+
+    Attributes:
+        name: Of the scale.
+        value: Its logarithm.
+        distance: From there to the next number of its dtype.
+    """
+
+    name: str
+    value: float
+    distance: float
 
 
 def check_optimized(optimizers: Sequence[Optimizer], scales: ResidualScales) -> None:
@@ -46,6 +63,47 @@ def forget_momentum(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor
             for name, value in optimizer.state.get(parameter, {}).items():
                 if name in _FIRST_MOMENTS and isinstance(value, Tensor):
                     value.zero_()
+
+
+def held(scale: Tensor) -> Tensor:
+    """Return what this process holds of a scale: ``(1,)``, or ``(0,)`` where another process has it."""
+    scale = scale.detach()
+    return scale.to_local() if isinstance(scale, DTensor) else scale
+
+
+def lost_steps(
+    optimizers: Iterable[Optimizer], scales: Mapping[str, Tensor], before: Mapping[str, Tensor]
+) -> list[Lost]:
+    """Return the scales of 16 bits that stayed where they were because steps are rounded away. One transfer to the CPU.
+
+    Those have not moved, and a step is less than half the distance to the next number: it is about the rate where
+    gradients are divided by their size (Adam and its kin have ``betas``), else the rate times the gradient.
+
+    Args:
+        optimizers: The optimizers.
+        scales: The scales by name. Those without a gradient, or with one of 0, are not meant to move.
+        before: What :func:`held` was of them, one or more steps ago.
+    """
+    groups = {
+        id(parameter): group
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    names, rows = [], []
+    for name, scale in scales.items():
+        now, gradient = held(scale), scale.grad
+        if now.numel() and now.element_size() == 2 and name in before and gradient is not None and id(scale) in groups:
+            names.append(name)
+            rows.append(torch.cat([now, before[name], held(gradient).to(now.dtype)]))
+    lost = []
+    for name, (now, old, gradient) in zip(names, torch.stack(rows).tolist() if rows else (), strict=True):
+        group = groups[id(scales[name])]
+        step = float(group.get("lr", 1.0)) * (1.0 if "betas" in group else abs(gradient))
+        distance = math.ldexp(torch.finfo(scales[name].dtype).eps, math.frexp(now)[1] - 1)
+        if now == old and gradient and 0 < step < distance / 2:
+            lost.append(Lost(name, now, distance))
+    return lost
 
 
 def with_fresh_scales(

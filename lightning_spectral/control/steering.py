@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral.control.fuse import MARKER
 from lightning_spectral.control.law import Action, BlockState, Reading, ResidualRescaler, check_zones, decide
-from lightning_spectral.control.optimizers import check_optimized, forget_momentum, with_fresh_scales
+from lightning_spectral.control.optimizers import check_optimized, forget_momentum, held, lost_steps, with_fresh_scales
 from lightning_spectral.control.scales import ResidualScale, ResidualScales, attach_scales
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.discovery.paths import is_compiled, resolve
@@ -47,6 +47,8 @@ class Steering:
         self.disarmed = False  # the scales of several processes have come apart
         self._pairs: list[_Pair] = []  # of MLP and attention, by block
         self._unseen: list[Branch] = []
+        self._before: dict[str, Tensor] = {}  # the scales after the last action
+        self._told_rounding = False
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -139,6 +141,7 @@ class Steering:
         actions, after = decide(self.rescaler, self.safe_zone, measurement.step, readings, states)
         if not self.rescaler.dry_run:
             forget_momentum(optimizers, self._moved(actions))
+            self._before = {site: held(scale).clone() for site, scale in self.scales.named_parameters()}
         return actions, [state.to_dict() for state in after]
 
     def _reading(self, layer: LayerMeasurement, block: ResidualBlock, pair: _Pair) -> Reading:
@@ -188,6 +191,26 @@ class Steering:
                 f"they multiply nothing: {told}"
             )
         self._unseen = waiting
+
+    def check_rounding(self, optimizers: Iterable[Optimizer]) -> str | None:
+        """Return what to tell if rounding swallows the steps of scales of 16 bits; it is found out once.
+
+        Call it before :meth:`act`, while the gradients of the last step are there.
+        """
+        if self.scales is None or self._told_rounding:
+            return None
+        scales = dict(self.scales.named_parameters())
+        lost = lost_steps(optimizers, scales, self._before)
+        if not lost:
+            return None
+        self._told_rounding, first = True, lost[0]
+        return (
+            f"{len(lost)} of {len(scales)} residual scales have gradients and have not moved since the last "
+            f"measurement: in 16 bits, next to {first.value:.4g}, the logarithm of the scale of {first.name!r}, "
+            f"numbers are {first.distance:.2g} apart, and steps of less than half of that are rounded away. Train with "
+            "precision='bf16-mixed' or at a larger rate, or let the controller alone move the scales, "
+            "auto_rescale=ResidualRescaler(learnable=False)"
+        )
 
     def mark(self, checkpoint: dict[str, Any]) -> None:
         """Say in a checkpoint that its model has residual scales."""

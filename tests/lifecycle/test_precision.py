@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning_spectral import (
     measure,
     read_journal,
 )
+from lightning_spectral.control.optimizers import held, lost_steps
 
 PRECISIONS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "32-true": ({"precision": "32-true"}, torch.float32),
@@ -75,6 +77,82 @@ def test_scales_of_16_bits_learn_although_a_factor_would_not(tmp_path: Path):
     assert [value.dtype for value in scales(module)] == [torch.bfloat16] * 6
     assert all(value.item() != 0.0 for value in scales(module))
     assert 5e-3 < max(abs(value.item()) for value in scales(module)) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("start", "factor", "moves"),
+    [(1.0, lambda g: g, False), (0.0, lambda g: 1 + g, True), (0.0, torch.exp, True)],
+    ids=["direct", "1 + g", "exp(g)"],
+)
+def test_only_what_is_stored_around_zero_takes_small_steps_in_16_bits(start: float, factor: Any, moves: bool):
+    ends = []
+    for dtype in (torch.bfloat16, torch.float64):
+        parameter = torch.nn.Parameter(torch.tensor([start], dtype=dtype))
+        optimizer = torch.optim.AdamW([parameter], lr=1e-3)
+        for step in range(16):
+            factor(parameter).mul(-0.1 if step % 8 else 0.01).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(factor(parameter.detach().double()).item() - 1)
+    narrow, wide = ends
+    assert 5e-3 < wide < 16e-3
+    assert narrow == (pytest.approx(wide, rel=0.05) if moves else 0.0)
+
+
+def preset(value: float, learning_rate: float) -> LitGPT:
+    """Return a module whose scales have moved far from 1 already."""
+    module = unbalanced()
+    module.learning_rate = learning_rate
+    for _, scale in attach_scales(module).named_parameters():
+        scale.data.fill_(value)
+    return module
+
+
+def told_of_rounding(tmp_path: Path, module: LitGPT, precision: str) -> list[str]:
+    """Train, measuring often, with a law that moves nothing, and return the warnings about rounding."""
+    monitor = SpectralMonitor(2, ResidualRescaler(patience=99), on_error="raise")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(tmp_path, monitor, module=module, precision=precision, max_steps=8)
+    return [str(item.message) for item in told if "residual scales have gradients" in str(item.message)]
+
+
+def test_steps_of_scales_that_rounding_swallows_are_told_once(tmp_path: Path):
+    (message,) = told_of_rounding(tmp_path, preset(0.6, 1e-3), "bf16-true")
+    assert message == (
+        "SpectralMonitor, step 4: 6 of 6 residual scales have gradients and have not moved since the last measurement: "
+        "in 16 bits, next to 0.6016, the logarithm of the scale of 'model.blocks.0.attention', numbers are 0.0039 "
+        "apart, and steps of less than half of that are rounded away. Train with precision='bf16-mixed' or at a larger "
+        "rate, or let the controller alone move the scales, auto_rescale=ResidualRescaler(learnable=False)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "learning_rate", "precision"),
+    [
+        (0.6, 1e-2, "bf16-true"),  # large steps
+        (0.01, 1e-3, "bf16-true"),  # near zero
+        (0.6, 1e-6, "32-true"),
+        (0.6, 1e-3, "bf16-mixed"),
+        (0.6, 0.0, "bf16-true"),  # nothing is to be learned
+    ],
+)
+def test_scales_whose_steps_count_are_not_told_of(tmp_path: Path, value: float, learning_rate: float, precision: str):
+    assert told_of_rounding(tmp_path, preset(value, learning_rate), precision) == []
+
+
+def test_the_step_of_plain_descent_is_the_rate_times_the_gradient():
+    """Gradients of 0.01 and of 10, at the same rate: the first step is lost, the second is not."""
+    scales_ = {name: torch.nn.Parameter(torch.tensor([0.6], dtype=torch.bfloat16)) for name in ("small", "large")}
+    optimizer = torch.optim.SGD(scales_.values(), lr=0.1)
+    before = {name: held(scale).clone() for name, scale in scales_.items()}
+    (0.01 * scales_["small"] + 10 * scales_["large"]).sum().backward()
+    assert [lost.name for lost in lost_steps([optimizer], scales_, before)] == ["small"]  # nobody has stepped yet
+    optimizer.step()
+    ((name, value, distance),) = lost_steps([optimizer], scales_, before)
+    assert name == "small"
+    neighbour = torch.nextafter(before["small"], torch.tensor(1.0, dtype=torch.bfloat16))
+    assert (value, distance) == (before["small"].item(), (neighbour - before["small"]).item())
 
 
 # Gradient scaling
