@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_spectral.audit import Comparison, audit, compare, printable
 from lightning_spectral.errors import SpectralError
 from lightning_spectral.records import Measurement
-from lightning_spectral.report import report, write_checkpoint_page
+from lightning_spectral.report import check_installed, report, write_checkpoint_page
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -74,6 +74,8 @@ def _report(options: Any) -> int:
 
 
 def _audit(options: Any) -> int:
+    if options.html is not None:
+        check_installed()  # before the work
     paths = [path for path in (options.path, options.other) if path is not None]
     measured = [_measured(path, options) for path in paths]
     result: Measurement | Comparison = measured[0] if len(measured) == 1 else compare(*measured)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["History", "heatmap", "in_order"]
 
 MOST = 2**53  # beyond it a float no longer counts, and neither does a chart
-MOST_BLOCKS = 2**16  # a picture has a row for each
+MOST_BLOCKS = 2**12  # a picture has a row for each
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 
 from lightning_spectral.alarms import Event
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.history import History, heatmap
+from lightning_spectral.history import _LAYER, History, heatmap
 from lightning_spectral.journal import Journal
 from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
 from lightning_spectral.trends import Forecast
@@ -55,6 +55,10 @@ def test_a_history_is_what_the_run_wrote(tmp_path: Path):
     assert (history.events, history.actions, history.torn) == ((EVENT,), (ACTION,), False)
     assert history.header["linearization"] == "circuit"
     assert history.steps == (0, 5)
+
+
+def test_every_field_of_a_layer_is_read():
+    assert set(_LAYER) == {field.name for field in fields(LayerMeasurement)}
 
 
 def test_values_are_arrays_with_gaps(tmp_path: Path):

@@ -31,7 +31,7 @@ def profile_figure(measurement: Measurement) -> Figure:
     for label, colour, marker, name in series:
         norms = _column([getattr(layer, name) for layer in measurement])
         above.plot(blocks, norms, color=colour, marker=marker, markersize=4.5, linewidth=1.4, label=label)
-    above.set_yscale("log")
+    _plain_logarithms(above)
     above.set_ylabel("spectral norm", color=INK)
     above.legend(frameon=False, fontsize=9, ncols=2, loc="upper right", bbox_to_anchor=(1.0, 1.16))
     _ratios(below, blocks, _column([layer.ratio for layer in measurement]), measurement)
@@ -41,6 +41,16 @@ def profile_figure(measurement: Measurement) -> Figure:
         axes.set_axisbelow(True)
     above.set_title(f"Step {measurement.step}, “{measurement.linearization}”", loc="left", color=INK, weight="bold")
     return figure
+
+
+def _plain_logarithms(axes: Axes) -> None:
+    """Make the ordinate logarithmic, with numbers as 20 and not as 2 × 10¹."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.tick_params(which="minor", labelsize=9, labelcolor=INK, length=0)
 
 
 def _column(values: list[float | None]) -> Floats:
@@ -63,6 +73,7 @@ def _ratios(axes: Axes, blocks: Floats, ratios: Floats, measurement: Measurement
     ticks = range(-reach, reach + 1, max(1, reach // 4))
     axes.set_yticks(list(ticks), labels=[power_of_two(power) for power in ticks])
     axes.set_ylim(-reach, reach)
+    axes.set_xlim(min(blocks, default=0) - 0.8, max(blocks, default=0) + 0.8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     axes.set_ylabel("ρ = ‖MLP‖₂ / ‖attention‖₂", color=INK)
     axes.set_xlabel("block", color=INK)

@@ -108,7 +108,8 @@ def _note(layer: LayerMeasurement, zone: tuple[float, float] | None) -> str:
 def event_table(history: History) -> Table:
     """Return everything that was announced, the last first."""
     rows = [(f"{event.step:,}", event.level, clear(event.message, 2000)) for event in reversed(history.events)]
-    return Table("Events", ("step", "level", "what was said"), tuple(rows[:ROWS]))
+    title = "Events" if len(rows) <= ROWS else f"Events, the last {ROWS:,} of {len(rows):,}"
+    return Table(title, ("step", "level", "what was said"), tuple(rows[:ROWS]))
 
 
 def action_table(history: History) -> Table:

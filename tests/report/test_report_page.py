@@ -30,6 +30,7 @@ from lightning_spectral.report import lines as charts
 from lightning_spectral.report.canvas import rounded
 from lightning_spectral.report.heat import SHADES, heat_chart, zone_palette
 from lightning_spectral.report.lines import run_charts
+from lightning_spectral.report.tables import event_table
 from lightning_spectral.report.words import clear, story
 
 
@@ -190,6 +191,12 @@ def test_every_table_has_the_numbers_of_the_run(tmp_path: Path):
     assert ["rescaler.gain", "0.3"] in page.rows
     assert ["rescaler.dry_run", "no"] in page.rows
     assert ["4", "model.blocks.4", "model.blocks.4.attn", "–", "yes"] in page.rows
+
+
+def test_a_list_of_events_that_is_cut_says_so():
+    events = tuple(Event("info", step, step, (0,), "crossed") for step in range(2001))
+    table = event_table(History({}, tuple(measurements(("a",))), events))
+    assert (table.title, len(table.rows), table.rows[0][0]) == ("Events, the last 2,000 of 2,001", 2000, "2,000")
 
 
 def test_a_watched_run_has_no_charts_of_what_it_did_not_do(tmp_path: Path):
