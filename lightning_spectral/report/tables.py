@@ -54,7 +54,7 @@ def series_table(history: History, quantities: Mapping[str, str]) -> Table:
         (str(block), names[block], *(text for values in columns for text in _extremes(values[block])))
         for block in sorted(names)
     ]
-    return Table("Values of every block", ("block", "name", *head), tuple(rows))
+    return Table(f"Values of every block: {', '.join(quantities.values())}", ("block", "name", *head), tuple(rows))
 
 
 def _names(history: History) -> dict[int, str]:

@@ -128,6 +128,18 @@ def test_headings_landmarks_and_labels_are_in_order(opened: Page):
     assert opened.run("return [...document.querySelectorAll('nav a')].every((a) => document.querySelector(a.hash))")
 
 
+def test_whatever_takes_the_focus_says_what_it_is(opened: Page):
+    assert opened.wait("return document.body.dataset.drawn")
+    silent = opened.run("""
+    const stops = deep(document).filter((el) => el.tabIndex === 0 && el.checkVisibility());
+    const nameless = stops.filter((el) => !(el.ariaLabel || el.innerText?.trim()));
+    const roleless = stops.filter((el) => !el.role && !["a", "summary", "button"].includes(el.localName));
+    return [stops.length, nameless.length, roleless.map((el) => el.outerHTML.slice(0, 80))];
+    """)
+    assert silent == [silent[0], 0, []]
+    assert silent[0] > 8 * len(CHARTS)
+
+
 CONTRAST = """
 function luminance(colour) {
   const parts = colour.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255);
