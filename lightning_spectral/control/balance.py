@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from lightning_spectral import settings
 from lightning_spectral.control.scales import ResidualScale
 from lightning_spectral.discovery import find_blocks
+from lightning_spectral.discovery.flattened import flattened
 from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.errors import ConfigurationError
@@ -79,7 +80,8 @@ def balance_init_(
 
     Args:
         model: The model. Its parameters are changed in place; their gradients and ``requires_grad`` stay.
-        blocks: The blocks to balance; found in the model by default.
+        blocks: The blocks to balance; found in the model by default. A sharded model needs them, found before, and all
+            processes have to call this together.
         target: The ratio that every block gets.
         linearization: The rule under which it is measured, ``"circuit"`` or ``"paper"``; as in :func:`measure`.
         solver: How spectral norms are computed, :class:`RandomizedSVD` by default.
@@ -216,7 +218,7 @@ def _trained_gain(model: nn.Module, factors: Iterable[Factor]) -> str | None:
         if factor.role not in _NORMS or factor.parameter is None:
             continue
         with reading(model, factor.parameter) as gain:
-            low, high = map(float, replicated(gain.detach()).aminmax())
+            low, high = map(float, replicated(flattened(model, factor.parameter) or gain).detach().aminmax())
         if low != high:
             return f"the norm gain {factor.parameter} is not constant ({low:.4g} to {high:.4g})"
     return None

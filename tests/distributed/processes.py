@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 TESTS = Path(__file__).parents[1]
 
@@ -52,6 +54,16 @@ def join(folder: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", store=store, rank=rank, world_size=count, timeout=datetime.timedelta(seconds=60)
     )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a parameter in one piece, or as one vector where it was flattened. For small ones."""
+    flattened, tensor = getattr(tensor, "_fsdp_flattened", False), tensor.detach()
+    if flattened:
+        parts: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, tensor.clone())
+        return torch.cat(parts)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _free_port() -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from processes import join
+from processes import join, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
@@ -26,7 +26,15 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import example
 
-from lightning_spectral import ExactSVD, ResidualBlock, attach_scales, balance_penalty, find_blocks, measure
+from lightning_spectral import (
+    ExactSVD,
+    ResidualBlock,
+    attach_scales,
+    balance_init_,
+    balance_penalty,
+    find_blocks,
+    measure,
+)
 from lightning_spectral.linalg import Adjoint, Diagonal, Matrix, Product, Sharded, frobenius_norm
 from lightning_spectral.linalg.flattened import is_flattened
 from lightning_spectral.linalg.tiles import stand_in
@@ -427,6 +435,36 @@ def inference(mesh: DeviceMesh) -> Any:
     return {"plain": [numbers(plain)], "sharded": [numbers(sharded)]} | traffic
 
 
+@torch.no_grad()
+def fresh() -> nn.Module:
+    """Return a model as nobody has trained it, out of balance."""
+    model = GPT(160, 4, 4, 320)
+    for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+        norm.weight.fill_(1.0)
+    model.layers[1].down.weight.mul_(3.0)
+    return model
+
+
+@case(2)
+def balanced(mesh: DeviceMesh) -> Any:
+    """Balanced initialization after sharding, and the parameters that it leaves."""
+    results: dict[str, Any] = {}
+    kinds = {"fsdp2": in_blocks(mesh), "tensor parallel": tensor_parallel(mesh), "fsdp1": flat(mesh, Block)}
+    for name, shard in kinds.items():
+        plain, model = fresh(), fresh()
+        blocks = find_blocks(plain)
+        model = shard(model) or model
+        found = {
+            kind: [numbers(balance_init_(item, blocks, target=1.5))]
+            for kind, item in (("plain", plain), ("sharded", model))
+        }
+        pairs = zip(plain.parameters(), model.parameters(), strict=True)
+        apart = [float((one - whole(two).view_as(one)).norm() / one.norm().clip(1e-9)) for one, two in pairs]
+        traffic = {"plain_traffic": [], "sharded_traffic": [], "largest_vector": 1}
+        results[name] = found | traffic | {"apart": max(apart)}
+    return results
+
+
 @case(2)
 def layouts(mesh: DeviceMesh) -> Any:
     """Fused, grouped, transposed and stacked weights of the zoo, cut along both dimensions."""
@@ -528,6 +566,9 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
         "measure": refused(lambda: measure(model)),
         "jacobian": refused(lambda: measure(model, blocks, linearization="jacobian")),
         "penalty": refused(lambda: balance_penalty(model, blocks)),
+        "trained": refused(lambda: balance_init_(model, blocks)),
+        "trained_parallel": refused(lambda: balance_init_(parallel, blocks)),
+        "trained_flattened": refused(lambda: balance_init_(flattened, blocks)),
         "find_flattened": refused(lambda: find_blocks(flattened)),
         "penalty_flattened": refused(lambda: balance_penalty(flattened, blocks)),
         "no_names": str(measure(without_names, blocks).layers[0].reason),

@@ -34,6 +34,7 @@ OF_TWO = (
     "not_finite",
     "scaled",
     "inference",
+    "balanced",
     "layouts",
     "wide",
     "wide_and_tensor_parallel",
@@ -126,6 +127,14 @@ def test_scales_are_read_by_the_processes_that_do_not_own_them(two: Seen, name: 
     assert [math.isclose(scale, 1.0) for scale in scales].count(True) <= 1
 
 
+@pytest.mark.parametrize("kind", ["fsdp2", "tensor parallel", "fsdp1"])
+def test_a_sharded_model_is_balanced_as_one_in_one_piece(two: Seen, kind: str):
+    for rank in two:
+        item = rank["balanced"][kind]
+        assert [layer["ratio"] for layer in item["sharded"][0]["layers"]] == pytest.approx([1.5] * 3, rel=1e-4)
+        assert item["apart"] < 1e-4
+
+
 @pytest.mark.parametrize("world", ["two", "four"])
 def test_every_view_of_every_placement_multiplies_as_the_whole_weight(request: pytest.FixtureRequest, world: str):
     for rank in request.getfixturevalue(world):
@@ -147,6 +156,15 @@ def test_a_process_that_holds_nothing_of_a_weight_says_so_and_the_others_do_not_
         ("measure", r"ExampleInputError: GPT is sharded .*measure\(model, blocks\), SpectralMonitor\(blocks=blocks\)"),
         ("jacobian", r"ExampleInputError: .*GPT is sharded"),
         ("penalty", r"ConfigurationError: .*down.weight is sharded: no gradient goes through its spectral norm"),
+        (
+            "trained",
+            r"ConfigurationError: the model looks trained: the norm gain layers.0.norm1.weight is not constant",
+        ),
+        (
+            "trained_parallel",
+            r"ConfigurationError: the model looks trained: the norm gain layers.0.norm1.weight is not",
+        ),
+        ("trained_flattened", r"ConfigurationError: the model looks trained: the norm gain layers.0.norm1.weight is"),
         ("find_flattened", r"ExampleInputError: FullyShardedDataParallel is sharded, and structure is read from one"),
         ("penalty_flattened", r"ConfigurationError: .*down.weight is sharded: no gradient goes through its spectral"),
         (

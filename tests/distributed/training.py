@@ -22,10 +22,10 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from processes import whole
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -128,16 +128,6 @@ class LitGPT(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return a parameter in one piece; these are small."""
-    flattened, tensor = getattr(tensor, "_fsdp_flattened", False), tensor.detach()
-    if flattened:
-        parts: list[Any] = [None] * WORLD
-        torch.distributed.all_gather_object(parts, tensor.clone())
-        return torch.cat(parts)
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Witness(Callback):
