@@ -23,6 +23,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def products(counts: Counter[tuple[bool, tuple[int, ...], int]]) -> Callable[[],
     return lambda: sum(count * multiply(kind[0], *operands[kind]) for kind, count in counts.items())
 
 
-def run(folder: Path, threads: int, repeats: int, answers: multiprocessing.Queue[dict[str, float]]) -> None:
+def run(folder: Path, threads: int, repeats: int) -> dict[str, float]:
     """Measure everything in a fresh process; what is compared takes turns, as the machine may have other work."""
     torch.set_num_threads(threads)
     import transformers
@@ -186,7 +187,7 @@ def run(folder: Path, threads: int, repeats: int, answers: multiprocessing.Queue
                 least = rounds[f"reading, {state}"][-1] + rounds[f"products, {state}"][-1]
                 rounds[f"ratio {way}, {state}"].append(rounds[f"{way}, {state}"][-1] / least)
     seen |= {name: statistics.median(values) for name, values in rounds.items()}
-    answers.put(seen | {"number of products": sum(counts.values())})
+    return seen | {"number of products": sum(counts.values())}
 
 
 def main() -> None:
@@ -202,11 +203,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         print(f"{write(Path(name), args.gigabytes * 1e9) / 1e9:.2f} GB; medians of {args.repeats}, in seconds")
         for threads in args.threads:
-            answers = context.Queue()
-            process = context.Process(target=run, args=(Path(name), threads, args.repeats, answers))
-            process.start()
-            seen = answers.get(timeout=1800)
-            process.join()
+            with ProcessPoolExecutor(1, context) as fresh:
+                seen = fresh.submit(run, Path(name), threads, args.repeats).result()
             print(f"{threads} thread(s), {seen['number of products']:.0f} products")
             for state, way in itertools.product(("warm", "cold"), ("ahead", "one by one")):
                 print(
