@@ -49,7 +49,7 @@ def run_charts(history: History) -> dict[str, figure]:
     steps = history.steps
     span = (steps[-1] - steps[0]) or 1
     x_range = Range1d(steps[0] - 0.01 * span, steps[-1] + 0.01 * span)
-    values = {name: history.values(name) for name in QUANTITIES}
+    values = {name: _drawable(history.values(name), scale) for name, (_, scale) in QUANTITIES.items()}
     shown = {name: table for name, table in values.items() if np.isfinite(table).any() and not _constant(name, table)}
     source = _source(history, shown)
     zone = zone_of(history)
@@ -61,6 +61,11 @@ def run_charts(history: History) -> dict[str, figure]:
     if history.actions:
         charts["actions"] = _actions(history, x_range)
     return charts
+
+
+def _drawable(table: Floats, scale: str) -> Floats:
+    """Make a gap of a norm of zero, which has no place on a logarithmic axis."""
+    return np.where(table > 0, table, np.nan) if scale == "log" else table
 
 
 def _constant(name: str, table: Floats) -> bool:
@@ -139,7 +144,7 @@ def _events(history: History, x_range: Range1d) -> figure:
 
 
 def _actions(history: History, x_range: Range1d) -> figure:
-    """Draw how many blocks were moved, and held by a bound, after each measurement."""
+    """Draw how many blocks were moved, and held, after each measurement."""
     steps = sorted({action["step"] for action in history.actions})
     place = {step: position for position, step in enumerate(steps)}
     counts = {"rescale": np.zeros(len(steps), dtype=np.int32), "hold": np.zeros(len(steps), dtype=np.int32)}

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import math
+import random
 import re
 import sys
 from collections.abc import Sequence
@@ -176,6 +177,31 @@ def test_the_package_is_imported_without_the_extra(path: Path):
     assert not re.search(r"\b(bokeh|jinja2|matplotlib)\b", "\n".join(map(ast.unparse, loaded)))
 
 
+def test_damaged_files_are_told_or_refused_and_never_a_traceback(tmp_path: Path):
+    run = steered_run(tmp_path / "spectral.jsonl")
+    whole, rng = run.read_bytes(), random.Random(0)
+    places = [match.span() for match in re.finditer(rb'(?<=[:\[ ])(-?\d[\d.e-]*|null|"[^"]*")(?=[,}\]])', whole)]
+    values = [b"null", b"-1", b"1e308", b"5e-324", b"NaN", b"-Infinity", b'""', b"[]", b"{}", b"true", b"0", b"1e999"]
+    drawn = refused = longest = 0
+    for number in range(400):
+        first, last = rng.choice(places)
+        damaged = whole[:first] + rng.choice(values) + whole[last:]
+        place = rng.randrange(len(damaged))
+        run.write_bytes(damaged if number % 4 else damaged[:place] + rng.randbytes(1) + damaged[place + 1 :])
+        try:
+            history = History.read(run)
+            if history.measurements:
+                assert "".join(story(history)).isprintable()
+                drawn += 1
+            if number % 40 == 0 and history.measurements:
+                report(run)
+        except ConfigurationError as error:
+            refused += 1
+            longest = max(longest, len(str(error)))
+    assert min(drawn, refused) > 100
+    assert longest < 300 + len(str(run))
+
+
 # What stands in it.
 
 
@@ -202,6 +228,13 @@ def test_a_list_of_events_that_is_cut_says_so():
 def test_a_watched_run_has_no_charts_of_what_it_did_not_do(tmp_path: Path):
     page = read(report(watched_run(tmp_path / "spectral.jsonl")))
     assert page.charts == ["heatmap", "ratio", "mlp_norm", "attention_norm"]
+
+
+def test_a_norm_of_zero_is_a_gap_in_a_chart():
+    layers = (LayerMeasurement(0, "a", 0.0, 1.0), LayerMeasurement(1, "b", 2.0, 1.0))
+    history = History({}, (Measurement(0, "circuit", layers), Measurement(5, "circuit", layers)))
+    drawn = run_charts(history)["mlp_norm"].renderers[0].data_source.data["mlp_norm"]
+    np.testing.assert_array_equal(drawn, [[math.nan, math.nan], [2.0, 2.0]])
 
 
 def test_a_run_without_a_single_ratio_still_has_its_tables():
