@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -366,6 +367,40 @@ def test_what_is_refused_says_what_it_is():
         "base multiplied": "its matrix is multiplied by a number before an adapter is added to it",
         "output reversed": "it is a sum of products that do not read and write the same channels",
     }
+
+
+ZOO = (
+    *("qkv_per_head", "qkv_grouped_interleaved", "latent_attention_norm", "gate_up_interleaved", "bitnet", "phi3"),
+    *("plain_sandwich", "plain_layer_scale", "plain_two_alphas", "granite", "gemma2", "olmo2", "llama", "gptj"),
+    *("experts_modules_shared", "experts_modules_idle", "deepseek_v3", "qwen3_moe", "conformer", "macaron", "swin"),
+)
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.filterwarnings("ignore")  # the library remarks on odd sizes
+def test_adapters_on_every_linear_layer_of_a_model_change_nothing_but_its_norms(name: str):
+    member = example(name)
+    model = member.build()
+    args, kwargs = member.inputs(model)
+    plain_blocks = find_blocks(model, *args, **kwargs)
+    torch.manual_seed(0)
+    for owner in [module for block in plain_blocks for module in model.get_submodule(block.name).modules()]:
+        for key, layer in list(owner.named_children()):
+            if type(layer) is nn.Linear:
+                setattr(owner, key, Adapted(layer).eval())
+                nn.init.normal_(getattr(owner, key).lora_B["default"].weight, std=0.2)
+    twin = copy.deepcopy(model)
+    for owner in list(twin.modules()):
+        for key, layer in list(owner.named_children()):
+            if isinstance(layer, Adapted):
+                setattr(owner, key, layer.merged())
+    blocks, merged_blocks = (find_blocks(item, *args, **kwargs) for item in (model, twin))
+    equal(measure(model, blocks, solver=EXACT), measure(twin, merged_blocks, solver=EXACT), rel=2e-5)
+    for block, before in zip(blocks, merged_blocks, strict=True):
+        assert replace(block, branches=()) == replace(before, branches=())
+        for branch, old in zip(block.branches, before.branches, strict=True):
+            assert (branch.kind, branch.site, branch.reason) == (old.kind, old.site, old.reason)
+            assert branch.ends_reason == old.ends_reason
 
 
 class Bilinear(MLP):

@@ -71,7 +71,7 @@ def _names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _token_dims(tape: Tape, members: Sequence[FoundBranch], prober: Prober) -> tuple[int, ...]:
     """Return the dimensions of the stream along which a block mixes positions."""
-    regions = [Region(tape, branch.add.skip.leaf, branch.terms[0].start) for branch in members]
+    regions = [Region(tape, branch.add.skip.leaf, branch.added) for branch in members]
     return tuple(sorted({dim for region in regions for dim in prober.mixed_dims(region)}))
 
 

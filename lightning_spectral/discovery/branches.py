@@ -49,6 +49,14 @@ class FoundBranch:
     modules: tuple[str, ...]
     neighbours: int
 
+    @property
+    def added(self) -> int:
+        """The last value that is this branch alone, in the layout of the stream."""
+        first, *rest = self.terms
+        others = (term for term in (self.add.skip, *self.add.branches, *self.add.others) if term not in self.terms)
+        shared = set(first.spine).intersection(*(term.spine for term in rest))
+        return max(shared.difference({self.add.output}, *(term.spine for term in others)))
+
 
 def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> tuple[list[FoundBranch], list[str]]:
     """Return every branch in the order of execution, and why some were refused."""

@@ -20,6 +20,7 @@ __all__ = [
     "is_product",
     "matrix_operands",
     "moved_input",
+    "moved_values",
     "multiplied_input",
     "parameter_of",
     "refs",
@@ -120,6 +121,17 @@ def moved_input(operation: Operation) -> int | None:
         return None
     found = refs(operation, position)
     return found[0] if len(found) == 1 else None
+
+
+def moved_values(tape: Tape, value: int) -> Iterator[int]:
+    """Yield a value, what it was moved from, what that was moved from, and so on."""
+    while True:
+        yield value
+        operation = tape.producer(value)
+        moved = None if operation is None else moved_input(operation)
+        if moved is None:
+            return
+        value = moved
 
 
 class Divisor(NamedTuple):

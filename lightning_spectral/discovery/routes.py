@@ -21,6 +21,7 @@ from lightning_spectral.discovery.operations import (
     is_product,
     matrix_operands,
     moved_input,
+    moved_values,
     multiplied_input,
     refs,
     scattered_inputs,
@@ -187,13 +188,10 @@ class Router:
         operation = self.tape.producer(route.anchor)
         assert operation is not None
         weight = weight_operand(self.tape, operation)
-        value = next(item for item in matrix_operands(operation) if item != weight)
-        while value != self.region.stream:
-            operation = self.tape.producer(value)
-            moved = None if operation is None else moved_input(operation)
-            if moved is None:
+        data = next(item for item in matrix_operands(operation) if item != weight)
+        for value in moved_values(self.tape, data):
+            if value == self.region.stream:
                 break
-            value = moved
         return value
 
     def _joined(self, operation: Operation, value: int) -> Iterable[Route]:

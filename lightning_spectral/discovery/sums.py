@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from lightning_spectral.discovery.multipliers import multiplier_factors
 from lightning_spectral.discovery.operands import UnmeasurableError
+from lightning_spectral.discovery.operations import moved_values
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.products import (
     STACK,
@@ -56,13 +57,21 @@ def _is_alike(
     written = (part.links[0].anchor, chain[0].channel)
     readers = [(value, first.channel), *((product.data, product.channel) for product in chain[:-1])]
     return (
-        prober.same_rows(region, part.source, (first.data, first.channel), (chain[-1].data, chain[-1].channel))
+        _reads_alike(region, prober, first, chain[-1])
         and prober.channel_map(region, written, readers[0]) == channels
         and all(
             prober.keeps_positions(region, (link.anchor, product.channel), reader)
             for link, product, reader in zip(part.links, chain, readers, strict=True)
         )
     )
+
+
+def _reads_alike(region: Region, prober: Prober, first: WeightProduct, second: WeightProduct) -> bool:
+    """Whether two products multiply the same rows, which may have been moved in different ways."""
+    # From the nearest value that both come from: further up, other numbers might pick other rows.
+    others = set(moved_values(region.tape, second.data))
+    source = next(value for value in moved_values(region.tape, first.data) if value in others)
+    return prober.same_rows(region, source, (first.data, first.channel), (second.data, second.channel))
 
 
 def _product(region: Region, link: Route) -> WeightProduct:

@@ -37,12 +37,13 @@ class Adapted(nn.Module):
 
     def merged(self) -> nn.Linear:
         """The base with the adapters in its weight."""
-        linear = nn.Linear(self.base_layer.in_features, self.base_layer.out_features).to(self.base_layer.weight)
-        weight, bias = self.base_layer.weight.detach().clone(), self.base_layer.bias.detach().clone()
-        for name, A in self.lora_A.items():
-            product = self.lora_B[name].weight.detach().to(weight) @ A.weight.detach().to(weight)
-            weight += self.scaling[name] * product
-        linear.weight.data, linear.bias.data = weight, bias
+        base = self.base_layer
+        linear = nn.Linear(base.in_features, base.out_features, base.bias is not None).to(base.weight)
+        linear.load_state_dict(base.state_dict())
+        with torch.no_grad():
+            for name, A in self.lora_A.items():
+                product = self.lora_B[name].weight.to(linear.weight) @ A.weight.to(linear.weight)
+                linear.weight += self.scaling[name] * product
         return linear
 
 
