@@ -21,6 +21,7 @@ Floats = NDArray[np.float64]
 
 # The same as in the figures: blue is attention, red is the MLP (Okabe-Ito).
 MLP, ATTENTION, INK, FAINT = "#d55e00", "#0072b2", "#22262b", "#6a7178"
+HOVERED = 4  # things told of at one place
 MANTISSA = 14  # bits that a value in a chart keeps, four digits: what is dropped halves the size of the page
 
 
@@ -73,11 +74,20 @@ def canvas(title: str, height: int, x_range: Range1d, **options: Any) -> figure:
     return plot
 
 
-def hover(plot: figure, renderer: Any, tooltips: Sequence[tuple[str, str]], **options: Any) -> None:
-    """Show values under the pointer, of one thing at a time. Numbers are as ``%.4g`` writes them."""
+def hover(plot: figure, renderer: Any, rows: Sequence[tuple[str, str]], **options: Any) -> None:
+    """Show values under the pointer, of a few things that lie there.
+
+    Args:
+        plot: The chart.
+        renderer: What is pointed at.
+        rows: What a value is called, and its place in the data as Bokeh writes it, such as ``@step``.
+        options: Of the tool.
+    """
     from bokeh.models import HoverTool
 
-    plot.add_tools(HoverTool(renderers=[renderer], tooltips=list(tooltips), limit=1, visible=False, **options))
+    shown = "".join(f'<div><span style="opacity: 0.75">{label}</span> {value}</div>' for label, value in rows)
+    tooltips = f'<div style="max-width: min(32rem, 70vw); overflow-wrap: anywhere">{shown}</div>'
+    plot.add_tools(HoverTool(renderers=[renderer], tooltips=tooltips, limit=HOVERED, visible=False, **options))
 
 
 def log_range(*values: Any, margin: float = 1.15) -> Range1d:

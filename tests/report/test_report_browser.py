@@ -66,27 +66,44 @@ def test_every_chart_is_drawn_without_a_complaint_or_a_request(opened: Page):
 @pytest.mark.parametrize(("block", "column"), [(4, 5), (0, 6), (2, 1)])
 def test_hover_shows_the_value_of_a_cell(opened: Page, block: int, column: int):
     shown = opened.hover("heatmap", STEPS[column], block)
-    found = re.fullmatch(rf"block: {block} step: {STEPS[column]} ρ: (\S+)", shown)
+    found = re.fullmatch(rf"block {block} step {STEPS[column]} ρ (\S+)", shown)
     assert found, shown
     assert float(found[1]) == pytest.approx(ratio(block, column), rel=5.1e-4)
 
 
 def test_hover_shows_the_value_and_the_name_of_a_line(opened: Page):
     shown = opened.hover("ratio", 60, ratio(4, 5))
-    found = re.fullmatch(r"block: 4 model\.blocks\.4 step: 60 ρ = .*: (\S+)", shown)
+    found = re.fullmatch(r"block 4 model\.blocks\.4 step 60 ρ = .* (\S+)", shown)
     assert found, shown
     assert float(found[1]) == pytest.approx(ratio(4, 5), rel=5.1e-4)
 
 
 def test_hover_shows_a_value_that_has_no_neighbours_in_time(opened: Page):
     """Tokens were seen in pairs of measurements, except where the gap of block 1 leaves one alone."""
-    assert "step: 80" not in opened.hover("effective_rank", 80, 8.0, 0.5)  # column 6: no tokens
-    assert opened.hover("effective_rank", 20, 8.0).startswith("block: 1 model.blocks.1 step: 20")
+    assert "step 80" not in opened.hover("effective_rank", 80, 8.0, 0.5)  # column 6: no tokens
+    assert opened.hover("effective_rank", 20, 8.0).startswith("block 1 model.blocks.1 step 20")
 
 
 def test_hover_shows_what_was_said_and_done(opened: Page):
-    assert opened.hover("events", 60, "alarm") == "step: 60 tokens become one vector"
-    assert opened.hover("actions", 40, 0.5) == "step: 40 blocks moved: 1 blocks held: 1"
+    assert opened.hover("events", 60, "alarm") == "step 60 tokens become one vector"
+    assert opened.hover("actions", 40, 0.5) == "step 40 blocks moved 1 blocks held 1"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_hover_shows_stays_in_the_window_and_stands_out(page: Page, folder: Path, scheme: str):
+    run = steered_run(folder / "talk.jsonl")
+    run.write_text(run.read_text().replace("is above the zone at 1.9", "is above the zone at 1.9; " * 20))
+    page.open(report(run), scheme=scheme, width=900)
+    assert "1.9; is above" in page.hover("events", 20, "info")
+    left, right, paper, ink = page.run("""
+    const [tip] = deep(document).filter((el) => el.classList.contains("bk-Tooltip") && el.checkVisibility());
+    const box = tip.getBoundingClientRect(), style = getComputedStyle(tip);
+    return [box.left, box.right, style.backgroundColor, style.color];
+    """)
+    assert 0 <= left < right <= 900
+    lightness = [sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 765 for colour in (paper, ink)]
+    assert abs(lightness[0] - lightness[1]) > 0.6
+    assert (lightness[0] < 0.2) is (scheme == "dark")
 
 
 def test_a_gap_is_a_gap(opened: Page):
@@ -197,7 +214,7 @@ def test_hostile_names_do_no_harm(page: Page, folder: Path):
 def test_small_and_odd_runs_are_drawn(page: Page, folder: Path, steps: tuple[int, ...], linearization: str):
     page.open(report(watched_run(folder / f"{linearization}.jsonl", steps, linearization)))
     assert page.run(DRAWN, "heatmap") > 3
-    assert page.hover("ratio", steps[0], 1.0).startswith("block: ")
+    assert page.hover("ratio", steps[0], 1.0).startswith("block ")
     assert page.console() == []
 
 
@@ -206,11 +223,11 @@ def test_the_page_of_an_audit_shows_one_checkpoint_or_two(page: Page, folder: Pa
     items = measurements(names)
     write_checkpoint_page(folder / "one.html", ["<i>one</i>"], [items[5]])
     page.open(folder / "one.html")
-    assert page.hover("ratio", 0, 0.5) == f"block: 0 a ρ: {ratio(0, 5):.4g}"
+    assert page.hover("ratio", 0, 0.5) == f"block 0 a ρ {ratio(0, 5):.4g}"
     assert page.console() == []
     write_checkpoint_page(folder / "two.html", ["one", "two"], [items[1], items[5]])
     page.open(folder / "two.html")
-    shown = f"block: 0 a ρ before: {ratio(0, 1):.4g} ρ after: {ratio(0, 5):.4g}"
+    shown = f"block 0 a ρ before {ratio(0, 1):.4g} ρ after {ratio(0, 5):.4g}"
     assert page.hover("ratio", 0, ratio(0, 5)) == shown
-    assert page.hover("norms", 1, items[5].layers[1].mlp_norm).startswith("block: 1 <b> MLP: ")
+    assert page.hover("norms", 1, items[5].layers[1].mlp_norm).startswith("block 1 <b> MLP ")
     assert page.console() == []
