@@ -107,6 +107,7 @@ def test_what_hover_shows_stays_in_the_window_and_stands_out(page: Page, folder:
 
 
 def test_a_gap_is_a_gap(opened: Page):
+    assert opened.hover("ratio", 20, ratio(1, 2)).startswith("block 1 ")
     assert opened.hover("ratio", 30, ratio(1, 3), 0.5) == ""
 
 
