@@ -1,7 +1,8 @@
 """Run by ``test_scaling.py`` in two processes: what measurements read, compute and send, counted by this process.
 
-Weights are held in one piece, cut by ``fully_shard`` or by tensor parallelism. The first measurement is cold, the
-second warm after a step like an optimizer's, the third after a change that no bound is carried over.
+Weights are held in one piece, cut by ``fully_shard``, flattened and cut (FSDP1), or cut by tensor parallelism. The first
+measurement is cold, the second warm after a step like an optimizer's, the third after a change that no bound is carried
+over.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from processes import join
-from sharded import GPT, in_blocks, tensor_parallel
+from sharded import GPT, Block, flat, in_blocks, tensor_parallel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
@@ -110,10 +111,11 @@ def measured(model: nn.Module, meter: Meter, solver: Noted, share: tuple[int, in
 def counts(size: tuple[int, ...], shard: Callable[[nn.Module], Any] | None, **settings: Any) -> list[dict[str, Any]]:
     """Measure a model in one piece or in shards."""
     width, heads, groups, hidden, layers = size
-    model, solver = GPT(width, heads, groups, hidden, layers), Noted()
+    solver = Noted()
+    model: nn.Module = GPT(width, heads, groups, hidden, layers)
     blocks = find_blocks(model)
     if shard is not None:
-        shard(model)
+        model = shard(model) or model
     return measured(model, Meter(model, blocks, solver=solver), solver, **settings)
 
 
@@ -165,6 +167,7 @@ def main() -> None:
         results[f"{name} whole"] = counts(size, None)
         results[f"{name} shared out"] = counts(size, None, share=(RANK, WORLD))
         results[f"{name} fully sharded"] = counts(size, in_blocks(mesh))
+        results[f"{name} flattened"] = counts(size, flat(mesh, Block))
         results[f"{name} tensor parallel"] = counts(size, tensor_parallel(mesh))
     for layers in RUNS:
         results[f"{layers} trained"] = trained(layers, folder)
