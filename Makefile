@@ -16,7 +16,7 @@ BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 # Neighbouring tests stay together, as they share what their modules prepare, until a process has nothing left to do.
 # Without the experiments, benchmarks/evidence.py and alarms.py, which train for more than half an hour.
-BENCHMARKS = solver overhead memory discovery penalty rescale jacobian sharded scaling audit
+BENCHMARKS = solver overhead memory discovery penalty rescale jacobian sharded scaling audit report
 PYTEST = -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-distributed docs lint format test-oldest bench clean
