@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from processes import join
-from sharded import GPT, compared, in_blocks, train
+from sharded import GPT, Block, compared, flat, in_blocks, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -51,6 +51,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "base": lambda: compared(adapted, in_blocks(MESH), adapters="base"),
     "delta": lambda: compared(adapted, in_blocks(MESH), adapters="delta"),
     "starting": lambda: compared(adapted, in_blocks(MESH), change=starting, adapters="delta"),
+    "flattened": lambda: compared(adapted, flat(MESH, Block), change=train),
+    "flattened_delta": lambda: compared(adapted, flat(MESH, Block), adapters="delta"),
     "tensor_parallel": lambda: compared(adapted, parallel),
     "paper": lambda: compared(adapted, in_blocks(MESH), linearization="paper"),
 }

@@ -10,7 +10,7 @@ from processes import run
 
 pytestmark = pytest.mark.slow  # ten seconds to start, few to run
 SCRIPT = Path(__file__).with_name("sharded_adapters.py")
-CASES = ("trained", "base", "delta", "starting", "tensor_parallel", "paper")
+CASES = ("trained", "base", "delta", "starting", "flattened", "flattened_delta", "tensor_parallel", "paper")
 
 Seen = list[dict[str, Any]]
 
