@@ -48,6 +48,8 @@ def desk(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """A folder of the page's own, with the reader's files; the global random stream is as it was before."""
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # seed_everything leaves them behind
+        monkeypatch.setenv(name, "0")
     with torch.random.fork_rng(devices=[]):
         yield tmp_path
 
