@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_spectral.control.scales import ResidualScales
 from lightning_spectral.errors import ConfigurationError
 
-__all__ = ["check_optimized", "forget_momentum", "held", "lost_steps", "with_fresh_scales"]
+__all__ = ["Lost", "check_optimized", "forget_momentum", "held", "lost_steps", "with_fresh_scales"]
 
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg", "prev")
 
