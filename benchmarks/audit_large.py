@@ -32,7 +32,7 @@ import torch
 from audit import own_memory
 from machine import describe
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 WIDTH, INNER, VOCABULARY = 2048, 5632, 32_000
 
@@ -158,16 +158,12 @@ def run(folder: Path, threads: int, repeats: int) -> dict[str, float]:
     import transformers
 
     from lightning_spectral import audit
-    from lightning_spectral.audit import ahead, blockwise
+    from lightning_spectral.audit import blockwise, two_at_a_time
 
     transformers.LlamaForCausalLM  # imported lazily, and no part of an audit  # noqa: B018
 
-    class OneByOne(ahead.ReadAhead):
-        """Reads a block when its turn comes."""
-
-        def read(self, position: int) -> nn.Module:
-            """Return the weights of a block."""
-            return ahead._read(self._blocks[position], self._source)
+    def one_by_one(blocks: Any, _: Any, measure: Callable[[Any], Any]) -> Iterator[Any]:
+        return map(measure, blocks)
 
     seen: dict[str, float] = {}
     counts = counted(lambda: audit(folder))
@@ -180,9 +176,9 @@ def run(folder: Path, threads: int, repeats: int) -> dict[str, float]:
             before(folder)
             rounds[f"reading, {state}"].append(timed(lambda: read_once(folder)))
             rounds[f"products, {state}"].append(multiply())
-            for way, reader in (("ahead", ahead.ReadAhead), ("one by one", OneByOne)):
+            for way, order in (("two at a time", two_at_a_time.two_at_a_time), ("one by one", one_by_one)):
                 before(folder)
-                blockwise.ReadAhead = reader  # type: ignore[attr-defined]
+                blockwise.two_at_a_time = order  # type: ignore[attr-defined]
                 rounds[f"{way}, {state}"].append(timed(lambda: audit(folder)))
                 least = rounds[f"reading, {state}"][-1] + rounds[f"products, {state}"][-1]
                 rounds[f"ratio {way}, {state}"].append(rounds[f"{way}, {state}"][-1] / least)
@@ -206,9 +202,9 @@ def main() -> None:
             with ProcessPoolExecutor(1, context) as fresh:
                 seen = fresh.submit(run, Path(name), threads, args.repeats).result()
             print(f"{threads} thread(s), {seen['number of products']:.0f} products")
-            for state, way in itertools.product(("warm", "cold"), ("ahead", "one by one")):
+            for state, way in itertools.product(("warm", "cold"), ("two at a time", "one by one")):
                 print(
-                    f"  {state}, {way:<10}  audit {seen[f'{way}, {state}']:6.2f}  reading "
+                    f"  {state}, {way:<13}  audit {seen[f'{way}, {state}']:6.2f}  reading "
                     f"{seen[f'reading, {state}']:5.2f}  products {seen[f'products, {state}']:5.2f}  "
                     f"audit / (reading + products) {seen[f'ratio {way}, {state}']:5.2f}"
                 )

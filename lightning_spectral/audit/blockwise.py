@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning_spectral.audit.ahead import ReadAhead
 from lightning_spectral.audit.files import Checkpoint, open_checkpoint
 from lightning_spectral.audit.hugging_face import from_config
 from lightning_spectral.audit.skeleton import parameters_of, unwrapped
 from lightning_spectral.audit.source import Source, find_source, refuse_differences
+from lightning_spectral.audit.two_at_a_time import two_at_a_time, weights_of
 from lightning_spectral.audit.untrusted import damage, printable, read_json
 from lightning_spectral.control.fuse import scale_keys
 from lightning_spectral.discovery.plain import from_plain
@@ -40,8 +40,9 @@ def audit(
 ) -> Measurement:
     """Measure every residual block of a checkpoint file. No model is loaded, and nothing in the file is executed.
 
-    The numbers are those of :func:`~lightning_spectral.measure` on the loaded model. Weights are read block by block,
-    so that no more than one block is in memory (but all of a file that ``torch.save`` wrote in its format before 1.6).
+    The numbers are those of :func:`~lightning_spectral.measure` on the loaded model. Weights are mapped and read block
+    by block, two at a time: no more than those are in memory (but all of a file that ``torch.save`` wrote in its format
+    before 1.6).
 
     Where the branches are is not written in the weights. It is known from ``blocks``; else from what
     :class:`SpectralMonitor` has left in the checkpoints of a run that it watched; else from a ``config.json`` whose
@@ -68,16 +69,18 @@ def audit(
     checkpoint = open_checkpoint(path)
     found, source = _structure(checkpoint, blocks, config)
     _refuse_unplaced_scales(checkpoint, found, source)
+
+    def measure(block: ResidualBlock) -> LayerMeasurement:
+        with _fitting(path, block):
+            model = weights_of(block, source)
+            meter = Meter(model, (block,), linearization=linearization, solver=solver, among=found)
+            return meter.measure().layers[0]
+
     layers: list[LayerMeasurement] = []
-    with ReadAhead(found, source) as weights:
-        for position, block in enumerate(found):
-            with _fitting(path, block):
-                model = weights.read(position)
-                meter = Meter(model, (block,), linearization=linearization, solver=solver, among=found)
-                layers += meter.measure().layers
-            del model, meter  # and with it the weights, before the block after the next one is read
-            if progress is not None:
-                progress(len(layers), len(found))
+    for layer in two_at_a_time(found, source, measure):
+        layers.append(layer)
+        if progress is not None:
+            progress(len(layers), len(found))
     _refuse_empty(checkpoint, layers)
     return Measurement(checkpoint.step, linearization, tuple(layers), seconds=time.perf_counter() - start)
 

@@ -48,10 +48,6 @@ class _Chunk:
     start: int
     length: int
 
-    def overlaps(self, other: _Chunk) -> bool:
-        mine, theirs = (zip(item.offsets, item.sizes, strict=True) for item in (self, other))
-        return all(a < c + d and c < a + b for (a, b), (c, d) in zip(mine, theirs, strict=True))
-
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
@@ -63,7 +59,7 @@ class _Stored:
 
 
 def open_distributed(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
-    """Return the shapes of the tensors in a folder, and what reads one of them; bytes that are no tensor are not read.
+    """Return the shapes of the tensors in a folder, and what reads one of them. What is no tensor is not read.
 
     The index is a pickle, which is read without being unpickled. A tensor is put together from its chunks, each of
     which is what ``torch.save`` wrote, so that reading one takes its own memory and that of its largest chunk.
@@ -96,17 +92,16 @@ def _tensors(index: Any, folder: Path) -> Iterator[tuple[str, _Stored]]:
         offsets = _state(key, "MetadataIndex").get("offset")
         places[_entry(key, "MetadataIndex", "fqn", str), None if offsets is None else _size(offsets)] = info
     files = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+    total = sum(files.values())
     for name, described in _entry(index, "Metadata", "state_dict_metadata", dict).items():
         if _is(described, "BytesStorageMetadata"):
             continue
-        stored = _described(described)
-        if math.prod(stored[1]) * stored[0].itemsize > sum(files.values()):
-            raise ValueError(f"{name} is larger than all files together")
-        boxes = [
-            box for box in stored[2] if math.prod(box[1])
-        ]  # where there are more processes than rows, some have none
-        chunks = (_Chunk(first, sizes, *_place(places.get((name, first)), files)) for first, sizes in boxes)
-        yield name, _Stored(stored[0], stored[1], tuple(chunks))
+        dtype, shape, boxes = _described(described)
+        if not isinstance(name, str) or math.prod(shape) * dtype.itemsize > total:
+            raise ValueError(f"{printable(name)} is larger than all files together, or no name")
+        filled = [box for box in boxes if math.prod(box[1])]  # of more processes than rows, some have none
+        chunks = (_Chunk(first, sizes, *_place(places.get((name, first)), files)) for first, sizes in filled)
+        yield name, _Stored(dtype, shape, tuple(chunks))
 
 
 def _described(tensor: Any) -> tuple[torch.dtype, tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
@@ -184,14 +179,10 @@ def _read_chunk(folder: Path, dtype: torch.dtype, chunk: _Chunk) -> Tensor:
 
 def _overlap(chunks: Sequence[_Chunk]) -> bool:
     """Whether two boxes have an entry in common."""
-    ordered = sorted(chunks, key=lambda chunk: chunk.offsets)
-    for number, chunk in enumerate(ordered):
-        for other in ordered[number + 1 :]:
-            if other.offsets[:1] >= (chunk.offsets[0] + chunk.sizes[0],):
-                break  # this one and all further ones begin behind it
-            if chunk.overlaps(other):
-                return True
-    return False
+    first = torch.tensor([chunk.offsets for chunk in chunks])
+    last = first + torch.tensor([chunk.sizes for chunk in chunks])
+    pairs = ((first[i] < last[i + 1 :]) & (first[i + 1 :] < last[i]) for i in range(len(chunks) - 1))
+    return any(bool(inside.all(1).any()) for inside in pairs)
 
 
 def _is(thing: Any, kind: str) -> bool:

@@ -177,6 +177,7 @@ def test_an_index_that_contradicts_its_files_gives_one_clear_error(state: Any, b
         (lambda index: index.storage_data.clear(), "expected a _StorageInfo"),
         (lambda index: setattr(index, "storage_data", None), "storage_data of a Metadata is a NoneType"),
         (lambda index: setattr(index, "state_dict_metadata", {name: 3}), "expected a TensorStorageMetadata"),
+        (lambda index: index.state_dict_metadata.update({3: index.state_dict_metadata[name]}), "3 is larger than all"),
         (lambda index: index.state_dict_metadata.clear(), "found no tensors, expected the weights of a model"),
         (lambda index: setattr(index.state_dict_metadata[name], "properties", places(index)[0]), "no properties"),
     ]

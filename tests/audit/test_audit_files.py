@@ -186,6 +186,30 @@ def test_a_config_and_a_file_that_disagree_give_one_clear_error(tmp_path: Path):
         audit(tmp_path)
 
 
+def test_quantized_folders_are_refused_with_their_reason(tmp_path: Path):
+    """8-bit floats with scales beside them, as DeepSeek-V3 is stored; two 4-bit numbers in a byte."""
+    model: Any = example("llama").build()
+    plain = {name: value.clone() for name, value in model.state_dict().items()}
+    linear = [name for name in plain if "_proj" in name]
+    scales = {name.replace("weight", "weight_scale_inv"): torch.ones(1, 1) for name in linear}
+    floats = {name: plain[name].to(torch.float8_e4m3fn) for name in linear}
+    packed = {name: torch.zeros(plain[name].numel() // 2, 1, dtype=torch.uint8) for name in linear}
+    for changes, message in (
+        (floats | scales, r"self_attn\.o_proj\.weight holds torch\.float8_e4m3fn, whose scales are not understood"),
+        (
+            packed,
+            r"12 have another shape \(packed ones do\): model\.layers\.0\.self_attn\.o_proj\.weight is \(512, 1\)",
+        ),
+    ):
+        model.save_pretrained(tmp_path)
+        entries = json.loads((tmp_path / "config.json").read_text())
+        entries["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        (tmp_path / "config.json").write_text(json.dumps(entries))
+        save_file(plain | changes, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=message):
+            audit(tmp_path)
+
+
 def test_a_config_names_no_code(tmp_path: Path):
     """Entries that choose a class of the user's, a kernel of somebody's or a download are not looked at."""
     model: Any = example("llama").build()
