@@ -118,7 +118,8 @@ class Meter:
         }
         scales = _read_scales(self.model, self._scales, mesh)
         layers = tuple(_layer(block, values, scales, self._shared) for block in self.blocks)
-        return Measurement(step, self.linearization, layers, self.safe_zone, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return Measurement(step, self.linearization, layers, self.safe_zone, seconds, self.adapters)
 
     def _spread(self) -> bool:
         """Whether a weight is spread over several processes; under FSDP it is whole at times, in all of them."""

@@ -274,6 +274,7 @@ class Measurement:
         layers: One record per block, in the order of execution.
         safe_zone: The interval of ratios that the summary calls inside.
         seconds: Wall time of the measurement.
+        adapters: The part of branches with adapters that was measured; see :func:`~lightning_spectral.measure`.
     """
 
     step: int
@@ -281,6 +282,12 @@ class Measurement:
     layers: tuple[LayerMeasurement, ...]
     safe_zone: tuple[float, float] = (0.5, 2.0)
     seconds: float = field(default=0.0, compare=False)
+    adapters: Literal["sum", "base", "delta"] = "sum"
+
+    @property
+    def has_zone(self) -> bool:
+        """Whether the safe zone is about these ratios: nobody has calibrated one for Jacobians, or for a difference."""
+        return self.linearization != "jacobian" and self.adapters != "delta"
 
     def __iter__(self) -> Iterator[LayerMeasurement]:
         """Iterate over the layers."""
@@ -295,7 +302,7 @@ class Measurement:
             "safe_zone": list(self.safe_zone),
             "seconds": self.seconds,
             "layers": layers,
-        }
+        } | ({} if self.adapters == "sum" else {"adapters": self.adapters})
 
     def summary(self) -> dict[str, float]:
         """Return the summary values of the measurement, by the names they are logged under.

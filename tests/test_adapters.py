@@ -247,6 +247,21 @@ def test_adapters_in_training_are_followed_warm():
     assert norms(resumed.measure()) == norms(meter.measure())
 
 
+def test_a_measurement_names_the_part_that_it_is_of():
+    model = adapted()
+    for block in model.body.layers:
+        block.mlp.down.lora_B["default"].weight.data *= 100
+    for part, said, zone in (
+        ("sum", "", "safe zone (0.5, 2)"),
+        ("base", "adapters='base', ", "safe zone (0.5, 2)"),
+        ("delta", "adapters='delta', ", "no zone is known"),
+    ):
+        measurement = measure(model, adapters=part)
+        assert str(measurement).splitlines()[0].endswith(f"linearization='circuit', {said}step 0, {zone}")
+        assert measurement.to_dict().get("adapters", "sum") == measurement.adapters == part
+        assert ("above the zone" in str(measurement)) == (part == "sum")  # of the delta, no zone is known
+
+
 def test_arguments_are_checked():
     model = adapted()
     with pytest.raises(ConfigurationError, match="adapters='both': expected 'sum' or 'base' or 'delta'"):

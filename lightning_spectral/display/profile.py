@@ -65,7 +65,7 @@ def _ratios(axes: Axes, blocks: Floats, ratios: Floats, measurement: Measurement
     powers = np.log2(ratios)
     axes.bar(blocks, powers, color=np.where(powers > 0, MLP, ATTENTION), width=0.7)
     reach = max(2, math.ceil(float(np.nanmax(np.abs(powers))))) if np.isfinite(powers).any() else 2
-    if measurement.linearization != "jacobian":  # nobody has calibrated a zone for Jacobians
+    if measurement.has_zone:
         axes.axhspan(*np.log2(measurement.safe_zone), color="#999999", alpha=0.18, linewidth=0, zorder=0)
         axes.text(0.995, np.log2(measurement.safe_zone[1]), "safe zone", color="#555555", fontsize=8, ha="right",
                   va="top", transform=axes.get_yaxis_transform())  # fmt: skip

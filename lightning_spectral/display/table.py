@@ -21,17 +21,17 @@ def _lines(measurement: Measurement) -> Iterator[str]:
     name_width = max([len(layer.name) for layer in measurement.layers] + [len("block")])
     # Scales are shown where there are any: most models have none.
     scaled = any(layer.mlp_scale != 1.0 or layer.attention_scale != 1.0 for layer in measurement.layers)
-    weights = measurement.linearization != "jacobian"  # nobody has calibrated a zone for Jacobians
-    zone = f"safe zone ({low:g}, {high:g})" if weights else "no zone is known"
+    zone = f"safe zone ({low:g}, {high:g})" if measurement.has_zone else "no zone is known"
+    part = "" if measurement.adapters == "sum" else f"adapters={measurement.adapters!r}, "
     yield (
-        f"spectral ratio ‖mlp‖₂/‖attention‖₂, linearization={measurement.linearization!r}, "
+        f"spectral ratio ‖mlp‖₂/‖attention‖₂, linearization={measurement.linearization!r}, {part}"
         f"step {measurement.step}, {zone}"
     )
     scales = f"  {'scales':>13}" if scaled else ""
     yield f"{'':>4}  {'block':<{name_width}}  {'mlp':>10}  {'attention':>10}  {'ratio':>8}{scales}"
     for layer in measurement.layers:
         note = layer.reason or ""
-        if weights and layer.ratio is not None and not low < layer.ratio < high:
+        if measurement.has_zone and layer.ratio is not None and not low < layer.ratio < high:
             note = "above the zone" if layer.ratio >= high else "below the zone"
         scales = f"  {layer.mlp_scale:>5.3g} : {layer.attention_scale:<5.3g}" if scaled else ""
         line = (
