@@ -56,7 +56,7 @@ def _pieces(ratios: Any, steps: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
     shapes = [(ratios.shape[0], len(piece)) for piece in pieces]
     at = [np.asarray(steps, dtype=np.int32 if steps[-1] < 2**31 else np.float64)[piece] for piece in pieces]
     yield "step", [np.broadcast_to(columns, shape) for columns, shape in zip(at, shapes, strict=True)]
-    rows = np.arange(ratios.shape[0], dtype=np.int32)[:, None]
+    rows = np.arange(ratios.shape[0], dtype=np.uint16)[:, None]
     yield "block", [np.broadcast_to(rows, shape) for shape in shapes]
 
 
