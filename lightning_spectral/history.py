@@ -106,7 +106,7 @@ class History:
         """Draw ln ρ of every block (upwards) at every measured step (to the right).
 
         Blue blocks are dominated by attention, red ones by their MLP, white ones balanced. Lines enclose what lies
-        outside the safe zone. Blocks without a ratio are hatched.
+        outside the safe zone, where one is known. Blocks without a ratio are hatched.
 
         Returns:
             A figure that belongs to no global state. Save it with ``figure.savefig(path)``.
@@ -118,7 +118,8 @@ class History:
         if not self.measurements:
             raise ConfigurationError("a heatmap needs at least one measurement; none came")
         last = self.measurements[-1]
-        return heatmap_figure(self.values("log_ratio"), self.steps, last.linearization, last.safe_zone)
+        zone = last.safe_zone if last.has_zone else None
+        return heatmap_figure(self.values("log_ratio"), self.steps, last.linearization, zone)
 
 
 def heatmap(measurements: Sequence[Measurement | Mapping[str, Any]]) -> Figure:
@@ -157,7 +158,8 @@ def _measurement(entry: Mapping[str, Any]) -> Measurement:
     layers = tuple(map(_layer, entry["layers"]))
     step, seconds = _count(entry["step"]), _number(entry["seconds"])
     linearization: Any = _text(entry["linearization"])
-    return Measurement(step, linearization, layers, (low, high), seconds)
+    adapters: Any = _text(entry.get("adapters", "sum"))
+    return Measurement(step, linearization, layers, (low, high), seconds, adapters)
 
 
 def _layer(entry: Mapping[str, Any]) -> LayerMeasurement:

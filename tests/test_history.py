@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 
 from lightning_spectral.alarms import Event
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.history import _LAYER, History, heatmap
+from lightning_spectral.history import _LAYER, History, _measurement, heatmap, in_order
 from lightning_spectral.journal import Journal
 from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
 from lightning_spectral.trends import Forecast
@@ -193,6 +194,18 @@ def test_a_profile_shows_norms_and_ratios_of_every_block():
     assert [line.get_label() for line in (mlp, attention)] == ["MLP", "attention"]
     assert [bar.get_height() for bar in below.patches[:2]] == pytest.approx([3.0, math.nan], nan_ok=True)
     assert "safe zone" in [text.get_text() for text in below.texts]
+
+
+def test_a_heatmap_of_jacobians_has_no_zone():
+    plain = History({}, (measurement(0, 8.0, linearization="jacobian"), measurement(5, linearization="jacobian")))
+    axes, bar = plain.plot_heatmap().axes
+    assert "safe zone" not in [text.get_text() for text in bar.texts]
+    assert not [item for item in axes.collections if isinstance(item, LineCollection)]
+
+
+def test_a_part_of_adapters_is_read_back():
+    (back,) = in_order([_measurement(measurement(0, adapters="base").to_dict())])
+    assert back == measurement(0, adapters="base")
 
 
 def test_a_profile_of_jacobians_has_no_zone():

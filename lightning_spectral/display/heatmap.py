@@ -25,14 +25,16 @@ CENTRED: Any = {"rotation": "vertical", "ha": "center", "va": "center"}
 NARROWEST, WIDEST = 2, 6  # powers of two
 
 
-def heatmap_figure(values: Floats, steps: Sequence[int], linearization: str, zone: tuple[float, float]) -> Figure:
+def heatmap_figure(
+    values: Floats, steps: Sequence[int], linearization: str, zone: tuple[float, float] | None
+) -> Figure:
     """Draw ln ρ of every block (upwards) at every measured step (to the right).
 
     Args:
         values: ln ρ, shape ``(blocks, measurements)``, NaN where a block has no ratio.
         steps: Optimizer step of every measurement, rising.
         linearization: What was measured.
-        zone: The safe zone.
+        zone: The safe zone, ``None`` where none is known.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -43,7 +45,8 @@ def heatmap_figure(values: Floats, steps: Sequence[int], linearization: str, zon
     axes = figure.add_subplot()
     edges = step_edges(steps)
     mesh = _paint(axes, values, edges)
-    _enclose(axes, values, edges, zone)
+    if zone is not None:
+        _enclose(axes, values, edges, zone)
     _label(axes, blocks, linearization)
     if len(steps) < 3:
         axes.set_xticks(list(steps))
@@ -104,7 +107,7 @@ def _label(axes: Axes, blocks: int, linearization: str) -> None:
     plain(axes)
 
 
-def _scale(figure: Figure, axes: Axes, mesh: ScalarMappable, values: Floats, zone: tuple[float, float]) -> None:
+def _scale(figure: Figure, axes: Axes, mesh: ScalarMappable, values: Floats, zone: tuple[float, float] | None) -> None:
     """Add the colour bar, labelled in ρ although the colours are even in ln ρ, with the edges of the zone."""
     limit = scale_limit(values)
     beyond = np.abs(values[np.isfinite(values)]) > limit * math.log(2)
@@ -114,6 +117,8 @@ def _scale(figure: Figure, axes: Axes, mesh: ScalarMappable, values: Floats, zon
     bar.set_label("← attention larger      MLP larger →", color=INK, fontsize=9)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelcolor=INK, labelsize=9)
+    if zone is None:
+        return
     for edge in zone:
         bar.ax.axhline(math.log(edge), color=INK, linewidth=1.2)
     middle = sum(map(math.log, zone)) / 2

@@ -22,7 +22,7 @@ from lightning_spectral.report.canvas import (
 )
 from lightning_spectral.report.page import Section, check_installed, write_page
 from lightning_spectral.report.tables import comparison_table, norms_table
-from lightning_spectral.report.words import clear, zone_words
+from lightning_spectral.report.words import clear, zone_of, zone_words
 
 if TYPE_CHECKING:
     from bokeh.models import Range1d
@@ -66,7 +66,7 @@ def write_checkpoint_page(
 def _story(measurements: Sequence[Measurement]) -> Iterator[str]:
     last = measurements[-1]
     yield f"{len(last.layers):,} blocks, by the “{clear(last.linearization)}” linearization."
-    zone = None if last.linearization == "jacobian" else last.safe_zone
+    zone = zone_of(last)
     yield from zone_words(measurements[0], last, zone, ("before", "now"))
     if zone is not None:
         yield "To be outside of the zone is information, not a verdict."
@@ -91,7 +91,7 @@ def _columns(measurement: Measurement) -> dict[str, Any]:
 
 def _ratios(measurements: Sequence[Measurement], x_range: Range1d) -> figure:
     first, last = (_columns(measurements[position]) for position in (0, -1))
-    zone = None if measurements[-1].linearization == "jacobian" else measurements[-1].safe_zone
+    zone = zone_of(measurements[-1])
     y_range = log_range(first["ratio"], last["ratio"], zone or 1.0)
     plot = canvas("ratio", 340, x_range, y_axis_type="log", y_range=y_range)
     plot.xaxis.axis_label, plot.yaxis.axis_label = "block", "ρ = ‖MLP‖₂ / ‖attention‖₂"

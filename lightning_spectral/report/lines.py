@@ -52,7 +52,7 @@ def run_charts(history: History) -> dict[str, figure]:
     values = {name: _drawable(history.values(name), scale) for name, (_, scale) in QUANTITIES.items()}
     shown = {name: table for name, table in values.items() if np.isfinite(table).any() and not _constant(name, table)}
     source = _source(history, shown)
-    zone = zone_of(history)
+    zone = zone_of(history.measurements[-1])
     charts = {"heatmap": heat_chart(history, x_range, zone)} if "ratio" in shown else {}
     for name, table in shown.items():
         charts[name] = _lines(name, table, source, x_range, zone)

@@ -103,7 +103,7 @@ def _sections(history: History, charts: Mapping[str, figure]) -> Sequence[Sectio
 
 
 def _drawn(history: History, charts: Mapping[str, figure]) -> Iterator[Section]:
-    zone = zone_of(history)
+    zone = zone_of(history.measurements[-1])
     for title, caption, names in LINES:
         shown = tuple(name for name in names if name in charts)
         if not shown:

@@ -13,7 +13,7 @@ import numpy as np
 from lightning_spectral.history import History
 from lightning_spectral.journal import FORMAT
 from lightning_spectral.records import LayerMeasurement, Measurement
-from lightning_spectral.report.words import clear
+from lightning_spectral.report.words import clear, zone_of
 
 __all__ = [
     "Table",
@@ -70,7 +70,7 @@ def _extremes(series: Any) -> Iterator[str]:
 def norms_table(measurement: Measurement) -> Table:
     """Return one measurement, one row per block."""
     head = ("block", "name", "‖MLP‖₂", "‖attention‖₂", "ρ", "note")
-    zone = measurement.safe_zone if measurement.linearization != "jacobian" else None
+    zone = zone_of(measurement)
     rows = [
         (
             str(layer.index),

@@ -20,10 +20,9 @@ def clear(text: str, most: int = 100) -> str:
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
-def zone_of(history: History) -> tuple[float, float] | None:
+def zone_of(measurement: Measurement) -> tuple[float, float] | None:
     """Return the safe zone, ``None`` where none is known: nobody has calibrated one for Jacobians."""
-    last = history.measurements[-1]
-    return None if last.linearization == "jacobian" else last.safe_zone
+    return measurement.safe_zone if measurement.has_zone else None
 
 
 def story(history: History) -> Iterator[str]:
@@ -35,7 +34,7 @@ def story(history: History) -> Iterator[str]:
     yield f"{what} {when}, by the “{clear(last.linearization)}” linearization."
     if history.torn:
         yield "The file breaks off within a line: the run is writing it, or was stopped. What stands before is shown."
-    yield from zone_words(first, last, zone_of(history))
+    yield from zone_words(first, last, zone_of(last))
     yield _announced(history)
     yield _tokens(history)
     yield _steered(history)
