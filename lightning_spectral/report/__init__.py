@@ -8,6 +8,6 @@ from lightning_spectral.report.checkpoint import write_checkpoint_page
 from lightning_spectral.report.loggers import send_figure
 from lightning_spectral.report.page import check_installed
 from lightning_spectral.report.run import report
-from lightning_spectral.report.table import one_screen
+from lightning_spectral.report.screen import one_screen
 
 __all__ = ["check_installed", "heatmap", "one_screen", "report", "send_figure", "write_checkpoint_page"]

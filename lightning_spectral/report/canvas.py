@@ -25,17 +25,16 @@ HOVERED = 4  # things told of at one place
 MANTISSA = 14  # bits that a value in a chart keeps, four digits: what is dropped halves the size of the page
 
 
-def canvas(title: str, height: int, x_range: Range1d, **options: Any) -> figure:
+def canvas(name: str, height: int, x_range: Range1d, **options: Any) -> figure:
     """Return an empty chart as wide as its place, with tools that a keyboard reaches.
 
     Args:
-        title: What it shows; also what a screen reader says of it.
+        name: What the page calls it.
         height: In pixels.
         x_range: Shared by all charts that have the same abscissa.
         options: Of the figure.
     """
     from bokeh.models import (
-        BasicTickFormatter,
         BoxZoomTool,
         ClickPanTool,
         PanTool,
@@ -60,10 +59,17 @@ def canvas(title: str, height: int, x_range: Range1d, **options: Any) -> figure:
         background_fill_color=None,
         border_fill_color=None,
         outline_line_color=None,
-        name=title,
+        name=name,
         **options,
     )
     plot.toolbar.logo = None
+    _style_axes(plot)
+    return plot
+
+
+def _style_axes(plot: figure) -> None:
+    from bokeh.models import BasicTickFormatter
+
     plot.xaxis.formatter = BasicTickFormatter(use_scientific=False)
     plot.grid.grid_line_color, plot.grid.grid_line_alpha = INK, 0.08
     plot.axis.axis_line_color = plot.axis.minor_tick_line_color = None
@@ -71,7 +77,6 @@ def canvas(title: str, height: int, x_range: Range1d, **options: Any) -> figure:
     plot.axis.major_label_text_color = plot.axis.axis_label_text_color = INK
     plot.axis.major_label_text_font_size = plot.axis.axis_label_text_font_size = "13px"
     plot.axis.axis_label_text_font_style = "normal"
-    return plot
 
 
 def hover(plot: figure, renderer: Any, rows: Sequence[tuple[str, str]], **options: Any) -> None:
