@@ -64,7 +64,7 @@ def from_config(
     Raises:
         CheckpointError: transformers does not know the architecture, or the checkpoint holds another one.
     """
-    with _quiet():
+    with _quiet(), _one_thread():
         try:
             make = _Architecture(entries, 4 * len(checkpoint.shapes) + 1000, _numbers(checkpoint.shapes))
             model = make.model({}, "meta")
@@ -198,6 +198,17 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(level)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Narrow models are so small that a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

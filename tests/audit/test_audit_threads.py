@@ -107,6 +107,23 @@ def test_torch_has_as_many_threads_as_before(threads: int, blocks: Any):
         torch.set_num_threads(before)
 
 
+def test_a_twin_is_built_by_one_thread(tmp_path: Path):
+    """And a file that is refused leaves torch its threads, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        model: Any = example("llama").build()
+        model.save_pretrained(tmp_path)
+        assert len(audit(tmp_path).layers) == 3
+        assert torch.get_num_threads() == 3
+        (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
+        with pytest.raises(CheckpointError):
+            audit(tmp_path)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("limit", "dtype"), [(0, torch.bfloat16), (2**27, torch.float32)])
 def test_only_what_is_small_is_held_in_32_bits(
     limit: int, dtype: torch.dtype, blocks: Any, monkeypatch: pytest.MonkeyPatch
