@@ -286,7 +286,7 @@ class Measurement:
 
     @property
     def has_zone(self) -> bool:
-        """Whether the safe zone is about these ratios: nobody has calibrated one for Jacobians, or for a difference."""
+        """Whether the safe zone is about these ratios. Nobody has calibrated one for Jacobians, or for a difference."""
         return self.linearization != "jacobian" and self.adapters != "delta"
 
     def __iter__(self) -> Iterator[LayerMeasurement]:
