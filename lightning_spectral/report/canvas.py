@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from bokeh.models import Range1d
     from bokeh.plotting import figure
 
-__all__ = ["canvas", "colour_bar", "depth_colours", "hover", "log_range", "rounded", "shade_zone", "tick_powers_of_two"]
+__all__ = [
+    "canvas",
+    "colour_bar",
+    "counting",
+    "depth_colours",
+    "hover",
+    "log_range",
+    "rounded",
+    "shade_zone",
+    "tick_powers_of_two",
+]
 
 Floats = NDArray[np.float64]
 
@@ -70,13 +80,20 @@ def canvas(name: str, height: int, x_range: Range1d, **options: Any) -> figure:
 def _style_axes(plot: figure) -> None:
     from bokeh.models import BasicTickFormatter
 
-    plot.xaxis.formatter = BasicTickFormatter(use_scientific=False)
+    plot.xaxis.formatter, plot.xaxis.ticker = BasicTickFormatter(use_scientific=False), counting()
     plot.grid.grid_line_color, plot.grid.grid_line_alpha = INK, 0.08
     plot.axis.axis_line_color = plot.axis.minor_tick_line_color = None
     plot.axis.major_tick_line_color = FAINT
     plot.axis.major_label_text_color = plot.axis.axis_label_text_color = INK
     plot.axis.major_label_text_font_size = plot.axis.axis_label_text_font_size = "13px"
     plot.axis.axis_label_text_font_style = "normal"
+
+
+def counting() -> Any:
+    """Return ticks for steps and blocks: there are no halves."""
+    from bokeh.models import BasicTicker
+
+    return BasicTicker(min_interval=1)
 
 
 def hover(plot: figure, renderer: Any, rows: Sequence[tuple[str, str]], **options: Any) -> None:

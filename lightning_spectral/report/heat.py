@@ -11,7 +11,7 @@ import numpy as np
 from lightning_spectral.display.figure import power_of_two
 from lightning_spectral.display.heatmap import scale_limit, step_edges
 from lightning_spectral.history import History
-from lightning_spectral.report.canvas import canvas, colour_bar, hover, rounded
+from lightning_spectral.report.canvas import canvas, colour_bar, counting, hover, rounded
 
 if TYPE_CHECKING:
     from bokeh.models import Range1d
@@ -36,7 +36,7 @@ def heat_chart(history: History, x_range: Range1d, zone: tuple[float, float] | N
     image = plot.image(image="image", x="x", y=-0.5, dw="dw", dh=blocks, source=pieces, color_mapper=mapper)
     hover(plot, image, [("block", "@block"), ("step", "@step"), ("ρ", "@image{%.4g}")], formatters={"@image": "printf"})
     plot.xaxis.axis_label, plot.yaxis.axis_label = "optimizer step", "block"
-    plot.grid.grid_line_color = None
+    plot.yaxis.ticker, plot.grid.grid_line_color = counting(), None
     labels = {2.0**power: power_of_two(power) for power in range(-limit, limit + 1)}
     if zone is not None:
         labels |= {edge: f"{labels.get(edge, f'{edge:g}')} zone" for edge in zone}

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_spectral.display.heatmap import step_edges
 from lightning_spectral.history import History
 from lightning_spectral.report.canvas import (
     INK,
     Floats,
     canvas,
     colour_bar,
+    counting,
     depth_colours,
     hover,
     log_range,
@@ -46,9 +48,8 @@ def run_charts(history: History) -> dict[str, figure]:
     """Return the charts of a run, by name: those for which something was measured. All share their steps."""
     from bokeh.models import Range1d
 
-    steps = history.steps
-    span = (steps[-1] - steps[0]) or 1
-    x_range = Range1d(steps[0] - 0.01 * span, steps[-1] + 0.01 * span)
+    edges = step_edges(history.steps)
+    x_range = Range1d(float(edges[0]), float(edges[-1]))
     values = {name: _drawable(history.values(name), scale) for name, (_, scale) in QUANTITIES.items()}
     shown = {name: table for name, table in values.items() if np.isfinite(table).any() and not _constant(name, table)}
     source = _source(history, shown)
@@ -109,7 +110,7 @@ def _lines(
     tooltips = [("block", "@block @name"), ("step", "$snap_x{0}"), (label, "$snap_y{%.4g}")]
     hover(plot, lines, tooltips, formatters={"$snap_y": "printf"}, line_policy="nearest")
     _lonely(plot, table, source, colour)
-    colour_bar(plot, mapper, "block")
+    colour_bar(plot, mapper, "block").ticker = counting()
     return plot
 
 
@@ -161,5 +162,6 @@ def _actions(history: History, x_range: Range1d) -> figure:
     for bar in bars:
         hover(plot, bar, [("step", "@step"), ("blocks moved", "@rescale"), ("blocks held", "@hold")])
     plot.xaxis.axis_label, plot.yaxis.axis_label = "optimizer step", "blocks"
+    plot.yaxis.ticker = counting()
     plot.legend.update(background_fill_alpha=0, border_line_color=None, label_text_color=INK, orientation="horizontal")
     return plot

@@ -384,6 +384,13 @@ def test_values_of_a_chart_keep_four_digits_and_their_gaps():
     assert rounded(np.array([0.0, 1.0, 0.5])).tolist() == [0.0, 1.0, 0.5]
 
 
+def test_steps_and_blocks_have_no_halves(tmp_path: Path):
+    charts = run_charts(History.read(steered_run(tmp_path / "spectral.jsonl")))
+    counted = [chart.xaxis[0] for chart in charts.values()] + [charts["heatmap"].yaxis[0], charts["actions"].yaxis[0]]
+    counted += [charts["ratio"].right[-1]]  # the scale of its colours
+    assert [axis.ticker.min_interval for axis in counted] == [1] * len(counted)
+
+
 def test_lines_share_their_steps_and_their_range(tmp_path: Path):
     charts = run_charts(History.read(steered_run(tmp_path / "spectral.jsonl")))
     assert len({id(chart.x_range) for chart in charts.values()}) == 1
