@@ -83,16 +83,14 @@ class Messages(NamedTuple):
     Attributes:
         summed: Bytes of the blocks of vectors that are added up.
         agreed: Bytes of the norm gains and numbers that all take from the first process, also by sums.
-        gathered: Bytes of its shards of norm gains.
+        gathered: Bytes of the norm gains where they are cut, also by sums: a process has zeros for what others hold.
         sums: Number of all-reduces, at most: in how many steps the bounds are looked at is adaptive.
-        gathers: Number of all-gathers.
     """
 
     summed: float
     agreed: float
     gathered: float
     sums: int
-    gathers: int
 
 
 def operators(shape: Shape) -> list[Operator]:
@@ -134,14 +132,13 @@ def summed(operator: Operator, start: Start, iterations: int) -> float:
     return WORD * rows
 
 
-def messages(shape: Shape, start: Start, iterations: Sequence[int], ranks: int) -> Messages:
+def messages(shape: Shape, start: Start, iterations: Sequence[int]) -> Messages:
     """Return what one process contributes: every sum of blocks is one all-reduce, whatever the weights are cut along.
 
     Args:
         shape: The model.
         start: Of all operators.
         iterations: One number per operator.
-        ranks: Processes, on a mesh of one dimension.
     """
     items = operators(shape)
     longest = [max(iterations[i : i + BATCH]) for i in range(0, len(items), BATCH)]
@@ -153,9 +150,9 @@ def messages(shape: Shape, start: Start, iterations: Sequence[int], ranks: int) 
         summed=sum(summed(item, start, t) for item, t in zip(items, iterations, strict=True)),
         # Per operator: its gain, its range, its carried bound and value, four numbers a look, its norm and bound.
         agreed=len(items) * (gains + WORD + 16 * (before - 1) + 16) + 32 * looks,
-        gathered=len(items) * gains / ranks,
-        sums=sum(4 * t + before + t - skipped for t in longest) + len(items) + 1,
-        gathers=len(items),
+        gathered=len(items) * gains,
+        # The gains of all operators: gathered, and taken from the first process; their norms.
+        sums=sum(4 * t + before + t - skipped for t in longest) + 3,
     )
 
 
@@ -226,13 +223,13 @@ def sharded_cost(shape: Shape, ranks: int, start: Start) -> Cost:
     """Return the cost where every weight is cut into as many parts as there are processes."""
     t, items = STARTS[start], operators(shape)
     each = [flops(item, start, t) for item in items]
-    m, after = messages(shape, start, [t] * len(items), ranks), replicated_cost(shape, ranks, start)
-    around = (ranks - 1) * (2 * (m.summed + m.agreed) / ranks + m.gathered)
+    m, after = messages(shape, start, [t] * len(items)), replicated_cost(shape, ranks, start)
+    around = 2 * (m.summed + m.agreed + m.gathered) * (ranks - 1) / ranks
     return Cost(
         read=sum(bytes_read(item, t) for item in items) / ranks,
         flops=sum(item.products / ranks + item.projections + item.factorizations for item in each),
         contributed=m.summed + m.agreed + m.gathered + after.contributed,
-        collectives=m.sums + m.gathers + after.collectives,
+        collectives=m.sums + after.collectives,
         sent=around + after.sent,
     )
 

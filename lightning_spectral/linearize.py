@@ -14,8 +14,7 @@ computes with is the sum, so the sum is the matrix of the branch; neither it nor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -24,18 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_spectral.discovery.flattened import flattened
-from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.discovery.tensors import small_tensors, stored
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import Adjoint, Diagonal, LinearOperator, Matrix, Product, Scaled, Sharded, Sum
 from lightning_spectral.linalg.flattened import FlatShard
-from lightning_spectral.linalg.operators import largest_mesh
 from lightning_spectral.linalg.rows import rows_of
-from lightning_spectral.linalg.sharded import agreed, is_sharded, replicated
+from lightning_spectral.linalg.sharded import is_sharded, replicated
 from lightning_spectral.linalg.tiles import stand_in
 from lightning_spectral.records import Factor, Path
 
-__all__ = ["Adapters", "Linearized", "WeightLinearization", "linearize", "reading"]
+__all__ = ["Adapters", "Linearized", "WeightLinearization", "linearize"]
 
 WeightLinearization = Literal["circuit", "paper"]
 Adapters = Literal["sum", "base", "delta"]
@@ -67,7 +64,6 @@ class _Chain:
     normalized_from: int | None = None
 
     def finished(self, adapters: Adapters = "sum") -> Linearized:
-        self._agree()
         operator = Product(*self.operators) if adapters != "delta" else _difference(self.operators)
         for scalar in self.scalars:
             operator = Scaled(operator, scalar)
@@ -75,19 +71,13 @@ class _Chain:
             return Linearized(operator)
         return Linearized(operator, Product(*self.operators[self.normalized_from :]))
 
-    def _agree(self) -> None:
-        """Beside a sharded matrix, take the gains and multipliers of the first process, or sums would mix them."""
-        mesh = largest_mesh(self.operators)
-        if mesh is None:
-            return
-        gains = [(i, item.gain) for i, item in enumerate(self.operators) if isinstance(item, Diagonal)]
-        scalars = [(i, item) for i, item in enumerate(self.scalars) if isinstance(item, Tensor)]
-        small = [tensor for _, tensor in (*gains, *scalars)]
-        same = agreed(small, [mesh] * len(small))
-        for (i, _), gain in zip(gains, same, strict=False):
-            self.operators[i] = Diagonal(gain)
-        for (i, _), scalar in zip(scalars, same[len(gains) :], strict=True):
-            self.scalars[i] = scalar
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Where factors find their tensors: in the model, or among the small ones that were fetched for all paths."""
+
+    model: nn.Module
+    small: Mapping[str, Tensor]
 
 
 def linearize(
@@ -96,6 +86,7 @@ def linearize(
     linearization: WeightLinearization,
     *,
     adapters: Adapters = "sum",
+    small: Mapping[str, Tensor] | None = None,
     differentiable: bool = False,
 ) -> Linearized:
     """Build the operator of one path of a branch from the weights as they are now.
@@ -104,7 +95,8 @@ def linearize(
     and the attention pattern are not part of it.
 
     A weight that is sharded over processes is read where it lies (see :class:`~lightning_spectral.linalg.Sharded`), and
-    all processes have to call this together: norm gains and multipliers, which are small, are gathered.
+    all processes have to call this together: norm gains and multipliers, which are small, are gathered, and those of
+    the first process count.
 
     Args:
         model: The model that the path belongs to.
@@ -112,6 +104,8 @@ def linearize(
         linearization: ``"circuit"`` or ``"paper"``.
         adapters: ``"sum"`` for the branch as it is, ``"base"`` for what it would be without adapters, ``"delta"`` for
             the first minus the second (behind a norm, both at the size that the norm gives to the first).
+        small: What :func:`~lightning_spectral.discovery.tensors.small_tensors` has returned for this and other paths.
+            By default it is asked for this one.
         differentiable: Whether the tensors that the operators hold keep their graphs, so that a caller can
             differentiate by the parameters. The products that the operators take themselves are never part of a graph.
 
@@ -127,30 +121,33 @@ def linearize(
         path = replace(path, factors=tuple(replace(factor, adapters=()) for factor in path.factors))
     if adapters == "delta" and not any(factor.adapters for factor in path.factors):
         raise ConfigurationError("it has no adapter")
+    if small is None:
+        small = {} if differentiable else small_tensors(model, [path])
+    weights = _Weights(model, small)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        chain = _circuit(model, path) if linearization == "circuit" else _paper(model, path)
+        chain = _circuit(weights, path) if linearization == "circuit" else _paper(weights, path)
         return chain.finished(adapters)
 
 
-def _circuit(model: nn.Module, path: Path) -> _Chain:
+def _circuit(weights: _Weights, path: Path) -> _Chain:
     chain = _Chain()
     for factor in path.factors:
         if factor.role in ("post_norm", "inner_norm"):
             chain.norms.append(factor)
         elif factor.role in ("scale", "pre_norm"):
-            _append_gain(model, chain, factor)
+            _append_gain(weights, chain, factor)
         else:
-            _append(model, chain, _matrix(model, factor))
+            _append(weights, chain, _matrix(weights, factor))
     return chain
 
 
-def _paper(model: nn.Module, path: Path) -> _Chain:
+def _paper(weights: _Weights, path: Path) -> _Chain:
     chain = _Chain()
     for factor in path.factors:
         if factor.role == "scale":
-            _append_gain(model, chain, factor)
+            _append_gain(weights, chain, factor)
         elif factor.role in ("output", "down", "up"):
-            chain.operators += _matrix(model, factor)
+            chain.operators += _matrix(weights, factor)
     last = chain.operators[-1]
     if any(factor.role == "output" for factor in path.factors) and last.shape[0] != last.shape[1]:
         chain.operators.append(Adjoint(last))
@@ -179,26 +176,26 @@ def _parts(operator: LinearOperator) -> tuple[LinearOperator, ...]:
     return operator.operators if isinstance(operator, Sum) else (operator,)
 
 
-def _append_gain(model: nn.Module, chain: _Chain, factor: Factor) -> None:
+def _append_gain(weights: _Weights, chain: _Chain, factor: Factor) -> None:
     """Append a norm's gain or a residual multiplier."""
     if factor.parameter is None:
         if factor.constant != 1.0 and chain.normalized_from is None and not chain.norms:
             chain.scalars.append(factor.constant)
         return
-    tensor = _tensor(model, factor)
+    tensor = _tensor(weights, factor)
     if tensor.numel() > 1:
-        _append(model, chain, [Diagonal(tensor.flatten())])
+        _append(weights, chain, [Diagonal(tensor.flatten())])
     elif chain.normalized_from is None and not chain.norms:
         chain.scalars.append(tensor.float() if tensor.dtype != torch.float64 else tensor)
 
 
-def _append(model: nn.Module, chain: _Chain, operators: list[LinearOperator]) -> None:
+def _append(weights: _Weights, chain: _Chain, operators: list[LinearOperator]) -> None:
     """Append a matrix or a diagonal, behind the norms that wait for it."""
     for norm in chain.norms:
         # A norm over the repeated heads stands left of the repetition, one over the heads themselves right of it.
         place = 1 if len(operators) > 1 and norm.size != operators[0].shape[0] else 0
         if norm.parameter is not None:
-            gain = _tensor(model, norm).flatten()
+            gain = _tensor(weights, norm).flatten()
             channels = operators[place].shape[0]
             operators.insert(place, Diagonal(gain.repeat(channels // len(gain))))
             place += 1
@@ -208,30 +205,30 @@ def _append(model: nn.Module, chain: _Chain, operators: list[LinearOperator]) ->
     chain.operators += operators
 
 
-def _matrix(model: nn.Module, factor: Factor) -> list[LinearOperator]:
+def _matrix(weights: _Weights, factor: Factor) -> list[LinearOperator]:
     """Return the matrix of a factor with its adapters, and the repetition of its rows where there is one."""
-    *repetition, matrix = _stored(model, factor)
+    *repetition, matrix = _stored(weights, factor)
     if not factor.adapters:
         return [*repetition, matrix]
-    return [*repetition, Sum(matrix, *(_adapter(model, chain, factor.rows) for chain in factor.adapters))]
+    return [*repetition, Sum(matrix, *(_adapter(weights, chain, factor.rows) for chain in factor.adapters))]
 
 
-def _adapter(model: nn.Module, factors: Iterable[Factor], rows: tuple[range, ...] | None) -> LinearOperator:
+def _adapter(weights: _Weights, factors: Iterable[Factor], rows: tuple[range, ...] | None) -> LinearOperator:
     """Return an adapter of a matrix of which rows are picked, without their repetition."""
     chain = _Chain()
     for factor in factors:
         if factor.role == "scale":
-            _append_gain(model, chain, factor)
+            _append_gain(weights, chain, factor)
         elif chain.operators:
-            chain.operators += _stored(model, factor)
+            chain.operators += _stored(weights, factor)
         else:
-            chain.operators += _stored(model, replace(factor, rows=rows))[-1:]
+            chain.operators += _stored(weights, replace(factor, rows=rows))[-1:]
     return chain.finished().operator
 
 
-def _stored(model: nn.Module, factor: Factor) -> list[LinearOperator]:
+def _stored(weights: _Weights, factor: Factor) -> list[LinearOperator]:
     """Return the matrix that a parameter holds, and the repetition of its rows where there is one."""
-    with _reading(model, factor) as weight:
+    with stored(weights.model, factor) as weight:
         if is_sharded(weight):
             return _sharded(weight, factor)
         return rows_of(_arranged(replicated(weight), factor), factor.rows, Matrix)
@@ -252,22 +249,13 @@ def _sharded(weight: DTensor | FlatShard, factor: Factor) -> list[LinearOperator
     return rows_of(view, factor.rows, partial(Sharded, stored))
 
 
-def _tensor(model: nn.Module, factor: Factor) -> Tensor:
+def _tensor(weights: _Weights, factor: Factor) -> Tensor:
     """Return a gain or a multiplier, in one piece."""
-    with _reading(model, factor) as tensor:
+    small = weights.small.get(factor.parameter or "")
+    if small is not None:
+        return _arranged(small, factor)
+    with stored(weights.model, factor) as tensor:
         return _arranged(replicated(tensor), factor)
-
-
-@contextmanager
-def _reading(model: nn.Module, factor: Factor) -> Iterator[Tensor | FlatShard]:
-    assert factor.parameter is not None
-    shard = flattened(model, factor.parameter)
-    if shard is not None:
-        yield shard
-        return
-    with reading(model, factor.parameter) as tensor:
-        # A DTensor cannot be detached in inference mode; without grad mode, what is read of it is detached anyway.
-        yield tensor if torch.is_grad_enabled() or isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _arranged(tensor: Tensor, factor: Factor) -> Tensor:
@@ -287,34 +275,3 @@ def _applied(tensor: Tensor, steps: Iterable[tuple[Any, ...]]) -> Tensor:
             tensor = tensor.float()  # 1 + w in 16 bits would forget most of w
         tensor = getattr(tensor, name)(*arguments)
     return tensor
-
-
-@contextmanager
-def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
-    """Fetch a parameter by attribute path without side effects.
-
-    Reading a ``spectral_norm``-parametrized weight in training mode advances its power iteration, so parametrizations
-    are in evaluation mode meanwhile.
-
-    Args:
-        model: The model.
-        path: Attribute path of a parameter, a buffer or a parametrized weight.
-
-    Yields:
-        The tensor.
-    """
-    owner, _, attribute = path.rpartition(".")
-    module = resolve(model, owner) if owner else model
-    assert isinstance(module, nn.Module)
-    parametrizations = getattr(module, "parametrizations", None)
-    inner = [] if parametrizations is None or attribute not in parametrizations else [*parametrizations.modules()]
-    modes = [(item, item.training) for item in inner]
-    for item in inner:
-        item.training = False
-    try:
-        tensor = getattr(module, attribute)
-        assert isinstance(tensor, Tensor)
-        yield tensor
-    finally:
-        for item, training in modes:
-            item.training = training

@@ -18,12 +18,12 @@ from lightning_spectral.discovery.flattened import flattened
 from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.discovery.scaled import log_scale_path, with_scales
+from lightning_spectral.discovery.tensors import small_tensors
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.functional import measure_functions
 from lightning_spectral.linalg import RandomizedSVD, Solver, SolverState, SpectralNorm, frobenius_norm
-from lightning_spectral.linalg.flattened import is_flattened
 from lightning_spectral.linalg.operators import largest_mesh
-from lightning_spectral.linalg.sharded import agreed, is_sharded, replicated
+from lightning_spectral.linalg.sharded import agreed, in_one_piece, mesh_around
 from lightning_spectral.linearize import Adapters, Linearized, WeightLinearization, linearize
 from lightning_spectral.records import Branch, LayerMeasurement, Linearization, Measurement, Path, ResidualBlock
 
@@ -102,10 +102,13 @@ class Meter:
             share of another process is ``None``, with a reason only if there is no weight linearization.
         """
         start = time.perf_counter()
-        first, stride = (0, 1) if self._spread() else share
+        first, stride = share if mesh_around(self.model) is None else (0, 1)
         mine = {branch for block in self.blocks[first::stride] for branch in (block.attention, block.mlp)}
         branches = [branch for block in self.blocks for branch in (block.attention, block.mlp) if branch is not None]
-        built = [self._linearized(branch) if branch in mine else ([], self._reason(branch)) for branch in branches]
+        small = small_tensors(self.model, [path for branch in branches if branch in mine for path in branch.paths])
+        built = [
+            self._linearized(branch, small) if branch in mine else ([], self._reason(branch)) for branch in branches
+        ]
         operators = [(path, item) for paths, _ in built for path, item in paths]
         mesh = largest_mesh(item.operator for _, item in operators)
         keys = tuple(_key(path) for path, _ in operators)
@@ -121,22 +124,22 @@ class Meter:
         seconds = time.perf_counter() - start
         return Measurement(step, self.linearization, layers, self.safe_zone, seconds, self.adapters)
 
-    def _spread(self) -> bool:
-        """Whether a weight is spread over several processes; under FSDP it is whole at times, in all of them."""
-        return is_flattened(self.model) or any(is_sharded(parameter) for parameter in self.model.parameters())
-
     def _reason(self, branch: Branch) -> str | None:
         """Return why a branch has no weight linearization, which does not depend on the values of its weights."""
         if branch not in self._reasons:
-            self._reasons[branch] = self._linearized(branch)[1]
+            self._reasons[branch] = self._linearized(branch, {})[1]
         return self._reasons[branch]
 
-    def _linearized(self, branch: Branch) -> tuple[list[tuple[Path, Linearized]], str | None]:
+    def _linearized(
+        self, branch: Branch, small: Mapping[str, Tensor]
+    ) -> tuple[list[tuple[Path, Linearized]], str | None]:
         paths = branch.paths
         if self.adapters == "delta":  # of a mixture, some experts may have adapters
             paths = tuple(path for path in paths if any(factor.adapters for factor in path.factors)) or paths
         try:
-            built = [linearize(self.model, path, self.linearization, adapters=self.adapters) for path in paths]
+            built = [
+                linearize(self.model, path, self.linearization, adapters=self.adapters, small=small) for path in paths
+            ]
             return list(zip(paths, built, strict=True)), branch.reason
         except (ConfigurationError, AttributeError) as error:
             return [], str(error)
@@ -271,7 +274,7 @@ def _read_scales(
 ) -> dict[Branch | None, float]:
     """Return the residual scale of every branch that has one, read in a single transfer from the device."""
     tensors: list[Any] = [flattened(model, path) or resolve(model, path) for path in paths.values()]
-    logs = [replicated(tensor).detach().double() for tensor in tensors]
+    logs = [log.detach().double() for log in in_one_piece(tensors)]
     if not logs:
         return {}
     (together,) = agreed([torch.cat([log.to(logs[0].device) for log in logs])], [mesh])

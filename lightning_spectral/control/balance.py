@@ -15,13 +15,13 @@ from torch.nn.utils import parametrize
 from lightning_spectral import settings
 from lightning_spectral.control.scales import ResidualScale
 from lightning_spectral.discovery import find_blocks
-from lightning_spectral.discovery.flattened import flattened
 from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.discovery.tensors import stored
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import Adjoint, LinearOperator, Product, RandomizedSVD, Scaled, Solver, frobenius_norm
 from lightning_spectral.linalg.sharded import replicated
-from lightning_spectral.linearize import WeightLinearization, linearize, reading
+from lightning_spectral.linearize import WeightLinearization, linearize
 from lightning_spectral.measure import Meter
 from lightning_spectral.records import (
     Branch,
@@ -217,8 +217,8 @@ def _trained_gain(model: nn.Module, factors: Iterable[Factor]) -> str | None:
     for factor in factors:
         if factor.role not in _NORMS or factor.parameter is None:
             continue
-        with reading(model, factor.parameter) as gain:
-            low, high = map(float, replicated(flattened(model, factor.parameter) or gain).detach().aminmax())
+        with stored(model, factor) as gain:
+            low, high = map(float, replicated(gain).detach().aminmax())
         if low != high:
             return f"the norm gain {factor.parameter} is not constant ({low:.4g} to {high:.4g})"
     return None

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 from lightning_spectral.errors import ConfigurationError
 
-__all__ = ["FlatShard", "boxes", "flat_shard", "is_flattened"]
+__all__ = ["FlatShard", "boxes", "flat_meshes", "flat_shard", "is_flattened"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +40,12 @@ class FlatShard:
 
 def is_flattened(model: torch.nn.Module) -> bool:
     """Whether the parameters of a model, or of a part of it, are flattened and cut."""
-    return any(isinstance(module, FullyShardedDataParallel) and _is_cut(module) for module in model.modules())
+    return any(_handles(model))
+
+
+def flat_meshes(model: torch.nn.Module) -> list[DeviceMesh]:
+    """Return the processes among which the parameters of a model are cut, for every part that is flattened."""
+    return [_mesh(handle) for handle in _handles(model)]
 
 
 def flat_shard(wrapper: FullyShardedDataParallel, parameter: object) -> FlatShard | None:
@@ -65,8 +71,7 @@ def flat_shard(wrapper: FullyShardedDataParallel, parameter: object) -> FlatShar
         if candidate is parameter:
             start, first, count = info.intra_param_start_idx or 0, info.offset_in_shard or 0, info.numel_in_shard or 0
             entries = flat.detach()[first : first + count]
-            mesh = DeviceMesh.from_group(handle.process_group, handle.device.type)
-            return FlatShard(entries, shape, start, mesh)
+            return FlatShard(entries, shape, start, _mesh(handle))
     return None
 
 
@@ -99,3 +104,12 @@ def boxes(entries: Tensor, shape: torch.Size, start: int) -> Iterator[tuple[Tens
 
 def _is_cut(wrapper: FullyShardedDataParallel) -> bool:
     return wrapper._handle is not None and wrapper._handle.uses_sharded_strategy
+
+
+def _handles(model: torch.nn.Module) -> Iterator[FlatParamHandle]:
+    wrappers = (module for module in model.modules() if isinstance(module, FullyShardedDataParallel))
+    yield from (wrapper._handle for wrapper in wrappers if wrapper._handle is not None and _is_cut(wrapper))
+
+
+def _mesh(handle: FlatParamHandle) -> DeviceMesh:
+    return DeviceMesh.from_group(handle.process_group, handle.device.type)

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeGuard, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg.flattened import FlatShard, boxes
+from lightning_spectral.linalg.flattened import FlatShard, boxes, flat_meshes
 from lightning_spectral.linalg.operators import (
     LinearOperator,
     balanced_by_largest,
@@ -30,7 +30,17 @@ from lightning_spectral.linalg.operators import (
 )
 from lightning_spectral.linalg.tiles import Cut, held, stand_in, tiles
 
-__all__ = ["Sharded", "Share", "added", "agreed", "balanced", "is_sharded", "replicated"]
+__all__ = [
+    "Sharded",
+    "Share",
+    "added",
+    "agreed",
+    "balanced",
+    "in_one_piece",
+    "is_sharded",
+    "mesh_around",
+    "replicated",
+]
 
 
 class Share(NamedTuple):
@@ -74,7 +84,7 @@ class Sharded(LinearOperator):
         else:
             check_weight(weight, "weight", dims=(weight.ndim,))
             self.mesh, self._dims, local = weight.device_mesh, _sharded_dims(weight), weight.to_local().detach()
-            parts = [(local, [held(size, cuts) for size, cuts in zip(weight.shape, _cuts(weight), strict=True)])]
+            parts = [(local, _held(weight))]
         view = stand_in(weight.shape) if view is None else view
         if view.ndim not in (2, 3) or view.numel() == 0:
             raise ConfigurationError(f"weight must be read in 2 or 3 dimensions, got shape {tuple(view.shape)}.")
@@ -133,16 +143,40 @@ def is_sharded(tensor: Tensor | FlatShard) -> TypeGuard[DTensor | FlatShard]:
     return isinstance(tensor, DTensor) and not all(placement.is_replicate() for placement in tensor.placements)
 
 
+def mesh_around(model: nn.Module) -> DeviceMesh | None:
+    """Return the largest mesh over which parameters of a model are cut, ``None`` where every process has all."""
+    cut = [parameter for parameter in model.parameters() if is_sharded(parameter)]
+    meshes = [item.mesh if isinstance(item, FlatShard) else item.device_mesh for item in cut]
+    return max((*meshes, *flat_meshes(model)), key=lambda mesh: mesh.size(), default=None)
+
+
 def replicated(tensor: Tensor | FlatShard) -> Tensor:
     """Return a tensor in one piece, gathered from the processes that hold it. For vectors and numbers only."""
+    return in_one_piece([tensor])[0]
+
+
+def in_one_piece(tensors: Sequence[Tensor | FlatShard]) -> list[Tensor]:
+    """Return tensors in one piece, with one collective for all that are cut along one mesh. For small ones only."""
+    shares = {i: _padded(tensor) for i, tensor in enumerate(tensors) if is_sharded(tensor)}
+    whole = dict(zip(shares, added(list(shares.values())), strict=True))
+    return [whole[i] if i in whole else _local(tensor) for i, tensor in enumerate(tensors)]
+
+
+def _padded(tensor: DTensor | FlatShard) -> Share:
+    """Return what this process holds of a tensor, with zeros for what others hold."""
     if isinstance(tensor, FlatShard):
-        ours = tensor.entries.new_zeros(tensor.shape.numel())
-        ours[tensor.start : tensor.start + len(tensor.entries)] = tensor.entries
-        return added([Share(ours, tensor.mesh, (0,))])[0].view(tensor.shape)
-    if not isinstance(tensor, DTensor):
-        return tensor
-    whole: Tensor = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim).to_local()
-    return whole
+        flat = tensor.entries.new_zeros(tensor.shape.numel())
+        flat[tensor.start : tensor.start + len(tensor.entries)] = tensor.entries
+        return Share(flat.view(tensor.shape), tensor.mesh, (0,))
+    local = tensor.to_local().detach()
+    padded = local.new_zeros(tensor.shape)
+    padded[torch.meshgrid(*_held(tensor), indexing="ij")] = local
+    return Share(padded, tensor.device_mesh, _sharded_dims(tensor))
+
+
+def _local(tensor: Tensor | FlatShard) -> Tensor:
+    assert isinstance(tensor, Tensor)
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def added(shares: Sequence[Share], operation: str = "sum") -> list[Tensor]:
@@ -211,8 +245,8 @@ def _sharded_dims(weight: DTensor) -> tuple[int, ...]:
     return tuple(dims)
 
 
-def _cuts(weight: DTensor) -> list[list[Cut]]:
-    """Return, for every dimension of a weight, how it is cut for this process."""
+def _held(weight: DTensor) -> list[Tensor]:
+    """Return, for every dimension of a weight, the indices that this process holds."""
     coordinate = weight.device_mesh.get_coordinate()
     assert coordinate is not None
     cuts: list[list[Cut]] = [[] for _ in weight.shape]
@@ -220,4 +254,4 @@ def _cuts(weight: DTensor) -> list[list[Cut]]:
         if not placement.is_replicate():
             cut = Cut(weight.device_mesh.size(mesh_dim), coordinate[mesh_dim], getattr(placement, "split_factor", 1))
             cuts[placement.dim].append(cut)  # type: ignore[attr-defined]
-    return cuts
+    return [held(size, several) for size, several in zip(weight.shape, cuts, strict=True)]

@@ -1,8 +1,8 @@
 """Run by ``test_scaling.py`` in two processes: what measurements read, compute and send, counted by this process.
 
-Weights are held in one piece, cut by ``fully_shard``, flattened and cut (FSDP1), or cut by tensor parallelism. The first
-measurement is cold, the second warm after a step like an optimizer's, the third after a change that no bound is carried
-over.
+Weights are held in one piece, cut by ``fully_shard``, flattened and cut (FSDP1), or cut by tensor parallelism. The
+first measurement is cold, the second warm after a step like an optimizer's, the third after a change that no bound is
+carried over.
 """
 
 from __future__ import annotations

@@ -178,8 +178,7 @@ def compared(
     names = {factor.parameter for block in blocks for branch in block.branches for factor in branch.factors}
     factors = [parameter for name, parameter in plain.named_parameters() if name in names]
     weights = [parameter.numel() for parameter in factors if parameter.ndim > 1]
-    vectors = [parameter.numel() for parameter in factors if parameter.ndim == 1]
-    return result | {"smallest_weight": min(weights), "largest_vector": max(vectors, default=1)}
+    return result | {"smallest_weight": min(weights)}
 
 
 def in_blocks(mesh: DeviceMesh, *, root: bool = True, **settings: Any) -> Callable[[nn.Module], Any]:
@@ -431,7 +430,7 @@ def inference(mesh: DeviceMesh) -> Any:
     in_blocks(mesh)(model)
     with torch.inference_mode():
         sharded = measure(model, blocks)
-    traffic = {"plain_traffic": [], "sharded_traffic": [], "largest_vector": 1}
+    traffic = {"plain_traffic": [], "sharded_traffic": []}
     return {"plain": [numbers(plain)], "sharded": [numbers(sharded)]} | traffic
 
 
@@ -460,7 +459,7 @@ def balanced(mesh: DeviceMesh) -> Any:
         }
         pairs = zip(plain.parameters(), model.parameters(), strict=True)
         apart = [float((one - whole(two).view_as(one)).norm() / one.norm().clip(1e-9)) for one, two in pairs]
-        traffic = {"plain_traffic": [], "sharded_traffic": [], "largest_vector": 1}
+        traffic = {"plain_traffic": [], "sharded_traffic": []}
         results[name] = found | traffic | {"apart": max(apart)}
     return results
 

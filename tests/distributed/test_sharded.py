@@ -94,12 +94,10 @@ def test_cold_and_warm_values_are_those_of_the_model_in_one_piece(seen: Seen):
                 assert {key: other[key] for key in values} == pytest.approx(values, rel=1e-4)
 
 
-def test_no_process_sends_more_than_blocks_of_vectors_and_norm_gains(seen: Seen):
+def test_processes_add_up_and_gather_nothing(seen: Seen):
     for item in comparisons(seen[0]):
         assert item["plain_traffic"] == []
-        assert {name for name, _ in item["sharded_traffic"]} <= {"all_reduce", "all_gather_into_tensor"}
-        gathered = [size for name, size in item["sharded_traffic"] if name != "all_reduce"]
-        assert max(gathered, default=0) < item["largest_vector"]
+        assert {name for name, _ in item["sharded_traffic"]} <= {"all_reduce"}
 
 
 @pytest.mark.parametrize("name", ["wide", "wide_and_tensor_parallel", "flat_wide"])

@@ -1,0 +1,91 @@
+"""The tensors of factors: read by their names without side effects, small ones gathered from all processes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_spectral.discovery.flattened import flattened
+from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.linalg.flattened import FlatShard
+from lightning_spectral.linalg.sharded import agreed, in_one_piece, mesh_around
+from lightning_spectral.records import Factor, Path
+
+__all__ = ["reading", "small_tensors", "stored"]
+
+_SMALL = ("scale", "pre_norm", "inner_norm", "post_norm")
+
+
+def small_tensors(model: nn.Module, paths: Iterable[Path]) -> dict[str, Tensor]:
+    """Gather the norm gains and multipliers of some paths where weights are sharded: two collectives for all of them.
+
+    What every process has for itself beside a sharded matrix has to be the same in all of them, or sums would mix them:
+    the first process decides.
+
+    Args:
+        model: The model, the same on all processes, which have to call this together.
+        paths: The paths.
+
+    Returns:
+        The tensors by parameter, as they are stored. Without those that cannot be read, and without any where every
+        process has all weights.
+    """
+    mesh = mesh_around(model)
+    if mesh is None:
+        return {}
+    found: dict[str, Tensor | FlatShard] = {}
+    for factor in (part for path in paths for whole in path.factors for part in whole.flat()):
+        if factor.role in _SMALL and factor.parameter is not None and factor.parameter not in found:
+            # What cannot be read is told to those who ask for it.
+            with suppress(ConfigurationError, AttributeError), torch.no_grad(), stored(model, factor) as tensor:
+                found[factor.parameter] = tensor
+    return dict(zip(found, agreed(in_one_piece(list(found.values())), [mesh] * len(found)), strict=True))
+
+
+@contextmanager
+def stored(model: nn.Module, factor: Factor) -> Iterator[Tensor | FlatShard]:
+    """Fetch the parameter of a factor: the tensor, or what this process holds of it if it was flattened and cut."""
+    assert factor.parameter is not None
+    shard = flattened(model, factor.parameter)
+    if shard is not None:
+        yield shard
+        return
+    with reading(model, factor.parameter) as tensor:
+        # A DTensor cannot be detached in inference mode; without grad mode, what is read of it is detached anyway.
+        yield tensor if torch.is_grad_enabled() or isinstance(tensor, DTensor) else tensor.detach()
+
+
+@contextmanager
+def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
+    """Fetch a parameter by attribute path without side effects.
+
+    Reading a ``spectral_norm``-parametrized weight in training mode advances its power iteration, so parametrizations
+    are in evaluation mode meanwhile.
+
+    Args:
+        model: The model.
+        path: Attribute path of a parameter, a buffer or a parametrized weight.
+
+    Yields:
+        The tensor.
+    """
+    owner, _, attribute = path.rpartition(".")
+    module = resolve(model, owner) if owner else model
+    assert isinstance(module, nn.Module)
+    parametrizations = getattr(module, "parametrizations", None)
+    inner = [] if parametrizations is None or attribute not in parametrizations else [*parametrizations.modules()]
+    modes = [(item, item.training) for item in inner]
+    for item in inner:
+        item.training = False
+    try:
+        tensor = getattr(module, attribute)
+        assert isinstance(tensor, Tensor)
+        yield tensor
+    finally:
+        for item, training in modes:
+            item.training = training
