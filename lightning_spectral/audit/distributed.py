@@ -158,7 +158,7 @@ def _read(folder: Path, name: str, tensor: _Stored) -> Tensor:
         raise ValueError(f"the chunks of {printable(name)} overlap, or some are missing")
     if len(tensor.chunks) == 1:
         return _read_chunk(folder, tensor.dtype, tensor.chunks[0])
-    whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     for chunk in tensor.chunks:
         box = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
         whole[box] = _read_chunk(folder, tensor.dtype, chunk)

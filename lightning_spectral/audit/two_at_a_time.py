@@ -71,7 +71,7 @@ def weights_of(block: ResidualBlock, source: Source) -> nn.Module:
 def _fetched(tensor: Tensor, convert: bool) -> Tensor:
     tensor = tensor.detach()
     if convert and tensor.dtype in (torch.float16, torch.bfloat16):
-        made = torch.empty(tensor.shape)
+        made = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
         # Pieces that torch converts in this thread alone: more of them would be in the way of products.
         for part, place in zip(torch.split(tensor.flatten(), _PIECE), torch.split(made.view(-1), _PIECE), strict=True):
             place.copy_(part)

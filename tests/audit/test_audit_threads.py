@@ -128,8 +128,13 @@ def test_a_twin_is_built_by_one_thread(tmp_path: Path):
 def test_only_what_is_small_is_held_in_32_bits(
     limit: int, dtype: torch.dtype, blocks: Any, monkeypatch: pytest.MonkeyPatch
 ):
+    """Whatever torch makes by default."""
     monkeypatch.setattr(room, "_HELD", limit)
-    model = weights_of(blocks[0], source_of(blocks))
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = weights_of(blocks[0], source_of(blocks))
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert {buffer.dtype for buffer in model.buffers()} == {dtype}
     assert all(bool((buffer == 1).all()) for buffer in model.buffers())
 
