@@ -18,10 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
 from made_runs import HOSTILE, STEPS, measurements, ratio, steered_run, watched_run
+from tiny_run import LitGPT, fit
 from zoo import example
 
-from lightning_spectral import History, audit, report
+from lightning_spectral import History, ResidualRescaler, SpectralMonitor, audit, report
 from lightning_spectral.alarms import Event
 from lightning_spectral.cli import main
 from lightning_spectral.display.heatmap import step_edges
@@ -149,6 +153,37 @@ def test_a_run_that_is_still_written_is_drawn_as_far_as_it_goes(tmp_path: Path):
         page = read(report(run))
         assert "heatmap" in page.charts
         assert any("breaks off" in sentence for sentence in page.sentences) is (end != first_two)
+
+
+class Draw(Callback):
+    """Draws the run at the end of one step, while it goes on."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder, self.step, self.drawn = folder, step, Reader("")
+
+    def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
+        if trainer.global_step == self.step:
+            self.drawn = read(report(self.folder, self.folder / "early.html"))
+
+
+def test_a_real_run_is_drawn_while_it_goes_and_afterwards(tmp_path: Path):
+    module, draw = LitGPT(), Draw(tmp_path, 4)
+    with torch.no_grad():
+        for block in module.model.blocks:
+            block.attention.proj.weight.mul_(30)
+    fit(tmp_path, [SpectralMonitor(2, ResidualRescaler()), draw], module=module)
+    assert any("from step 0 to step 4" in sentence for sentence in draw.drawn.sentences)
+    after = read(report(tmp_path))
+    assert {"heatmap", "ratio", "mlp_scale", "typical_token_residual", "events", "actions"} <= set(after.charts)
+    assert len(after.charts) >= len(draw.drawn.charts) > 0
+    history = History.read(tmp_path / "spectral.jsonl")
+    assert any(row[:2] == ["rescaler.gain", str(ResidualRescaler().gain)] for row in after.rows)
+    names = [layer.name for layer in history.measurements[-1]]
+    assert names == [row[1] for row in after.rows if row[0].isdigit() and row[2:] == _sites(row[1])]
+
+
+def _sites(name: str) -> list[str]:
+    return [f"{name}.attention", f"{name}.mlp", "yes"]
 
 
 def test_the_command_line_says_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
