@@ -137,8 +137,9 @@ def test_processes_that_measure_something_else_take_one_decision(runs: Any):
     assert results[0]["parameters"] == results[1]["parameters"]
 
 
-def test_a_failure_in_one_process_is_skipped_in_both(runs: Any):
-    here, there = case(runs("ddp"), "fails once")
+@pytest.mark.parametrize("layout", ["ddp", "fsdp1", "fsdp2 root"])
+def test_a_failure_in_one_process_is_skipped_in_both(runs: Any, layout: str):
+    here, there = case(runs(layout), "fails once")
     assert here["parameters"] == there["parameters"]
     assert list(ratios(here)) == [0, 4, 6, 8]
     assert here["told"] == ["SpectralMonitor failed in measuring (in another process); training goes on"]

@@ -283,10 +283,11 @@ class Failing(Meter):
     times = 0
 
     def measure(self, step: int = 0, share: tuple[int, int] = (0, 1)) -> Measurement:
+        found = super().measure(step, share)  # first, since other processes may wait in it
         if RANK and self.times:
             self.times -= 1
             raise ArithmeticError("only here")
-        return super().measure(step, share)
+        return found
 
 
 class Replacing(Callback):
@@ -368,6 +369,8 @@ def cases(layout: str, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
                 found[name] = lambda place=place, precision=precision, steer=steer, resume=resume: cell(
                     layout, place, precision, steer=steer, resume=resume
                 )
+    if layout in ("ddp", "fsdp1", "fsdp2 root"):
+        found["fails once"] = lambda: failing(layout, folder / "fails-once", 1)
     if layout == "fsdp2 root":
         place = folder / "one-file"
         found["one file"] = lambda: cell(layout, place, "32-true", steer=True, resume=True, one_file=True)
@@ -376,7 +379,6 @@ def cases(layout: str, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         found["scales first"] = lambda: scales_first(layout, folder / "scales-first")
     if layout == "ddp":
         found["noisy"] = lambda: noisy(layout, folder / "noisy")
-        found["fails once"] = lambda: failing(layout, folder / "fails-once", 1)
         found["fails for good"] = lambda: failing(layout, folder / "fails-for-good", 99)
         found["tampered"] = lambda: tampered(layout, folder / "tampered")
     return found
