@@ -166,6 +166,8 @@ def _difference(operators: Sequence[LinearOperator]) -> LinearOperator:
         if len(parts) > 1:
             terms.append(Product(*without, Sum(*parts[1:]), *operators[i + 1 :]))
         without.append(parts[0])
+    if not terms:
+        raise ConfigurationError("its adapters are on matrices that the linearization leaves out")
     return Sum(*terms)
 
 

@@ -179,6 +179,29 @@ def test_a_branch_without_adapters_has_no_delta():
         assert (one.attention_norm == other.attention_norm) == (one.index != 1)
 
 
+def test_adapters_that_the_linearization_leaves_out_are_no_delta():
+    model = plain().double().eval()
+    for block in model.body.layers:
+        block.attn.v = Adapted(block.attn.v).double().eval()
+    for layer in measure(model, adapters="delta", linearization="paper"):
+        assert layer.attention_norm is None
+        assert layer.attention_reason == "its adapters are on matrices that the linearization leaves out"
+
+
+@pytest.mark.parametrize("way", ["learned scale", "two factors"])
+def test_everything_of_an_adapter_may_start_at_zero(way: str):
+    model = NanoGPT(layers=1).double().eval()
+    mlp = model.transformer["h"][0].mlp
+    mlp.c_proj = layer = Written(mlp.c_proj, way).double()
+    found = []
+    for start in (torch.zeros_like, torch.randn_like):
+        for parameter in (layer.scale, layer.a, layer.b):
+            parameter.data = start(parameter)
+        found.append(find_blocks(model, IDS))
+    assert found[0] == found[1]
+    assert found[0][0].mlp.reason is None
+
+
 def test_gauges_of_base_and_adapters_are_not_seen():
     model, twin = adapted(), adapted()
     turn = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -198,16 +198,17 @@ class Prober:
             target: A value that is affine in it, and its channel dimension.
         """
         question = ("positions", region.local(source[0]), source[1], region.local(target[0]), target[1])
-        return self.once(region, question, lambda: self._keeps_positions(source, target))
+        return self.once(region, question, lambda: self._keeps_positions(region, source, target))
 
-    def _keeps_positions(self, source: tuple[int, int], target: tuple[int, int]) -> bool:
+    def _keeps_positions(self, region: Region, source: tuple[int, int], target: tuple[int, int]) -> bool:
         value, dimension = source
+        held = self.made_up_weights(region)
         rows = _noise(self.tape.tensors[value], seed=11).movedim(dimension, -1)
         signs = torch.rand(rows.shape[:-1], generator=torch.Generator().manual_seed(12)).to(rows.device).round() * 2 - 1
         contents = (torch.zeros_like(rows), rows, rows * signs.unsqueeze(-1))
         try:
             silent, once, signed = (
-                self._columns({value: content.movedim(-1, dimension)}, target, {}) for content in contents
+                self._columns({value: content.movedim(-1, dimension)}, target, held) for content in contents
             )
             error = (signed - silent) - (once - silent) * signs.reshape(-1, 1)
         except (RuntimeError, IndexError, ValueError, TypeError):
@@ -234,14 +235,14 @@ class Prober:
         """
         frozen = sorted(frozen)
         question = ("channels", region.local(source[0]), region.local(target[0]), target[1:])
-        return self.once(region, question, lambda: self._channel_map(source, target, frozen))
+        return self.once(region, question, lambda: self._channel_map(region, source, target, frozen))
 
     def _channel_map(
-        self, source: tuple[int, int], target: tuple[int, ...], frozen: Iterable[int]
+        self, region: Region, source: tuple[int, int], target: tuple[int, ...], frozen: Iterable[int]
     ) -> tuple[int, ...] | None:
         value, dimension = source
-        # Gates and patterns are held at noise: what was recorded may be zero.
-        held = {item: self._noise_like(item) for item in frozen}
+        # Gates and patterns are held at noise, gains away from zero: what was recorded may be zero.
+        held = self.made_up_weights(region) | {item: self._noise_like(item) for item in frozen}
         content = _noise(self.tape.tensors[value], seed=3)
         count = content.shape[dimension]
         numbers = torch.arange(count, device=content.device)
