@@ -186,6 +186,15 @@ def test_a_dry_run_says_what_it_would_do_and_changes_nothing(tmp_path: Path, cap
     assert read_journal(tmp_path / "1" / "spectral.jsonl")[0]["rescaler"]["dry_run"] is True
 
 
+def test_a_dry_run_that_is_resumed_says_nothing_of_scales(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    monitor = SpectralMonitor(2, ResidualRescaler(dry_run=True))
+    fit(tmp_path / "first", [monitor, SaveAt(tmp_path / "saved.ckpt", 4)], max_steps=4)
+    fit(tmp_path / "second", monitor, ckpt_path=str(tmp_path / "saved.ckpt"))
+    assert "Restored all states from the checkpoint" in caplog.text
+    assert "they start at 1" not in caplog.text
+
+
 def test_blocks_that_cannot_be_measured_are_held_still(tmp_path: Path):
     module = unbalanced()
     with torch.no_grad():

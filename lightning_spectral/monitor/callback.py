@@ -241,7 +241,8 @@ class SpectralMonitor(Callback):
         message = lost_scales(pl_module, checkpoint.get(MARKER, {}).get("scales", []))
         if message is not None:
             raise ConfigurationError(message)
-        if self._steering is not None and MARKER not in checkpoint and not scale_keys(checkpoint.get("state_dict", {})):
+        steers = self._steering is not None and not self._steering.rescaler.dry_run
+        if steers and MARKER not in checkpoint and not scale_keys(checkpoint.get("state_dict", {})):
             rank_zero_info("SpectralMonitor: the checkpoint has no residual scales; they start at 1")
 
     def state_dict(self) -> dict[str, Any]:
