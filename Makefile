@@ -2,7 +2,8 @@
 #
 #   make demo         train the example GPT and watch it (two minutes on two cores)
 #   make test         the tests, in two processes; TEST_ARGS="-n 0" for one
-#   make test-distributed  every strategy, precision and mode in two processes, as a table
+#   make test-examples     what a reader runs: the examples, the experiments, every block of the documentation
+#   make test-distributed  training under every strategy, precision and mode in two processes, as a table
 #   make docs         the documentation as pages, in docs/_build; a warning is an error
 #   make lint         style, docstrings and types
 #   make format       apply what can be applied automatically
@@ -16,19 +17,24 @@ BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 # Neighbouring tests stay together, as they share what their modules prepare, until a process has nothing left to do.
 # Without the experiments, benchmarks/evidence.py and alarms.py, which train for more than half an hour.
-BENCHMARKS = solver overhead memory discovery penalty rescale jacobian sharded scaling audit report
+BENCHMARKS = solver overhead memory discovery penalty rescale jacobian sharded scaling audit report audit_large
 PYTEST = -m pytest -n 2 --dist worksteal
+READERS = tests/examples tests/docs
+TRAINING = tests/distributed/test_training.py tests/distributed/test_folders.py
 
-.PHONY: demo test test-distributed docs lint format test-oldest bench clean
+.PHONY: demo test test-examples test-distributed docs lint format test-oldest bench clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/train_gpt.py $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python $(PYTEST) $(TEST_ARGS)
+	$(BIN)/python $(PYTEST) $(READERS:%=--ignore=%) $(TEST_ARGS)
+
+test-examples: $(VENV)/.installed-test
+	$(BIN)/python $(PYTEST) $(READERS) $(TEST_ARGS)
 
 test-distributed: $(VENV)/.installed-test
-	SPECTRAL_MATRIX=full $(BIN)/python -m pytest tests/distributed $(TEST_ARGS)
+	SPECTRAL_MATRIX=full $(BIN)/python -m pytest $(TRAINING) $(TEST_ARGS)
 
 docs: $(VENV)/.installed-test
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky docs docs/_build

@@ -16,7 +16,7 @@ from lightning_spectral import settings
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.discovery.flattened import flattened
 from lightning_spectral.discovery.inputs import arguments_of
-from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.discovery.paths import module_at, resolve
 from lightning_spectral.discovery.scaled import log_scale_path, with_scales
 from lightning_spectral.discovery.tensors import small_tensors
 from lightning_spectral.errors import ConfigurationError
@@ -273,6 +273,8 @@ def _read_scales(
     model: nn.Module, paths: Mapping[Branch | None, str], mesh: DeviceMesh | None
 ) -> dict[Branch | None, float]:
     """Return the residual scale of every branch that has one, read in a single transfer from the device."""
+    # Whoever changes a model while it trains may have taken a branch out, and its scale with it.
+    paths = {branch: path for branch, path in paths.items() if module_at(model, path.rpartition(".")[0]) is not None}
     tensors: list[Any] = [flattened(model, path) or resolve(model, path) for path in paths.values()]
     logs = [log.detach().double() for log in in_one_piece(tensors)]
     if not logs:

@@ -137,7 +137,7 @@ def test_processes_that_measure_something_else_take_one_decision(runs: Any):
     assert results[0]["parameters"] == results[1]["parameters"]
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp1", "fsdp2 root"])
+@pytest.mark.parametrize("layout", [name for name in ("ddp", "fsdp1", "fsdp2 root") if name in STRATEGIES])
 def test_a_failure_in_one_process_is_skipped_in_both(runs: Any, layout: str):
     here, there = case(runs(layout), "fails once")
     assert here["parameters"] == there["parameters"]
@@ -162,6 +162,7 @@ def test_scales_that_come_apart_end_the_steering(runs: Any):
     assert {action["step"] for action in here["actions"]} == {2}
 
 
+@pytest.mark.skipif("tensor parallel" not in STRATEGIES, reason="part of `make test-distributed`")
 def test_scales_before_parallel_layers_are_explained(runs: Any):
     for result in case(runs("tensor parallel"), "scales first"):
         assert result["told"].startswith(

@@ -43,8 +43,9 @@ from lightning_spectral.measure import Meter
 
 VOCABULARY, WIDTH, HEADS, BLOCKS, CONTEXT, STEPS, STOP = 32, 32, 4, 4, 8, 8, 4
 FULL = "SPECTRAL_MATRIX" in os.environ  # as `make test-distributed` sets it; the other tests run a part of the matrix
-STRATEGIES = ("single", "ddp", "fsdp1", "fsdp2 root", "tensor parallel")
-STRATEGIES += ("fsdp2 blocks", "fsdp2 over tensor parallel") if FULL else ()  # the last in four processes
+STRATEGIES = ("single", "ddp", "fsdp2 root")
+# the last in four processes
+STRATEGIES += ("fsdp1", "fsdp2 blocks", "tensor parallel", "fsdp2 over tensor parallel") if FULL else ()
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true")[: None if FULL else 1]
 RANK, WORLD = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 STEERED = {"gain": 0.5, "patience": 1, "smoothing": 0.0}

@@ -13,7 +13,7 @@ import pytest
 
 from lightning_spectral import read_actions, read_journal
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL = ["--layers", "2", "--width", "32", "--heads", "2", "--context", "32", "--batch-size", "4"]
 pytestmark = pytest.mark.slow
 NAMES = ["mlp-off", "mlp-on", "attention-off", "attention-on"]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_spectral import ExactSVD, find_blocks, measure
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL = ["--layers", "2", "--width", "32", "--heads", "2", "--context", "16", "--batch-size", "4"]
 RUN = ["--steps", "20", "--seeds", "5", "--exponents", "3"]
 NAMES = ["pre-norm", "post-norm", "sandwich norm", "parallel", "ReZero", "LayerScale", "DeepNorm", "1/√L"]

@@ -15,7 +15,7 @@ import pytest
 
 from lightning_spectral.journal import read_journal
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL = ["--layers", "3", "--width", "32", "--heads", "2", "--context", "32"]
 RUN = ["--batch-size", "8", "--steps", "30", "--every-n-steps", "10"]
 

@@ -1,0 +1,28 @@
+"""The frozen records that travel between the rooms of this package.
+
+A model is described by :class:`ResidualBlock`, :class:`Branch`, :class:`Path` and :class:`Factor`, which hold names and
+layouts but never a tensor: they survive pickling, deepcopy, wrapping in DDP and a change of device. A measurement is
+described by :class:`Measurement` and :class:`LayerMeasurement`, which hold plain numbers.
+"""
+
+from lightning_spectral.records.blocks import Branch, BranchKind, End, Factor, FactorRole, Path, ResidualBlock
+from lightning_spectral.records.measurements import (
+    FunctionalMeasurement,
+    LayerMeasurement,
+    Linearization,
+    Measurement,
+)
+
+__all__ = [
+    "Branch",
+    "BranchKind",
+    "End",
+    "Factor",
+    "FactorRole",
+    "FunctionalMeasurement",
+    "LayerMeasurement",
+    "Linearization",
+    "Measurement",
+    "Path",
+    "ResidualBlock",
+]

@@ -1,0 +1,144 @@
+"""What is known of a model: its blocks, their branches, and the factors of these, as names and layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["Branch", "BranchKind", "End", "Factor", "FactorRole", "Path", "ResidualBlock"]
+
+BranchKind = Literal["attention", "cross_attention", "mlp", "mixer"]
+FactorRole = Literal["scale", "post_norm", "output", "inner_norm", "value", "latent", "down", "up", "pre_norm"]
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One weight matrix, diagonal norm gain or residual multiplier of a branch.
+
+    Matrices are read as ``(out_features, in_features)``. The parameter is fetched by attribute path, then ``layout`` is
+    applied step by step (view operations such as ``("select", 0, 3)`` or ``("t",)``), then ``rows`` picks output rows.
+
+    Attributes:
+        role: What the factor is to its branch. ``"output"`` and ``"value"`` are W_o and W_v, ``"latent"`` a further
+            matrix on the value path (multi-head latent attention), ``"down"`` and ``"up"`` the two ends of the MLP;
+            ``"pre_norm"``, ``"inner_norm"`` and ``"post_norm"`` are norm gains; ``"scale"`` is a residual multiplier.
+        parameter: Attribute path from the model, such as ``"layers.0.mlp.up_proj.weight"``; ``None`` for a norm
+            without gain and for a constant multiplier.
+        layout: Tensor methods that make the matrix ``(out_features, in_features)``, or the gain, of the stored
+            parameter: empty for ``nn.Linear``, ``(("add", 1.0),)`` where a family stores gain - 1.
+        rows: Output rows, in the order in which the next factor reads them; a row may repeat (grouped-query
+            attention). ``None`` means all rows once, in order.
+        constant: A constant multiplier, 1.0 for none.
+        size: Number of channels of a norm (``None`` for matrices and multipliers).
+        adapters: What the model adds to the matrix, such as low-rank adapters: chains of matrices and multipliers, the
+            leftmost first. ``rows`` picks rows of the sum.
+    """
+
+    role: FactorRole
+    parameter: str | None
+    layout: tuple[tuple[Any, ...], ...] = ()
+    rows: tuple[range, ...] | None = None
+    constant: float = 1.0
+    size: int | None = None
+    adapters: tuple[tuple[Factor, ...], ...] = ()
+
+    def flat(self) -> Iterator[Factor]:
+        """Yield the factor and those of its adapters."""
+        yield self
+        yield from (factor for chain in self.adapters for factor in chain)
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """One chain of factors from the site back to the residual stream, the factor nearest the site first.
+
+    Attributes:
+        factors: The chain, in the order of the matrix product.
+        expert: Index of the expert in a mixture of experts, ``"shared"`` for an always-active one, else ``None``.
+    """
+
+    factors: tuple[Factor, ...]
+    expert: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A parameter at the end of a branch. All ends of a branch together carry its size.
+
+    Attributes:
+        parameter: Attribute path from the model.
+        offset: What the model adds to the stored parameter before it uses it: 1.0 for the gain of a norm that is stored
+            as ``w`` and used as ``1 + w``, else 0. To scale the end by c, store ``c * (offset + w) - offset``.
+    """
+
+    parameter: str
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A path from the residual stream back into it.
+
+    Attributes:
+        kind: ``"attention"``, ``"cross_attention"``, ``"mlp"`` or ``"mixer"`` (a token mixer that is not attention).
+        site: Absolute path of the module whose output is added to the stream; ``"param:<path>"`` where no module
+            carries the branch and only a weight could be scaled.
+        output_index: Element of the site's output tuple that is the branch, ``None`` where the output is a tensor.
+        paths: The linear chains of the branch: one for a dense branch, one per expert for a mixture of experts, none
+            where no weight linearization exists.
+        reason: Why there is no weight linearization, ``None`` where there is one.
+        ends: The parameters (weights and biases, or gain and bias of a norm behind them) that have to be scaled to
+            scale the branch: its output is homogeneous of degree one in them together, and nothing else uses them.
+        ends_reason: Why there are no such parameters, ``None`` where there are.
+        aliases: Further paths of the module at the site. A module that several blocks share is one branch, listed in
+            the first block that runs it; what scales it there scales it in all of them.
+    """
+
+    kind: BranchKind
+    site: str
+    output_index: int | str | None = None
+    paths: tuple[Path, ...] = ()
+    reason: str | None = None
+    ends: tuple[End, ...] = ()
+    ends_reason: str | None = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """Every distinct factor of the branch, the one nearest the site first, each matrix before its adapters."""
+        return tuple(dict.fromkeys(item for path in self.paths for factor in path.factors for item in factor.flat()))
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualBlock:
+    """One layer of the stack: it adds its branches to the residual stream.
+
+    Attributes:
+        index: Position in the order of execution, from 0.
+        name: Module path of the block.
+        branches: Every branch in the order of execution.
+        verified: Whether the zero and the linear test passed: with every site multiplied by zero the block is the
+            identity on the stream (up to its post-norms and constant factors), and the stream is affine in each site.
+        evidence: How the block was found: ``"trace"``, ``"hints"``, and what the verification found where it failed.
+        token_dims: Dimensions of the stream along which the block mixes positions, which is where its tokens stand:
+            ``(1,)`` for ``(batch, tokens, width)``; empty where no branch mixes any.
+    """
+
+    index: int
+    name: str
+    branches: tuple[Branch, ...]
+    verified: bool = False
+    evidence: str = "trace"
+    token_dims: tuple[int, ...] = ()
+
+    @property
+    def attention(self) -> Branch | None:
+        """The first branch that moves information between tokens (its ``kind`` says whether it is attention)."""
+        mixers = [branch for branch in self.branches if branch.kind in ("attention", "mixer")]
+        return next((branch for branch in mixers if branch.kind == "attention"), mixers[0] if mixers else None)
+
+    @property
+    def mlp(self) -> Branch | None:
+        """The first branch that acts on each token alone."""
+        return next((branch for branch in self.branches if branch.kind == "mlp"), None)
