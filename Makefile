@@ -3,7 +3,7 @@
 #   make demo         train the example GPT and watch it (two minutes on two cores)
 #   make test         the tests, in two processes; TEST_ARGS="-n 0" for one
 #   make test-examples     what a reader runs: the examples, the experiments, every block of the documentation
-#   make test-distributed  training under every strategy, precision and mode in two processes, as a table
+#   make test-distributed  several processes: every strategy, precision and mode, as a table
 #   make docs         the documentation as pages, in docs/_build; a warning is an error
 #   make lint         style, docstrings and types
 #   make format       apply what can be applied automatically
@@ -20,7 +20,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 BENCHMARKS = solver overhead memory discovery penalty rescale jacobian sharded scaling audit report audit_large
 PYTEST = -m pytest -n 2 --dist worksteal
 READERS = tests/examples tests/docs
-TRAINING = tests/distributed/test_training.py tests/distributed/test_folders.py
+PROCESSES = $(addprefix tests/distributed/,test_folders.py test_scaling.py test_sharded_adapters.py)
 
 .PHONY: demo test test-examples test-distributed docs lint format test-oldest bench clean
 
@@ -28,13 +28,13 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/train_gpt.py $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python $(PYTEST) $(READERS:%=--ignore=%) $(TEST_ARGS)
+	$(BIN)/python $(PYTEST) $(addprefix --ignore=,$(READERS) $(PROCESSES)) $(TEST_ARGS)
 
 test-examples: $(VENV)/.installed-test
 	$(BIN)/python $(PYTEST) $(READERS) $(TEST_ARGS)
 
 test-distributed: $(VENV)/.installed-test
-	SPECTRAL_MATRIX=full $(BIN)/python -m pytest $(TRAINING) $(TEST_ARGS)
+	SPECTRAL_MATRIX=full $(BIN)/python -m pytest tests/distributed/test_training.py $(PROCESSES) $(TEST_ARGS)
 
 docs: $(VENV)/.installed-test
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky docs docs/_build

@@ -11,13 +11,13 @@ import pytest
 import torch
 from folders import LAYOUTS
 from processes import run
-from training import FULL, STEPS, LitGPT
+from training import STEPS, LitGPT
 
 from lightning_spectral import ExactSVD, attach_scales, audit, find_blocks, measure
 from lightning_spectral.audit.distributed import METADATA
 from lightning_spectral.cli import main
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not FULL, reason="part of `make test-distributed`")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
