@@ -244,9 +244,11 @@ def _blocks(make: _Architecture, model: Any) -> tuple[ResidualBlock, ...]:
             continue
         divisor = make.head_size // size
         try:
-            narrow = make.model(narrower(make.entries, divisor), "cpu")
-            blocks = find_blocks(narrow)
-            found.append(tuple(rescaled(block, _shapes(narrow), wide, divisor) for block in blocks))
+            # Grouped products want rows of a multiple of 16 bytes.
+            narrow = make.model(narrower(make.entries, divisor, inner=2 * size), "cpu")
+            blocks, shapes = find_blocks(narrow), _shapes(narrow)
+            del narrow  # two at once are too many where a mixture has hundreds of experts in each layer
+            found.append(tuple(rescaled(block, shapes, wide, divisor) for block in blocks))
         except Exception as error:  # a config whose widths depend on each other in another way
             problem = error
         if len(found) > 1 and found[-1] == found[-2]:

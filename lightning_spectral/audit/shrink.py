@@ -21,7 +21,7 @@ _WIDTH = re.compile(
     r"(.*_)?(dim|dims|size|sizes|rank|width|channels|d_model|d_ff|d_kv|d_inner|n_embd|n_inner|dim_ff|d_embed|n_embed)"
 )
 _NO_WIDTH = re.compile(r"vocab|image|patch|window|chunk|kernel|batch|block|position|state|scale|conv|cache|topk|num_")
-_INNER, _INNER_DIVISOR = re.compile(r"intermediate|inner|ffn|d_ff"), 4  # most numbers of a model are here
+_INNER = re.compile(r"intermediate|inner|ffn|d_ff")  # most numbers of a model are here
 _VOCABULARY = 101
 _STEPS_ALIKE = {"transpose", "select", "t", "permute", "unsqueeze", "squeeze", "flatten", "expand", "mT"}
 _ARITHMETIC = {"add", "sub", "mul", "div", "exp", "reciprocal", "sigmoid", "tanh", "square", "sqrt", "abs", "neg"}
@@ -31,21 +31,23 @@ class NotScaledError(Exception):
     """The blocks of the narrow model do not say what those of the wide one are."""
 
 
-def narrower(config: Mapping[str, Any], divisor: int) -> dict[str, Any]:
+def narrower(config: Mapping[str, Any], divisor: int, inner: int) -> dict[str, Any]:
     """Return a config with every width divided, and few tokens.
 
     Args:
         config: The complete entries of a config.
         divisor: What widths are divided by. One that is no multiple of it becomes another small number.
+        inner: Hidden channels of an MLP.
     """
     result: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(key, str):  # labels have numbers
-            result[key] = narrower(value, divisor) if isinstance(value, dict) else _narrower(key, value, divisor)
+            nested = isinstance(value, dict)
+            result[key] = narrower(value, divisor, inner) if nested else _narrower(key, value, divisor, inner)
     return result
 
 
-def _narrower(key: str, value: Any, divisor: int) -> Any:
+def _narrower(key: str, value: Any, divisor: int, inner: int) -> Any:
     if key.endswith("_token_id") and value is not None:
         return value if isinstance(value, int) and value < _VOCABULARY else 1
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
@@ -55,8 +57,7 @@ def _narrower(key: str, value: Any, divisor: int) -> Any:
     if not _WIDTH.fullmatch(key) or _NO_WIDTH.search(key):
         return value
     if _INNER.search(key):
-        # No layout depends on it but by halves; grouped products want rows of a multiple of 16 bytes.
-        return max(8, value // divisor // _INNER_DIVISOR // 8 * 8)
+        return inner  # no layout depends on it but by halves
     return value // divisor if value % divisor == 0 else max(8, value // divisor // 8 * 8)
 
 
