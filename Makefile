@@ -3,7 +3,7 @@
 #   make demo         train the example GPT and watch it (two minutes on two cores)
 #   make test         the tests, in two processes; TEST_ARGS="-n 0" for one
 #   make test-examples     what a reader runs: the examples, the experiments, every block of the documentation
-#   make test-distributed  several processes: every strategy, precision and mode, as a table
+#   make test-distributed  several processes: every strategy, precision and mode, as a table; MATRIX=32-true for one
 #   make docs         the documentation as pages, in docs/_build; a warning is an error
 #   make lint         style, docstrings and types
 #   make format       apply what can be applied automatically
@@ -20,6 +20,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 BENCHMARKS = solver overhead memory discovery penalty rescale jacobian sharded scaling audit report audit_large
 PYTEST = -m pytest -n 2 --dist worksteal
 READERS = tests/examples tests/docs
+MATRIX = full
 PROCESSES = $(addprefix tests/distributed/,test_folders.py test_scaling.py test_sharded_adapters.py)
 
 .PHONY: demo test test-examples test-distributed docs lint format test-oldest bench clean
@@ -34,7 +35,7 @@ test-examples: $(VENV)/.installed-test
 	$(BIN)/python $(PYTEST) $(READERS) $(TEST_ARGS)
 
 test-distributed: $(VENV)/.installed-test
-	SPECTRAL_MATRIX=full $(BIN)/python -m pytest tests/distributed/test_training.py $(PROCESSES) $(TEST_ARGS)
+	SPECTRAL_MATRIX=$(MATRIX) $(BIN)/python -m pytest tests/distributed/test_training.py $(PROCESSES) $(TEST_ARGS)
 
 docs: $(VENV)/.installed-test
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky docs docs/_build
