@@ -28,7 +28,7 @@ from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import Adjoint, Diagonal, LinearOperator, Matrix, Product, Scaled, Sharded, Sum
 from lightning_spectral.linalg.flattened import FlatShard
 from lightning_spectral.linalg.rows import rows_of
-from lightning_spectral.linalg.sharded import is_sharded, replicated
+from lightning_spectral.linalg.sharded import is_sharded, mesh_around, replicated
 from lightning_spectral.linalg.tiles import stand_in
 from lightning_spectral.records import Factor, Path
 
@@ -122,7 +122,8 @@ def linearize(
     if adapters == "delta" and not any(factor.adapters for factor in path.factors):
         raise ConfigurationError("it has no adapter")
     if small is None:
-        small = {} if differentiable else small_tensors(model, [path])
+        mesh = None if differentiable else mesh_around(model)
+        small = {} if mesh is None else small_tensors(model, [path], mesh)
     weights = _Weights(model, small)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         chain = _circuit(weights, path) if linearization == "circuit" else _paper(weights, path)

@@ -102,10 +102,12 @@ class Meter:
             share of another process is ``None``, with a reason only if there is no weight linearization.
         """
         start = time.perf_counter()
-        first, stride = share if mesh_around(self.model) is None else (0, 1)
+        cut = mesh_around(self.model)
+        first, stride = share if cut is None else (0, 1)
         mine = {branch for block in self.blocks[first::stride] for branch in (block.attention, block.mlp)}
         branches = [branch for block in self.blocks for branch in (block.attention, block.mlp) if branch is not None]
-        small = small_tensors(self.model, [path for branch in branches if branch in mine for path in branch.paths])
+        wanted = (path for branch in branches if branch in mine for path in branch.paths)
+        small = {} if cut is None else small_tensors(self.model, wanted, cut)
         built = [
             self._linearized(branch, small) if branch in mine else ([], self._reason(branch)) for branch in branches
         ]

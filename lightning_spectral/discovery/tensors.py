@@ -7,13 +7,14 @@ from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lightning_spectral.discovery.flattened import flattened
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.flattened import FlatShard
-from lightning_spectral.linalg.sharded import agreed, in_one_piece, mesh_around
+from lightning_spectral.linalg.sharded import agreed, in_one_piece
 from lightning_spectral.records import Factor, Path
 
 __all__ = ["reading", "small_tensors", "stored"]
@@ -21,7 +22,7 @@ __all__ = ["reading", "small_tensors", "stored"]
 _SMALL = ("scale", "pre_norm", "inner_norm", "post_norm")
 
 
-def small_tensors(model: nn.Module, paths: Iterable[Path]) -> dict[str, Tensor]:
+def small_tensors(model: nn.Module, paths: Iterable[Path], mesh: DeviceMesh) -> dict[str, Tensor]:
     """Gather the norm gains and multipliers of some paths where weights are sharded: two collectives for all of them.
 
     What every process has for itself beside a sharded matrix has to be the same in all of them, or sums would mix them:
@@ -30,14 +31,11 @@ def small_tensors(model: nn.Module, paths: Iterable[Path]) -> dict[str, Tensor]:
     Args:
         model: The model, the same on all processes, which have to call this together.
         paths: The paths.
+        mesh: The processes, as :func:`~lightning_spectral.linalg.sharded.mesh_around` returns them.
 
     Returns:
-        The tensors by parameter, as they are stored. Without those that cannot be read, and without any where every
-        process has all weights.
+        The tensors by parameter, as they are stored, without those that cannot be read.
     """
-    mesh = mesh_around(model)
-    if mesh is None:
-        return {}
     found: dict[str, Tensor | FlatShard] = {}
     for factor in (part for path in paths for whole in path.factors for part in whole.flat()):
         if factor.role in _SMALL and factor.parameter is not None and factor.parameter not in found:

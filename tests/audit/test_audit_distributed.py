@@ -28,21 +28,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from zoo import example
 
-from lightning_spectral import ExactSVD, ResidualBlock, audit, find_blocks, measure
+from lightning_spectral import ExactSVD, audit, measure
 from lightning_spectral.audit.distributed import METADATA
 from lightning_spectral.audit.files import open_checkpoint
 from lightning_spectral.audit.inert import Inert, read_pickle
 from lightning_spectral.errors import CheckpointError
-
-
-@pytest.fixture(scope="module")
-def state() -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in example("gpt2").build().state_dict().items() if ".h." in name}
-
-
-@pytest.fixture(scope="module")
-def blocks() -> tuple[ResidualBlock, ...]:
-    return find_blocks(example("gpt2").build())
 
 
 def saved(state: Any, folder: Path) -> Path:

@@ -15,25 +15,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 from zoo import example
 
-from lightning_spectral import ExactSVD, ResidualBlock, audit, find_blocks, measure
+from lightning_spectral import ExactSVD, ResidualBlock, audit, measure
 from lightning_spectral.audit.files import open_checkpoint
 from lightning_spectral.audit.untrusted import printable
 from lightning_spectral.errors import CheckpointError
 
 HOSTILE = ("../../x", "<script>alert(1)</script>", "=cmd()", "\x1b[31mred\x07", "two\nlines", "x" * 10_000, "‮abc")
-
-
-@pytest.fixture(scope="module")
-def state() -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in example("gpt2").build().state_dict().items() if ".h." in name}
-
-
-@pytest.fixture(scope="module")
-def blocks() -> tuple[ResidualBlock, ...]:
-    return find_blocks(example("gpt2").build())
 
 
 def refused(path: Path, blocks: tuple[ResidualBlock, ...] | None = None, **options: Any) -> str:
