@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,7 @@ from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
 from lightning_spectral.linalg.flattened import is_flattened
 from lightning_spectral.records import ResidualBlock
 
-__all__ = ["attempted_calls", "find_blocks", "recorded"]
+__all__ = ["attempted_calls", "blocks_in_calls", "find_blocks", "recorded"]
 
 _HATCH = """If the model has residual blocks, describe them (paths relative to the block, * for one path component):
 
@@ -73,6 +74,45 @@ def find_blocks(
     if not blocks:
         raise BlocksNotFoundError(_nothing_found(model, description, refusals))
     return tuple(blocks)
+
+
+def blocks_in_calls(
+    model: nn.Module,
+    calls: Iterable[tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]],
+    hints: Mapping[str, Any] | None = None,
+) -> tuple[ResidualBlock, ...]:
+    """Find the residual blocks in passes of some modules of a model. All names are those that the model has.
+
+    Args:
+        model: The model, which need not be callable itself.
+        calls: Modules of the model, each with the positional and the keyword arguments of one pass.
+        hints: Overrides, as in :func:`find_blocks`.
+
+    Raises:
+        ExampleInputError: A pass failed, or the model is sharded.
+        BlocksNotFoundError: No pass contains a residual block.
+        ConfigurationError: The hints do not fit the model.
+    """
+    _refuse_sharded(model)
+    blocks: list[ResidualBlock] = []
+    refusals: list[str] = []
+    for module, args, kwargs in calls:
+        try:
+            tape = record(model, _call(module, args, dict(kwargs)), (args, dict(kwargs)))
+        except Exception as error:  # whatever the user's forward raises
+            raise ExampleInputError(
+                f"{type(module).__name__} cannot be run again on the input of its first pass: "
+                f"{type(error).__name__}: {_short(error)}"
+            ) from error
+        found, refused = blocks_of(tape, model)
+        blocks += found
+        refusals += refused
+    numbered = [replace(block, index=index) for index, block in enumerate(blocks)]
+    if hints:
+        return with_hints(model, numbered, hints)
+    if not numbered:
+        raise BlocksNotFoundError(_nothing_found(model, "the first training batch", refusals))
+    return tuple(numbered)
 
 
 def _nothing_found(model: nn.Module, description: str, refusals: list[str]) -> str:

@@ -133,12 +133,22 @@ class ResidualBlock:
     token_dims: tuple[int, ...] = ()
 
     @property
+    def attention_branches(self) -> tuple[Branch, ...]:
+        """The branches whose sum is the attention of the block: those of attention, or other mixers without any."""
+        attention = tuple(branch for branch in self.branches if branch.kind == "attention")
+        return attention or tuple(branch for branch in self.branches if branch.kind == "mixer")
+
+    @property
+    def mlp_branches(self) -> tuple[Branch, ...]:
+        """The branches whose sum is the MLP of the block: those that act on each token alone."""
+        return tuple(branch for branch in self.branches if branch.kind == "mlp")
+
+    @property
     def attention(self) -> Branch | None:
         """The first branch that moves information between tokens (its ``kind`` says whether it is attention)."""
-        mixers = [branch for branch in self.branches if branch.kind in ("attention", "mixer")]
-        return next((branch for branch in mixers if branch.kind == "attention"), mixers[0] if mixers else None)
+        return next(iter(self.attention_branches), None)
 
     @property
     def mlp(self) -> Branch | None:
         """The first branch that acts on each token alone."""
-        return next((branch for branch in self.branches if branch.kind == "mlp"), None)
+        return next(iter(self.mlp_branches), None)
