@@ -106,9 +106,8 @@ class Prober:
             return self._moved_with(region, {})
 
     def _moved_with(self, region: Region, held: Mapping[int, Tensor]) -> tuple[int, tuple[int, ...]]:
-        stream = self.tape.wide(region.stream).clone()
-        if not bool(stream.isfinite().all()):  # a run that has diverged: its structure is what it was
-            stream = _noise(stream, seed=13)
+        stream = self.finite(region.stream).clone()
+        held = {**self.finite_around(region), **held}
         channel = self._channel_dim(region)
         before = replay(self.tape, {region.stream: stream}, region.leaf, held=held)
         rows = stream.movedim(channel, -1)
@@ -137,6 +136,18 @@ class Prober:
                 if self.tape.made_of_parameters(item) and like.is_floating_point() and is_mute(like):
                     content[item] = made_up(like)
         return content
+
+    def finite(self, value: int) -> Tensor:
+        """Return the recorded content of a value, or noise where it holds NaN: a run diverges, its program does not."""
+        content = self.tape.wide(value)
+        return _noise(content, seed=13) if content.is_floating_point() and bool(content.isnan().any()) else content
+
+    def finite_around(self, region: Region) -> dict[int, Tensor]:
+        """Return noise for the values outside a region that it reads, and that hold NaN."""
+        producers = (self.tape.producer(value) for value in region.values[1:])
+        read = {item for operation in producers if operation is not None for item in operation.inputs}
+        outside = (item for item in read if region.local(item) < 0 and self.tape.tensors[item].is_floating_point())
+        return {item: self.finite(item) for item in outside if bool(self.tape.tensors[item].isnan().any())}
 
     def channel_dim(self, region: Region) -> int:
         """Return the dimension of the stream that holds its channels: the last, or the second of feature maps."""

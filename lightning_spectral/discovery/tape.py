@@ -105,6 +105,13 @@ class Tape:
         """Whether the value depends on the inputs of the model, and not on parameters and constants alone."""
         return bool(self.data >> value & 1)
 
+    def count_as_data(self, value: int) -> None:
+        """Count a value, and all that was computed from it, as depending on the inputs of the model."""
+        for other in range(value, len(self.tensors)):
+            if self.depends(other, value):
+                self.data |= 1 << other
+        self.products.clear()
+
     def producer(self, value: int) -> Operation | None:
         """Return the operation that made a value, ``None`` for inputs, parameters and constants."""
         index = self.producers[value]
