@@ -172,7 +172,7 @@ def goes_on(tape: Tape, value: int) -> bool:
     queue = [value]
     while queue:
         value = queue.pop()
-        if not tape.readers[value]:
+        if not tape.readers[value] and tape.calls_that_return(value):
             return True
         for reader in tape.readers[value]:
             operation = tape.operations[reader]
