@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path
 
@@ -213,6 +214,8 @@ def record(model: nn.Module, run: Callable[[], Any], inputs: Any) -> Tape:
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model, inputs))
         stack.enter_context(torch.enable_grad())
+        if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+            run()  # a pass of its own gives lazy layers their weights, for as long as the model is disturbed
         tensors = [*model.named_parameters(), *model.named_buffers()]
         recorder = _Recorder(tape, {_place(tensor): name for name, tensor in reversed(tensors)})
         for leaf in tree_flatten(inputs)[0]:

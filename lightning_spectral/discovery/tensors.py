@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from lightning_spectral.discovery.flattened import flattened
 from lightning_spectral.discovery.paths import resolve
@@ -71,6 +72,9 @@ def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
 
     Yields:
         The tensor.
+
+    Raises:
+        ConfigurationError: The parameter belongs to a lazy layer that has not run yet.
     """
     owner, _, attribute = path.rpartition(".")
     module = resolve(model, owner) if owner else model
@@ -83,6 +87,8 @@ def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
     try:
         tensor = getattr(module, attribute)
         assert isinstance(tensor, Tensor)
+        if is_lazy(tensor):
+            raise ConfigurationError(f"{path} has no content before the first forward pass, because its layer is lazy")
         yield tensor
     finally:
         for item, training in modes:

@@ -90,7 +90,9 @@ def _copy(iterator: Any) -> Any:
         return iterator
     make, arguments, *state = iterator.__reduce__()
     copy = make(*map(_copy, arguments))
-    if state:
+    if state and isinstance(state[0], tuple):  # of a cycle: what it has seen so far, and goes on to collect
+        copy.__setstate__(tuple(list(part) if isinstance(part, list) else part for part in state[0]))
+    elif state:
         copy.__setstate__(state[0])
     return copy
 

@@ -72,7 +72,7 @@ def whole_storage(tensor: Tensor) -> Tensor:
 def _key(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, ValueError):  # the last of a lazy layer
         return id(tensor)
 
 
