@@ -160,7 +160,7 @@ def empirical_exponents(
 
 def _direction(like: Tensor, generator: torch.Generator) -> Tensor:
     """Return a random vector of length one."""
-    vector = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    vector = torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu")
     unit: Tensor = (vector / torch.linalg.vector_norm(vector)).to(like.device, like.dtype)
     return unit
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_spectral.discovery.operations import base_name, is_product, matrix_operands
 from lightning_spectral.discovery.replay import replay
-from lightning_spectral.discovery.tape import Tape, wide_dtype
+from lightning_spectral.discovery.tape import Tape, probe_device, probe_dtype
 
 __all__ = ["Prober", "Region"]
 
@@ -158,7 +158,7 @@ class Prober:
 
     def _same_support(self, source: int, first: int, second: int) -> bool:
         content = _noise(self.tape.tensors[source], seed=5)
-        coin = torch.rand(content.shape[-1], generator=torch.Generator().manual_seed(6)) < 0.5
+        coin = torch.rand(content.shape[-1], generator=torch.Generator().manual_seed(6), device="cpu") < 0.5
         other = torch.where(coin.to(content.device), content, _noise(content, seed=7))
         try:
             moved = [
@@ -204,7 +204,8 @@ class Prober:
         value, dimension = source
         held = self.made_up_weights(region)
         rows = _noise(self.tape.tensors[value], seed=11).movedim(dimension, -1)
-        signs = torch.rand(rows.shape[:-1], generator=torch.Generator().manual_seed(12)).to(rows.device).round() * 2 - 1
+        coin = torch.rand(rows.shape[:-1], generator=torch.Generator().manual_seed(12), device="cpu")
+        signs = coin.to(rows.device).round() * 2 - 1
         contents = (torch.zeros_like(rows), rows, rows * signs.unsqueeze(-1))
         try:
             silent, once, signed = (
@@ -264,7 +265,7 @@ class Prober:
                 found |= follows((numbers >> bit) & 1 == 1).long() << bit
             if int(found.max()) >= count:
                 return None
-            coin = torch.rand(count, generator=torch.Generator().manual_seed(4)).to(content.device) < 0.5
+            coin = torch.rand(count, generator=torch.Generator().manual_seed(4), device="cpu").to(content.device) < 0.5
             if not torch.equal(follows(coin), coin[found]):
                 return None
         except (RuntimeError, IndexError, ValueError, TypeError):
@@ -286,5 +287,6 @@ class Prober:
 
 def _noise(like: Tensor, seed: int = 0) -> Tensor:
     """Return normal noise with the shape and the strides of a tensor: views of it must stay possible."""
-    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.empty_like(like, dtype=wide_dtype(like), requires_grad=False).copy_(noise)
+    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
+    device = probe_device(like.device)
+    return torch.empty_like(like, dtype=probe_dtype(like), device=device, requires_grad=False).copy_(noise)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
+from lightning_spectral.discovery.aside import kept
+from lightning_spectral.discovery.aside.memento import of_library
 from lightning_spectral.discovery.flattened import flattened
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.errors import ConfigurationError
@@ -85,7 +87,7 @@ def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
     for item in inner:
         item.training = False
     try:
-        tensor = getattr(module, attribute)
+        tensor = _computed(module, attribute, inner)
         assert isinstance(tensor, Tensor)
         if is_lazy(tensor):
             raise ConfigurationError(f"{path} has no content before the first forward pass, because its layer is lazy")
@@ -93,3 +95,11 @@ def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
     finally:
         for item, training in modes:
             item.training = training
+
+
+def _computed(module: nn.Module, attribute: str, parametrizations: Sequence[nn.Module]) -> object:
+    """Return an attribute that is computed by some parametrizations. The user's own may count, draw or write."""
+    if all(of_library(type(item).__module__) for item in parametrizations):
+        return getattr(module, attribute)
+    with kept(*parametrizations):
+        return getattr(module, attribute)

@@ -59,7 +59,9 @@ def _of_framework(kind: type) -> Callable[[Any], object] | None:
 
 def mute(kind: type, attributes: dict[str, Any]) -> None:
     """Let the instance of a class log and print to nobody, if it is a LightningModule."""
-    if any(base.__name__ == "LightningModule" and base.__module__.partition(".")[0] in LIGHTNING for base in kind.__mro__):
+    if any(
+        base.__name__ == "LightningModule" and base.__module__.partition(".")[0] in LIGHTNING for base in kind.__mro__
+    ):
         attributes.update(log=_swallow, log_dict=_swallow, print=_swallow)
 
 
