@@ -18,6 +18,7 @@ from lightning_spectral.discovery.aside import undisturbed
 from lightning_spectral.discovery.find import attempted_calls
 from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.discovery.tensors import refuse_lazy
 from lightning_spectral.errors import ConfigurationError, ExampleInputError
 from lightning_spectral.geometry.lyapunov import LyapunovSpectrum, angle_exponent, gradient_exponent, lyapunov_spectrum
 from lightning_spectral.linalg import Jacobian
@@ -109,7 +110,8 @@ def lyapunov_exponents(
         BlocksNotFoundError: The model has no residual block.
         ExampleInputError: The model could not be run.
         ConfigurationError: A block cannot be called alone on the stream that it read, blocks do not follow each other
-            in one stack (encoder and decoder are two), or ``k`` or ``sweeps`` cannot be used.
+            in one stack (encoder and decoder are two), a lazy layer has no weights yet, or ``k`` or ``sweeps`` cannot
+            be used.
     """
     with _still(model, batch):
         factors = [_jacobian(call) for call in _chain(model, batch, blocks)]
@@ -168,6 +170,7 @@ def _direction(like: Tensor, generator: torch.Generator) -> Tensor:
 @contextmanager
 def _still(model: nn.Module, batch: Any) -> Iterator[None]:
     """Evaluation mode, arithmetic that can be differentiated both ways, and a model that is as before afterwards."""
+    refuse_lazy(model)
     with torch.inference_mode(False), undisturbed(model, batch), sdpa_kernel(SDPBackend.MATH):
         # Fused attention has no forward-mode derivative.
         yield

@@ -1,4 +1,4 @@
-"""A picture of an object and of all that it holds, by value and identity, to compare what was with what is."""
+"""A picture of objects and of all that they hold, by value and identity, to compare what was with what is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import types
 import weakref
 from array import array
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,44 +32,52 @@ def _picture(thing: Any, seen: dict[int, Any]) -> Any:
     if id(thing) in seen:
         return "seen", id(thing)
     seen[id(thing)] = thing
-    return id(thing), type(thing).__name__, _content(thing, seen)
+    number, name = id(thing), type(thing).__name__
+    if name in ITERATORS:
+        return number, name, repr(thing.__reduce__())
+    for kind, state in STATES.items():
+        if isinstance(thing, kind):
+            return number, name, state(thing)
+    held = next((held for kind, held in HELD.items() if isinstance(thing, kind)), _held)(thing)
+    return number, name, [_picture(item, seen) for item in held]
 
 
-def _content(thing: Any, seen: dict[int, Any]) -> Any:
-    def inside(*things: Any) -> list[Any]:
-        return [_picture(item, seen) for item in things]
+STATES: dict[Any, Callable[[Any], Any]] = {
+    torch.Generator: lambda thing: thing.get_state().tolist(),
+    (np.ndarray, bytearray, array): repr,
+    (np.random.Generator, np.random.RandomState, random.Random): lambda thing: repr(thing.__reduce__()),
+    (set, frozenset): lambda thing: sorted(map(repr, thing)),
+}
 
-    match thing:
-        case Tensor() if is_lazy(thing):
-            return inside(thing.grad, thing._backward_hooks, vars(thing))
-        case Tensor():
-            known = thing.is_leaf, thing.requires_grad, None if thing.is_inference() else thing._version
-            values = tuple(thing.shape), thing.dtype, thing.data_ptr(), repr(thing.tolist())
-            return *known, *values, inside(thing.grad if thing.is_leaf else None, thing._backward_hooks, vars(thing))
-        case torch.Generator():
-            return thing.get_state().tolist()
-        case np.ndarray() | bytearray() | array():
-            return repr(thing)
-        case np.random.Generator() | np.random.RandomState() | random.Random():
-            return repr(thing.__reduce__())
-        case set() | frozenset():
-            return sorted(map(repr, thing))
-        case types.MethodType():
-            return inside(thing.__self__, thing.__func__)
-        case functools.partial():
-            return inside(thing.func, thing.args, thing.keywords)
-        case types.FunctionType():
-            cells = [cell.cell_contents for cell in thing.__closure__ or ()]
-            return inside(thing.__defaults__, thing.__kwdefaults__, vars(thing), *cells)
-        case weakref.ReferenceType():
-            return inside(thing())
-        case _ if type(thing).__name__ in ITERATORS:
-            return repr(thing.__reduce__())
-    items = [*thing.keys(), *thing.values()] if isinstance(thing, dict) else ()
-    items = thing if isinstance(thing, (list, tuple, deque)) else items
+
+def _of_tensor(thing: Tensor) -> list[Any]:
+    if is_lazy(thing):
+        return [thing.grad, thing._backward_hooks, vars(thing)]
+    known = [thing.is_leaf, thing.requires_grad, "inference" if thing.is_inference() else thing._version]
+    values = [*thing.shape, thing.dtype, thing.data_ptr(), repr(thing.tolist())]
+    return [*known, *values, thing.grad if thing.is_leaf else None, thing._backward_hooks, vars(thing)]
+
+
+def _of_function(thing: types.FunctionType) -> list[Any]:
+    cells = [cell.cell_contents for cell in thing.__closure__ or ()]
+    return [thing.__defaults__, thing.__kwdefaults__, vars(thing), *cells]
+
+
+def _held(thing: Any) -> list[Any]:
+    items = [*thing.keys(), *thing.values()] if isinstance(thing, dict) else []
+    items = [*thing] if isinstance(thing, (list, tuple, deque)) else items
     slots = [getattr(thing, name, None) for kind in type(thing).__mro__ for name in vars(kind).get("__slots__", ())]
     own = getattr(thing, "__dict__", None)
-    return inside(*items), inside(*slots), inside(own) if type(own) is dict else None
+    return [*items, *slots, own if type(own) is dict else None]
+
+
+HELD: dict[type, Callable[[Any], list[Any]]] = {
+    Tensor: _of_tensor,
+    types.MethodType: lambda thing: [thing.__self__, thing.__func__],
+    types.FunctionType: _of_function,
+    functools.partial: lambda thing: [thing.func, thing.args, thing.keywords],
+    weakref.ReferenceType: lambda thing: [thing()],
+}
 
 
 def assert_same_pictures(before: Any, after: Any, path: str = "") -> None:

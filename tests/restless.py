@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchmetrics
-from lightning.pytorch import LightningModule
-from tiny_run import BLOCKS, CONTEXT, VOCABULARY, WIDTH, LitGPT, TinyGPT
+from tiny_run import CONTEXT, VOCABULARY, WIDTH, LitGPT
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 

@@ -102,6 +102,8 @@ def blocks_in_calls(
     for module, args, kwargs in calls:
         try:
             tape = record(model, _call(module, args, dict(kwargs)), (args, dict(kwargs)))
+        except ExampleInputError:
+            raise
         except Exception as error:  # whatever the user's forward raises
             raise ExampleInputError(
                 f"{type(module).__name__} cannot be run again on the input of its first pass: "
@@ -146,6 +148,8 @@ def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
             positional, named = make()
             inputs = (positional, named)
             return record(model, _call(module, positional, named), inputs), description
+        except ExampleInputError:  # says itself what to pass
+            raise
         except Exception as error:  # whatever the user's forward raises
             if (args or kwargs) and not isinstance(error, NotImplementedError):
                 raise ExampleInputError(

@@ -18,6 +18,7 @@ from lightning_spectral.discovery.aside import undisturbed
 from lightning_spectral.discovery.aside.writes import whole_storage
 from lightning_spectral.discovery.replay import map_leaves, tensors_in, written_tensors
 from lightning_spectral.discovery.tape import Call, Operation, Place, Ref, Tape
+from lightning_spectral.errors import ExampleInputError
 
 __all__ = ["record"]
 
@@ -28,6 +29,11 @@ _SPELLED_OUT: dict[str, Callable[..., tuple[Tensor, Any, Tensor]]] = {
     "addcmul": lambda x, y, z, value=1: (x, 1, value * (y * z)),
     "addcdiv": lambda x, y, z, value=1: (x, 1, value * (y / z)),
 }
+
+_NESTED = (
+    "the forward pass computes with nested tensors, which cannot be traced. Pass a padded batch as the example input, "
+    "find_blocks(model, x.to_padded_tensor(0.0)): it shows the same blocks"
+)
 
 
 @dataclass(slots=True)
@@ -155,6 +161,8 @@ def _name(func: Any) -> str:
 
 
 def _place(tensor: Tensor) -> Place:
+    if tensor.is_nested:
+        raise ExampleInputError(_NESTED)
     shape = tuple(map(int, tensor.shape))
     try:
         storage = tensor.untyped_storage()._cdata

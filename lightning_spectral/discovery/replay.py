@@ -94,14 +94,16 @@ def _call(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 
 def _attention(function: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute what any of the fused kernels for attention computes, each of which takes its arguments in its own order."""
+    """Compute what a fused kernel for attention computes. Each takes its arguments in an order of its own."""
     names = [argument.name for argument in function._schema.arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
     q, k, v = given["query"], given["key"], given["value"]
-    options = {"attn_mask": given.get("attn_mask", given.get("attn_bias")), "scale": given.get("scale")}
-    options["is_causal"] = given.get("is_causal", False)
+    mask, causal = given.get("attn_mask", given.get("attn_bias")), given.get("is_causal", False)
+    groups = q.shape[-3] != k.shape[-3]
     with sdpa_kernel(SDPBackend.MATH):
-        return functional.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[-3] != k.shape[-3], **options)
+        return functional.scaled_dot_product_attention(
+            q, k, v, mask, 0.0, causal, scale=given.get("scale"), enable_gqa=groups
+        )
 
 
 def _grouped_product(rows: Tensor, weights: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor:

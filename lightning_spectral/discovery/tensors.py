@@ -20,7 +20,7 @@ from lightning_spectral.linalg.flattened import FlatShard
 from lightning_spectral.linalg.sharded import agreed, in_one_piece
 from lightning_spectral.records import Factor, Path
 
-__all__ = ["reading", "small_tensors", "stored"]
+__all__ = ["reading", "refuse_lazy", "small_tensors", "stored"]
 
 _SMALL = ("scale", "pre_norm", "inner_norm", "post_norm")
 
@@ -95,6 +95,20 @@ def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
     finally:
         for item, training in modes:
             item.training = training
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Refuse a model with layers that have no weights yet, where what is measured depends on all weights.
+
+    Raises:
+        ConfigurationError: There is one.
+    """
+    name = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    if name is not None:
+        raise ConfigurationError(
+            f"{name} has no content before the first forward pass, because its layer is lazy, and what is measured "
+            "depends on it: call the model once on a batch, model(batch), then measure"
+        )
 
 
 def _computed(module: nn.Module, attribute: str, parametrizations: Sequence[nn.Module]) -> object:

@@ -23,7 +23,6 @@ from lightning_spectral.discovery.aside.tensor_state import TensorState, without
 
 __all__ = ["kind_of"]
 
-_LARGE = 2**24  # bytes: a larger numpy array is not copied
 _MANY = 10_000  # items: what a longer container holds is data, and only the container itself is put back
 
 _ATOMS = (
@@ -141,7 +140,8 @@ def _see_items(memento: Memento, things: tuple[Any, ...] | frozenset[Any]) -> No
 
 
 def _see_numbers(memento: Memento, thing: bytearray | array.array[Any]) -> None:
-    memento.keep(_put_back_numbers, thing, thing[:])
+    if memento.affords(memoryview(thing).nbytes):
+        memento.keep(_put_back_numbers, thing, thing[:])
 
 
 def _put_back_numbers(thing: Any, before: Any) -> None:
@@ -150,7 +150,7 @@ def _put_back_numbers(thing: Any, before: Any) -> None:
 
 
 def _see_array(memento: Memento, thing: np.ndarray[Any, Any]) -> None:
-    if thing.flags.writeable and thing.nbytes <= _LARGE:
+    if thing.flags.writeable and memento.affords(thing.nbytes):
         memento.keep(np.copyto, thing, thing.copy())
     if thing.dtype.hasobject:
         _see_items(memento, tuple(thing.flat))
@@ -159,7 +159,7 @@ def _see_array(memento: Memento, thing: np.ndarray[Any, Any]) -> None:
 # Random numbers: each with the functions that read and write its state.
 
 
-def _state(read: Callable[[Any], Any], write: Callable[[Any, Any], None]) -> Visit:
+def _state(read: Callable[[Any], Any], write: Callable[[Any, Any], object]) -> Visit:
     return lambda memento, thing: memento.keep(write, thing, read(thing))
 
 
@@ -226,6 +226,9 @@ def _see_class(memento: Memento, kind: type) -> None:
         if base is not kind:
             memento.see(base)
     if memento.foreign(kind.__module__):
+        for value in vars(kind).values() if issubclass(kind, nn.Module) else ():
+            if isinstance(value, types.FunctionType) and not memento.foreign(value.__globals__.get("__name__")):
+                memento.see(value)  # a forward of the user's that was put into a layer of torch
         return
     memento.see(type(kind))
     before = dict(vars(kind))

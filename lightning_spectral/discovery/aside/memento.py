@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from functools import cache
 from types import CodeType, ModuleType
 from typing import Any
@@ -22,6 +23,8 @@ Visit = Callable[["Memento", Any], None]
 Kind = tuple[Visit | None, Callable[[Any], object | None] | None]
 
 _LIBRARIES = {*sys.stdlib_module_names, *LIGHTNING, "lightning_spectral", "numpy", "scipy", "torch", "torchmetrics"}
+# Bytes: of the largest array that is copied, and of all such copies.
+_LARGEST, _ROOM = 2**24, 2**26
 _CONTAINERS = {dict, OrderedDict, defaultdict, list, set, deque}
 
 
@@ -43,7 +46,7 @@ class Memento:
 
     def __init__(self, kind_of: Callable[[type], Kind], files: Collection[str] = ()) -> None:
         self.tensors: list[Tensor] = []
-        self._kept: list[tuple[Callable[[Any, Any], None], Any, Any]] = []
+        self._kept: list[tuple[Callable[[Any, Any], object], Any, Any]] = []
         self._empty: list[Any] = []
         self._kind_of, self._files = kind_of, files
         self._kinds: dict[type, Kind] = {}
@@ -52,6 +55,7 @@ class Memento:
         self._stand_ins: dict[int, tuple[object, object]] = {}
         self._named = {"forward"}
         self._unnamed: defaultdict[str, list[object]] = defaultdict(list)
+        self._room = _ROOM
         self._slots: set[tuple[int, str]] = set()
         self._todo: list[tuple[Visit, object]] = []
 
@@ -61,7 +65,8 @@ class Memento:
             visit, thing = self._todo.pop()
             if id(thing) not in self._seen:
                 self._seen[id(thing)] = thing
-                visit(self, thing)
+                with suppress(Exception):  # an object that does not let itself be looked at stays as the pass leaves it
+                    visit(self, thing)
 
     def restore(self) -> None:
         """Put everything back.
@@ -81,7 +86,7 @@ class Memento:
         if failure is not None:
             raise failure
 
-    def keep(self, put_back: Callable[[Any, Any], None], thing: Any, before: Any) -> None:
+    def keep(self, put_back: Callable[[Any, Any], object], thing: Any, before: Any) -> None:
         """Note the function that makes a thing what it was before."""
         self._kept.append((put_back, thing, before))
 
@@ -105,6 +110,12 @@ class Memento:
             made = make(thing)
             self._stand_ins[id(thing)] = (thing, thing if made is None else made)
         return self._stand_ins[id(thing)][1]
+
+    def affords(self, size: int) -> bool:
+        """Whether a number of bytes may be copied, beside those copied before."""
+        affordable = size <= min(_LARGEST, self._room)
+        self._room -= size if affordable else 0
+        return affordable
 
     def slot(self, namespace: dict[str, Any], name: str) -> None:
         """Keep one name of a namespace, whether it is there or not."""

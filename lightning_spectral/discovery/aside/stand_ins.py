@@ -20,6 +20,7 @@ LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_ut
 _RUNS = {"Trainer", "Fabric"}
 _WRITERS = {"torch": "SummaryWriter", "tensorboardX": "SummaryWriter", "wandb": "Run"}
 _SWALLOWED = {"log", "log_dict", "print", "save", "save_checkpoint"}
+_EXAMPLES: tuple[Any, ...] = ([], (), "", "é", b"", range(0), range(2**70), {}, {}.values(), {}.items(), set())
 _ITERATORS = {
     itertools.count,
     itertools.cycle,
@@ -28,7 +29,7 @@ _ITERATORS = {
     map,
     filter,
     reversed,
-    *(type(iter(items)) for items in ([], (), "", b"", range(0), range(2**70), {}, {}.values(), {}.items(), set())),
+    *(type(iter(items)) for items in _EXAMPLES),
     type(reversed([])),
 }
 
@@ -79,7 +80,8 @@ def _proxy(proxy: Any) -> object | None:
 
 def _copied(iterator: Any) -> object | None:
     try:
-        return _copy(iterator)
+        copy: object = _copy(iterator)
+        return copy
     except TypeError:  # a generator in it, or a Python that no longer copies iterators
         return None
 
@@ -110,10 +112,10 @@ class _StandIn:
     """Stands for an object; what is set on it stays on it."""
 
     def __init__(self, real: Any) -> None:
-        object.__setattr__(self, "_real", real)
+        self._real = real
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         kind: type = self._real.__class__
         return kind
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,6 +17,13 @@ from lightning_spectral.discovery.aside.streams import random_streams_kept
 from lightning_spectral.discovery.aside.writes import Writes
 
 __all__ = ["kept", "undisturbed"]
+
+_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+)
 
 
 @contextmanager
@@ -53,7 +60,7 @@ def kept(*roots: Any) -> Iterator[set[torch.device]]:
 
 @contextmanager
 def undisturbed(model: nn.Module, *inputs: Any) -> Iterator[None]:
-    """Evaluation mode, no autocast, no compilation and no fused layers; afterwards everything is as before (:func:`kept`).
+    """Evaluation mode, no autocast, no compilation, no fused layers; afterwards all is as before (:func:`kept`).
 
     Args:
         model: The model.
@@ -79,11 +86,10 @@ def _hooks_of_all_modules() -> list[object]:
 @contextmanager
 def _settings_kept() -> Iterator[None]:
     """Put back what a forward may set for the whole process."""
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = [read() for read, _ in _SETTINGS]
     try:
         yield
     finally:
-        torch.set_default_dtype(dtype)
-        torch.set_float32_matmul_precision(precision)
-        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        for (read, write), value in zip(_SETTINGS, before, strict=True):
+            if read() != value:
+                write(value)

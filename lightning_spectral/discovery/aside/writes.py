@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_spectral.discovery.replay import tensors_in, written_tensors
@@ -71,7 +72,8 @@ def whole_storage(tensor: Tensor) -> Tensor:
 
 def _key(tensor: Tensor) -> int:
     try:
-        return tensor.untyped_storage()._cdata
+        storage: int = tensor.untyped_storage()._cdata
+        return storage
     except (NotImplementedError, RuntimeError, ValueError):  # the last of a lazy layer
         return id(tensor)
 
@@ -86,5 +88,4 @@ def _makes_new(function: Any) -> bool:
 def _version_kept(tensor: Tensor) -> AbstractContextManager[Any]:
     if tensor.is_inference():  # has no version
         return nullcontext()
-    kept: AbstractContextManager[Any] = torch.autograd._unsafe_preserve_version_counter(tensor)
-    return kept
+    return _unsafe_preserve_version_counter(tensor)
