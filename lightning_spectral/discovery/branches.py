@@ -73,7 +73,9 @@ def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> tupl
             others = [term for term in (add.skip, *add.branches, *add.others) if term not in terms]
             site = choose_site(tape, add, terms, others, usable)
             if site is None and not goes_on(tape, add.output):
-                reason = f"a sum of shape {tape.shape(add.output)} is gated, squashed or joined: it is no residual stream"
+                reason = (
+                    f"a sum of shape {tape.shape(add.output)} is gated, squashed or joined: it is no residual stream"
+                )
                 refusals.append(Refusal(add.output, reason))
                 continue
             site = site or _parameter_site(tape, add, terms)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
+from lightning_spectral.discovery.aside import kept
 from lightning_spectral.discovery.blocks import blocks_of
 from lightning_spectral.discovery.hints import with_hints
 from lightning_spectral.discovery.inputs import guesses
@@ -99,6 +102,8 @@ def blocks_in_calls(
     for module, args, kwargs in calls:
         try:
             tape = record(model, _call(module, args, dict(kwargs)), (args, dict(kwargs)))
+        except ExampleInputError:
+            raise
         except Exception as error:  # whatever the user's forward raises
             raise ExampleInputError(
                 f"{type(module).__name__} cannot be run again on the input of its first pass: "
@@ -143,6 +148,8 @@ def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
             positional, named = make()
             inputs = (positional, named)
             return record(model, _call(module, positional, named), inputs), description
+        except ExampleInputError:  # says itself what to pass
+            raise
         except Exception as error:  # whatever the user's forward raises
             if (args or kwargs) and not isinstance(error, NotImplementedError):
                 raise ExampleInputError(
@@ -192,8 +199,15 @@ def attempted_calls(
         if args or kwargs:
             yield "the given example input", module, lambda: (args, dict(kwargs))
         else:
-            for description, make in guesses(module):
-                yield description, module, make
+            with kept(module):  # an example may be a property that draws numbers
+                tried = list(guesses(module))
+            for description, make in tried:
+                yield description, module, partial(_made, module, make)
+
+
+def _made(module: nn.Module, make: Callable[[], Any]) -> Any:
+    with kept(module):
+        return make()
 
 
 def _runnable(model: nn.Module) -> Iterator[nn.Module]:
@@ -203,9 +217,13 @@ def _runnable(model: nn.Module) -> Iterator[nn.Module]:
     while True:
         yield model
         children = [child for child in model.children() if not isinstance(child, nn.ModuleList | nn.ModuleDict)]
-        sizes = [sum(parameter.numel() for parameter in child.parameters()) for child in children]
-        if max(sizes, default=0) <= 0.8 * sum(parameter.numel() for parameter in model.parameters()):
+        sizes = [_size(child) for child in children]
+        if max(sizes, default=0) <= 0.8 * _size(model):
             return
         model = children[sizes.index(max(sizes))]
         if isinstance(model, nn.Linear | nn.Embedding):
             return
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))

@@ -42,7 +42,7 @@ class BranchFunction:
     the weights of the branch, until told to forget them.
 
     Attributes:
-        stream: The stream as it was recorded, in float64 (float32 where the device has no float64).
+        stream: The stream as it was recorded, in float64 (on the CPU where the device has no float64).
         behind: Constant by which the output of the branch's site is multiplied before it is added; ``None`` where that
             is a parameter, or where no module carries the branch.
     """

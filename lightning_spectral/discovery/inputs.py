@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["arguments_of", "guesses"]
 
@@ -100,7 +101,7 @@ def _vocabularies(model: nn.Module) -> list[int]:
 def _widths(model: nn.Module) -> list[int]:
     norms = [tuple(module.normalized_shape) for module in model.modules() if isinstance(module, nn.LayerNorm)]
     linears = [module.in_features for module in model.modules() if isinstance(module, nn.Linear)]
-    first = [item.shape[-1] for item in model.parameters() if item.dim() == 1]
+    first = [item.shape[-1] for item in model.parameters() if not is_lazy(item) and item.dim() == 1]
     candidates = [*linears[:1], *[shape[-1] for shape in norms[:1]], *first[:1]]
     return list(dict.fromkeys(candidates))
 

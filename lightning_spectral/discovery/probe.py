@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_spectral.discovery.operations import base_name, is_product, matrix_operands
 from lightning_spectral.discovery.programs import program_hash
 from lightning_spectral.discovery.replay import replay
-from lightning_spectral.discovery.tape import Tape, wide_dtype
+from lightning_spectral.discovery.tape import Tape, probe_device, probe_dtype
 
 __all__ = ["Prober", "Region", "is_mute", "made_up"]
 
@@ -278,7 +278,8 @@ class Prober:
         value, dimension = source
         held = self.made_up_weights(region)
         rows = _noise(self.tape.tensors[value], seed=11).movedim(dimension, -1)
-        signs = torch.rand(rows.shape[:-1], generator=torch.Generator().manual_seed(12)).to(rows.device).round() * 2 - 1
+        coin = torch.rand(rows.shape[:-1], generator=torch.Generator().manual_seed(12), device="cpu")
+        signs = coin.to(rows.device).round() * 2 - 1
         contents = (torch.zeros_like(rows), rows, rows * signs.unsqueeze(-1))
         try:
             silent, once, signed = (
@@ -312,5 +313,6 @@ def made_up(weight: Tensor) -> Tensor:
 
 def _noise(like: Tensor, seed: int = 0) -> Tensor:
     """Return normal noise with the shape and the strides of a tensor: views of it must stay possible."""
-    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.empty_like(like, dtype=wide_dtype(like), requires_grad=False).copy_(noise)
+    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
+    device = probe_device(like.device)
+    return torch.empty_like(like, dtype=probe_dtype(like), device=device, requires_grad=False).copy_(noise)
