@@ -160,6 +160,9 @@ class Prober:
         first = next((item for item in operations if item is not None and "convolution" in item.name), None)
         if first is None or len(shape) < 3 or not self.tape.depends(first.inputs[0], region.stream):
             return -1
+        between = (self.tape.producer(value) for value in self.tape.between(region.stream, first.inputs[0])[1:])
+        if any(operation is not None and is_product(self.tape, operation) for operation in between):
+            return -1  # it reads channels of the branch
         stream = _noise(self.tape.tensors[region.stream], seed=14)
         other = stream.clone()
         other.select(1, 0).add_(1.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from hypothesis import strategies as st
@@ -120,7 +120,7 @@ class Norm(Part):
 class Activation(Part):
     """An activation, fused or written out in several operations."""
 
-    WAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    WAYS: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {
         "gelu": F.gelu,
         "relu": F.relu,
         "silu": lambda x: x * torch.sigmoid(x),
@@ -242,7 +242,7 @@ class Chain(Part):
 class Sum(Part):
     """Added up, subtracted, averaged or added twice."""
 
-    WAYS: dict[str, Callable[[list[Tensor]], Tensor]] = {
+    WAYS: ClassVar[dict[str, Callable[[list[Tensor]], Tensor]]] = {
         "plus": lambda parts: sum(parts[1:], parts[0]),
         "minus": lambda parts: parts[0] - parts[-1],
         "mean": lambda parts: torch.stack(parts).mean(0),

@@ -11,7 +11,7 @@ from random_branches import WIDTH, Body, bodies
 
 from lightning_spectral import ExactSVD, find_blocks, measure
 
-EXAMPLES = 150
+EXAMPLES = 100
 
 
 def test_a_random_program_has_its_exact_norm_or_a_reason() -> None:
