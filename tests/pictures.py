@@ -54,7 +54,7 @@ def _of_tensor(thing: Tensor) -> list[Any]:
     if is_lazy(thing):
         return [thing.grad, thing._backward_hooks, vars(thing)]
     known = [thing.is_leaf, thing.requires_grad, "inference" if thing.is_inference() else thing._version]
-    values = [*thing.shape, thing.dtype, thing.data_ptr(), repr(thing.tolist())]
+    values = [*thing.shape, thing.dtype, thing.untyped_storage()._cdata, thing.storage_offset(), repr(thing.tolist())]
     return [*known, *values, thing.grad if thing.is_leaf else None, thing._backward_hooks, vars(thing)]
 
 

@@ -6,6 +6,7 @@ import array
 import contextvars
 import functools
 import random
+import threading
 import types
 import weakref
 from collections import OrderedDict, deque
@@ -338,4 +339,5 @@ _VISITS: dict[type, Visit] = {
     np.random.RandomState: _state(lambda thing: thing.get_state(legacy=False), np.random.RandomState.set_state),
     random.Random: _see_random,
     contextvars.ContextVar: _see_variable,
+    threading.local: _held_in("__dict__"),  # of this thread
 }

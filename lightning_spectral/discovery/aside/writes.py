@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache
 from typing import Any
@@ -38,7 +38,7 @@ class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation, after a look at what it writes to."""
         kwargs = kwargs or {}
-        for tensor in written_tensors(func, args, kwargs):
+        for tensor in (*written_tensors(func, args, kwargs), *_running_statistics(func, args, kwargs)):
             self._keep(tensor)
         result = func(*args, **kwargs)
         if _makes_new(func):
@@ -76,6 +76,21 @@ def _key(tensor: Tensor) -> int:
         return storage
     except (NotImplementedError, RuntimeError, ValueError):  # the last of a lazy layer
         return id(tensor)
+
+
+def _running_statistics(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return what a batch norm writes to. The schemas of some of them do not say it."""
+    given = [args[place] if place < len(args) else kwargs.get(name) for place, name in _running(function)]
+    return tensors_in(given)
+
+
+@cache
+def _running(function: Any) -> tuple[tuple[int, str], ...]:
+    schema = getattr(function, "_schema", None)
+    if schema is None or "batch_norm" not in schema.name:
+        return ()
+    names = [argument.name for argument in schema.arguments]
+    return tuple((place, name) for place, name in enumerate(names) if name.startswith("running_"))
 
 
 @cache
