@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_spectral.audit import Comparison, audit, compare, printable
+from lightning_spectral.durable import replace
 from lightning_spectral.errors import SpectralError
 from lightning_spectral.records import Measurement
 from lightning_spectral.report import check_installed, report, write_checkpoint_page
@@ -82,7 +83,7 @@ def _audit(options: Any) -> int:
     _say(sys.stdout, str(result))
     if options.json is not None:
         text = json.dumps({"paths": paths, **result.to_dict()}, indent=1, allow_nan=False)
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
+        replace(Path(options.json), f"{text}\n".encode())
     if options.html is not None:
         write_checkpoint_page(options.html, paths, measured)
     ratios = [layer.ratio for layer in measured[-1] if layer.ratio is not None]

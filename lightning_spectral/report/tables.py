@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from lightning_spectral.entries import FORMAT
 from lightning_spectral.history import History
-from lightning_spectral.journal import FORMAT
 from lightning_spectral.records import LayerMeasurement, Measurement
 from lightning_spectral.report.words import clear, zone_of
 
