@@ -74,8 +74,10 @@ class Journal:
             self._size -= len(self._unwritten.popleft())
             self._lost += 1
         self._flush()
-        if self._superseded is not None and not self._fails:
+        if self._superseded is not None:
             self._superseded.see(entry)
+            if not self._fails:
+                self._superseded.tidy()
 
     def close(self) -> None:
         """Try a last time to write what could not be written, also where its folder is gone."""

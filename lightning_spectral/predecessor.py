@@ -43,23 +43,24 @@ class Superseded:
     """
 
     def __init__(self, path: Path, lines: Iterable[Line]) -> None:
-        self.path = path
+        self.path, self._size = path, path.stat().st_size
         found = (line.entry for line in lines if line.entry is not None)
         self._waiting = {entry["step"]: _norms(entry) for entry in found if "layers" in entry}
-        self._settled = not self._waiting  # events alone are never measured again
+        self._stays = not self._waiting  # events alone are never measured again
 
     def see(self, measurement: Mapping[str, Any]) -> None:
-        """Take note of a new measurement.
-
-        The file is removed when all of its steps have been measured again with the same result. It stays for good when
-        a result differs: then the run has taken another way this time.
-        """
+        """Take note of a new measurement. One with another result shows that the run takes another way this time."""
         before = self._waiting.pop(measurement["step"], None)
         if before is not None and not _close(before, _norms(measurement)):
-            self._settled = True
-        if not self._settled and not self._waiting:
-            self._settled = True
-            with suppress(OSError):
+            self._stays = True
+
+    def tidy(self) -> None:
+        """Remove the file if all of it has been measured again with the same result, and nobody writes to it."""
+        if self._stays or self._waiting:
+            return
+        self._stays = True
+        with suppress(OSError):
+            if self.path.stat().st_size == self._size:
                 self.path.unlink()
 
 
@@ -124,9 +125,6 @@ def _clear(path: Path, header: Mapping[str, Any], resume_step: int | None) -> Ne
         other = path.with_stem(f"{path.stem}-{linearization}")
         aside = set_aside(path, chain([other.name], aside_names(other, "earlier")))
         return News(f"{path} is of linearization {linearization!r}. It is kept as {aside}, and a new file begins")
-    if sum(1 for _ in entries(path)) == 1:  # a header and nothing behind it
-        path.unlink()
-        return None
     aside = set_aside(path, aside_names(path, "earlier"))
     return News(f"{path} is of another run. It is kept as {aside}, and a new file begins")
 
