@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -124,6 +125,11 @@ def _failed(message: str) -> int:
 
 
 def _say(stream: Any, text: str) -> None:
-    """Write a line, with a question mark for each letter that the terminal does not know."""
+    """Write a line, with a question mark for each letter that the terminal does not know, if anybody reads it."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+    try:
+        stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        stream.flush()
+    except (AttributeError, OSError, ValueError):  # none, closed, or `| head`: files are written all the same
+        with suppress(AttributeError, OSError, ValueError):  # and Python does not try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

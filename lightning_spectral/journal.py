@@ -58,7 +58,7 @@ class Journal:
         self._unwritten: deque[bytes] = deque()
         self._size = self._lost = 0  # bytes in them; lines that were not kept
         self._news: list[News] = []
-        self._fails, self._told = False, set[bool]()  # that writing fails, and that it works again
+        self._fails, self._told = False, set[str]()
         self._flush()
 
     def append(self, measurement: Measurement, consequences: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -88,7 +88,7 @@ class Journal:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
         self._flush()
         if missing := self._lost + len(self._unwritten):
-            self._news.append(News(f"{missing} lines were never written to {self.path}", grave=True))
+            self._tell_once("missing", f"{missing} lines were never written to {self.path}", grave=True)
 
     def take_news(self) -> list[News]:
         """Return what is to be told, once."""
@@ -124,13 +124,14 @@ class Journal:
         except (OSError, ValueError) as error:
             self._fails = True
             what = f"writing {self.path} failed ({type(error).__name__}: {error})"
-            self._tell_once(f"{what}; training goes on, and lines are kept until they can be written", grave=True)
+            later = "training goes on, and lines are kept until they can be written"
+            self._tell_once("fails", f"{what}; {later}", grave=True)
             return
         self._unwritten.clear()
         self._size = 0
         if self._fails:
             self._fails = False
-            self._tell_once(f"{self.path} is written again, with the lines that were kept")
+            self._tell_once("works", f"{self.path} is written again, with the lines that were kept")
 
     def _begin(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,9 +178,9 @@ class Journal:
             self._news.append(News(f"{before} is gone; this run goes on in a new file, {place}", grave=True))
             return
 
-    def _tell_once(self, text: str, *, grave: bool = False) -> None:
-        if grave not in self._told:
-            self._told.add(grave)
+    def _tell_once(self, what: str, text: str, *, grave: bool = False) -> None:
+        if what not in self._told:
+            self._told.add(what)
             self._news.append(News(text, grave=grave))
 
 
