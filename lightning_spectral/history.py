@@ -25,7 +25,7 @@ from lightning_spectral.trends import Forecast
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["History", "heatmap", "in_order"]
+__all__ = ["History", "heatmap", "history_of", "in_order"]
 
 MOST = 2**53  # beyond it a float no longer counts, and neither does a chart
 MOST_BLOCKS = 2**12  # a picture has a row for each
@@ -63,39 +63,7 @@ class History:
             ConfigurationError: The file is not one of ours, or has measurements of several linearizations.
             OSError: The file cannot be read.
         """
-        return cls.of(entries(path))
-
-    @classmethod
-    def of(cls, lines: Iterable[Line]) -> History:
-        """Read the lines of such a file.
-
-        Args:
-            lines: They, the header first.
-
-        Raises:
-            ConfigurationError: As :meth:`read`.
-        """
-        header: Mapping[str, Any] = {}
-        measurements: list[Measurement] = []
-        events: list[Event] = []
-        actions: list[Mapping[str, Any]] = []
-        damaged: dict[int, str] = {}
-        torn = False
-        for line in lines:
-            header = header or line.header
-            entry, torn = line.entry or {}, line.torn
-            if line.entry is None and not torn:
-                damaged[line.number] = "it is no JSON object"
-            try:
-                if "layers" in entry:
-                    measurements.append(_measurement(entry))
-                elif "level" in entry:
-                    events.append(_event(entry))
-                elif "action" in entry:
-                    actions.append(_action(entry))
-            except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-                damaged[line.number] = _shortened(error)
-        return cls(header, in_order(measurements), tuple(events), tuple(actions), torn, damaged)
+        return history_of(entries(path))
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -134,6 +102,38 @@ class History:
         last = self.measurements[-1]
         zone = last.safe_zone if last.has_zone else None
         return heatmap_figure(self.values("log_ratio"), self.steps, last.linearization, zone)
+
+
+def history_of(lines: Iterable[Line]) -> History:
+    """Read the lines of a run's file.
+
+    Args:
+        lines: They, the header first.
+
+    Raises:
+        ConfigurationError: The measurements are of several linearizations.
+    """
+    header: Mapping[str, Any] = {}
+    measurements: list[Measurement] = []
+    events: list[Event] = []
+    actions: list[Mapping[str, Any]] = []
+    damaged: dict[int, str] = {}
+    torn = False
+    for line in lines:
+        header = header or line.header
+        entry, torn = line.entry or {}, line.torn
+        if line.entry is None and not torn:
+            damaged[line.number] = "it is no JSON object"
+        try:
+            if "layers" in entry:
+                measurements.append(_measurement(entry))
+            elif "level" in entry:
+                events.append(_event(entry))
+            elif "action" in entry:
+                actions.append(_action(entry))
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            damaged[line.number] = _shortened(error)
+    return History(header, in_order(measurements), tuple(events), tuple(actions), torn, damaged)
 
 
 def heatmap(measurements: Sequence[Measurement | Mapping[str, Any]]) -> Figure:

@@ -227,12 +227,16 @@ def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Returns:
         The events in order, each with its level (``"info"``, ``"warning"`` or ``"alarm"``), its step, the step since
         which it has been so, its blocks, its message, and where a trend leads there, the forecast step of collapse with
-        its earliest and latest.
+        its earliest and latest, infinite where that is never.
 
     Raises:
         ConfigurationError: The file is not one of ours.
     """
-    return _with("level", entries(path))
+    events = _with("level", entries(path))
+    for event in events:
+        if isinstance(coming := event.get("forecast"), dict):  # JSON has no infinity
+            event["forecast"] = {name: math.inf if step is None else step for name, step in coming.items()}
+    return events
 
 
 def described(block: ResidualBlock) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from test_durable import full_disk
 from lightning_spectral import journal as room
 from lightning_spectral.entries import LONGEST
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.history import History
+from lightning_spectral.history import History, history_of
 from lightning_spectral.journal import Journal, read_actions, read_events, read_journal
 from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
 from lightning_spectral.trends import Forecast
@@ -59,7 +59,7 @@ def test_what_is_appended_is_read_back(tmp_path: Path, in_memory: bool):
     journal.append(measurement(0))
     journal.append(measurement(5), [EVENT, ACTION])
     assert journal.records() == [measurement(step).to_dict() | {"safe_zone": [0.5, 2.0]} for step in (0, 5)]
-    history = History.of(journal.lines())
+    history = history_of(journal.lines())
     assert history.measurements == (measurement(0), measurement(5))
     assert [event.message for event in history.events] == ["block 0 leaves"]
     assert (history.actions, history.header["linearization"], told(journal)) == ((ACTION,), "circuit", [])
@@ -404,6 +404,7 @@ def test_every_line_is_json_by_the_standard(tmp_path: Path):
     assert [found[key] for key in ("mlp_norm", "mlp_scale", "attention_scale", "error_bound", "ratio")] == [None] * 5
     assert found["reason"] == "mlp: its residual scale is nan; attention: its residual scale is inf"
     assert event["forecast"]["latest"] is None
+    assert read_events(path)[0]["forecast"] == coming
     history = History.read(path)
     assert history.damaged == {}
     assert history.events[0].forecast == Forecast(9.0, 7.0, inf)

@@ -19,7 +19,7 @@ from lightning_spectral.alarms import Event
 from lightning_spectral.control.actions import described_action
 from lightning_spectral.control.law import Action
 from lightning_spectral.durable import replace
-from lightning_spectral.history import History
+from lightning_spectral.history import history_of
 from lightning_spectral.journal import Journal
 from lightning_spectral.monitor.framework import log_to_bar, rank_zero_info, rank_zero_warn
 from lightning_spectral.records import Measurement
@@ -123,7 +123,7 @@ class Outlets:
         return self._try("finding the loggers", lambda: list(trainer.loggers)) or ()
 
     def _figure(self, journal: Journal) -> Figure | None:
-        history = History.of(journal.lines())
+        history = history_of(journal.lines())
         if not history.measurements:  # all of them have failed
             return None
         try:
