@@ -88,7 +88,7 @@ def _entry(raw: bytes) -> dict[str, Any] | None:
     if len(raw) > LONGEST:
         return None
     try:
-        entry = json.loads(raw.strip(b"\0").removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace"))
+        entry = json.loads(raw.strip(b"\0").removeprefix(b"\xef\xbb\xbf").decode())
     except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None

@@ -128,6 +128,7 @@ def test_a_run_that_takes_another_way_after_a_resume_keeps_both(tmp_path: Path):
 DAMAGE = {
     "cut in the middle": lambda line: line[:50] + b"\n",
     "bytes that are no text": lambda line: b"\xff\xfe\x00garbage\n",
+    "a name that is no text": lambda line: line.replace("blöck".encode(), b"bl\xffck"),
     "nothing but NUL": lambda line: b"\0" * 512 + b"\n",
     "two objects": lambda line: line[:-1] + line,
     "no object": lambda line: b"[1, 2]\n",
@@ -141,7 +142,6 @@ HARMLESS = {
     "an empty line": lambda line: b"\n" + line + b"  \n",
     "an entry without a step": lambda line: line + b'{"weather": "fine"}\n',
     "an entry of an unknown kind": lambda line: line + b'{"weather": "fine", "step": "soon"}\n',
-    "a name that is no text": lambda line: line.replace("blöck".encode(), b"bl\xffck"),
 }
 
 
@@ -316,6 +316,14 @@ def test_a_folder_that_is_away_for_a_while_gets_all_lines(tmp_path: Path):
     (tmp_path / "away").rename(path.parents[1])
     journal.append(measurement(10))
     assert everything(path.parent) == {"spectral.jsonl": [0, 5, 10]}
+
+
+def test_a_file_that_somebody_empties_is_left_to_them(tmp_path: Path):
+    path = tmp_path / "spectral.jsonl"
+    journal = written(path, 0)
+    path.write_text("")
+    journal.append(measurement(5))
+    assert (path.read_text(), steps(tmp_path / "spectral.other-1.jsonl"), steps(journal)) == ("", [5], [5])
 
 
 @pytest.mark.parametrize("levels", [0, 1, 2])

@@ -259,6 +259,18 @@ def test_of_several_loggers_the_first_with_a_folder_gives_it(tmp_path: Path):
     assert not Path("s3:").exists()
 
 
+class Anywhere(Keeping):
+    """Knows only where the runs of a user are: here."""
+
+    log_dir, save_dir = None, ""
+
+
+def test_a_logger_of_many_runs_gives_each_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    fit(tmp_path, SpectralMonitor(2), logger=Anywhere(), max_steps=2)
+    assert steps(tmp_path / "keeping" / "0" / "spectral.jsonl") == [0, 2]
+
+
 class Odd(RandomizedSVD):
     """A solver that finds that the user has made a mistake, in the middle of a run."""
 

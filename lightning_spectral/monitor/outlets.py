@@ -180,9 +180,9 @@ def _name(logger: Any) -> str:
 
 def _folder(logger: Logger) -> Path | None:
     """Return the folder of this run on this machine, ``None`` where the logger has none."""
-    folder: Any = logger.log_dir
-    if folder is None and logger.save_dir is not None:
+    folder, shared = getattr(logger, "log_dir", None), getattr(logger, "save_dir", None)
+    if folder is None and shared is not None:
         # All runs of such a logger share one folder; ModelCheckpoint keeps them apart in the same way.
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        folder = f"{logger.save_dir}/{logger.name}/{version}"
+        folder = Path(shared, str(logger.name), version)
     return None if folder is None or re.match(r"\w[\w+.-]+:/", str(folder)) else Path(folder)  # no s3://
