@@ -670,7 +670,7 @@ def test_a_dead_expert_does_not_matter() -> None:
 
 def test_blocks_without_a_pair_of_branches_are_no_blocks_to_balance() -> None:
     """Layers of one branch, a mixer that no weights describe, and no blocks at all."""
-    for name in ("alternating_list", "mamba"):
+    for name in ("mlp_only", "mamba"):
         model, blocks = built(name)
         with pytest.raises(ConfigurationError, match="the block has no such branch"):
             balance_penalty(model, blocks)
