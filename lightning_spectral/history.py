@@ -225,7 +225,7 @@ def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _scale(value: Any) -> float:
-    return math.nan if _is_not_finite(value) else _number(value)
+    return math.nan if value is None or _is_not_finite(value) else _number(value)
 
 
 def _is_not_finite(value: Any) -> bool:

@@ -14,6 +14,7 @@ from lightning_spectral.discovery.blocks import blocks_of
 from lightning_spectral.discovery.hints import with_hints
 from lightning_spectral.discovery.inputs import guesses
 from lightning_spectral.discovery.recorder import record
+from lightning_spectral.discovery.shapes import with_shapes
 from lightning_spectral.discovery.tape import Tape
 from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
 from lightning_spectral.linalg.flattened import is_flattened
@@ -70,10 +71,10 @@ def find_blocks(
             raise
         blocks, refusals, description = [], [], "nothing"
     if hints:
-        return with_hints(model, blocks, hints)
+        return with_shapes(model, with_hints(model, blocks, hints))
     if not blocks:
         raise BlocksNotFoundError(_nothing_found(model, description, refusals))
-    return tuple(blocks)
+    return with_shapes(model, blocks)
 
 
 def blocks_in_calls(
@@ -109,10 +110,10 @@ def blocks_in_calls(
         refusals += refused
     numbered = [replace(block, index=index) for index, block in enumerate(blocks)]
     if hints:
-        return with_hints(model, numbered, hints)
+        return with_shapes(model, with_hints(model, numbered, hints))
     if not numbered:
         raise BlocksNotFoundError(_nothing_found(model, "the first training batch", refusals))
-    return tuple(numbered)
+    return with_shapes(model, numbered)
 
 
 def _nothing_found(model: nn.Module, description: str, refusals: list[str]) -> str:

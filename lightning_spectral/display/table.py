@@ -39,6 +39,7 @@ def _lines(measurement: Measurement) -> Iterator[str]:
             f"{_number(layer.attention_norm, 10)}  {_number(layer.ratio, 8)}{scales}  {note}"
         )
         yield line.rstrip()
+    yield from (f"note: {note}" for note in measurement.notes)
 
 
 def _number(value: float | None, width: int) -> str:

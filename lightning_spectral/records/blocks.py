@@ -33,6 +33,7 @@ class Factor:
         size: Number of channels of a norm (``None`` for matrices and multipliers).
         adapters: What the model adds to the matrix, such as low-rank adapters: chains of matrices and multipliers, the
             leftmost first. ``rows`` picks rows of the sum.
+        shape: Shape of the stored parameter in the model that the block was found in, ``None`` where it is not known.
     """
 
     role: FactorRole
@@ -42,6 +43,7 @@ class Factor:
     constant: float = 1.0
     size: int | None = None
     adapters: tuple[tuple[Factor, ...], ...] = ()
+    shape: tuple[int, ...] | None = None
 
     def flat(self) -> Iterator[Factor]:
         """Yield the factor and those of its adapters."""

@@ -124,6 +124,7 @@ class Measurement:
         safe_zone: The interval of ratios that the summary calls inside.
         seconds: Wall time of the measurement.
         adapters: The part of branches with adapters that was measured; see :func:`~lightning_spectral.measure`.
+        notes: What a reader of the numbers should know beside them, a sentence each.
     """
 
     step: int
@@ -132,6 +133,7 @@ class Measurement:
     safe_zone: tuple[float, float] = (0.5, 2.0)
     seconds: float = field(default=0.0, compare=False)
     adapters: Literal["sum", "base", "delta"] = "sum"
+    notes: tuple[str, ...] = ()
 
     @property
     def has_zone(self) -> bool:
@@ -143,15 +145,22 @@ class Measurement:
         return iter(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values that ``json.dumps`` accepts, with the ratio and the reason of every layer."""
-        layers = [asdict(layer) | {"ratio": layer.ratio, "reason": layer.reason} for layer in self.layers]
+        """Return plain values that ``json.dumps`` accepts, with the ratio and the reason of every layer.
+
+        A number that is not finite, such as the scale of a branch whose weights are not, is ``None``.
+        """
+        layers = [_finite(asdict(layer) | {"ratio": layer.ratio, "reason": layer.reason}) for layer in self.layers]
         return {
             "step": self.step,
             "linearization": self.linearization,
             "safe_zone": list(self.safe_zone),
             "seconds": self.seconds,
             "layers": layers,
-        } | ({} if self.adapters == "sum" else {"adapters": self.adapters})
+        } | {
+            name: value
+            for name, value, usual in (("adapters", self.adapters, "sum"), ("notes", list(self.notes), []))
+            if value != usual
+        }
 
     def summary(self) -> dict[str, float]:
         """Return the summary values of the measurement, by the names they are logged under.
@@ -199,3 +208,15 @@ class Measurement:
     def __repr__(self) -> str:
         """Return the same table: a measurement is looked at more often than it is evaluated."""
         return str(self)
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values that JSON has."""
+    return {
+        key: _finite(value)
+        if isinstance(value, dict)
+        else None
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for key, value in values.items()
+    }
