@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.audit.distributed import METADATA, open_distributed
-from lightning_spectral.audit.folders import INDEX, is_dangling, weights_in
+from lightning_spectral.audit.folders import INDEX, weights_in
 from lightning_spectral.audit.formats import HEAD, refuse_foreign, refuse_no_path
-from lightning_spectral.audit.gguf import MAGIC, open_gguf
+from lightning_spectral.audit.gguf import open_gguf
+from lightning_spectral.audit.gguf_header import MAGIC
 from lightning_spectral.audit.parts import refuse_part
 from lightning_spectral.audit.state_dicts import TORCH, load_plain, nested
 from lightning_spectral.audit.untrusted import damage, printable, read_json, refuse_bomb
@@ -86,11 +87,6 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
     """
     named, path = path, Path(path)
     with damage(path, "a path"):
-        if is_dangling(path):
-            raise CheckpointError(
-                f"{printable(path)}: it is a link to a file that is not there, as an incomplete download leaves it: "
-                "download it again"
-            )
         if not path.exists():
             refuse_no_path(named)
         is_folder = path.is_dir()
@@ -121,15 +117,14 @@ class _Opened:
 
 def _named(path: Path, folder: Path, found: _Opened, key: str | None) -> Checkpoint:
     """Leave out what wrappers add to names, names that belong to no module, and what was not asked for."""
-    if not found.shapes:
-        raise CheckpointError(f"{printable(path)}: found no tensors, expected the weights of a model")
     begin = found.whole if key is None else _beginning(path, found, key)
     stored: dict[str, list[str]] = defaultdict(list)
     for name in found.shapes:
         if name.startswith(begin) and len(name) <= _MAX_NAME and name.isprintable():
             stored[plain_name(name.removeprefix(begin))].append(name)
     if not stored:
-        raise CheckpointError(f"{printable(path)}: found no tensors, expected the weights of a model")
+        remark = "".join(f" ({printable(note)})" for note in found.notes)
+        raise CheckpointError(f"{printable(path)}: found no tensors, expected the weights of a model{remark}")
     names = {name: _only(path, name, held, found) for name, held in stored.items()}
     return Checkpoint(
         path,
@@ -208,7 +203,7 @@ def _open_shards(index: Path) -> _Opened:
 
 def _open_file(path: Path) -> _Opened:
     if not path.is_file():
-        raise CheckpointError(f"{printable(path)}: no such file, expected a checkpoint file or a model folder")
+        refuse_no_path(path)
     with damage(path, "a file"), path.open("rb") as file:
         start = file.read(HEAD)
     if not start:
@@ -261,7 +256,10 @@ def _open_torch(path: Path, *, mapped: bool) -> _Opened:
         found = nested(loaded)
         step, blocks = _facts(loaded)
     shapes = {name: tuple(tensor.shape) for name, tensor in found.tensors.items()}
-    return _Opened(shapes, found.tensors.__getitem__, False, found.dicts, found.whole, step, blocks)
+    notes = (f"tensors of these kinds were not read: {', '.join(found.others)}",) if found.others else ()
+    return _Opened(
+        shapes, found.tensors.__getitem__, False, found.dicts, found.whole, step=step, blocks=blocks, notes=notes
+    )
 
 
 def _open_gguf(path: Path) -> _Opened:

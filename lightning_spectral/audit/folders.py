@@ -8,18 +8,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lightning_spectral.audit.distributed import METADATA
+from lightning_spectral.audit.parts import refuse_part
 from lightning_spectral.audit.untrusted import printable, read_json
 from lightning_spectral.errors import CheckpointError
 
-__all__ = ["ADAPTERS", "INDEX", "is_dangling", "weights_in"]
+__all__ = ["INDEX", "weights_in"]
 
 INDEX = ".index.json"
-ADAPTERS = "adapter_config.json"
+_ADAPTERS = "adapter_config.json"
 _CONFIG = "config.json"
 # In the order of transformers; its variants (model.fp16.safetensors) are loaded only by name.
 _ORDER = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
 _CUT = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.\w+)")
+_ZERO = re.compile(r"(bf16_)?zero_pp_rank_|mp_rank_\d+_model_states\.pt|global_step\d")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _OTHERS = (".h5", ".msgpack", ".onnx", ".npz", ".pb", ".nemo", ".tflite")
 _NO_WEIGHTS = re.compile(r"optim|scheduler|scaler|training_args|rng_state|random_states|tokenizer|trainer_state")
@@ -52,17 +54,17 @@ def weights_in(folder: Path) -> Path:
 
 def _refuse_adapters(folder: Path, names: set[str]) -> None:
     """Refuse weights that are added to others on loading: neither alone is what the model computes with."""
-    if ADAPTERS not in names:
+    if _ADAPTERS not in names:
         return
     beside = next((name for name in _ORDER if name in names), None)
     if beside is not None:
         raise CheckpointError(
-            f"{printable(folder)}: found {beside} and the adapters of {ADAPTERS}, and the model computes with both: "
+            f"{printable(folder)}: found {beside} and the adapters of {_ADAPTERS}, and the model computes with both: "
             f"merge them first (merge_and_unload), or audit the weights alone: audit({_shown(folder / beside)})"
         )
-    base = read_json(folder / ADAPTERS).get("base_model_name_or_path")
+    base = read_json(folder / _ADAPTERS).get("base_model_name_or_path")
     raise CheckpointError(
-        f"{printable(folder)}: found only adapters, {ADAPTERS}, for the weights of {printable(base, 100)!r}: merge "
+        f"{printable(folder)}: found only adapters, {_ADAPTERS}, for the weights of {printable(base, 100)!r}: merge "
         "them first (merge_and_unload, save_pretrained), and audit what that saves"
     )
 
@@ -101,15 +103,12 @@ def _single(folder: Path, names: set[str]) -> Path:
 
 def _nothing(folder: Path, names: set[str]) -> str:
     """Return why a folder has no weights that are meant, and what to name instead."""
+    if "zero_to_fp32.py" in names or any(_ZERO.match(name) for name in names):
+        return _of_deepspeed(folder)
     if "latest_checkpointed_iteration.txt" in names or any(name.startswith("mp_rank_") for name in names):
         return (
             "found the model-parallel parts that Megatron writes, each with a part of every matrix: put them together "
             "first (its tools/checkpoint), and audit what that writes"
-        )
-    if "zero_to_fp32.py" in names or any(re.match(r"(zero_pp|mp)_rank_|global_step\d", name) for name in names):
-        return (
-            "found a checkpoint of DeepSpeed, in parts: put them together first, python zero_to_fp32.py FOLDER WHOLE, "
-            "and audit what that writes"
         )
     if "saved_model.pb" in names:
         return "found saved_model.pb, a TensorFlow graph, which is not read: audit the model that it was exported from"
@@ -118,6 +117,8 @@ def _nothing(folder: Path, names: set[str]) -> str:
     if len(here) > 1 and len(shards) == 1 and all(map(_SHARD.fullmatch, here)):
         ((stem, suffix),) = shards
         return f"found {_listed(here)}, but not the index that says what is in them, {stem}{suffix}{INDEX}"
+    if here:
+        refuse_part(folder / here[0])
     paths = [folder / name for name in here] or list(_below(folder))
     others = sorted(name for name in names if name.endswith(_OTHERS))
     expected = f"expected one of {', '.join(_ORDER)} or a single *.safetensors"
@@ -131,6 +132,21 @@ def _nothing(folder: Path, names: set[str]) -> str:
     if others:
         return f"found only {_listed(others)} in this folder, which is not read: convert it to safetensors"
     return f"found no weights in this folder, {expected}"
+
+
+def _of_deepspeed(folder: Path) -> str:
+    files = sorted(folder.glob("**/*_model_states.pt"))
+    whole = (
+        ""
+        if len(files) != 1 or "zero_pp_rank" in files[0].name
+        else (
+            f" (or, as its weights are in one file, which ZeRO below stage 3 leaves whole: audit({_shown(files[0])}))"
+        )
+    )
+    return (
+        "found a checkpoint of DeepSpeed, in parts: put them together first, python zero_to_fp32.py FOLDER WHOLE, and "
+        f"audit what that writes{whole}"
+    )
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -162,8 +178,3 @@ def _listed(names: Sequence[str]) -> str:
 
 def _shown(path: Path) -> str:
     return repr(printable(path))
-
-
-def is_dangling(path: Path) -> bool:
-    """Whether a path is a link to a file that is not there, as an incomplete download leaves it."""
-    return path.is_symlink() and not path.exists()

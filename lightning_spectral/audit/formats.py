@@ -69,7 +69,7 @@ _ARCHIVES: tuple[tuple[Callable[..., bool], str, str, str], ...] = (
 )
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json"}
-_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def refuse_foreign(path: Path, start: bytes) -> None:
@@ -118,12 +118,17 @@ def refuse_no_path(named: str | Path) -> None:
         CheckpointError: Always; the message says what to do.
     """
     text, path = str(named), Path(named)
+    if path.is_symlink():
+        raise CheckpointError(
+            f"{printable(text)}: no such file: it is a link to one that is not there, as an incomplete download leaves "
+            "it: download it again"
+        )
     if _URL.match(text):
         raise CheckpointError(
             f"{printable(text)}: found a URL, and nothing is downloaded: download the file, and name it where it lies"
         )
     remark = ""
-    if _HUB.fullmatch(text) and path.suffix not in _FILES and not path.parent.exists():
+    if _HUB.fullmatch(text) and path.suffix not in _FILES and ("/" not in text or not path.parent.exists()):
         remark = (
             f". If that is the name of a model on a hub: nothing is downloaded. Fetch it first, hf download "
             f"{printable(text)} --local-dir FOLDER, then name the folder"

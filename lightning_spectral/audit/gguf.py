@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import mmap
 import re
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,17 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_spectral.audit.gguf_header import Stored, read_header
 from lightning_spectral.audit.untrusted import damage, printable
 from lightning_spectral.errors import CheckpointError
 
-__all__ = ["MAGIC", "Gguf", "open_gguf"]
+__all__ = ["Gguf", "open_gguf"]
 
-MAGIC = b"GGUF"
 _EXPECTED = "a GGUF file"
-_VERSIONS, _MAX_DIMENSIONS, _MAX_COUNT = (2, 3), 4, 2**24
-# Types of metadata, as the format numbers them.
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_TEXT, _ARRAY = 8, 9
 _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 
 _LAYER = {
@@ -114,16 +109,6 @@ class Gguf:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A tensor in the file: its type as the format numbers it, and the byte that it begins at."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: int
-    start: int
-
-
 def open_gguf(path: Path) -> Gguf:
     """Open a GGUF file.
 
@@ -136,7 +121,7 @@ def open_gguf(path: Path) -> Gguf:
     with damage(path, _EXPECTED):
         with path.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        facts, stored = _header(content)
+        facts, stored = read_header(content)
         if "general.architecture" not in facts:
             raise ValueError("its metadata has no general.architecture")
         architecture = str(facts["general.architecture"])
@@ -176,66 +161,8 @@ def _kind(path: Path, kind: int) -> str:
     return str(GGMLQuantizationType(kind).name)
 
 
-@dataclass(slots=True)
-class _Cursor:
-    """A place in the header."""
-
-    content: mmap.mmap
-    at: int
-
-    def number(self, code: str) -> Any:
-        (value,) = struct.unpack_from(f"<{code}", self.content, self.at)
-        self.at += struct.calcsize(f"<{code}")
-        return value
-
-    def text(self) -> str:
-        length = self.number("Q")
-        self.at += self._fitting(length)
-        return self.content[self.at - length : self.at].decode("utf-8", "backslashreplace")
-
-    def value(self, kind: int) -> Any:
-        if kind in _SCALARS:
-            return self.number(_SCALARS[kind])
-        if kind == _TEXT:
-            return self.text()
-        if kind != _ARRAY:
-            raise ValueError(f"its metadata has a value of type {kind}")
-        inner, count = self.number("I"), self._fitting(self.number("Q"))
-        if inner == _ARRAY:
-            raise ValueError("its metadata has lists of lists")
-        return [self.value(inner) for _ in range(count)]
-
-    def _fitting(self, count: int) -> int:
-        if count > min(len(self.content) - self.at, _MAX_COUNT):
-            raise ValueError(f"it announces {count} entries, more than it can have")
-        return count
-
-
-def _header(content: mmap.mmap) -> tuple[dict[str, Any], list[_Stored]]:
-    """Return the metadata of a file, and where its tensors are."""
-    cursor = _Cursor(content, len(MAGIC))
-    version = cursor.number("I")
-    if version not in _VERSIONS:
-        raise ValueError(f"its version is {version}, expected {' or '.join(map(str, _VERSIONS))}")
-    tensors, entries = cursor.number("Q"), cursor.number("Q")
-    facts: dict[str, Any] = {}
-    for _ in range(entries):
-        name = cursor.text()
-        facts[name] = cursor.value(cursor.number("I"))
-    found = []
-    for _ in range(tensors):
-        name, dimensions = cursor.text(), cursor.number("I")
-        if dimensions > _MAX_DIMENSIONS:
-            raise ValueError(f"{printable(name, 60)} has {dimensions} dimensions")
-        shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]  # the format counts from the last one
-        found.append(_Stored(name, shape, cursor.number("I"), cursor.number("Q")))
-    unit = facts.get("general.alignment", 32)
-    begin = -(-cursor.at // unit) * unit
-    return facts, [_Stored(item.name, item.shape, item.kind, begin + item.start) for item in found]
-
-
 def _readers(
-    content: mmap.mmap, stored: list[_Stored], family: _Family
+    content: mmap.mmap, stored: list[Stored], family: _Family
 ) -> Iterator[tuple[str, tuple[tuple[int, ...], Callable[[], Tensor]]]]:
     """Yield the name of every weight in transformers, with its shape and what reads it: experts one by one."""
     for item in stored:
@@ -251,7 +178,7 @@ def _readers(
         if rest or not size:
             raise ValueError(f"{printable(item.name, 60)} has no whole experts")
         for expert in range(experts):
-            part = _Stored(item.name, tuple(shape), item.kind, item.start + expert * size)
+            part = Stored(item.name, tuple(shape), item.kind, item.start + expert * size)
             yield name.replace("*", str(expert)), (part.shape, partial(_read, content, part))
 
 
@@ -263,7 +190,7 @@ def _renamed(name: str, layer: Mapping[str, str]) -> str:
     return f"{_AROUND[head]}.{tail}" if head in _AROUND else name
 
 
-def _read(content: mmap.mmap, item: _Stored, offset: float = 0.0) -> Tensor:
+def _read(content: mmap.mmap, item: Stored, offset: float = 0.0) -> Tensor:
     raw = torch.frombuffer(bytearray(content[item.start : item.start + _bytes(item)]), dtype=torch.uint8)
     if item.kind in _PLAIN:
         tensor = raw.view(_PLAIN[item.kind]).view(item.shape)
@@ -276,7 +203,7 @@ def _read(content: mmap.mmap, item: _Stored, offset: float = 0.0) -> Tensor:
     return tensor - offset if offset else tensor
 
 
-def _bytes(item: _Stored) -> int:
+def _bytes(item: Stored) -> int:
     """Return the bytes of a tensor."""
     numbers = math.prod(item.shape)
     if item.kind in _PLAIN:

@@ -14,6 +14,7 @@ __all__ = ["refuse_part"]
 _SHARD = re.compile(r"(.+?)[-_.](\d{3,6})-of-(\d{3,6})((?:\.\w+)+)")
 # Numbers that nothing else than a process of model parallelism has, and numbers that a setting may have, too.
 _PROCESS = re.compile(r"(?:consolidated[._-]|(?<![a-z])[mtp]p_rank_|model_part-|layer_(?=\d+-model))(\d+)")
+_STAGE = re.compile(r"mp_rank_\d+_(\d+)")
 _MAYBE = re.compile(r"(?<![a-z])(?:rank|part|shard|model|tp|mp)[._-]?(\d+)")
 _ZERO = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt|.*_optim_states\.pt")
 
@@ -60,12 +61,12 @@ def _way_to_all(path: Path, name: str) -> str:
 
 def _others(path: Path) -> Iterator[list[str]]:
     """Yield the other files with a number at the same place, for every number in a name that counts parts."""
-    for pattern in (_PROCESS, _MAYBE):
+    for pattern in (_PROCESS, _STAGE, _MAYBE):
         for match in pattern.finditer(path.name):
             before, after = path.name[: match.start(1)], path.name[match.end(1) :]
             like = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
             names = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else [path.name]
             numbers = {int(found[1]): name for name in names if (found := like.fullmatch(name))}
             counted = len(numbers) > 1 and sorted(numbers) == list(range(len(numbers)))
-            if counted or (pattern is _PROCESS and (len(numbers) > 1 or int(match[1]) > 0)):
+            if counted or (pattern is not _MAYBE and (len(numbers) > 1 or int(match[1]) > 0)):
                 yield sorted(printable(name, 60) for name in numbers.values() if name != path.name)

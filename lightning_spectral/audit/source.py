@@ -165,8 +165,8 @@ def _refuse_copies(checkpoint: Checkpoint, found: Mapping[str, Pieces], best: st
             one, two = (printable(item.removesuffix(".")) for item in (best, prefix))
             raise CheckpointError(
                 f"{printable(checkpoint.path)}: found the weights of the model twice, as {printable(best)!r} and as "
-                f"{printable(prefix)!r}, expected one copy: choose one, audit(path, key={two or one!r}) or --key "
-                f"{two or one}"
+                f"{printable(prefix)!r}, expected one copy: choose one of them by its key, audit(path, key={two!r}) or "
+                f"key={one!r} (--key on the command line)"
             )
 
 
@@ -291,7 +291,7 @@ def _remark(checkpoint: Checkpoint, wrong: Sequence[tuple[tuple[int, ...], tuple
         )
     if any(ADAPTER.search(name) for name in checkpoint.shapes):
         return ". It has weights of adapters: merge them first, or pass the blocks of the model with its adapters"
-    return ""
+    return "".join(f" ({printable(note)})" for note in checkpoint.notes)
 
 
 def _parts(found: tuple[int, ...], wide: tuple[int, ...]) -> int | None:

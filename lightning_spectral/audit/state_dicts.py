@@ -69,11 +69,13 @@ class Nested:
         dicts: What the names of each dict begin with, the last dot included; "" for the outermost one.
         whole: What the names of the model begin with, as far as the file says: the keys that all dicts have in common,
             or ``state_dict`` in a checkpoint of Lightning.
+        others: Kinds of the tensors that are left out because they are more, or less, than numbers in memory.
     """
 
     tensors: dict[str, Tensor]
     dicts: tuple[str, ...]
     whole: str
+    others: tuple[str, ...]
 
 
 def nested(loaded: Any) -> Nested:
@@ -90,12 +92,23 @@ def nested(loaded: Any) -> Nested:
     """
     if not isinstance(loaded, Mapping):
         raise TypeError(f"it holds a {type(loaded).__name__}, expected a state dict")
-    found = list(_walk(loaded, (), set()))
+    stored = list(_walk(loaded, (), set()))
+    found = [(keys, tensor) for keys, tensor in stored if is_plain(tensor)]
+    others = dict.fromkeys(_kind(tensor) for _, tensor in stored if not is_plain(tensor))
     tensors = {".".join(keys): tensor for keys, tensor in found}
     if len(tensors) < len(found):
         raise ValueError("two of its tensors have one name: a key with a dot in it stands for two keys")
     lightning = _LIGHTNING in loaded and isinstance(loaded.get("state_dict"), Mapping)
-    return Nested(tensors, *roots(keys for keys, _ in found if keys[0] == "state_dict" or not lightning))
+    model = roots(keys for keys, _ in found if keys[0] == "state_dict" or not lightning)
+    return Nested(tensors, *model, tuple(others))
+
+
+def _kind(tensor: Tensor) -> str:
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return type(tensor).__name__
+    if tensor.is_quantized or tensor.layout != torch.strided or tensor.is_meta:
+        return "quantized" if tensor.is_quantized else "meta" if tensor.is_meta else str(tensor.layout)
+    return "a view that is larger than its memory"
 
 
 def roots(paths: Iterable[Sequence[str]]) -> tuple[tuple[str, ...], str]:
@@ -125,7 +138,7 @@ def _walk(place: Mapping[Any, Any], keys: tuple[str, ...], seen: set[int]) -> It
     for key, value in place.items():
         if not isinstance(key, str):
             continue
-        if is_plain(value):
+        if isinstance(value, Tensor):
             yield (*keys, key), value
         elif isinstance(value, Mapping) and not is_of_optimizer(key):
             yield from _walk(value, (*keys, key), seen)
