@@ -16,7 +16,7 @@ from lightning_spectral.audit.inert import Inert, read_pickle
 from lightning_spectral.audit.state_dicts import is_of_optimizer, roots
 from lightning_spectral.audit.untrusted import MAX_PICKLE, damage, is_plain, printable, refuse_bomb
 
-__all__ = ["METADATA", "Distributed", "open_distributed"]
+__all__ = ["Distributed", "open_distributed"]
 
 METADATA = ".metadata"
 """The file that says which part of which tensor lies where."""

@@ -156,18 +156,18 @@ def _refuse_copies(checkpoint: Checkpoint, found: Mapping[str, Pieces], best: st
         }
 
     mine = whole(best)
-    taken = {name for names in mine.values() for name in names}
-    for prefix in found:
-        theirs = whole(prefix)
-        if not theirs.keys() >= mine.keys() or not taken.isdisjoint(chain.from_iterable(theirs.values())):
-            continue
-        if mine:
-            one, two = (printable(item.removesuffix(".")) for item in (best, prefix))
-            raise CheckpointError(
-                f"{printable(checkpoint.path)}: found the weights of the model twice, as {printable(best)!r} and as "
-                f"{printable(prefix)!r}, expected one copy: choose one of them by its key, audit(path, key={two!r}) or "
-                f"key={one!r} (--key on the command line)"
-            )
+    taken = set(chain.from_iterable(mine.values()))
+    others = [prefix for prefix in found if mine and whole(prefix).keys() >= mine.keys()]
+    copies = [prefix for prefix in others if taken.isdisjoint(chain.from_iterable(whole(prefix).values()))]
+    if copies:
+        # A library may look behind a prefix by itself: the longer way to the same weights is the one to name.
+        same = [prefix for prefix in others if whole(prefix) == mine and not copies[0].startswith(prefix)]
+        one, two = (same or [best])[0], copies[0]
+        keys = " or ".join(f"key={printable(item.removesuffix('.'))!r}" for item in (two, one) if item)
+        raise CheckpointError(
+            f"{printable(checkpoint.path)}: found the weights of the model twice, as {printable(one)!r} and as "
+            f"{printable(two)!r}, expected one copy: choose one, audit(path, {keys}), or --key on the command line"
+        )
 
 
 def _refuse_two_names(checkpoint: Checkpoint, target: str, names: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_spectral.audit.untrusted import damage, is_plain, printable
 from lightning_spectral.errors import CheckpointError
 
-__all__ = ["TORCH", "Nested", "is_of_optimizer", "load_plain", "nested", "roots"]
+__all__ = ["Nested", "is_of_optimizer", "load_plain", "nested", "roots"]
 
 TORCH = "a file of torch.save that holds tensors and plain values only"
 """What is expected of a file that is neither safetensors nor GGUF."""
