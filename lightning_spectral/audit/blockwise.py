@@ -56,8 +56,8 @@ def audit(
         path: A ``.safetensors`` file, a Hugging Face folder (sharded or not: what transformers would load of it), a
             Lightning checkpoint (a file, or the folder that several processes wrote), a file of ``torch.save`` with a
             state dict in it, or a GGUF file.
-        blocks: The blocks of the model, ``find_blocks(model)``, for an architecture of your own. They are names and
-            layouts, so those of a freshly built model do.
+        blocks: The blocks of the model, ``find_blocks(model)``, for an architecture of your own. They are names,
+            layouts and shapes, so those of a freshly built model of the same size do.
         linearization: ``"circuit"`` or ``"paper"``, as in :func:`~lightning_spectral.measure`.
         config: A ``config.json``, or a folder with one; by default, the one beside the weights.
         key: Which weights are meant where a file has those of several models: what their names begin with, such as

@@ -63,12 +63,17 @@ def compare(before: Measurement, after: Measurement) -> Comparison:
 
     Args:
         before: A measurement.
-        after: One of the same architecture, by the same linearization.
+        after: One of the same architecture, by the same linearization, of the same part of branches with adapters.
 
     Raises:
-        CheckpointError: They are of different architectures, or by different linearizations.
+        CheckpointError: They are of different architectures, by different linearizations, or of different parts.
     """
     names = [layer.name for layer in before], [layer.name for layer in after]
+    if before.adapters != after.adapters:
+        raise CheckpointError(
+            f"two measurements cannot be compared: one is with adapters={before.adapters!r}, the other with "
+            f"adapters={after.adapters!r}, expected the same part of both"
+        )
     if before.linearization != after.linearization or names[0] != names[1]:
         raise CheckpointError(
             f"two checkpoints cannot be compared: one has {len(names[0])} blocks by {before.linearization!r}, the "

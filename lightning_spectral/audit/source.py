@@ -25,6 +25,9 @@ __all__ = ["ADAPTER", "Source", "find_source", "find_transformers_source", "refu
 _PARAMETRIZED = re.compile(r"(.*\.|)parametrizations\.(\w+)\.original")
 _DEPTH = 4  # components of a prefix, as in "trainer.module.net.encoder."
 _MOST_DICTS = 16
+_QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|g_idx|weight_packed|(weight\.)?absmax|quant_map|SCB|weight_scale(_inv)?)$|_blocks$"
+)
 
 ADAPTER = re.compile(r"(.*\.|)(lora_(?!dropout)\w+|lok[rh]_\w+|hada_\w+|ia3_l|oft_[rs]|vera_lambda_\w+|boft_\w+)(\.|$)")
 """A weight that is added to another one, or multiplies it, by the names that libraries give; before it, whose."""
@@ -157,11 +160,12 @@ def _refuse_copies(checkpoint: Checkpoint, found: Mapping[str, Pieces], best: st
 
     mine = whole(best)
     taken = set(chain.from_iterable(mine.values()))
-    others = [prefix for prefix in found if mine and whole(prefix).keys() >= mine.keys()]
-    copies = [prefix for prefix in others if taken.isdisjoint(chain.from_iterable(whole(prefix).values()))]
+    models = {prefix: whole(prefix) for prefix in found if mine and len(found[prefix]) >= len(mine)}
+    others = [prefix for prefix, names in models.items() if names.keys() >= mine.keys()]
+    copies = [prefix for prefix in others if taken.isdisjoint(chain.from_iterable(models[prefix].values()))]
     if copies:
         # A library may look behind a prefix by itself: the longer way to the same weights is the one to name.
-        same = [prefix for prefix in others if whole(prefix) == mine and not copies[0].startswith(prefix)]
+        same = [prefix for prefix in others if models[prefix] == mine and not copies[0].startswith(prefix)]
         one, two = (same or [best])[0], copies[0]
         keys = " or ".join(f"key={printable(item.removesuffix('.'))!r}" for item in (two, one) if item)
         raise CheckpointError(
@@ -277,13 +281,20 @@ def refuse_differences(checkpoint: Checkpoint, source: Source, expected: Mapping
         raise CheckpointError(
             f"{printable(checkpoint.path)}: {len(absent)} of {len(expected)} weights are missing (parametrized ones "
             f"are stored in pieces) and {len(wrong)} have another shape (packed ones do): {problem}"
-            + _remark(checkpoint, [(found, wide) for _, found, wide in wrong])
+            + _remark(checkpoint, source, wrong)
         )
 
 
-def _remark(checkpoint: Checkpoint, wrong: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+def _remark(
+    checkpoint: Checkpoint, source: Source, wrong: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]]
+) -> str:
     """Return what explains weights that do not fit, and the way from there, where something does."""
-    parts = {_parts(found, wide) for found, wide in wrong}
+    packed = any(not source.readers[name]().is_floating_point() for name, *_ in wrong[:1] if name in source.readers)
+    if packed or any(_QUANTIZED.search(name) for name in checkpoint.shapes):
+        return ". They are quantized, which is not read: load the model, dequantize it, and audit what you save of that"
+    if any("flat_param" in name.split(".")[-1] for name in checkpoint.shapes):
+        return ". FSDP has flattened them, which is not read: save the model with its full state dict"
+    parts = {_parts(found, wide) for _, found, wide in wrong}
     if len(parts) == 1 and None not in parts:
         return (
             f". Each of these is one of {parts.pop()} equal parts of a matrix, as model-parallel training stores it: "

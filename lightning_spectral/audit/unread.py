@@ -41,7 +41,8 @@ def unread(checkpoint: Checkpoint, source: Source, blocks: Sequence[ResidualBloc
     if any(branch.aliases for block in blocks for branch in block.branches):
         left = [name for name in left if not _is_one_of(checkpoint, name, used)]
     if left:
-        modules = list(dict.fromkeys(_module(name, used) for name in left))
+        read = {name[: match.end()] for name in used for match in _NUMBER.finditer(name)}
+        modules = list(dict.fromkeys(_module(name, read) for name in left))
         shown = ", ".join(printable(name, 60) for name in modules[:_SHOWN]) + (", ..." if len(modules) > _SHOWN else "")
         yield (
             f"{len(left)} matrices of the file belong to none of {len(blocks)} blocks, though their like do: {shown}"
@@ -61,10 +62,9 @@ def _is_one_of(checkpoint: Checkpoint, name: str, used: Collection[str]) -> bool
     return any(torch.equal(checkpoint.read(other), checkpoint.read(name)) for other in alike)
 
 
-def _module(name: str, used: Collection[str]) -> str:
+def _module(name: str, read: Collection[str]) -> str:
     """Return the outermost layer or expert of a weight in which nothing is read."""
-    places = [name[: match.end()] for match in _NUMBER.finditer(name)]
-    return next((place for place in places if not any(other.startswith(f"{place}.") for other in used)), name)
+    return next((name[: match.end()] for match in _NUMBER.finditer(name) if name[: match.end()] not in read), name)
 
 
 def refuse_unread_adapters(checkpoint: Checkpoint, source: Source, blocks: Sequence[ResidualBlock]) -> None:

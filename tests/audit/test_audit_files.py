@@ -191,7 +191,7 @@ def test_quantized_folders_are_refused_with_their_reason(tmp_path: Path):
         (floats | scales, r"self_attn\.o_proj\.weight holds torch\.float8_e4m3fn, whose scales are not understood"),
         (
             packed,
-            r"12 have another shape \(packed ones do\): model\.layers\.0\.self_attn\.o_proj\.weight is \(512, 1\)",
+            r"12 have another shape .*: .*\.o_proj\.weight is \(512, 1\), .* They are quantized, which is not read",
         ),
     ):
         model.save_pretrained(tmp_path)

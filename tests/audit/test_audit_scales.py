@@ -121,6 +121,10 @@ def test_two_checkpoints_are_compared_by_the_change_of_the_log_ratio(tmp_path: P
     assert lines[1].endswith("+0.6931")
     with pytest.raises(CheckpointError, match="two checkpoints cannot be compared: one has 3 blocks by 'circuit', the"):
         compare(before, measure(model, blocks, linearization="paper"))
+    with pytest.raises(
+        CheckpointError, match="one is with adapters='sum', the other with adapters='base', expected the"
+    ):
+        compare(before, measure(model, blocks, adapters="base"))
 
 
 @pytest.mark.filterwarnings("ignore")

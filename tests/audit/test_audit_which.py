@@ -271,6 +271,32 @@ def test_a_part_of_every_matrix_is_told_by_its_shape(structure: str, tmp_path: P
     assert "Each of these is one of 2 equal parts of a matrix, as model-parallel training stores it" in said
 
 
+STORED: dict[str, tuple[Callable[[str, Tensor], dict[str, Tensor]], str]] = {
+    "two numbers in a byte": (
+        lambda name, value: {name: value[:, ::2].to(torch.uint8)},
+        "They are quantized, which is not read: load the model, dequantize it",
+    ),
+    "GPTQ": (
+        lambda name, value: {name.replace("weight", "qweight"): value.int(), name.replace("weight", "scales"): value},
+        "They are quantized, which is not read",
+    ),
+    "FSDP": (
+        lambda name, value: {name.replace("weight", "_flat_param"): value.flatten()},
+        "FSDP has flattened them, which is not read: save the model with its full state dict",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_weights_in_another_form_are_no_parts_of_matrices(kind: str, state: Any, blocks: Any, tmp_path: Path):
+    store, message = STORED[kind]
+    stored: dict[str, Tensor] = {}
+    for key, value in state.items():
+        stored |= store(key, value) if value.ndim > 1 else {key: value}
+    torch.save(stored, tmp_path / "a.pt")
+    assert message in refused(tmp_path / "a.pt", blocks)
+
+
 def longer(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     """A model with more layers, which are like the last one."""
     more = {
