@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 __all__ = [
@@ -45,6 +45,7 @@ class Factor:
         size: Number of channels of a norm (``None`` for matrices and multipliers).
         adapters: What the model adds to the matrix, such as low-rank adapters: chains of matrices and multipliers, the
             leftmost first. ``rows`` picks rows of the sum.
+        shape: Shape of the stored parameter in the model that the block was found in, ``None`` where it is not known.
     """
 
     role: FactorRole
@@ -54,6 +55,7 @@ class Factor:
     constant: float = 1.0
     size: int | None = None
     adapters: tuple[tuple[Factor, ...], ...] = ()
+    shape: tuple[int, ...] | None = field(default=None, compare=False)
 
     def flat(self) -> Iterator[Factor]:
         """Yield the factor and those of its adapters."""
@@ -187,6 +189,13 @@ class ResidualBlock:
     verified: bool = False
     evidence: str = "trace"
     token_dims: tuple[int, ...] = ()
+
+    @property
+    def doubt(self) -> str | None:
+        """What failed in the self-check, ``None`` where it passed."""
+        if self.verified:
+            return None
+        return self.evidence.removeprefix("trace; not verified: ").replace("hints", "described by hints, not checked")
 
     @property
     def attention_branches(self) -> tuple[Branch, ...]:

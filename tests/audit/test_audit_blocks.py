@@ -61,6 +61,8 @@ BRANCH = ("blocks", 0, "branches", 0)
         (("factors", 0, "rows"), [[0, 2**24, 1]], "rows are not counted upwards from 0"),
         (("factors", 0, "constant"), None, "found 'None', expected a whole number"),
         (("factors", 0, "size"), True, "found 'True', expected a whole number"),
+        (("factors", 0, "shape"), 3, "found a int, expected a list"),
+        (("factors", 0, "shape"), [8, "x"], "found 'x', expected a whole number"),
         (("blocks", 0), [], "found a list, expected a dict"),
         (("blocks", 0, "verified"), 1, "found a int, expected a bool"),
         (("blocks", 0, "evidence"), "x" * 5000, "expected 4096 characters at most"),
@@ -80,6 +82,18 @@ def test_what_is_no_block_is_refused(path: Any, new: Any, message: str, plain: A
         CheckpointError, match=r"a\.ckpt: not readable as the blocks that a monitor has left in a check"
     ):
         audit(tmp_path / "a.ckpt")
+
+
+def test_blocks_from_before_shapes_were_kept_are_read(plain: dict[str, Any], tmp_path: Path):
+    """Sizes are compared where they are known."""
+    model = example("llama").build()
+    older = plain | {"factors": [{key: item[key] for key in item if key != "shape"} for item in plain["factors"]]}
+    assert {factor.shape for block in from_plain(older) for branch in block.branches for factor in branch.factors} == {
+        None
+    }
+    for name, blocks in (("older.ckpt", older), ("newer.ckpt", plain)):
+        torch.save({"state_dict": model.state_dict(), "callbacks": {"m": {"blocks": blocks}}}, tmp_path / name)
+    assert audit(tmp_path / "older.ckpt") == audit(tmp_path / "newer.ckpt")
 
 
 def test_damaged_blocks_are_measured_or_refused(plain: Any, tmp_path: Path):
