@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Call", "Operation", "Place", "Ref", "Tape", "bits", "wide_dtype"]
+__all__ = ["Call", "Operation", "Place", "Ref", "Tape", "bits", "probe_device", "probe_dtype"]
 
 
 class Ref(NamedTuple):
@@ -49,21 +50,31 @@ class Operation:
 
 @dataclass(slots=True)
 class Call:
-    """One call of one module. ``outputs`` pairs the place in the returned structure with the value found there."""
+    """One call of one module.
+
+    Attributes:
+        index: Number of the call.
+        path: Path of the module.
+        parent: Number of the call around it, −1 for none.
+        inputs: The values among the arguments.
+        outputs: The values in what it returned, each with its place there (index, key or field; ``None`` for itself).
+    """
 
     index: int
     path: str
     parent: int
+    inputs: tuple[int, ...] = ()
     outputs: tuple[tuple[int | str | None, int], ...] = ()
 
 
 class Tape:
     """The recorded graph.
 
-    Values are numbered in the order of their creation; ``tensors[v]`` is the recorded content, ``producers[v]`` the
+    Values are numbered in the order of their creation. ``tensors[v]`` is the recorded content, ``producers[v]`` the
     index of the operation that made it (−1 for inputs, parameters and constants), ``names[v]`` the attribute path of a
-    parameter or buffer. ``ancestors[v]`` is a bit set over values and includes ``v``; ``data`` is the bit set of the
-    values that depend on the model's inputs.
+    parameter or buffer, ``attributes[path]`` the value of a weight that a module computes anew for every pass.
+    ``ancestors[v]`` is a bit set over values and includes ``v``; ``data`` is the bit set of the values that depend on
+    the model's inputs.
     """
 
     def __init__(self) -> None:
@@ -74,6 +85,7 @@ class Tape:
         self.producers: list[int] = []
         self.places: list[Place] = []
         self.names: dict[int, str] = {}
+        self.attributes: dict[str, int] = {}
         self.ancestors: list[int] = []
         self.readers: defaultdict[int, list[int]] = defaultdict(list)
         self.data = 0
@@ -93,6 +105,13 @@ class Tape:
     def is_data(self, value: int) -> bool:
         """Whether the value depends on the inputs of the model, and not on parameters and constants alone."""
         return bool(self.data >> value & 1)
+
+    def count_as_data(self, value: int) -> None:
+        """Count a value, and all that was computed from it, as depending on the inputs of the model."""
+        for other in range(value, len(self.tensors)):
+            if self.depends(other, value):
+                self.data |= 1 << other
+        self.products.clear()
 
     def producer(self, value: int) -> Operation | None:
         """Return the operation that made a value, ``None`` for inputs, parameters and constants."""
@@ -136,23 +155,33 @@ class Tape:
         return [value for value in bits(mask) if self.depends(value, start)]
 
     def wide(self, value: int) -> Tensor:
-        """Return the recorded content in float64, so that a probe sees structure instead of rounding."""
-        tensor = self.tensors[value].detach()
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            return tensor
+        """Return the recorded content in float64, so that a probe sees structure instead of rounding.
+
+        It is on the device of the pass, or on the CPU where that device has no float64.
+        """
         if value in self._wide:
             return self._wide[value]
-        result = tensor.to(wide_dtype(tensor))
-        if value not in self.names:  # a copy of every parameter would double the model
+        tensor = self.tensors[value].detach()
+        floats = tensor.is_floating_point() or tensor.is_complex()
+        result = tensor.to(probe_device(tensor.device), probe_dtype(tensor) if floats else tensor.dtype)
+        if result is not tensor and value not in self.names:  # a copy of every parameter would double the model
             self._wide[value] = result
         return result
 
 
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which probes run on the tensor's device."""
-    if tensor.is_complex():
-        return torch.complex128
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+def probe_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of what probes put in the place of a tensor."""
+    return torch.complex128 if tensor.is_complex() else torch.float64
+
+
+@cache
+def probe_device(device: torch.device) -> torch.device:
+    """Return the device on which probes run for a pass on some device: the CPU for one without float64."""
+    try:
+        float(torch.ones(1, dtype=torch.float64, device=device) + 1)
+    except (RuntimeError, TypeError, AssertionError):  # Apple's, many of Intel's; or none such is in this machine
+        return torch.device("cpu")
+    return device
 
 
 def bits(mask: int) -> Iterator[int]:
