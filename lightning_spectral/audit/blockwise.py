@@ -83,7 +83,7 @@ def audit(
     found, source = _structure(checkpoint, blocks, config)
     _refuse_unplaced_scales(checkpoint, found, source)
     refuse_unread_adapters(checkpoint, source, found)
-    notes = (*checkpoint.notes, *unread(checkpoint, source, found))
+    notes = (*checkpoint.notes, *unread(checkpoint, source, found), *_unverified(found))
 
     def measure(block: ResidualBlock) -> LayerMeasurement:
         with _fitting(path, block):
@@ -139,6 +139,17 @@ def _structure(
             "--config), or pass the blocks of a model of your own: audit(path, find_blocks(model))"
         )
     return from_config(checkpoint, read_json(file), file)
+
+
+def _unverified(blocks: Sequence[ResidualBlock]) -> Iterator[str]:
+    """Yield a sentence on the blocks whose structure is in doubt: nobody who reads a table has seen the blocks."""
+    doubtful = [block for block in blocks if not block.verified and block.evidence != "hints"]
+    if doubtful:
+        first = doubtful[0]
+        yield (
+            f"the self-check failed on {len(doubtful)} of {len(blocks)} blocks, whose numbers may not be those of "
+            f"their branches: {printable(first.name, 60)} ({printable(first.evidence, 200)})"
+        )
 
 
 def _shapes(blocks: Sequence[ResidualBlock]) -> dict[str, tuple[int, ...] | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,19 @@ def test_blocks_from_before_shapes_were_kept_are_read(plain: dict[str, Any], tmp
     for name, blocks in (("older.ckpt", older), ("newer.ckpt", plain)):
         torch.save({"state_dict": model.state_dict(), "callbacks": {"m": {"blocks": blocks}}}, tmp_path / name)
     assert audit(tmp_path / "older.ckpt") == audit(tmp_path / "newer.ckpt")
+
+
+def test_a_failed_self_check_is_told(tmp_path: Path):
+    """But not of blocks that the user has described: those are not checked."""
+    model = example("llama").build()
+    found = find_blocks(model)
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    for evidence, notes in (("trace; not verified: why", 1), ("hints", 0)):
+        audited = audit(tmp_path / "a.pt", (replace(found[0], verified=False, evidence=evidence), *found[1:]))
+        assert len(audited.notes) == notes
+        assert all(
+            "failed on 1 of 3 blocks" in note and f"{found[0].name} ({evidence})" in note for note in audited.notes
+        )
 
 
 def test_damaged_blocks_are_measured_or_refused(plain: Any, tmp_path: Path):
