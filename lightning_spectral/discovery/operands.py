@@ -12,7 +12,7 @@ from lightning_spectral.discovery.operations import (
 )
 from lightning_spectral.discovery.tape import Operation, Tape
 
-__all__ = ["UnmeasurableError", "normalized_operand", "value_operand"]
+__all__ = ["UnmeasurableError", "is_statistic", "normalized_operand", "value_operand"]
 
 
 class UnmeasurableError(Exception):
@@ -23,20 +23,28 @@ def normalized_operand(tape: Tape, operation: Operation) -> int | None:
     """Return the value that is multiplied by a statistic of itself: a norm written out in elementary operations."""
     if base_name(operation) not in ("mul", "div") or len(operation.inputs) != 2:
         return None
+    if not tape.is_data(operation.outputs[0]):
+        return None  # a weight that is divided by its own norm
     first, second = operation.inputs
     for value, statistic in ((first, second), (second, first)):
         source = tape.producer(statistic)
         while source is not None and source.name in ("expand", "unsqueeze", "_to_copy", "view"):
             statistic = source.inputs[0]
             source = tape.producer(statistic)
-        shape = tape.shape(statistic)
-        if not shape or shape[-1] != 1 or tape.shape(value)[-1] == 1:
+        if not is_statistic(tape, statistic, value):
             continue
         for base in (value, _centred(tape, value)):
             if tape.depends(statistic, base):
                 inside = tape.between(base, statistic)[1:]
                 return None if any(_is_weighted(tape, item) for item in inside) else base
     return None
+
+
+def is_statistic(tape: Tape, statistic: int, value: int) -> bool:
+    """Whether something has one entry for all channels of a value, which stand last, or second in feature maps."""
+    shape = tape.shape(value)
+    whole = (1,) * (len(shape) - len(tape.shape(statistic))) + tape.shape(statistic)
+    return any(whole[dim] == 1 and shape[dim] > 1 for dim in ((-1, 1) if len(shape) == 4 else (-1,)) if shape)
 
 
 def _centred(tape: Tape, value: int) -> int:
