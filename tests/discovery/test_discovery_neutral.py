@@ -12,9 +12,11 @@ import odd
 import pytest
 import restless
 import torch
+from lightning.fabric import Fabric
 from odd import Cache, Odd
 from pictures import assert_same_pictures, pictures
 from restless import Restless, fresh
+from tiny_run import LitGPT
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from zoo import examples
@@ -350,3 +352,24 @@ def test_parametrizations_of_the_users_are_read_without_a_trace() -> None:
     assert all(layer.mlp_norm for layer in measure(model, blocks))
     assert_same_pictures(before, pictures(model))
     assert (random_streams(), Noise.calls) == (streams, calls)
+
+
+def test_what_fabric_would_log_reaches_nobody() -> None:
+    """A LightningModule that Fabric has set up logs through it, and through loggers that it holds itself."""
+
+    class Logging(LitGPT):
+        def forward(self, ids: Tensor) -> Tensor:
+            logits = self.model(ids)
+            self.log("size", logits.detach().mean())
+            self.fabric.log_dict({"half": 0.5})
+            return logits
+
+    fabric, module = Fabric(accelerator="cpu", loggers=odd.Writer()), Logging()
+    wrapped = fabric.setup_module(module)
+    before = pictures(module)
+    assert len(find_blocks(wrapped, IDS)) == len(find_blocks(module, IDS)) == 3
+    assert_same_pictures(before, pictures(module))
+    assert odd.WRITTEN == []
+    wrapped(IDS)
+    assert len(odd.WRITTEN) == 2
+    odd.WRITTEN.clear()

@@ -312,7 +312,7 @@ def test_nested_tensors_are_refused_by_name(layout: torch.layout) -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2).eval().requires_grad_(requires_grad=False)
     ragged = torch.nested.nested_tensor([torch.randn(5, 16), torch.randn(3, 16)], layout=layout)
-    with pytest.raises(ExampleInputError, match="nested tensors, which cannot be traced. Pass a padded batch"):
+    with pytest.raises(ExampleInputError, match=r"nested tensors, which cannot be traced\. Pass a padded batch"):
         find_blocks(encoder, ragged)
     padded, mask = ragged.to_padded_tensor(0.0), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     assert [block.verified for block in find_blocks(encoder, padded, src_key_padding_mask=mask)] == [True, True]
