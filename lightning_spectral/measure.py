@@ -301,7 +301,9 @@ def _agreed(norms: Sequence[SpectralNorm], mesh: DeviceMesh | None) -> list[Spec
     """Return the norms as the first process has them: weights that are not sharded may differ by rounding errors."""
     if mesh is None:
         return list(norms)
-    numbers = torch.tensor([[norm.value or 0.0, norm.error_bound or 0.0] for norm in norms], dtype=torch.float64)
+    numbers = torch.tensor(
+        [[norm.value or 0.0, norm.error_bound or 0.0] for norm in norms], dtype=torch.float64, device="cpu"
+    )
     same = agreed([numbers], [mesh])[0].tolist()
     return [
         norm if norm.value is None else replace(norm, value=value, error_bound=bound)

@@ -123,8 +123,8 @@ def _blocks_on(model: nn.Module, passes: Sequence[Pass], hints: Mapping[str, Any
             found.setdefault(block.name, block)
     numbered = [replace(block, index=index) for index, block in enumerate(found.values())]
     if hints:
-        return Blocks(with_shapes(model, with_hints(model, numbered, hints)))
-    if not numbered:
+        numbered = list(with_hints(model, numbered, hints))
+    elif not numbered:
         raise BlocksNotFoundError(_nothing_found(model, [item.description for item in passes], refusals))
     return Blocks(with_shapes(model, numbered), unseen(model, [item.tape for item in passes]))
 

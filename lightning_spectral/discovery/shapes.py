@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_spectral.discovery.paths import module_at
 from lightning_spectral.records import Factor, Path, ResidualBlock
@@ -48,4 +49,4 @@ def _shape(model: nn.Module, parameter: str) -> tuple[int, ...] | None:
     # A parametrized weight is computed when it is asked for; what it is computed from is stored.
     parametrized = isinstance(inner, nn.ModuleDict) and name in inner
     value = getattr(inner[name], "original", None) if parametrized else getattr(module, name, None)
-    return tuple(value.shape) if isinstance(value, Tensor) else None
+    return tuple(value.shape) if isinstance(value, Tensor) and not is_lazy(value) else None

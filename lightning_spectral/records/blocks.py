@@ -199,13 +199,13 @@ class ResidualBlock:
 
     @property
     def attention_branches(self) -> tuple[Branch, ...]:
-        """The branches whose sum is the attention of the block: those of attention, or other mixers without any."""
+        """The branches that make up the attention by their sum; other token mixers where nothing attends."""
         attention = tuple(branch for branch in self.branches if branch.kind == "attention")
         return attention or tuple(branch for branch in self.branches if branch.kind == "mixer")
 
     @property
     def mlp_branches(self) -> tuple[Branch, ...]:
-        """The branches whose sum is the MLP of the block: those that act on each token alone."""
+        """The branches that make up the MLP by their sum. They act on each token alone."""
         return tuple(branch for branch in self.branches if branch.kind == "mlp")
 
     @property
