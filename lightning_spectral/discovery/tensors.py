@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_spectral.discovery.flattened import flattened
 from lightning_spectral.discovery.paths import resolve
@@ -63,14 +67,19 @@ def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
     """Fetch a parameter by attribute path without side effects.
 
     Reading a ``spectral_norm``-parametrized weight in training mode advances its power iteration, so parametrizations
-    are in evaluation mode meanwhile.
+    are in evaluation mode meanwhile. A weight that a hook makes anew for every forward pass (pruning, and the norms of
+    ``torch.nn.utils`` that are no parametrizations) is made of its parts as they are now: the attribute is the weight
+    of the last pass, before the last step.
 
     Args:
         model: The model.
-        path: Attribute path of a parameter, a buffer or a parametrized weight.
+        path: Attribute path of a parameter, a buffer or a computed weight.
 
     Yields:
         The tensor.
+
+    Raises:
+        ConfigurationError: It is made by a hook of an unknown kind.
     """
     owner, _, attribute = path.rpartition(".")
     module = resolve(model, owner) if owner else model
@@ -81,9 +90,31 @@ def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
     for item in inner:
         item.training = False
     try:
-        tensor = getattr(module, attribute)
+        tensor = _made_by_hook(module, attribute, path)
+        tensor = getattr(module, attribute) if tensor is None else tensor
         assert isinstance(tensor, Tensor)
         yield tensor
     finally:
         for item, training in modes:
             item.training = training
+
+
+def _made_by_hook(module: nn.Module, attribute: str, path: str) -> Tensor | None:
+    """Return the weight that a hook would make for a forward pass in evaluation mode, ``None`` where none makes it."""
+    if not isinstance(vars(module).get(attribute), Tensor) or not module._forward_pre_hooks:
+        return None  # it is a parameter, a buffer, or made by a property
+    hook: Any
+    for hook in module._forward_pre_hooks.values():
+        made: Tensor | None = None
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == attribute:
+            made = hook.apply_mask(module)  # type: ignore[no-untyped-call]
+        elif isinstance(hook, WeightNorm) and hook.name == attribute:
+            made = hook.compute_weight(module)
+        elif isinstance(hook, SpectralNorm) and hook.name == attribute:
+            made = hook.compute_weight(module, do_power_iteration=False)
+        if made is not None:
+            return made
+    raise ConfigurationError(
+        f"{path} is made by a hook in every forward pass and was last made before the last step: expected a parameter, "
+        "or a weight that torch.nn.utils.parametrize makes"
+    )
