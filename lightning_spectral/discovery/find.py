@@ -19,7 +19,7 @@ from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
 from lightning_spectral.linalg.flattened import is_flattened
 from lightning_spectral.records import ResidualBlock
 
-__all__ = ["attempted_calls", "blocks_in_calls", "find_blocks", "recorded"]
+__all__ = ["attempted_calls", "blocks_in_calls", "find_blocks", "passed", "recorded"]
 
 _HATCH = """If the model has residual blocks, describe them (paths relative to the block, * for one path component):
 
@@ -97,14 +97,7 @@ def blocks_in_calls(
     blocks: list[ResidualBlock] = []
     refusals: list[str] = []
     for module, args, kwargs in calls:
-        try:
-            tape = record(model, _call(module, args, dict(kwargs)), (args, dict(kwargs)))
-        except Exception as error:  # whatever the user's forward raises
-            raise ExampleInputError(
-                f"{type(module).__name__} cannot be run again on the input of its first pass: "
-                f"{type(error).__name__}: {_short(error)}"
-            ) from error
-        found, refused = blocks_of(tape, model)
+        found, refused = blocks_of(passed(model, module, args, kwargs), model)
         blocks += found
         refusals += refused
     numbered = [replace(block, index=index) for index, block in enumerate(blocks)]
@@ -155,6 +148,21 @@ def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         "Tried:"
     )
     raise ExampleInputError("\n".join([advice, *(attempts or ["  nothing: the model gives no sign of what it takes"])]))
+
+
+def passed(model: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tape:
+    """Record a pass of a module of a model, under the names that the model has.
+
+    Raises:
+        ExampleInputError: It failed.
+    """
+    try:
+        return record(model, _call(module, args, dict(kwargs)), (args, dict(kwargs)))
+    except Exception as error:  # whatever the user's forward raises
+        raise ExampleInputError(
+            f"{type(module).__name__} cannot be run again on the input of its first pass: "
+            f"{type(error).__name__}: {_short(error)}"
+        ) from error
 
 
 def _refuse_sharded(model: nn.Module) -> None:
