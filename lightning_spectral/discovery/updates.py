@@ -70,15 +70,19 @@ class UpdateWatch:
         self.passes = Passes()
         self.error: Exception | None = None
         self._listeners: list[Listener] = []
+        self._fused = True
 
     def __enter__(self) -> UpdateWatch:
-        """Begin to listen; the last pass counts."""
+        """Begin to listen; the last pass counts. Sites are run as modules meanwhile, and not by a fused kernel."""
+        self._fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Leave the model as it was."""
         self.stop()
+        torch.backends.mha.set_fastpath_enabled(self._fused)
 
     def start(self, passes: Passes | None = None, *, leave_out: Callable[[nn.Module], bool] | None = None) -> None:
         """Begin to listen, unless it does already.

@@ -226,6 +226,12 @@ class SpectralMonitor(Callback):
         if self._session is not None:
             self._session.begin_batch(batch)
 
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """See whether the weights that the forward pass has used are those that were measured."""
+        # Behind a forward pass some sharded weights are whole for a while. Before the step they are shards again.
+        if self._session is not None and not will_shard(trainer.strategy):
+            self._session.in_use()
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check once that every scale is alive."""
         if self._steering is not None:

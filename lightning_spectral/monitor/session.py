@@ -100,6 +100,7 @@ class Session:
         self._latest: Measurement | None = None  # of all processes
         self._weights: dict[str, tuple[bool, int]] = {}  # fingerprint of those that were measured last
         self._weights_step = 0  # and what the Trainer had counted then
+        self._unseen = False  # whether weights may have been changed up to the forward pass of this batch
         self._uncounted = 0  # batches since the Trainer has counted a step
         self._counted = trainer.global_step
         self._failures = 0  # in a row
@@ -119,7 +120,9 @@ class Session:
 
     def begin_batch(self, batch: Any) -> None:
         """Have measured the weights that the batch will use, and listen to how it uses them."""
-        self._look_again()
+        self._unseen = self._module.automatic_optimization
+        if not self._unseen:  # by hand, weights may be changed within the batch in ways that Lightning does not see
+            self._look_again()
         self._look_if_due(self._step())
         if self._look is not None:
             self._look = replace(self._labelled(self._look), settled=True)
@@ -128,8 +131,15 @@ class Session:
         if self._awaits_forward:
             self._awaits_forward, self._first_forward = False, FirstForward(self._module, batch)
 
+    def in_use(self) -> None:
+        """Look whether the weights that the forward pass has used are those that were measured."""
+        if self._unseen and self._look is not None and self._look.settled:
+            self._unseen = False
+            self._look_again()
+
     def before_step(self) -> None:
         """Act on the measurement of the weights that the optimizer is about to change."""
+        self.in_use()
         if self._look is None or not self._look.settled:
             return
         # By hand, another model may step first, and this one has not even run yet.
@@ -266,6 +276,7 @@ class Session:
         if self._look is not None and self.meter is not None and not self._unchanged(self.meter):
             look, self._look = self._look, None
             self._measure(look.meter, look.measurement.step, look.index)
+            self._look = self._look and replace(self._look, settled=look.settled)
 
     def _labelled(self, look: _Look) -> _Look:
         """Label a measurement anew: a Trainer that resumes brings its counts up to date only when it begins a batch."""
