@@ -125,7 +125,7 @@ class Session:
             self._look_again()
         self._look_if_due(self._step())
         if self._look is not None:
-            self._look = replace(self._labelled(self._look), settled=True)
+            self._look = replace(self._labelled(self._look, self._step()), settled=True)
             if self._batch_watch is not None:
                 self._batch_watch.start()
         if self._awaits_forward:
@@ -218,7 +218,11 @@ class Session:
         waits = self._uncounted > 1 and self._uncounted % self._monitor.every_n_steps
         if self.series.counts_batches or self.meter is None or waits or self._weights_step != self._counted:
             return
-        self.series.counts_batches = not self._unchanged(self.meter)
+        if self._unchanged(self.meter):
+            return
+        self.series.counts_batches = True
+        if self._look is not None:  # taken before the first batch of which this can be known
+            self._look = self._labelled(self._look, max(self._counted, self._look.index), self._look.index)
 
     # Finding the blocks.
 
@@ -275,12 +279,12 @@ class Session:
         """Measure again, from where the last measurement began, if the weights are others by now."""
         if self._look is not None and self.meter is not None and not self._unchanged(self.meter):
             look, self._look = self._look, None
-            self._measure(look.meter, look.measurement.step, look.index)
-            self._look = self._look and replace(self._look, settled=look.settled)
+            self._measure(look.meter, look.measurement.step, look.index, settled=look.settled)
 
-    def _labelled(self, look: _Look) -> _Look:
+    def _labelled(self, look: _Look, step: int, index: int | None = None) -> _Look:
         """Label a measurement anew: a Trainer that resumes brings its counts up to date only when it begins a batch."""
-        return replace(look, measurement=replace(look.measurement, step=self._step()), index=self._index())
+        index = self._index() if index is None else index
+        return replace(look, measurement=replace(look.measurement, step=step), index=index)
 
     def _look_at_last(self, *, also: bool = False) -> None:
         """Measure the weights that the user will get if they are not those that were measured last, or if told to."""
@@ -288,7 +292,8 @@ class Session:
             return
         if self._look is not None:
             self._look_again()
-            self._look = self._look and self._labelled(self._look)
+            if self._look is not None:
+                self._look = self._labelled(self._look, self._step())
         elif also or (self._latest is not None and not self._unchanged(self.meter)):
             self._measure(self.meter, self._step(), self._index())
 
@@ -299,7 +304,7 @@ class Session:
         """Whether no process sees other weights than those that were measured last."""
         return self.peers.agree(same_weights(self._weights, fingerprint(meter.model, meter.blocks)))
 
-    def _measure(self, meter: Meter, step: int, index: int) -> None:
+    def _measure(self, meter: Meter, step: int, index: int, *, settled: bool = False) -> None:
         """Measure, together with the other processes, and publish it; called at the same steps in all of them."""
         self.meter = copy.copy(meter)  # what a meter remembers is replaced and never changed
         if not self._guard("measuring", self._take_part, self.meter, step):
@@ -313,7 +318,7 @@ class Session:
                 f"SpectralMonitor found residual scales that differ between processes at step {measurement.step}: "
                 "something else has changed them in one process. It steers no more in this run"
             )
-        self._look, self._latest = _Look(measurement, index, meter), measurement
+        self._look, self._latest = _Look(measurement, index, meter, settled), measurement
         _, memory = observe(self.series.memory, measurement)
         self._guard("publishing", self.outlets.publish, self._trainer, self._module, self._values(measurement, memory))
 
