@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_spectral.discovery.listen import Listener, listen, stop_listening
 from lightning_spectral.discovery.paths import common_parts, compiled_entries, module_at
 from lightning_spectral.errors import ExampleInputError
-from lightning_spectral.records import ResidualBlock
+from lightning_spectral.records import Blocks, ResidualBlock
 
 __all__ = ["Call", "FirstForward", "holds_any", "trained_blocks"]
 
@@ -101,23 +101,26 @@ def holds_any(module: nn.Module, parameters: Collection[int]) -> bool:
     return any(id(parameter) in parameters for parameter in module.parameters())
 
 
-def trained_blocks(
-    model: nn.Module, blocks: Sequence[ResidualBlock], trained: Collection[Tensor]
-) -> tuple[ResidualBlock, ...]:
+def trained_blocks(model: nn.Module, blocks: Sequence[ResidualBlock], trained: Collection[Tensor]) -> Blocks:
     """Leave out the blocks of models in the model that are not trained at all, such as a teacher's.
 
     Where the paths of the blocks part by a name, and not by a number in a stack, there are several models. Frozen
     layers of a stack stay. Where nothing that has blocks is trained, all of them stay.
     """
+    notes = getattr(blocks, "notes", ())
     names = [block.name.split(" + ")[0] for block in blocks]
     depth = len(common_parts(names))
     heads = {block: name.split(".")[: depth + 1] for block, name in zip(blocks, names, strict=True)}
     if any(len(head) <= depth or head[-1].isdigit() for head in heads.values()):
-        return tuple(blocks)
+        return Blocks(blocks, notes)
     held = set(map(id, trained))
     alive = {name: _is_held(model, name, held) for name in map(".".join, heads.values())}
     kept = tuple(block for block in blocks if alive[".".join(heads[block])])
-    return tuple(replace(block, index=index) for index, block in enumerate(kept)) or tuple(blocks)
+    if len(kept) in (0, len(blocks)):
+        return Blocks(blocks, notes)
+    left_out = ", ".join(name for name in alive if not alive[name])
+    note = f"left out, because nothing in it is trained: {left_out} ({len(blocks) - len(kept)} blocks)"
+    return Blocks((replace(block, index=index) for index, block in enumerate(kept)), (*notes, note))
 
 
 def _is_held(model: nn.Module, name: str, parameters: Collection[int]) -> bool:

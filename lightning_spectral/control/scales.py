@@ -87,7 +87,7 @@ class ResidualScale(nn.Module):
     def get_extra_state(self) -> Tensor:
         """Return how to fold the scale away, as bytes: a tensor, because some formats store nothing else."""
         text = json.dumps({"ends": self.ends, "reason": self.reason})
-        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+        return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Ignore what a checkpoint says: the model knows better."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from lightning_spectral.discovery.aside import kept
+from lightning_spectral.discovery.aside.memento import of_library
 from lightning_spectral.discovery.flattened import flattened
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.errors import ConfigurationError
@@ -21,7 +24,7 @@ from lightning_spectral.linalg.flattened import FlatShard
 from lightning_spectral.linalg.sharded import agreed, in_one_piece
 from lightning_spectral.records import Factor, Path
 
-__all__ = ["reading", "small_tensors", "stored"]
+__all__ = ["reading", "refuse_lazy", "small_tensors", "stored"]
 
 _SMALL = ("scale", "pre_norm", "inner_norm", "post_norm")
 
@@ -79,7 +82,7 @@ def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
         The tensor.
 
     Raises:
-        ConfigurationError: It is made by a hook of an unknown kind.
+        ConfigurationError: A hook makes it of the input of a pass, or it belongs to a lazy layer that has not run yet.
     """
     owner, _, attribute = path.rpartition(".")
     module = resolve(model, owner) if owner else model
@@ -90,9 +93,11 @@ def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
     for item in inner:
         item.training = False
     try:
-        tensor = _made_by_hook(module, attribute, path)
-        tensor = getattr(module, attribute) if tensor is None else tensor
+        tensor: object = _made_by_hook(module, attribute, path)
+        tensor = _computed(module, attribute, inner) if tensor is None else tensor
         assert isinstance(tensor, Tensor)
+        if is_lazy(tensor):
+            raise ConfigurationError(f"{path} has no content before the first forward pass, because its layer is lazy")
         yield tensor
     finally:
         for item, training in modes:
@@ -100,21 +105,49 @@ def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
 
 
 def _made_by_hook(module: nn.Module, attribute: str, path: str) -> Tensor | None:
-    """Return the weight that a hook would make for a forward pass in evaluation mode, ``None`` where none makes it."""
-    if not isinstance(vars(module).get(attribute), Tensor) or not module._forward_pre_hooks:
+    """Return the weight that hooks would make for a forward pass in evaluation mode, ``None`` where none makes it."""
+    before = vars(module).get(attribute)
+    if not isinstance(before, Tensor) or not module._forward_pre_hooks:
         return None  # it is a parameter, a buffer, or made by a property
     hook: Any
     for hook in module._forward_pre_hooks.values():
-        made: Tensor | None = None
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == attribute:
-            made = hook.apply_mask(module)  # type: ignore[no-untyped-call]
-        elif isinstance(hook, WeightNorm) and hook.name == attribute:
-            made = hook.compute_weight(module)
-        elif isinstance(hook, SpectralNorm) and hook.name == attribute:
-            made = hook.compute_weight(module, do_power_iteration=False)
-        if made is not None:
-            return made
-    raise ConfigurationError(
-        f"{path} is made by a hook in every forward pass and was last made before the last step: expected a parameter, "
-        "or a weight that torch.nn.utils.parametrize makes"
-    )
+            return hook.apply_mask(module)  # type: ignore[no-any-return, no-untyped-call]
+        if isinstance(hook, WeightNorm) and hook.name == attribute:
+            return hook.compute_weight(module)  # type: ignore[no-any-return]
+        if isinstance(hook, SpectralNorm) and hook.name == attribute:
+            return hook.compute_weight(module, do_power_iteration=False)
+    with kept(module):
+        module.training = False
+        try:
+            for key, hook in module._forward_pre_hooks.items():
+                hook(module, (), {}) if key in module._forward_pre_hooks_with_kwargs else hook(module, ())
+        except Exception as error:  # whatever a hook raises that wants to see the input
+            raise ConfigurationError(
+                f"{path} may be made by a hook in every forward pass, which needs the input of the pass "
+                f"({type(error).__name__}): expected a parameter, or a weight that torch.nn.utils.parametrize makes"
+            ) from error
+        made = vars(module).get(attribute)
+    return made if isinstance(made, Tensor) and made is not before else None
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Refuse a model with layers that have no weights yet, where what is measured depends on all weights.
+
+    Raises:
+        ConfigurationError: There is one.
+    """
+    name = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    if name is not None:
+        raise ConfigurationError(
+            f"{name} has no content before the first forward pass, because its layer is lazy, and what is measured "
+            "depends on it: call the model once on a batch, model(batch), then measure"
+        )
+
+
+def _computed(module: nn.Module, attribute: str, parametrizations: Sequence[nn.Module]) -> object:
+    """Return an attribute that is computed by some parametrizations. The user's own may count, draw or write."""
+    if all(of_library(type(item).__module__) for item in parametrizations):
+        return getattr(module, attribute)
+    with kept(*parametrizations):
+        return getattr(module, attribute)

@@ -10,7 +10,6 @@ wherever the callback stands that saves it, and a run that goes on from there me
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -27,13 +26,12 @@ from lightning_spectral.journal import described
 from lightning_spectral.measure import Meter
 from lightning_spectral.monitor.batch import BatchWatch, unheard
 from lightning_spectral.monitor.fingerprint import fingerprint, same_weights
-from lightning_spectral.monitor.framework import rank_zero_info, rank_zero_warn
+from lightning_spectral.monitor.framework import rank_zero_info, rank_zero_warn, warn
 from lightning_spectral.monitor.outlets import Outlets
 from lightning_spectral.monitor.peers import Peers
 from lightning_spectral.monitor.search import guessed_blocks, shown_blocks, trained_parameters
 from lightning_spectral.monitor.strategies import outermost, will_shard
 from lightning_spectral.records import Measurement, ResidualBlock
-from lightning_spectral.report import one_screen
 from lightning_spectral.series import Series, logged_values
 
 if TYPE_CHECKING:
@@ -183,9 +181,9 @@ class Session:
                 self.series.measured_step = look.measurement.step
             if callable(self._monitor.on_alarm):
                 self._answer([event for event in events if event.level == "alarm"])
-        self._guard("drawing", self.outlets.draw, self._trainer, self.series.batches)
+        self.outlets.draw(self._trainer, self.series.batches)
         if self._latest is not None:
-            rank_zero_info(one_screen(self._latest))
+            self.outlets.print(self._latest)
 
     def abandon(self) -> None:
         """Write down what was measured last of a run that breaks off, and leave no listener in the model."""
@@ -193,6 +191,7 @@ class Session:
             look, self._look = self._look, None
             with suppress(Exception):  # each process for itself: the others may be somewhere else
                 self._write(look, self.series.memory, ())
+        self.outlets.close()
         for listener in (self._first_forward, self._batch_watch):
             if listener is not None:
                 listener.stop()
@@ -250,6 +249,8 @@ class Session:
         read = outermost(self._trainer.strategy, model)
         self.meter = Meter(read, blocks, linearization=rule, solver=monitor.solver, safe_zone=zone)
         self.series.blocks = to_plain(blocks)
+        for note in getattr(blocks, "notes", ()):
+            rank_zero_info(f"SpectralMonitor: {note}")
         if monitor.geometry:
             self._batch_watch = BatchWatch(model, blocks, calls)
             if told := unheard(model, blocks):
@@ -320,7 +321,7 @@ class Session:
             )
         self._look, self._latest = _Look(measurement, index, meter, settled), measurement
         _, memory = observe(self.series.memory, measurement)
-        self._guard("publishing", self.outlets.publish, self._trainer, self._module, self._values(measurement, memory))
+        self.outlets.publish(self._trainer, self._module, self._values(measurement, memory))
 
     def _take_part(self, meter: Meter, step: int) -> None:
         """Measure the share of this process."""
@@ -393,27 +394,31 @@ class Session:
     def _guard(self, what: str, action: Callable[..., None], *args: Any) -> bool:
         """Run one piece of telemetry and return whether it went well, in all processes.
 
-        A failure stops training only if asked to, or if the user can mend it. All processes count the failures of each,
-        so that all of them skip, and give up, alike.
+        A failure stops training only if asked to, or if the user can mend it, before anything was measured. All
+        processes count the failures of each, so that all of them skip, raise and give up alike.
         """
         if self._failures >= PATIENCE:
             return False
-        failure = None
-        try:
-            action(*args)
-        except SpectralError:
-            raise
-        except Exception as error:
-            if self._monitor.on_error == "raise":
-                raise
-            failure = f"{type(error).__name__}: {error}"
-        if self.peers.agree(failure is None):
+        error = _error_of(action, *args)
+        if self.peers.agree(error is None):
             return True
+        mendable = isinstance(error, SpectralError) and self._latest is None
+        if not self.peers.agree(error is None or not (mendable or self._monitor.on_error == "raise")):
+            raise error or SpectralError(f"SpectralMonitor failed in {what} in another process, whose error says why")
+        failure = None if error is None else f"{type(error).__name__}: {error}"
         self._failures += 1
         end = "it is switched off now" if self._failures == PATIENCE else "training goes on"
         told = f"SpectralMonitor failed in {what} ({failure or 'in another process'}); {end}"
         if failure is None or self.peers.rank == 0:
             rank_zero_warn(told)
         else:  # the process that knows why
-            warnings.warn(told, stacklevel=2)
+            warn(told)
         return False
+
+
+def _error_of(action: Callable[..., None], *args: Any) -> Exception | None:
+    try:
+        action(*args)
+    except Exception as error:
+        return error
+    return None

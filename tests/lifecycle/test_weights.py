@@ -282,12 +282,26 @@ def each_matrix(module: LitGPT, change: Callable[[nn.Module], object]) -> None:
             change(layer)
 
 
+def drawing(layer: nn.Module) -> None:
+    """A maker of the user's own, which counts its calls and draws numbers."""
+    layer.weight_whole, layer.calls = layer.weight, 0  # type: ignore[assignment]
+    del layer._parameters["weight"]
+
+    def make(layer: Any, args: Any) -> None:
+        layer.calls += 1
+        layer.weight = layer.weight_whole / 2 + 0 * torch.randn(())
+
+    make(layer, ())
+    layer.register_forward_pre_hook(make)
+
+
 MAKERS: dict[str, Callable[[nn.Module], object]] = {
     "pruned": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.4),
     "pruned twice": lambda layer: [prune.random_unstructured(layer, "weight", amount=0.2) for _ in range(2)],
     "weight norm": nn.utils.weight_norm,
     "spectral norm": nn.utils.spectral_norm,
     "weight norm, parametrized": nn.utils.parametrizations.weight_norm,
+    "the user's own": drawing,
 }
 
 
@@ -305,38 +319,36 @@ def test_weights_that_a_hook_makes_are_those_of_the_next_pass(tmp_path: Path, ma
     assert_true(tmp_path, module)
 
 
-@pytest.mark.parametrize("maker", ["pruned", "weight norm", "spectral norm"])
+@pytest.mark.parametrize("maker", ["pruned", "weight norm", "spectral norm", "the user's own"])
 def test_such_a_weight_is_read_without_a_side_effect(maker: str):
     torch.manual_seed(0)
     layer = nn.Linear(4, 3)
     MAKERS[maker](layer)
     layer.train()
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    attribute = layer.weight
+    attribute, stream, calls = layer.weight, torch.get_rng_state(), getattr(layer, "calls", None)
     with reading(nn.ModuleDict({"layer": layer}), "layer.weight") as weight:
         made = weight.detach().clone()
     assert layer.weight is attribute
+    assert layer.training
+    assert getattr(layer, "calls", None) == calls
+    assert torch.equal(torch.get_rng_state(), stream)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
     layer.eval()(torch.zeros(1, 4))
     assert torch.equal(layer.weight, made)
 
 
-def test_a_weight_of_an_unknown_hook_has_a_reason_and_no_norm(tmp_path: Path):
-    def halved(layer: nn.Module, args: Any) -> None:
-        layer.weight = layer.weight_whole / 2
-
+def test_a_weight_that_a_hook_makes_of_the_input_has_a_reason_and_no_norm(tmp_path: Path):
     class Made(LitGPT):
         def on_train_start(self) -> None:
             layer = self.model.blocks[1].mlp[2]
-            layer.weight_whole = layer.weight
-            del layer._parameters["weight"]
-            halved(layer, ())
-            layer.register_forward_pre_hook(halved)
+            drawing(layer)
+            layer.register_forward_pre_hook(lambda layer, args: args[0].shape and None)
 
     fit(tmp_path, SpectralMonitor(2, on_error="raise"), module=Made(), max_steps=4)
     layers = read_journal(tmp_path / "spectral.jsonl")[1][-1]["layers"]
     assert [layer["mlp_norm"] is None for layer in layers] == [False, True, False]
-    assert "is made by a hook in every forward pass" in layers[1]["mlp_reason"]
+    assert "may be made by a hook in every forward pass, which needs the input" in layers[1]["mlp_reason"]
 
 
 @pytest.mark.parametrize("permanent", [True, False])
