@@ -196,8 +196,9 @@ class Encoder(LightningModule):
         if not self.frozen:
             self.eval()
             with torch.no_grad():
-                loss = loss + self(ids).mean()  # fused
+                seen = self(ids).mean()  # fused
             self.train()
+            loss = loss + seen
         self.losses.append(loss.item())
         return loss
 
