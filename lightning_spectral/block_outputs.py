@@ -45,7 +45,7 @@ class BlockOutputs:
     def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
         shared = next((block.token_dims for block in blocks if block.token_dims), (1,))
         self._model = model
-        self._blocks = [(block.index, block.name, block.token_dims or shared) for block in blocks]
+        self._blocks = [(block.index, _end(block), block.token_dims or shared) for block in blocks]
         self._listeners: list[Listener] = []
         self.passes = Passes()
         self.error: Exception | None = None
@@ -61,7 +61,7 @@ class BlockOutputs:
             return
         self.passes, self.error = Passes() if passes is None else passes, None
         for index, name, token_dims in self._blocks:
-            module = module_at(self._model, name)
+            module = None if name is None else module_at(self._model, name)
             if module is not None and not (leave_out is not None and leave_out(module)):
                 self._listeners += listen([module], _Outputs(self, index, token_dims))
 
@@ -86,6 +86,15 @@ class BlockOutputs:
         numbers = torch.stack([*measured.values()]).tolist()
         known = [tuple(None if math.isnan(number) else number for number in block) for block in numbers]
         return {index: Geometry(*block) for index, block in zip(measured, known, strict=True)}
+
+
+def _end(block: ResidualBlock) -> str | None:
+    """Return the path of the module that returns the stream behind a block, ``None`` where none does.
+
+    A block that no module is around ends with what is around its last branch, unless that is the branch itself.
+    """
+    *first, last = block.name.split(" + ")
+    return None if first and any(branch.site == last for branch in block.branches) else last
 
 
 class _Outputs:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral import settings
@@ -182,8 +181,6 @@ class SpectralMonitor(Callback):
 
     def _attach(self, steering: Steering, pl_module: LightningModule, *, may_fail: bool) -> None:
         """Attach the scales, also to what was built since the last time."""
-        if may_fail and any(map(is_lazy, pl_module.parameters())):
-            return  # perhaps those have their shapes after the module's own setup
         if self._modules != set(map(id, pl_module.modules())):
             steering.scales = None
         try:

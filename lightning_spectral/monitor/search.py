@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.discovery.find import blocks_in_calls
@@ -59,8 +58,6 @@ def guessed_blocks(
     named = _named(pl_module, wanted)
     if named is not None:
         return named
-    if any(is_lazy(parameter) for parameter in pl_module.parameters()):
-        return None
     try:
         blocks = blocks_of(pl_module, wanted)
     except ExampleInputError:

@@ -207,16 +207,17 @@ class Adversaries(LitGPT):
         return [torch.optim.AdamW(part.parameters(), lr=1e-3) for part in (self.model, self.critic)]
 
 
-def test_the_model_of_one_of_two_optimizers_is_steered(tmp_path: Path):
-    """Every block that the LightningModule's forward runs through: those of the generator."""
+def test_the_models_of_two_optimizers_are_steered(tmp_path: Path):
+    """The one that the LightningModule's forward runs through, and the one beside it, which is trained too."""
     module = heavy(Adversaries())
     monitor = SpectralMonitor(4, ResidualRescaler(patience=1), on_error="raise")
     trainer = fit(tmp_path, monitor, module=module, max_steps=16)
     found = records(tmp_path)
     assert [record["step"] for record in found] == [0, 4, 8, 12, 16]
-    assert {layer["name"] for record in found for layer in record["layers"]} == {f"model.blocks.{i}" for i in range(3)}
-    assert all(name.startswith("model.") for name in scales(module))
-    assert all(abs(value) > 0.1 for value in scales(module).values())
+    both = {f"{model}.blocks.{i}" for model in ("model", "critic") for i in range(3)}
+    assert {layer["name"] for record in found for layer in record["layers"]} == both
+    assert len(scales(module)) == 12
+    assert all(abs(value) > 0.1 for name, value in scales(module).items() if name.startswith("model."))
     assert len(trainer.optimizers) == 2
     assert all(layer["token_residual"] is not None for record in found[1:-1] for layer in record["layers"])
 

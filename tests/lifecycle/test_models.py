@@ -157,7 +157,7 @@ KINDS = {
     partly_frozen: None,
     spectrally_normed: None,
     weight_normed: None,
-    spectrally_normed_by_hooks: "cannot be read: it is computed by the operation 'div'",
+    spectrally_normed_by_hooks: None,
     recomputed: None,
     dropped_layers: None,
 }
