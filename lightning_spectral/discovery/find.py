@@ -22,7 +22,7 @@ from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
 from lightning_spectral.linalg.flattened import is_flattened
 from lightning_spectral.records import Blocks, ResidualBlock
 
-__all__ = ["attempted_calls", "blocks_in_calls", "find_blocks", "passed", "recorded"]
+__all__ = ["Pass", "attempted_calls", "blocks_in_calls", "find_blocks", "passed", "recorded"]
 
 _HATCH = """If the model has residual blocks, describe them (paths relative to the block, * for one path component):
 
