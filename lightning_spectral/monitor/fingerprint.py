@@ -17,6 +17,7 @@ from lightning_spectral.records import ResidualBlock
 __all__ = ["fingerprint", "same_weights"]
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WIDEST = 8  # entries of one byte in the widest integer
 
 
 def fingerprint(model: nn.Module, blocks: Iterable[ResidualBlock]) -> dict[str, tuple[bool, int]]:
@@ -68,4 +69,9 @@ def _held(tensor: Tensor | FlatShard) -> Tensor:
 def _sum(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    return tensor.contiguous().view(_WORDS[tensor.element_size()]).sum(dtype=torch.int64)
+    words = tensor.contiguous().view(_WORDS[tensor.element_size()]).flatten()
+    if words.storage_offset() * words.element_size() % _WIDEST:
+        return words.sum(dtype=torch.int64)
+    # Read as the widest integers, which are added without being converted; sums wrap around, in any order alike.
+    whole = words.numel() // _WIDEST * _WIDEST
+    return words[:whole].view(torch.int64).sum() + words[whole:].sum(dtype=torch.int64)
