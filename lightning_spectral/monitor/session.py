@@ -30,6 +30,7 @@ from lightning_spectral.monitor.framework import rank_zero_info, rank_zero_warn,
 from lightning_spectral.monitor.outlets import Outlets
 from lightning_spectral.monitor.peers import Peers
 from lightning_spectral.monitor.search import guessed_blocks, shown_blocks, trained_parameters
+from lightning_spectral.monitor.steps import Steps
 from lightning_spectral.monitor.strategies import outermost, will_shard
 from lightning_spectral.records import Measurement, ResidualBlock
 from lightning_spectral.series import Series, logged_values
@@ -99,8 +100,7 @@ class Session:
         self._weights: dict[str, tuple[bool, int]] = {}  # fingerprint of those that were measured last
         self._weights_step = 0  # and what the Trainer had counted then
         self._unseen = False  # whether weights may have been changed up to the forward pass of this batch
-        self._uncounted = 0  # batches since the Trainer has counted a step
-        self._counted = trainer.global_step
+        self._steps = Steps(trainer, pl_module, series)
         self._failures = 0  # in a row
         self._told: set[str] = set()
 
@@ -111,7 +111,7 @@ class Session:
         if self.series.measured_step is not None:
             self.outlets.publish(self._trainer, self._module, self.series.values)
         self._search(self._find)
-        self._look_if_due(self._step())
+        self._look_if_due(self._steps.now())
         if self.meter is not None and self._look is None and not self._module.automatic_optimization:
             self._mark(self.meter)
         self._answer(self.series.take_alarms())
@@ -121,9 +121,9 @@ class Session:
         self._unseen = self._module.automatic_optimization
         if not self._unseen:  # by hand, weights may be changed within the batch in ways that Lightning does not see
             self._look_again()
-        self._look_if_due(self._step())
+        self._look_if_due(self._steps.now())
         if self._look is not None:
-            self._look = replace(self._labelled(self._look, self._step()), settled=True)
+            self._look = replace(self._labelled(self._look), settled=True)
             if self._batch_watch is not None:
                 self._batch_watch.start()
         if self._awaits_forward:
@@ -147,8 +147,8 @@ class Session:
 
     def end_batch(self) -> None:
         """Measure if it is due, and do what an alarm asks for."""
-        self._count()
-        step = self._step(done=1)
+        self._notice_uncounted()
+        step = self._steps.now(done=1)
         if self._look is not None and self._look.settled and self._look.measurement.step != step:
             self._conclude()  # the optimizer is one that Lightning does not see
         if self._first_forward is not None:
@@ -164,10 +164,8 @@ class Session:
 
     def end(self) -> None:
         """Measure the final weights, while they are where they were trained."""
-        self._look_at_last(also=self._latest is None or self._latest.step != self._step())
-        for listener in (self._first_forward, self._batch_watch):
-            if listener is not None:
-                listener.stop()
+        self._look_at_last(also=self._latest is None or self._latest.step != self._steps.now())
+        self._stop_listening()
 
     def close(self) -> None:
         """Look whether others have put other weights into their place; write, draw and print the last measurement."""
@@ -192,36 +190,23 @@ class Session:
             with suppress(Exception):  # each process for itself: the others may be somewhere else
                 self._write(look, self.series.memory, ())
         self.outlets.close()
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
         for listener in (self._first_forward, self._batch_watch):
             if listener is not None:
                 listener.stop()
 
-    # Counting.
-
-    def _step(self, *, done: int = 0) -> int:
-        step = self._trainer.global_step
-        return max(step, self._index(done)) if self.series.counts_batches else step
-
-    def _index(self, done: int = 0) -> int:
-        """Return the index at which Lightning logs the next batch, one ahead where this one is done."""
-        loop = self._trainer.fit_loop.epoch_loop
-        stepped: int = loop.on_save_checkpoint().get("_batches_that_stepped", self._trainer.global_step)
-        return stepped + done
-
-    def _count(self) -> None:
-        """Notice optimizers that are called by other names than ``step``, or are none of Lightning's."""
-        if self._trainer.global_step != self._counted or self._module.automatic_optimization:
-            self._counted, self._uncounted = self._trainer.global_step, 0
-            return
-        self._uncounted += 1
-        waits = self._uncounted > 1 and self._uncounted % self._monitor.every_n_steps
-        if self.series.counts_batches or self.meter is None or waits or self._weights_step != self._counted:
-            return
-        if self._unchanged(self.meter):
+    def _notice_uncounted(self) -> None:
+        """See whether weights change although the Trainer counts no step; then batches count as steps."""
+        self._steps.end_batch()
+        doubtful = self._steps.doubtful(self._monitor.every_n_steps) and self._weights_step == self._steps.counted
+        if self.meter is None or not doubtful or self._unchanged(self.meter):
             return
         self.series.counts_batches = True
         if self._look is not None:  # taken before the first batch of which this can be known
-            self._look = self._labelled(self._look, max(self._counted, self._look.index), self._look.index)
+            step = max(self._steps.counted, self._look.index)
+            self._look = replace(self._look, measurement=replace(self._look.measurement, step=step))
 
     # Finding the blocks.
 
@@ -230,8 +215,10 @@ class Session:
             self.meter = None  # in all processes, if one of them has found none
 
     def _find(self) -> None:
-        trained = trained_parameters(self._trainer, self._module)
-        blocks = self._blocks or guessed_blocks(self._module, self._monitor.blocks, trained)
+        blocks = self._blocks
+        if blocks is None:
+            trained = trained_parameters(self._trainer, self._module)
+            blocks = guessed_blocks(self._module, self._monitor.blocks, trained)
         if blocks is None:
             self._awaits_forward = True
         else:
@@ -262,7 +249,7 @@ class Session:
             header |= {"run": self.series.run}
             header["rescaler"] = None if self._steering is None else asdict(self._steering.rescaler)
             header["blocks"] = [described(block) for block in blocks]
-            step = self._step()
+            step = self._steps.now()
             # What is due is measured now, also if the file has it already: it was written at the end of a fit.
             kept = step - 1 if self.series.due(step, monitor.every_n_steps) else step
             self.outlets.open(self._trainer, header, kept if self._goes_on else None)
@@ -274,7 +261,7 @@ class Session:
         if self.meter is None or self._look is not None or rehearsed:
             return
         if self.series.due(step, self._monitor.every_n_steps):
-            self._measure(self.meter, step, self._index(done))
+            self._measure(self.meter, step, self._steps.index(done=done))
 
     def _look_again(self) -> None:
         """Measure again, from where the last measurement began, if the weights are others by now."""
@@ -282,10 +269,10 @@ class Session:
             look, self._look = self._look, None
             self._measure(look.meter, look.measurement.step, look.index, settled=look.settled)
 
-    def _labelled(self, look: _Look, step: int, index: int | None = None) -> _Look:
+    def _labelled(self, look: _Look) -> _Look:
         """Label a measurement anew: a Trainer that resumes brings its counts up to date only when it begins a batch."""
-        index = self._index() if index is None else index
-        return replace(look, measurement=replace(look.measurement, step=step), index=index)
+        measurement = replace(look.measurement, step=self._steps.now())
+        return replace(look, measurement=measurement, index=self._steps.index())
 
     def _look_at_last(self, *, also: bool = False) -> None:
         """Measure the weights that the user will get if they are not those that were measured last, or if told to."""
@@ -294,9 +281,9 @@ class Session:
         if self._look is not None:
             self._look_again()
             if self._look is not None:
-                self._look = self._labelled(self._look, self._step())
+                self._look = self._labelled(self._look)
         elif also or (self._latest is not None and not self._unchanged(self.meter)):
-            self._measure(self.meter, self._step(), self._index())
+            self._measure(self.meter, self._steps.now(), self._steps.index())
 
     def _mark(self, meter: Meter) -> None:
         self._weights, self._weights_step = fingerprint(meter.model, meter.blocks), self._trainer.global_step
