@@ -213,8 +213,7 @@ class SpectralMonitor(Callback):
         known = restored or remembered(trainer, pl_module, self.state_key)
         goes_on = known is not None and (known.measured_step is None or known.reaches(trainer.global_step))
         self._series = known if known is not None and goes_on else new_series(trainer, self.linearization)
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # public, but not declared
-            remember(trainer, pl_module, self.state_key, self._series)
+        remember(trainer, pl_module, self.state_key, self._series)
         blocks = self._early if self._steering is None else self._steering.blocks
         self._session = Session(self, self._series, self._steering, blocks, trainer, pl_module, goes_on=goes_on)
         self._session.begin()

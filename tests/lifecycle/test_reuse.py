@@ -203,8 +203,8 @@ def finished(folder: Path, watch: SpectralMonitor) -> None:
 
 def used_for_a_test(folder: Path, watch: SpectralMonitor) -> None:
     """A test loads the state of the monitor as well."""
-    trainer = fit(folder / "trained", SpectralMonitor(4, auto_rescale=bool(watch.auto_rescale)), max_steps=3)
-    trainer.save_checkpoint(folder / "tested.ckpt")
+    save = Save("on_train_batch_end", folder / "tested.ckpt", 2)
+    fit(folder / "trained", [SpectralMonitor(4, auto_rescale=bool(watch.auto_rescale)), save], max_steps=3)
     module = LitGPT()
     module.test_step = module.validation_step  # type: ignore[assignment]
     flags: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
