@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -44,5 +45,8 @@ class AfterHook:
             setattr(self._module, self._hook, self._own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Return the hook of the copy that is being made: a copy of the module acts on nothing."""
-        return None
+        """Return the hook of the copy of the module that is being made, which is that of its class."""
+        if self._own is not None:
+            return copy.deepcopy(self._own, memo)
+        twin = memo.get(id(self._module))
+        return None if twin is None else getattr(type(twin), self._hook).__get__(twin)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from test_steering import log_scales
 from tiny_run import BLOCKS, VOCABULARY, WIDTH, Block, LitGPT, PickyGPT, TinyGPT, fit, loader
 from torch import Tensor, nn
@@ -357,6 +357,20 @@ def test_an_average_copies_what_is_there_and_keeps_no_hook_of_the_monitor(tmp_pa
     assert len(log_scales(module)) == len(log_scales(average)) == 2 * BLOCKS
     assert callable(average.configure_model)
     assert average.configure_model.__self__ is average
+
+
+def test_a_copy_that_is_made_before_the_module_is_set_up_has_its_own_hooks(tmp_path: Path):
+    class Copies(Callback):
+        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            self.copy = copy.deepcopy(pl_module)
+
+    module, copies = InBoth(), Copies()
+    fit(tmp_path, [SpectralMonitor(1, True), copies], module=module, max_steps=1)
+    assert copies.copy.model is None
+    copies.copy.setup("fit")
+    copies.copy.configure_model()
+    assert len(copies.copy.model.blocks) == BLOCKS
+    assert log_scales(copies.copy) == []
 
 
 # Lazy layers
