@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from lightning_spectral.discovery.paths import module_at
 from lightning_spectral.records import Branch, Factor, Path, ResidualBlock
 
-__all__ = ["CHILD", "log_scale_path", "log_scale_tensor", "scale_module", "with_scales"]
+__all__ = ["CHILD", "common_scale", "log_scale_path", "log_scale_tensor", "scale_module", "with_scales"]
 
 CHILD = "residual_scale"
 """Name of the child module of a site that holds its scale."""
@@ -45,6 +46,11 @@ def log_scale_tensor(model: nn.Module, branch: Branch | None) -> Tensor | None:
     """Return the parameter of shape (1,) that holds the logarithm of a branch's scale, if it has one."""
     module = scale_module(model, branch)
     return None if module is None else getattr(module, "log_scale")  # noqa: B009  # a Module knows no such attribute
+
+
+def common_scale(scales: Sequence[float]) -> float:
+    """Return the residual scale of branches that are added up: the geometric mean, 1 without any."""
+    return float(math.prod(scales) ** (1 / len(scales))) if scales else 1.0
 
 
 def with_scales(model: nn.Module, blocks: Iterable[ResidualBlock]) -> tuple[ResidualBlock, ...]:

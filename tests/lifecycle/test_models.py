@@ -194,7 +194,10 @@ def test_every_kind_of_model_is_steered_where_it_is_measured_and_its_scales_lear
     assert len(scales(module)) == (2 if kind is shared else 2 * BLOCKS)
     assert all(value.item() != 0.0 for value in scales(module).values())
     acted = {action["block"] for action in read_actions(tmp_path / "spectral.jsonl")}
-    normed = kind in (spectrally_normed, spectrally_normed_by_hooks)  # every matrix has norm 1: nothing is out of balance
+    normed = kind in (
+        spectrally_normed,
+        spectrally_normed_by_hooks,
+    )  # every matrix has norm 1: nothing is out of balance
     assert acted == (set() if KINDS[kind] or normed else {layer["index"] for layer in layers(tmp_path)})
 
 
