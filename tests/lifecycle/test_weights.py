@@ -121,7 +121,6 @@ class Changing(Callback):
 @pytest.mark.parametrize(
     ("hook", "first"),
     [
-        ("on_train_batch_end", False),
         ("on_train_batch_start", False),
         ("on_validation_end", True),
         ("on_train_end", False),
@@ -134,7 +133,7 @@ def test_weights_that_another_callback_changes_are_measured_as_they_are_used(tmp
     assert_true(tmp_path, module)
 
 
-OWN_HOOKS = ["on_train_batch_end", "on_train_batch_start", "on_train_epoch_end", "on_train_end", "training_step"]
+OWN_HOOKS = ["on_train_batch_end", "on_train_batch_start", "on_train_end", "training_step"]
 
 
 @pytest.mark.parametrize("hook", OWN_HOOKS)
