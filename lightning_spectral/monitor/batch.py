@@ -40,6 +40,11 @@ class BatchWatch:
         """Whether every block has been seen in a pass that trained."""
         return all(map(self._outputs.passes.trained, self._indices))
 
+    @property
+    def heard(self) -> bool:
+        """Whether any block has run in a pass that counts."""
+        return bool(self._outputs.passes.numbers) or self._outputs.error is not None
+
     def start(self) -> None:
         """Begin to listen, unless it does already (gradient accumulation)."""
         if self._listens:

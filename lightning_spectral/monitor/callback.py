@@ -156,6 +156,8 @@ class SpectralMonitor(Callback):
             ExampleInputError, BlocksNotFoundError: The blocks to steer cannot be found.
         """
         self._stage, self._early = stage, None
+        if stage == "fit":  # what is saved before the first measurement is not of an earlier run
+            self._series = remembered(trainer, pl_module, self.state_key) or Series(self.linearization)
         if self._steering is not None and not self._steering.is_of(pl_module):
             self._steering = Steering(self._steering.rescaler, self.safe_zone)  # another model, another run
         check_strategy(trainer.strategy)

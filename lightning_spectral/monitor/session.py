@@ -331,6 +331,12 @@ class Session:
 
     def _with_tokens(self, watch: BatchWatch, measurement: Measurement) -> Measurement:
         """Add what was heard. What goes wrong with it costs the tokens, and is told once."""
+        if not watch.heard and "heard" not in self._told:
+            self._told.add("heard")
+            rank_zero_info(
+                f"SpectralMonitor: no token geometry at step {measurement.step}, because no block ran in a pass that "
+                "trained; compiled code and passes in evaluation are not heard"
+            )
         try:
             measurement = watch.add_to(measurement)
         except Exception as error:

@@ -356,7 +356,8 @@ WAYS = {"attention in place": in_attention, "MLP wrapped": wrapped_mlp, "MLP bes
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("way", WAYS)
-def test_parts_that_are_compiled_are_compiled_once(tmp_path: Path, way: str):
+def test_parts_that_are_compiled_are_compiled_once(tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
     ends = []
     for name, watch in (("alone", []), ("watched", [SpectralMonitor(2, geometry=True, on_error="raise")])):
         torch.compiler.reset()
@@ -368,5 +369,9 @@ def test_parts_that_are_compiled_are_compiled_once(tmp_path: Path, way: str):
     assert ends[0][0] > 0
     assert_same(*ends)
     values = heard(tmp_path / "watched")[4]
-    assert (None in values) is (way == "the loss")  # the blocks themselves run as they are, but for those of the last
+    assert (None in values) is (way == "the loss")  # elsewhere the blocks themselves run as they are
+    silent = "no token geometry at step 0, because no block ran in a pass that trained; compiled code"
+    assert (silent in caplog.text) is (way == "the loss")
+    partly = "no update ratio, because model.blocks.0."
+    assert (partly in caplog.text) is (way != "the loss")
     assert all(layer["ratio"] is not None for layer in _layers(tmp_path / "watched"))

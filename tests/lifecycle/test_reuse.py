@@ -294,6 +294,18 @@ def test_a_run_that_breaks_off_leaves_the_measurement_of_its_last_weights(tmp_pa
     assert not any("_compiled_call_impl" in vars(part) for part in module.modules())
 
 
+def test_what_is_saved_before_the_first_step_is_not_of_an_earlier_run(tmp_path: Path):
+    class Early(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.state = next(item for item in trainer.callbacks if isinstance(item, SpectralMonitor)).state_dict()
+
+    watch, early = SpectralMonitor(2), Early()
+    fit(tmp_path / "before", watch, max_steps=3)
+    fit(tmp_path / "after", [watch, early], max_steps=3)
+    assert early.state["measured_step"] is early.state["scheduled_step"] is None
+    assert early.state["values"] == {}
+
+
 # The axis
 
 
