@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_spectral.discovery.find import recorded
+from lightning_spectral.discovery.find import passed, recorded
 from lightning_spectral.discovery.probe import Prober
 from lightning_spectral.discovery.recipes import attribute_path
 from lightning_spectral.discovery.replay import execute
@@ -168,7 +168,12 @@ def _behind(term: Term, site: int | None) -> float | None:
 
 
 def branch_functions(
-    model: nn.Module, blocks: Iterable[ResidualBlock], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    blocks: Iterable[ResidualBlock],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    through: nn.Module | None = None,
 ) -> dict[Branch, BranchFunction | str]:
     """Run the model once and return the branches of its blocks as functions.
 
@@ -181,6 +186,7 @@ def branch_functions(
         blocks: The blocks.
         args: Positional arguments of the pass; with no arguments at all, guessed as :func:`find_blocks` does.
         kwargs: Its keyword arguments.
+        through: The module of the model that takes them, by default the model or what it wraps.
 
     Returns:
         For each branch the function, or the reason why there is none: no weight and no module of the branch reaches the
@@ -191,7 +197,7 @@ def branch_functions(
     """
     # Fused attention kernels can be differentiated once; plain arithmetic twice.
     with sdpa_kernel(SDPBackend.MATH):
-        passes = recorded(model, args, kwargs)
+        passes = recorded(model, args, kwargs) if through is None else [passed(model, through, args, kwargs)]
     places = [_Places(item.tape, residual_adds(item.tape, Prober(item.tape))[0]) for item in passes]
     return {branch: _function(places, branch) for block in blocks for branch in block.branches}
 
