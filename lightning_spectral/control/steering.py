@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,20 +14,36 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_spectral.control.fuse import MARKER
 from lightning_spectral.control.law import Action, BlockState, Reading, ResidualRescaler, check_zones, decide
-from lightning_spectral.control.optimizers import check_optimized, forget_momentum, held, lost_steps, with_fresh_scales
-from lightning_spectral.control.scales import ResidualScale, ResidualScales, attach_scales
+from lightning_spectral.control.liveness import Liveness
+from lightning_spectral.control.loading import MARKER, marked, refuse_lost_scales, saved_sites
+from lightning_spectral.control.moves import Moves
+from lightning_spectral.control.optimizers import (
+    check_optimized,
+    forget_momentum,
+    held,
+    lost_steps,
+    own_copies,
+    with_fresh_scales,
+)
+from lightning_spectral.control.scales import (
+    ResidualScale,
+    ResidualScales,
+    attach_scales,
+    attach_to,
+    attach_where_possible,
+    is_frozen,
+    plain_order,
+    trusted_branches,
+)
 from lightning_spectral.discovery import find_blocks
-from lightning_spectral.discovery.paths import is_compiled, resolve
-from lightning_spectral.discovery.scaled import log_scale_tensor, scale_module, with_scales
+from lightning_spectral.discovery.scaled import scale_module, with_scales
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import Branch, LayerMeasurement, Measurement, ResidualBlock
 
 __all__ = ["Steering"]
 
-_Pair = tuple[nn.Module | None, nn.Module | None]
-_MATRICES = {"output", "value", "latent", "down", "up"}
+_Pair = tuple[list[nn.Module], list[nn.Module]]
 
 
 class Steering:
@@ -45,10 +62,16 @@ class Steering:
         self.rescaler, self.safe_zone = rescaler, safe_zone
         self.scales: ResidualScales | None = None
         self.disarmed = False  # the scales of several processes have come apart
-        self._pairs: list[_Pair] = []  # of MLP and attention, by block
-        self._unseen: list[Branch] = []
+        self._left_alone: list[Branch] = []  # found, and not steered
+        self._pairs: list[_Pair] = []  # the scales of MLP and attention, by block
+        self._sites: dict[int, str] = {}  # by the ids of the scales' modules
+        self._liveness: Liveness | None = None
+        self._moves = Moves()
+        self._own_copies = False  # whether optimizers keep copies, which have to be moved too
+        self._undone: set[str] = set()  # sites whose moves do not stay
         self._before: dict[str, Tensor] = {}  # the scales after the last action
         self._told_rounding = False
+        self._told: set[str] = set()
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -56,22 +79,43 @@ class Steering:
         """The blocks that have scales, ``None`` before any were attached."""
         return None if self.scales is None else self.scales.blocks
 
-    def attach(self, model: nn.Module, blocks: Sequence[ResidualBlock] | None) -> None:
+    def attach(
+        self, model: nn.Module, blocks: Sequence[ResidualBlock] | None, others: Iterable[object] = ()
+    ) -> None:
         """Attach the scales to a model, unless they are; a dry run attaches nothing.
 
         Args:
             model: The model.
-            blocks: Its blocks; found in it by default.
+            blocks: Its blocks, all of whose branches get scales; found in it by default. Branches of found blocks that
+                are frozen, or whose self-check failed, are left alone.
+            others: Objects that may hold copies of the model, such as callbacks.
 
         Raises:
             ConfigurationError, BlocksNotFoundError, ExampleInputError: As :func:`attach_scales` does.
         """
         if self.scales is not None and self.scales.model is model:
             return
-        if self.rescaler.dry_run:
-            self._take(ResidualScales(model, with_scales(model, find_blocks(model) if blocks is None else blocks)))
+        if blocks is not None:
+            self._left_alone = []
+            if not self.rescaler.dry_run:
+                attach_scales(model, blocks, learnable=self.rescaler.learnable)
         else:
-            self._take(attach_scales(model, blocks, learnable=self.rescaler.learnable))
+            blocks = find_blocks(model)
+            trusted = trusted_branches(blocks)
+            steered = [branch for branch in trusted if not is_frozen(model, branch)]
+            if trusted and not steered:
+                warnings.warn(
+                    "auto_rescale steers nothing: every branch is frozen. Pass blocks=find_blocks(model) to steer "
+                    "frozen branches",
+                    stacklevel=2,
+                )
+            known = set(steered)
+            self._left_alone = [branch for block in blocks for branch in block.branches if branch not in known]
+            if not self.rescaler.dry_run:
+                attach_where_possible(
+                    model, blocks, steered, learnable=self.rescaler.learnable, others=others
+                )
+        self._take(ResidualScales(model, with_scales(model, blocks)))
 
     def adopt(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
         """Take over the scales that the user attached to a model that was built late.
@@ -89,8 +133,30 @@ class Steering:
 
     def _take(self, scales: ResidualScales) -> None:
         self.scales = scales
-        find = partial(scale_module, scales.model)
-        self._pairs = [(find(block.mlp), find(block.attention)) for block in scales.blocks]
+        self._pairs = [
+            (self._steered(block.mlp_branches), self._steered(block.attention_branches)) for block in scales.blocks
+        ]
+        branches = (branch for block in scales.blocks for branch in block.branches)
+        self._sites = {id(scale_module(scales.model, branch)): branch.site for branch in branches}
+
+    def _steered(self, branches: Sequence[Branch]) -> list[nn.Module]:
+        """Return the scales of a kind, none where one of its branches is left alone: their sum would not follow."""
+        assert self.scales is not None
+        alone = {branch.site for branch in self._left_alone}
+        found = [scale_module(self.scales.model, branch) for branch in branches if branch.site not in alone]
+        whole = [module for module in found if module is not None]
+        return whole if len(whole) == len(branches) else []
+
+    # In the life of a run
+
+    def listen(self, model: nn.Module) -> RemovableHandle:
+        """Hook a model until it has loaded its checkpoint: no scale is lost, also none that this run would not attach.
+
+        Branches that are left alone may have got scales in the run that saved the checkpoint.
+        """
+        hook = partial(_take_in, tuple(self._left_alone), self.rescaler.dry_run)
+        handle: RemovableHandle = model.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+        return handle
 
     def begin(self, optimizers: Sequence[Optimizer]) -> None:
         """Check that the optimizers train the scales; until :meth:`release`, let them load states without scales.
@@ -100,16 +166,40 @@ class Steering:
         """
         if self.scales is None:
             return
+        self._take(ResidualScales(self.scales.model, with_scales(self.scales.model, self.scales.blocks)))
         check_optimized(optimizers, self.scales)
-        self._unseen = [branch for block in self.scales.blocks for branch in block.branches]
-        completed = partial(with_fresh_scales, scales=self.scales.parameters())
-        self._handles += [optimizer.register_load_state_dict_pre_hook(completed) for optimizer in optimizers]
+        every = [item.log_scale for item in self.scales.model.modules() if isinstance(item, ResidualScale)]
+        completed = partial(with_fresh_scales, scales=every, order=plain_order(self.scales.model))
+        self._handles += [
+            optimizer.register_load_state_dict_pre_hook(completed)
+            for optimizer in optimizers
+            if isinstance(optimizer, Optimizer)
+        ]
+
+    def start(self, optimizers: Sequence[Optimizer]) -> None:
+        """Watch from the first step on whether every scale multiplies its branch, and whether moves stay."""
+        if self.scales is not None and not self.rescaler.dry_run:
+            self._liveness = Liveness(self.scales.model, self.scales.blocks)
+            self._moves.start(optimizers)
 
     def release(self) -> None:
-        """Remove the hooks from the optimizers. The scales stay: the model shall go on computing what it did."""
+        """Remove all hooks. The scales stay: the model shall go on computing what it did."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._moves.stop()
+        if self._liveness is not None:
+            self._liveness.release()
+            self._liveness = None
+
+    def check_gradients(self) -> None:
+        """Check after a backward pass that every scale multiplies its branch.
+
+        Raises:
+            ConfigurationError: One does not (see :class:`Liveness`).
+        """
+        if self._liveness is not None:
+            self._liveness.check()
 
     def act(
         self,
@@ -140,63 +230,68 @@ class Steering:
         states = [BlockState.from_dict(values) for values in law] if len(law) == len(readings) else []
         actions, after = decide(self.rescaler, self.safe_zone, measurement.step, readings, states)
         if not self.rescaler.dry_run:
-            forget_momentum(optimizers, self._moved(actions))
+            self._move(actions, list(optimizers))
             self._before = {site: held(scale).clone() for site, scale in self.scales.named_parameters()}
         return actions, [state.to_dict() for state in after]
 
     def _reading(self, layer: LayerMeasurement, block: ResidualBlock, pair: _Pair) -> Reading:
-        dry = self.rescaler.dry_run
-        has_mlp = pair[0] is not None or (dry and block.mlp is not None)
-        has_attention = pair[1] is not None or (dry and block.attention is not None)
+        mlp, attention = map(self._follows, pair, (block.mlp_branches, block.attention_branches))
         return Reading(
             layer.log_ratio,
-            math.log(layer.mlp_scale) if has_mlp else None,
-            math.log(layer.attention_scale) if has_attention else None,
+            math.log(layer.mlp_scale) if mlp else None,
+            math.log(layer.attention_scale) if attention else None,
         )
 
+    def _follows(self, scales: Sequence[nn.Module], branches: Sequence[Branch]) -> bool:
+        """Whether the norm of a kind follows the law."""
+        if self.rescaler.dry_run:
+            alone = {branch.site for branch in self._left_alone}
+            return bool(branches) and not any(branch.site in alone for branch in branches)
+        return bool(scales) and not any(self._sites[id(scale)] in self._undone for scale in scales)
+
     @torch.no_grad()
-    def _moved(self, actions: Iterable[Action]) -> list[Tensor]:
-        """Move the scales and return those that moved."""
-        moved = []
+    def _move(self, actions: Iterable[Action], optimizers: Sequence[Optimizer]) -> None:
+        """Move the scales, those of all branches of a kind alike, and with them the copies that optimizers keep."""
+        moved: dict[str, tuple[nn.Parameter, float]] = {}
         for action in actions:
-            for module, change in zip(self._pairs[action.block], (action.mlp, action.attention), strict=True):
-                if change and module is not None:
-                    scale = getattr(module, "log_scale")  # noqa: B009  # a Module knows no such attribute
-                    moved.append(scale.add_(change))
-        return moved
+            for modules, change in zip(self._pairs[action.block], (action.mlp, action.attention), strict=True):
+                for module in modules if change else ():
+                    scale = module.get_parameter("log_scale")
+                    if self._own_copies:
+                        for copied in (item for optimizer in optimizers for item in own_copies(optimizer, scale)):
+                            copied.add_(change)
+                    scale.add_(change)
+                    moved[self._sites[id(module)]] = scale, change
+        forget_momentum(optimizers, [scale for scale, _ in moved.values()])
+        self._moves.note(moved, optimizers)
 
-    def check_gradients(self) -> None:
-        """Check after a backward pass that every trainable scale received a gradient.
+    def notices(self, optimizers: Sequence[Optimizer]) -> list[str]:
+        """Return what to tell of the steps since the last action. Call it before :meth:`act`."""
+        found = (self._check_rounding(optimizers), self._check_moves(optimizers))
+        return [notice for notice in found if notice is not None]
 
-        A scale whose branch had no part in this pass (a dropped layer) is checked again after the next one.
+    def _check_moves(self, optimizers: Sequence[Optimizer]) -> str | None:
+        """Take note of scales whose last move was undone: find the copies that undid it, or leave the scales alone."""
+        undone = set(self._moves.undone()) - self._undone
+        if not undone or self.scales is None:
+            return None
+        scales = dict(self.scales.named_parameters())
+        if not self._own_copies and all(_has_copies(optimizers, scales[site]) for site in undone):
+            self._own_copies, what = True, "From now on the law moves the copies too"
+        else:
+            self._undone, what = self._undone | undone, "The law leaves such scales alone from now on"
+        if what in self._told:
+            return None
+        self._told.add(what)
+        return (
+            f"{len(undone)} residual scale(s) did not stay where the law had moved them (the first is at "
+            f"{min(undone)!r}): an optimizer that keeps weights of its own writes them back. {what}. To keep the scales "
+            "out of the optimizer, set auto_rescale=ResidualRescaler(learnable=False), and give the optimizer only "
+            "parameters that require gradients"
+        )
 
-        Raises:
-            ConfigurationError: The weights of a branch received gradients and its scale did not: the scale multiplies
-                nothing. The message names the site and says why.
-        """
-        if not self._unseen or self.scales is None:
-            return
-        model = self.scales.model
-        waiting: list[Branch] = []
-        dead: list[Branch] = []
-        for branch in self._unseen:
-            scale = log_scale_tensor(model, branch)
-            if scale is None or not scale.requires_grad or scale.grad is not None or not scale.numel():
-                continue  # an empty one belongs to another process, which checks it
-            (dead if _ran(model, branch) else waiting).append(branch)
-        if dead:
-            told = "; ".join(f"{branch.site} ({_cause_of_death(model, branch)})" for branch in dead)
-            raise ConfigurationError(
-                f"{len(dead)} residual scale(s) received no gradient although the weights of their branches did, so "
-                f"they multiply nothing: {told}"
-            )
-        self._unseen = waiting
-
-    def check_rounding(self, optimizers: Iterable[Optimizer]) -> str | None:
-        """Return what to tell if rounding swallows the steps of scales of 16 bits; it is found out once.
-
-        Call it before :meth:`act`, while the gradients of the last step are there.
-        """
+    def _check_rounding(self, optimizers: Iterable[Optimizer]) -> str | None:
+        """Find out once whether rounding swallows the steps of scales of 16 bits."""
         if self.scales is None or self._told_rounding:
             return None
         scales = dict(self.scales.named_parameters())
@@ -213,31 +308,26 @@ class Steering:
         )
 
     def mark(self, checkpoint: dict[str, Any]) -> None:
-        """Say in a checkpoint that its model has residual scales."""
+        """Say in a checkpoint that its model has residual scales, and which values they have."""
         sites = [] if self.scales is None else [site for site, _ in self.scales.named_parameters()]
         if sites:
-            checkpoint[MARKER] = {"version": 1, "scales": sites}
+            checkpoint[MARKER] = marked(sites, checkpoint.get("state_dict", {}))
 
 
-def _ran(model: nn.Module, branch: Branch) -> bool:
-    """Whether a matrix of the branch received a gradient; a gain may get one from another branch that shares it."""
-    matrices = [factor.parameter for factor in branch.factors if factor.role in _MATRICES and factor.parameter]
-    return any(
-        isinstance(weight := resolve(model, path), nn.Parameter) and weight.grad is not None for path in matrices
-    )
+def _has_copies(optimizers: Iterable[Optimizer], scale: nn.Parameter) -> bool:
+    return any(own_copies(optimizer, scale) for optimizer in optimizers)
 
 
-def _cause_of_death(model: nn.Module, branch: Branch) -> str:
-    site = resolve(model, branch.site) if branch.site else model
-    assert isinstance(site, nn.Module)
-    if not any(hook.__module__ == ResidualScale.__module__ for hook in site._forward_hooks.values()):
-        return "its forward hook was removed; attach_scales puts it back only on a fresh model"
-    if is_compiled(model, branch.site):
-        return (
-            "the model was compiled and run before the scale was attached, and compiled code ignores later hooks; "
-            "attach first, or call torch._dynamo.reset()"
-        )
-    return (
-        "its forward is never called, because something reads its weights directly; name another site in the hints "
-        "for find_blocks"
-    )
+def _take_in(
+    left_alone: tuple[Branch, ...],
+    dry_run: bool,
+    module: nn.Module,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    *rest: Any,
+) -> None:
+    """Load pre-hook of a model. At the top level of a module, and with plain values only: copies may be pickled."""
+    if not dry_run:
+        sites = saved_sites({"state_dict": {key.removeprefix(prefix): value for key, value in state_dict.items()}})
+        attach_to(module, (), [branch for branch in left_alone if branch.site in sites], learnable=False)
+    refuse_lost_scales(module, state_dict, prefix, *rest)

@@ -9,8 +9,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral import settings
 from lightning_spectral.alarms import Event
-from lightning_spectral.control.fuse import MARKER, lost_scales, refuse_lost_scales, scale_keys
+from lightning_spectral.control.fuse import fuse_scales
 from lightning_spectral.control.law import ResidualRescaler
+from lightning_spectral.control.loading import lost_scales, refuse_lost_scales, restore_unsaved, saved_sites
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError
 from lightning_spectral.linalg import Solver
@@ -156,13 +157,14 @@ class SpectralMonitor(Callback):
                 self._early = _found(pl_module, self.blocks)
             return
         check_order(callbacks, self)
-        if is_tensor_parallel(trainer.strategy):
-            return
-        try:
-            self._steering.attach(pl_module, None if self.blocks is None else blocks_of(pl_module, self.blocks))
-        except (BlocksNotFoundError, ExampleInputError):
-            if not overrides(pl_module, "configure_model"):
-                raise
+        if not is_tensor_parallel(trainer.strategy):
+            try:
+                blocks = None if self.blocks is None else blocks_of(pl_module, self.blocks)
+                self._steering.attach(pl_module, blocks, [other for other in callbacks if other is not self])
+            except (BlocksNotFoundError, ExampleInputError):
+                if not overrides(pl_module, "configure_model"):
+                    raise
+        self._load_hook = self._steering.listen(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the optimizers train the scales.
@@ -180,6 +182,8 @@ class SpectralMonitor(Callback):
         """Find the blocks and measure them for the first time; on resume, publish what was measured last."""
         self._session = None
         self._remove_hooks()
+        if self._steering is not None:
+            self._steering.start(trainer.optimizers)
         if trainer.barebones:
             rank_zero_info("SpectralMonitor is off, because the Trainer is barebones")
             return
@@ -235,14 +239,17 @@ class SpectralMonitor(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse to lose scales (a sharded checkpoint is loaded without a word); say where there were none.
 
+        Scales that the checkpoint names and the user's code has left out of it get the values that they had.
+
         Raises:
-            ConfigurationError: The checkpoint has scales and the model has none.
+            ConfigurationError: The checkpoint has scales that the model does not have, or names some without values.
         """
-        message = lost_scales(pl_module, checkpoint.get(MARKER, {}).get("scales", []))
+        sites = saved_sites(checkpoint)
+        message = lost_scales(pl_module, sites)
         if message is not None:
             raise ConfigurationError(message)
-        steers = self._steering is not None and not self._steering.rescaler.dry_run
-        if steers and MARKER not in checkpoint and not scale_keys(checkpoint.get("state_dict", {})):
+        restore_unsaved(pl_module, checkpoint)
+        if not sites and self._steering is not None and not self._steering.rescaler.dry_run:
             rank_zero_info("SpectralMonitor: the checkpoint has no residual scales; they start at 1")
 
     def state_dict(self) -> dict[str, Any]:

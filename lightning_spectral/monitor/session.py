@@ -208,8 +208,8 @@ class Session:
         if self._steering is not None:
             if steer:
                 law, optimizers = self.series.law, self._trainer.optimizers
-                if rounding := self._steering.check_rounding(optimizers):
-                    rank_zero_warn(f"SpectralMonitor, step {measurement.step}: {rounding}")
+                for notice in self._steering.notices(optimizers):
+                    rank_zero_warn(f"SpectralMonitor, step {measurement.step}: {notice}")
                 actions, self.series.law = self._steering.act(measurement, law, optimizers, falling_tokens(memory))
             rescaled = sum(action.moves for action in actions)
         self._latest = measurement

@@ -1,0 +1,104 @@
+"""Whether the moves of scales stay: optimizers that keep weights of their own write them back, and undo the moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["Moves"]
+
+_SLACK = 3.0  # a step of the optimizer may be that much longer than what its rate and the gradient say
+_PART = 0.25  # of a move: what has to be undone before it is told
+
+
+class Moves:
+    """Watches, after every step of the optimizers, the scales that were moved last.
+
+    A move is undone by what changes a scale against the move and is too large for a step of gradient descent.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._sites: list[str] = []
+        self._scales: list[nn.Parameter] = []
+        self._groups: list[Mapping[str, Any] | None] = []
+        self._changes = self._last = self._undone = torch.zeros(0)
+
+    def start(self, optimizers: Iterable[Optimizer]) -> None:
+        """Listen to the optimizers."""
+        self._handles += [
+            optimizer.register_step_post_hook(self._look) for optimizer in optimizers if isinstance(optimizer, Optimizer)
+        ]
+
+    def stop(self) -> None:
+        """Leave no hook in the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def note(self, moved: Mapping[str, tuple[nn.Parameter, float]], optimizers: Iterable[Optimizer]) -> None:
+        """Watch scales from now on, in place of others.
+
+        Args:
+            moved: By their sites the scales, as they are after a move, and the changes of their logarithms. A scale
+                that is cut over several processes is not watched.
+            optimizers: The optimizers.
+        """
+        groups = {
+            id(parameter): group
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        whole = {
+            site: item for site, item in moved.items() if not isinstance(item[0], DTensor) and item[0].numel() == 1
+        }
+        self._sites = list(whole)
+        self._scales = [scale for scale, _ in whole.values()]
+        self._groups = [groups.get(id(scale)) for scale in self._scales]
+        self._last = self._values()
+        self._changes = self._last.new_tensor([change for _, change in whole.values()])
+        self._undone = torch.zeros_like(self._last)
+
+    def undone(self) -> list[str]:
+        """Return the sites of the scales of which a quarter of the last move or more was undone."""
+        parts = (self._undone / self._changes.abs()).tolist()
+        return [site for site, part in zip(self._sites, parts, strict=True) if part >= _PART]
+
+    @torch.no_grad()
+    def _look(self, *_: Any) -> None:
+        if not self._sites:
+            return
+        now = self._values()
+        jump, self._last = now - self._last, now
+        against = (jump * self._changes < 0) & (jump.abs() > self._allowed(now))
+        self._undone = self._undone + torch.where(against, jump.abs(), 0.0)
+
+    def _allowed(self, now: Tensor) -> Tensor:
+        """Return how far one step of gradient descent may move each scale, if its rule is one of the usual ones."""
+        gradients = [torch.zeros(1) if scale.grad is None else scale.grad.float() for scale in self._scales]
+        sizes = torch.cat([gradient.to(now.device) for gradient in gradients]).abs()
+        still = sizes == 0
+        settings = [_settings(group) for group in self._groups]
+        rate, momentum, decay = now.new_tensor(settings).unbind(1)
+        # Rules with a momentum follow the size of the gradient; others may divide by it.
+        lengths = torch.where(momentum >= 0, sizes / (1 - momentum.clamp(0, 0.99)), sizes.clamp(min=1))
+        steps = rate * (torch.where(still, 0.0, lengths) + decay * now.abs())
+        return _SLACK * steps + 2 * torch.finfo(self._scales[0].dtype).eps * (1 + now.abs())
+
+    def _values(self) -> Tensor:
+        values = [scale.detach().float() for scale in self._scales]
+        return torch.cat([value.to(values[0].device) for value in values]) if values else torch.zeros(0)
+
+
+def _settings(group: Mapping[str, Any] | None) -> tuple[float, float, float]:
+    """Return the rate, the momentum (-1 for a rule without that setting) and the weight decay of a parameter group."""
+    if group is None:
+        return 0.0, -1.0, 0.0
+    return float(group.get("lr", 1.0)), float(group.get("momentum", -1.0)), float(group.get("weight_decay", 0.0))
