@@ -14,6 +14,7 @@ computes with is the sum, so the sum is the matrix of the branch; neither it nor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,21 +24,35 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_spectral.discovery.layout import arranged, is_arithmetic
 from lightning_spectral.discovery.tensors import small_tensors, stored
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg import Adjoint, Diagonal, LinearOperator, Matrix, Product, Scaled, Sharded, Sum
+from lightning_spectral.linalg import (
+    Adjoint,
+    Diagonal,
+    LinearOperator,
+    Matrix,
+    Product,
+    Scaled,
+    Sharded,
+    Sum,
+    frobenius_norm,
+)
 from lightning_spectral.linalg.flattened import FlatShard
 from lightning_spectral.linalg.rows import rows_of
 from lightning_spectral.linalg.sharded import is_sharded, mesh_around, replicated
 from lightning_spectral.linalg.tiles import stand_in
 from lightning_spectral.records import Factor, Path
 
-__all__ = ["Adapters", "Linearized", "WeightLinearization", "linearize"]
+__all__ = ["Adapters", "Linearized", "WeightLinearization", "linearize", "linearize_sum"]
 
 WeightLinearization = Literal["circuit", "paper"]
 Adapters = Literal["sum", "base", "delta"]
 
-_ARITHMETIC = {"add", "sub", "mul", "div", "exp", "reciprocal", "sigmoid", "tanh", "square", "sqrt"}
+_PAPER = ("scale", "output", "down", "up")
+
+PROBES, EXACT_WIDTH = 128, 512
+"""Random vectors that estimate the Frobenius norm which a norm layer divides by; up to this width it is exact."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,10 +63,12 @@ class Linearized:
         operator: The product of the factors, ``(width, width)``, before normalization.
         normalized: What stands right of a norm behind a matrix; ``None`` without such a norm. The spectral norm of the
             path is ‖operator‖₂ · √d / ‖normalized‖_F with d the rows of ``normalized``.
+        deviation: Relative standard deviation of the sizes that terms of the operator were divided by.
     """
 
     operator: LinearOperator
     normalized: LinearOperator | None = None
+    deviation: float = 0.0
 
 
 @dataclass(slots=True)
@@ -130,7 +147,93 @@ def linearize(
         return chain.finished(adapters)
 
 
-def _circuit(weights: _Weights, path: Path) -> _Chain:
+def linearize_sum(
+    model: nn.Module,
+    paths: Sequence[Path],
+    linearization: WeightLinearization,
+    *,
+    adapters: Adapters = "sum",
+    small: Mapping[str, Tensor] | None = None,
+    differentiable: bool = False,
+) -> Linearized:
+    """Build the operator of paths that are added up, as :func:`linearize` does for one.
+
+    A norm behind a sum divides by the expected size of the sum: paths that begin alike, up to and including such a
+    norm, are one product with a sum in it. Terms with norms of their own are divided before they are added.
+
+    Args:
+        model: The model that the paths belong to.
+        paths: The paths, which end in one place.
+        linearization: ``"circuit"`` or ``"paper"``.
+        adapters: As in :func:`linearize`; paths without adapters are no part of a ``"delta"``.
+        small: As in :func:`linearize`.
+        differentiable: As in :func:`linearize`.
+
+    Raises:
+        ConfigurationError: As in :func:`linearize`.
+    """
+    if adapters == "delta":
+        paths = [path for path in paths if any(factor.adapters for factor in path.factors)] or paths
+    if linearization == "paper":
+        paths = list(dict.fromkeys(map(_on_paper, paths)))
+    if len(paths) == 1:
+        return linearize(model, paths[0], linearization, adapters=adapters, small=small, differentiable=differentiable)
+    build = partial(
+        linearize_sum,
+        model,
+        linearization=linearization,
+        adapters=adapters,
+        small=small,
+        differentiable=differentiable,
+    )
+    groups: dict[tuple[Factor, ...], list[Path]] = {}
+    for path in paths:
+        groups.setdefault(_head(path) if linearization == "circuit" else (), []).append(path)
+    ((head, members), *others) = groups.items()
+    if others or not head:
+        parts = [build(group) for group in groups.values()] if others else [build([path]) for path in members]
+        terms = [_divided(part, differentiable) for part in parts]
+        return Linearized(Sum(*(term.operator for term in terms)), None, max(term.deviation for term in terms))
+    if adapters == "delta":
+        raise ConfigurationError("its adapters are in a sum with a norm behind it")
+    inner = _divided(build([replace(path, factors=path.factors[len(head) :]) for path in members]), differentiable)
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        chain = _circuit(_Weights(model, small or {}), Path(head), inner.operator)
+        return replace(chain.finished(), deviation=inner.deviation)
+
+
+def _on_paper(path: Path) -> Path:
+    """Return what the paper's rule sees of a path: a whole output projection, whichever heads the path goes through."""
+    factors = []
+    for factor in path.factors:
+        if factor.role == "output" and factor.layout and factor.layout[-1][:2] == ("narrow", 1):
+            factor = replace(factor, layout=factor.layout[:-1])
+        if factor.role in _PAPER:
+            factors.append(factor)
+    return Path(tuple(factors), path.expert)
+
+
+def _head(path: Path) -> tuple[Factor, ...]:
+    """Return the factors of a path up to and including its last norm behind a matrix; none without such a norm."""
+    norms = [place for place, factor in enumerate(path.factors) if factor.role in ("post_norm", "inner_norm")]
+    return path.factors[: norms[-1] + 1] if norms else ()
+
+
+def _divided(item: Linearized, differentiable: bool) -> Linearized:
+    """Carry out the normalization of a term of a sum."""
+    right = item.normalized
+    if right is None:
+        return item
+    if differentiable:
+        raise ConfigurationError("it is a sum of terms with norms of their own, through which no gradient goes")
+    exact = right.shape[1] <= EXACT_WIDTH
+    probes = max(PROBES, right.shape[1] if exact else 0)
+    size = frobenius_norm(right, generator=torch.Generator().manual_seed(0), n_probes=probes)
+    deviation = 0.0 if exact else 1 / math.sqrt(2 * probes)
+    return Linearized(Scaled(item.operator, math.sqrt(right.shape[0]) / float(size)), None, deviation + item.deviation)
+
+
+def _circuit(weights: _Weights, path: Path, right: LinearOperator | None = None) -> _Chain:
     chain = _Chain()
     for factor in path.factors:
         if factor.role in ("post_norm", "inner_norm"):
@@ -139,6 +242,8 @@ def _circuit(weights: _Weights, path: Path) -> _Chain:
             _append_gain(weights, chain, factor)
         else:
             _append(weights, chain, _matrix(weights, factor))
+    if right is not None:
+        _append(weights, chain, [right])
     return chain
 
 
@@ -147,7 +252,7 @@ def _paper(weights: _Weights, path: Path) -> _Chain:
     for factor in path.factors:
         if factor.role == "scale":
             _append_gain(weights, chain, factor)
-        elif factor.role in ("output", "down", "up"):
+        elif factor.role in _PAPER:
             chain.operators += _matrix(weights, factor)
     last = chain.operators[-1]
     if any(factor.role == "output" for factor in path.factors) and last.shape[0] != last.shape[1]:
@@ -241,13 +346,13 @@ def _sharded(weight: DTensor | FlatShard, factor: Factor) -> list[LinearOperator
     if torch.is_grad_enabled():
         raise ConfigurationError(f"{factor.parameter} is sharded: no gradient goes through its spectral norm")
     # Views say which entries are read, arithmetic is done to every entry: it does not matter which comes first.
-    views = tuple(step for step in factor.layout if step[0] not in _ARITHMETIC)
-    arithmetic = (step for step in factor.layout if step[0] in _ARITHMETIC)
+    views = tuple(step for step in factor.layout if not is_arithmetic(step))
+    arithmetic = [step for step in factor.layout if is_arithmetic(step)]
     view = _arranged(stand_in(weight.shape), replace(factor, layout=views))
     stored: Any = (
-        replace(weight, entries=_applied(weight.entries, arithmetic))
+        replace(weight, entries=arranged(weight.entries, arithmetic))
         if isinstance(weight, FlatShard)
-        else _applied(weight, arithmetic)
+        else arranged(weight, arithmetic)
     )
     return rows_of(view, factor.rows, partial(Sharded, stored))
 
@@ -256,25 +361,24 @@ def _tensor(weights: _Weights, factor: Factor) -> Tensor:
     """Return a gain or a multiplier, in one piece."""
     small = weights.small.get(factor.parameter or "")
     if small is not None:
-        return _arranged(small, factor)
+        return _picked(_arranged(small, factor), factor)
     with stored(weights.model, factor) as tensor:
-        return _arranged(replicated(tensor), factor)
+        return _picked(_arranged(replicated(tensor), factor), factor)
+
+
+def _picked(gain: Tensor, factor: Factor) -> Tensor:
+    """Return a gain with one entry for each channel that it multiplies, in their order."""
+    if factor.rows is None:
+        return gain
+    return gain.flatten()[torch.tensor([row for run in factor.rows for row in run], device=gain.device)]
 
 
 def _arranged(tensor: Tensor, factor: Factor) -> Tensor:
     """Make the matrix or the gain of a stored parameter."""
     try:
-        tensor = _applied(tensor, factor.layout)
+        tensor = arranged(tensor, factor.layout)
     except (RuntimeError, IndexError) as error:
         raise ConfigurationError(f"{factor.parameter} has not the shape it was found with: {error}") from None
     if factor.rows is not None and max((run[-1] for run in factor.rows if run), default=0) >= tensor.shape[0]:
         raise ConfigurationError(f"{factor.parameter} has {tensor.shape[0]} rows, fewer than it was found with")
-    return tensor
-
-
-def _applied(tensor: Tensor, steps: Iterable[tuple[Any, ...]]) -> Tensor:
-    for name, *arguments in steps:
-        if name in _ARITHMETIC and tensor.dtype in (torch.float16, torch.bfloat16):
-            tensor = tensor.float()  # 1 + w in 16 bits would forget most of w
-        tensor = getattr(tensor, name)(*arguments)
     return tensor

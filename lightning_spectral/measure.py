@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from functools import partial
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +25,33 @@ from lightning_spectral.functional import measure_functions
 from lightning_spectral.linalg import RandomizedSVD, Solver, SolverState, SpectralNorm, frobenius_norm
 from lightning_spectral.linalg.operators import largest_mesh
 from lightning_spectral.linalg.sharded import agreed, in_one_piece, mesh_around
-from lightning_spectral.linearize import Adapters, Linearized, WeightLinearization, linearize
-from lightning_spectral.records import Branch, LayerMeasurement, Linearization, Measurement, Path, ResidualBlock
+from lightning_spectral.linearize import (
+    EXACT_WIDTH,
+    PROBES,
+    Adapters,
+    Linearized,
+    WeightLinearization,
+    linearize_sum,
+)
+from lightning_spectral.records import (
+    Alternative,
+    Branch,
+    LayerMeasurement,
+    Linearization,
+    Measurement,
+    Path,
+    ResidualBlock,
+    alternatives,
+)
 
 __all__ = ["EMPTY_NORM", "Meter", "measure"]
 
 EMPTY_NORM = "what enters the norm behind the branch is zero"
 
-# The Frobenius norm that a norm layer divides by: estimated with this many probes, exact up to this width; the error
-# bound allows for three standard deviations of the estimate.
-_PROBES, _EXACT_WIDTH, _DEVIATIONS = 128, 512, 3.0
+# Standard deviations that the error bound allows for, where the size that a norm layer divides by is estimated.
+_DEVIATIONS = 3.0
+
+Kind = tuple[Branch, ...]  # the branches of one kind in one block, which are added up
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +62,23 @@ class _Value:
     bound: float | None = None
     expert: int | str | None = None
     reason: str | None = None
+
+
+class _Part(NamedTuple):
+    """One of the operators whose largest norm is that of a kind."""
+
+    expert: int | str | None
+    key: str
+    item: Linearized
+
+
+def _kinds(block: ResidualBlock) -> list[Kind]:
+    """Return the branches of attention and those of the MLP, without a kind that the block does not have."""
+    return [kind for kind in (block.attention_branches, block.mlp_branches) if kind]
+
+
+def _has_adapters(alternative: Alternative) -> bool:
+    return any(factor.adapters for path in alternative.paths for factor in path.factors)
 
 
 class Meter:
@@ -75,16 +110,14 @@ class Meter:
     ) -> None:
         self.model = model
         self.blocks = with_scales(model, blocks)
-        branches = [branch for block in self.blocks for branch in (block.attention, block.mlp)]
-        self._scales: dict[Branch | None, str] = {
-            branch: path for branch in branches if branch and (path := log_scale_path(model, branch))
-        }
+        branches = (branch for block in self.blocks for kind in _kinds(block) for branch in kind)
+        self._scales = {branch: path for branch in branches if (path := log_scale_path(model, branch))}
         self.linearization = _checked(linearization)
         self.adapters: Adapters = settings.choice("adapters", adapters, get_args(Adapters))
         self.solver: Solver = RandomizedSVD() if solver is None else solver
         self.safe_zone = safe_zone
         self._shared = _shared(blocks if among is None else among)
-        self._reasons: dict[Branch, str | None] = {}
+        self._reasons: dict[Kind, str | None] = {}
         self._keys: tuple[str, ...] = ()
         self._state: SolverState | None = None
 
@@ -104,46 +137,46 @@ class Meter:
         start = time.perf_counter()
         cut = mesh_around(self.model)
         first, stride = share if cut is None else (0, 1)
-        mine = {branch for block in self.blocks[first::stride] for branch in (block.attention, block.mlp)}
-        branches = [branch for block in self.blocks for branch in (block.attention, block.mlp) if branch is not None]
-        wanted = (path for branch in branches if branch in mine for path in branch.paths)
+        mine = {kind for block in self.blocks[first::stride] for kind in _kinds(block)}
+        kinds = [kind for block in self.blocks for kind in _kinds(block)]
+        wanted = (path for kind in kinds if kind in mine for branch in kind for path in branch.paths)
         small = {} if cut is None else small_tensors(self.model, wanted, cut)
-        built = [
-            self._linearized(branch, small) if branch in mine else ([], self._reason(branch)) for branch in branches
-        ]
-        operators = [(path, item) for paths, _ in built for path, item in paths]
-        mesh = largest_mesh(item.operator for _, item in operators)
-        keys = tuple(_key(path) for path, _ in operators)
-        norms = iter(_agreed(self._solve([item for _, item in operators], keys), mesh))
+        built = [self._linearized(kind, small) if kind in mine else ([], self._reason(kind)) for kind in kinds]
+        operators = [part for parts, _ in built for part in parts]
+        mesh = largest_mesh(part.item.operator for part in operators)
+        keys = tuple(part.key for part in operators)
+        norms = iter(_agreed(self._solve([part.item for part in operators], keys), mesh))
         values = {
-            branch: _largest([(path, next(norms)) for path, _ in paths], reason)
-            if branch in mine
+            kind: _largest([(part.expert, next(norms)) for part in parts], reason)
+            if kind in mine
             else _Value(reason=reason)
-            for branch, (paths, reason) in zip(branches, built, strict=True)
+            for kind, (parts, reason) in zip(kinds, built, strict=True)
         }
         scales = _read_scales(self.model, self._scales, mesh)
         layers = tuple(_layer(block, values, scales, self._shared) for block in self.blocks)
         seconds = time.perf_counter() - start
         return Measurement(step, self.linearization, layers, self.safe_zone, seconds, self.adapters)
 
-    def _reason(self, branch: Branch) -> str | None:
-        """Return why a branch has no weight linearization, which does not depend on the values of its weights."""
-        if branch not in self._reasons:
-            self._reasons[branch] = self._linearized(branch, {})[1]
-        return self._reasons[branch]
+    def _reason(self, kind: Kind) -> str | None:
+        """Return why a kind has no weight linearization, which does not depend on the values of its weights."""
+        if kind not in self._reasons:
+            self._reasons[kind] = self._linearized(kind, {})[1]
+        return self._reasons[kind]
 
-    def _linearized(
-        self, branch: Branch, small: Mapping[str, Tensor]
-    ) -> tuple[list[tuple[Path, Linearized]], str | None]:
-        paths = branch.paths
-        if self.adapters == "delta":  # of a mixture, some experts may have adapters
-            paths = tuple(path for path in paths if any(factor.adapters for factor in path.factors)) or paths
+    def _linearized(self, kind: Kind, small: Mapping[str, Tensor]) -> tuple[list[_Part], str | None]:
+        """Return the operators whose largest norm is that of a kind, or why there are none."""
+        reason = next((branch.reason for branch in kind if branch.reason is not None), None)
+        if reason is not None or not all(branch.paths for branch in kind):
+            return [], reason or "the branch has no factors"
+        build = partial(
+            linearize_sum, self.model, linearization=self.linearization, adapters=self.adapters, small=small
+        )
         try:
-            built = [
-                linearize(self.model, path, self.linearization, adapters=self.adapters, small=small) for path in paths
-            ]
-            return list(zip(paths, built, strict=True)), branch.reason
-        except (ConfigurationError, AttributeError) as error:
+            chosen = alternatives(kind)
+            if self.adapters == "delta":  # of a mixture, some experts may have adapters
+                chosen = tuple(item for item in chosen if _has_adapters(item)) or chosen
+            return [_Part(item.expert, _key(item.paths), build(item.paths)) for item in chosen], None
+        except (ConfigurationError, AttributeError, ValueError) as error:
             return [], str(error)
 
     def _solve(self, items: Sequence[Linearized], keys: tuple[str, ...]) -> list[SpectralNorm]:
@@ -179,8 +212,9 @@ def measure(
 ) -> Measurement:
     """Measure every residual block of a model once.
 
-    A block with several branches of a kind, such as two MLPs of half a step, is measured by the first of them. To
-    measure the others, pass blocks without the first: ``dataclasses.replace(block, branches=block.branches[1:])``.
+    The norm of a block with several branches of a kind, such as two MLPs of half a step, is that of the sum of their
+    operators. To measure one of them by itself, pass a block with it alone: ``dataclasses.replace(block,
+    branches=block.branches[1:2])``.
 
     Args:
         model: Any module with residual blocks.
@@ -224,39 +258,41 @@ def _checked(linearization: Any, known: tuple[Any, ...] = get_args(WeightLineari
     return linearization  # type: ignore[no-any-return]
 
 
-def _key(path: Path) -> str:
+def _key(paths: Iterable[Path]) -> str:
     """Name an operator by its parameters, so that a warm start is never taken for another one."""
-    factors = (item for factor in path.factors for item in factor.flat())
-    return "|".join(f"{factor.parameter}{factor.layout}{factor.rows}" for factor in factors)
+    factors = ((item for factor in path.factors for item in factor.flat()) for path in paths)
+    return "||".join("|".join(f"{item.parameter}{item.layout}{item.rows}" for item in chain) for chain in factors)
 
 
 def _normalized(norm: SpectralNorm, item: Linearized, subspace: Tensor | None) -> SpectralNorm:
     """Divide by the expected size of what enters a norm behind a matrix."""
     right = item.normalized
-    if right is None or norm.value is None:
+    if norm.value is None or (right is None and not item.deviation):
         return norm
-    probes = max(_PROBES, right.shape[1] if right.shape[1] <= _EXACT_WIDTH else 0)
-    size = float(frobenius_norm(right, generator=torch.Generator().manual_seed(0), n_probes=probes, subspace=subspace))
-    if not size:
-        return SpectralNorm(None, None, EMPTY_NORM, norm.iterations)
-    value = norm.value * math.sqrt(right.shape[0]) / size
-    deviation = 0.0
-    if right.shape[1] > probes and subspace is not None:
-        # Relative standard deviation of the estimate: at most 1 / √(2 · probes · r), r the stable rank.
-        largest = float(torch.linalg.matrix_norm(right.matmat(subspace), ord=2))
-        deviation = largest / size / math.sqrt(2 * probes)
+    value, deviation = norm.value, item.deviation
+    if right is not None:
+        probes = max(PROBES, right.shape[1] if right.shape[1] <= EXACT_WIDTH else 0)
+        generator = torch.Generator().manual_seed(0)
+        size = float(frobenius_norm(right, generator=generator, n_probes=probes, subspace=subspace))
+        if not size:
+            return SpectralNorm(None, None, EMPTY_NORM, norm.iterations)
+        value *= math.sqrt(right.shape[0]) / size
+        if right.shape[1] > probes and subspace is not None:
+            # Relative standard deviation of the estimate: at most 1 / √(2 · probes · r), r the stable rank.
+            largest = float(torch.linalg.matrix_norm(right.matmat(subspace), ord=2))
+            deviation += largest / size / math.sqrt(2 * probes)
     return SpectralNorm(value, (norm.error_bound or 0.0) + _DEVIATIONS * deviation, None, norm.iterations)
 
 
-def _largest(norms: Sequence[tuple[Path, SpectralNorm]], reason: str | None) -> _Value:
-    """Return the largest norm over the paths of a branch (the experts of a mixture)."""
+def _largest(norms: Sequence[tuple[int | str | None, SpectralNorm]], reason: str | None) -> _Value:
+    """Return the largest norm of a kind (over the experts of a mixture)."""
     if not norms:
-        return _Value(reason=reason or "the branch has no factors")
+        return _Value(reason=reason)
     failed = next((norm.reason for _, norm in norms if norm.value is None), None)
     if failed is not None:
         return _Value(reason=failed)
-    path, norm = max(norms, key=lambda item: item[1].value or 0.0)
-    return _Value(norm.value, norm.error_bound, path.expert)
+    expert, norm = max(norms, key=lambda item: item[1].value or 0.0)
+    return _Value(norm.value, norm.error_bound, expert)
 
 
 def _agreed(norms: Sequence[SpectralNorm], mesh: DeviceMesh | None) -> list[SpectralNorm]:
@@ -271,9 +307,7 @@ def _agreed(norms: Sequence[SpectralNorm], mesh: DeviceMesh | None) -> list[Spec
     ]
 
 
-def _read_scales(
-    model: nn.Module, paths: Mapping[Branch | None, str], mesh: DeviceMesh | None
-) -> dict[Branch | None, float]:
+def _read_scales(model: nn.Module, paths: Mapping[Branch, str], mesh: DeviceMesh | None) -> dict[Branch, float]:
     """Return the residual scale of every branch that has one, read in a single transfer from the device."""
     # Whoever changes a model while it trains may have taken a branch out, and its scale with it.
     paths = {branch: path for branch, path in paths.items() if module_at(model, path.rpartition(".")[0]) is not None}
@@ -289,36 +323,43 @@ def _shared(blocks: Sequence[ResidualBlock]) -> dict[tuple[str, str], str]:
     """Return where a branch is listed that a block shares with an earlier one, by the block's name and the kind."""
     found = {}
     for block in blocks:
-        for kind, branch in (("attention", block.attention), ("mlp", block.mlp)):
-            for alias in () if branch is None else branch.aliases:
+        for word, branches in (("attention", block.attention_branches), ("mlp", block.mlp_branches)):
+            for alias in (alias for branch in branches for alias in branch.aliases):
                 users = (other for other in blocks if other != block and alias.startswith(f"{other.name}."))
-                found.update({(other.name, kind): block.name for other in users})
+                found.update({(other.name, word): block.name for other in users})
     return found
 
 
 def _layer(
     block: ResidualBlock,
-    values: Mapping[Branch, _Value],
-    scales: Mapping[Branch | None, float],
+    values: Mapping[Kind, _Value],
+    scales: Mapping[Branch, float],
     shared: Mapping[tuple[str, str], str],
 ) -> LayerMeasurement:
-    def value(kind: str, branch: Branch | None) -> _Value:
-        if branch is not None:
-            return values[branch]
-        owner = shared.get((block.name, kind))
+    def value(word: str, kind: Kind) -> _Value:
+        if kind:
+            return values[kind]
+        owner = shared.get((block.name, word))
         return _Value(reason=None if owner is None else f"it is that of {owner}, where it is measured")
 
-    attention, mlp = value("attention", block.attention), value("mlp", block.mlp)
+    attention, mlp = value("attention", block.attention_branches), value("mlp", block.mlp_branches)
     bounds = [value.bound for value in (attention, mlp) if value.bound is not None]
     return LayerMeasurement(
         index=block.index,
         name=block.name,
         mlp_norm=mlp.norm,
         attention_norm=attention.norm,
-        mlp_scale=scales.get(block.mlp, 1.0),
-        attention_scale=scales.get(block.attention, 1.0),
+        mlp_scale=_common_scale(block.mlp_branches, scales),
+        attention_scale=_common_scale(block.attention_branches, scales),
         mlp_expert=mlp.expert,
         mlp_reason=mlp.reason,
         attention_reason=attention.reason,
         error_bound=max(bounds, default=None),
     )
+
+
+def _common_scale(kind: Kind, scales: Mapping[Branch, float]) -> float:
+    """Return the geometric mean of the residual scales of a kind, 1 where none is attached."""
+    if len(kind) < 2:
+        return scales.get(kind[0], 1.0) if kind else 1.0
+    return float(math.prod(scales.get(branch, 1.0) for branch in kind) ** (1 / len(kind)))

@@ -15,8 +15,8 @@ from zoo import example, survey
 from zoo.example import HEADS
 
 from lightning_spectral import Branch, ConfigurationError, ResidualBlock, find_blocks
-from lightning_spectral.linearize import linearize
-from lightning_spectral.records import Factor, Path
+from lightning_spectral.linearize import linearize, linearize_sum
+from lightning_spectral.records import Factor, Path, alternatives
 
 Fused = Literal["no", "last", "per head"]
 
@@ -25,7 +25,8 @@ Fused = Literal["no", "last", "per head"]
 class Names:
     """Where an architecture keeps its factors, relative to the block; ``.weight`` is added where it is a module.
 
-    ``fused``: the value rows of ``v`` are all rows, the last ones, or the last third of each head's rows.
+    ``fused``: the value rows of ``v`` are all rows, the last ones, or the last third of each head's rows. ``v`` may be
+    two modules whose heads stand one behind the other, ``"first|second"``.
     """
 
     o: str = "self_attn.o_proj"
@@ -184,7 +185,8 @@ ARCHITECTURES: dict[str, Names] = {
     ),
     "zaya": replace(
         LLAMA,
-        scale=("post_self_attn_residual_scale.hidden_states_scale", "post_mlp_residual_scale.hidden_states_scale"),
+        v="self_attn.qkv_proj.v_proj_current|self_attn.qkv_proj.v_proj_delayed",
+        scale=("post_attention_residual_scale.hidden_states_scale", "post_mlp_residual_scale.hidden_states_scale"),
     ),
 }
 # State spaces have neither branch; raw parameters and einsum are compared in the tests of discovery.
@@ -224,7 +226,7 @@ def output_and_values(block: nn.Module, names: Names) -> tuple[Tensor, list[Tens
         rank, width = expand.shape[-1], output.shape[1] // HEADS
         gain = fetch(block, "self_attn.kv_a_layernorm")
         return output, [expand[:, -width:].flatten(0, 1) * gain, compress[:rank]]
-    values = fetch(block, names.v, names.transposed)
+    values = torch.cat([fetch(block, name, names.transposed) for name in names.v.split("|")])
     if names.fused == "per head":
         values = values.unflatten(0, (HEADS, 3, -1))[:, 2].flatten(0, 1)
     elif names.fused == "last":
@@ -314,10 +316,10 @@ def paper_by_hand(block: nn.Module, names: Names, kind: str) -> list[float]:
 
 
 def measured(model: nn.Module, branch: Branch, linearization: Literal["circuit", "paper"]) -> list[float]:
-    """The norm of every path, from dense matrices."""
+    """The norm of every expert, or of the branch, from dense matrices."""
     values = []
-    for path in branch.paths:
-        linear = linearize(model, path, linearization)
+    for alternative in alternatives([branch]):
+        linear = linearize_sum(model, alternative.paths, linearization)
         value = norm(linear.operator.dense())
         if linear.normalized is not None:
             right = linear.normalized.dense()

@@ -224,7 +224,7 @@ def test_the_gate_is_not_part_of_either() -> None:
         ("llama", scaled(("post_attention_layernorm.weight", 3.0))),
         ("plain_layer_scale", scaled(("ls2.gamma", -3.0))),
         ("plain_two_alphas", scaled(("alpha_mlp", 3.0))),
-        ("gemma4_text", scaled(("post_feedforward_layernorm.weight", 3.0))),
+        ("gemma4_text", scaled(("post_feedforward_layernorm.weight", 3.0), ("post_per_layer_input_norm.weight", 3.0))),
     ],
 )
 def test_scaling_the_mlp_scales_the_ratio(name: str, gauge: Gauge) -> None:
@@ -657,17 +657,20 @@ def test_a_block_that_stands_in_several_places_names_them() -> None:
     assert [layer.reason for layer in measure(model, [block])] == [None]
 
 
-def test_of_two_branches_of_a_kind_the_first_is_measured_and_the_others_on_request() -> None:
+def test_branches_of_a_kind_are_added_up_and_each_can_be_measured() -> None:
     """Two MLPs of half a step around the attention."""
     model, blocks = built("macaron")
-    found = exact(model, blocks)
-    behind = exact(model, [replace(block, branches=block.branches[1:]) for block in blocks])
-    for block, layer, other in zip(layers(model, "macaron"), found, behind, strict=True):
-        for mlp, norm in ((block.ffn1, layer.mlp_norm), (block.ffn2, other.mlp_norm)):
-            gain, up, down = (mlp.net[place].weight.detach().double() for place in (0, 1, 4))
-            wanted = torch.linalg.matrix_norm(0.5 * down @ up * gain, ord=2)
-            assert norm == pytest.approx(float(wanted), rel=1e-6)
-        assert layer.attention_norm == other.attention_norm
+    both = exact(model, blocks)
+    alone = [exact(model, [replace(block, branches=(block.mlp_branches[i],)) for block in blocks]) for i in range(2)]
+    for block, *found in zip(layers(model, "macaron"), both, *alone, strict=True):
+        gains, ups, downs = (
+            [mlp.net[place].weight.detach().double() for mlp in (block.ffn1, block.ffn2)] for place in (0, 1, 4)
+        )
+        first, second = (0.5 * down @ up * gain for down, up, gain in zip(downs, ups, gains, strict=True))
+        for layer, matrix in zip(found, (first + second, first, second), strict=True):
+            assert layer.mlp_norm == pytest.approx(float(torch.linalg.matrix_norm(matrix, ord=2)), rel=1e-6)
+        assert found[0].attention_norm is not None
+        assert found[1].attention_norm is None
 
 
 @pytest.mark.parametrize("name", ["nanogpt", "qkv_per_head", "mixtral", "gpt2", "dbrx", "deepseek_v3", "llama"])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_spectral.discovery.layout import arranged, is_arithmetic
 from lightning_spectral.records import Factor, Path, ResidualBlock
 
 __all__ = ["NotScaledError", "narrower", "rescaled"]
@@ -23,8 +24,8 @@ _WIDTH = re.compile(
 _NO_WIDTH = re.compile(r"vocab|image|patch|window|chunk|kernel|batch|block|position|state|scale|conv|cache|topk|num_")
 _INNER = re.compile(r"intermediate|inner|ffn|d_ff")  # most numbers of a model are here
 _VOCABULARY = 101
-_STEPS_ALIKE = {"transpose", "select", "t", "permute", "unsqueeze", "squeeze", "flatten", "expand", "mT"}
-_ARITHMETIC = {"add", "sub", "mul", "div", "exp", "reciprocal", "sigmoid", "tanh", "square", "sqrt", "abs", "neg"}
+# Views that are the same whatever the widths are.
+_ALIKE = {"flatten", "movedim", "permute", "select", "squeeze", "t", "transpose", "unsqueeze"}
 
 
 class NotScaledError(Exception):
@@ -99,8 +100,8 @@ def _factor(factor: Factor, narrow: Shapes, wide: Shapes, divisor: int) -> Facto
     layout: list[tuple[Any, ...]] = []
     for step in factor.layout:
         new = _step(step, small, large)
-        if step[0] not in _ARITHMETIC:
-            small, large = (getattr(item, name)(*rest) for item, (name, *rest) in ((small, step), (large, new)))
+        if not is_arithmetic(step):
+            small, large = arranged(small, (step,)), arranged(large, (new,))
         layout.append(new)
     rows = factor.rows
     if rows is not None:
@@ -116,7 +117,7 @@ def _step(step: tuple[Any, ...], small: Tensor, large: Tensor) -> tuple[Any, ...
         return ("narrow", dim, _share(start, *counts), _share(length, *counts))
     if step[0] == "select" and small.shape[step[1]] != large.shape[step[1]]:
         raise NotScaledError("it selects from a dimension whose size changed")
-    if step[0] in _STEPS_ALIKE or step[0] in _ARITHMETIC:
+    if step[0] in _ALIKE or is_arithmetic(step):
         return step
     raise NotScaledError(f"it is rearranged by {step[0]!r}")
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from lightning_spectral.discovery.coefficients import agreed_paths
 from lightning_spectral.discovery.experts import with_all_experts
-from lightning_spectral.discovery.factors import chains
+from lightning_spectral.discovery.factors import chains, merged
+from lightning_spectral.discovery.linear import LinearPart
+from lightning_spectral.discovery.multipliers import multiplier_factors
 from lightning_spectral.discovery.operands import UnmeasurableError
 from lightning_spectral.discovery.operations import (
     Multiplier,
@@ -23,8 +26,9 @@ from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.recipes import attribute_path
 from lightning_spectral.discovery.residual import ResidualAdd, Term
 from lightning_spectral.discovery.sites import Site, choose_site, usable_modules
+from lightning_spectral.discovery.steps import Steps
 from lightning_spectral.discovery.tape import Tape
-from lightning_spectral.records import Branch, BranchKind, Path
+from lightning_spectral.records import Branch, BranchKind
 
 __all__ = ["FoundBranch", "branches_of", "finished"]
 
@@ -159,11 +163,14 @@ def finished(
         return replace(record, reason="cross-attention reads another sequence and is not part of the ratio")
     try:
         region, multipliers = _whole(tape, branch)
-        found = chains(tape, region, prober, kind, multipliers)
-        paths: tuple[Path, ...] = with_all_experts(modules, block, found, kind, set(tape.names.values()))
+        linear = LinearPart(Steps(tape, region, prober), mixes_tokens=kind == "attention")
+        found = chains(linear, prober, kind)
+        paths = with_all_experts(modules, block, found, set(tape.names.values()))
+        paths = agreed_paths(linear, prober, paths)
+        outer = tuple(multiplier_factors(tape, tuple(multiplier for _, multiplier in multipliers)))
     except UnmeasurableError as error:
         return replace(record, reason=str(error))
-    return replace(record, paths=paths)
+    return replace(record, paths=tuple(replace(path, factors=merged((*outer, *path.factors))) for path in paths))
 
 
 def _whole(tape: Tape, branch: FoundBranch) -> tuple[Region, tuple[tuple[int, Multiplier], ...]]:

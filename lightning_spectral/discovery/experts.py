@@ -2,59 +2,63 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
-from lightning_spectral.discovery.factors import Chain
+from lightning_spectral.discovery.factors import Chain, FoundChain
 from lightning_spectral.discovery.operands import UnmeasurableError
 from lightning_spectral.discovery.paths import common_parts, resolve
-from lightning_spectral.discovery.products import MATRICES, STACK
-from lightning_spectral.records import BranchKind, Factor, Path
+from lightning_spectral.discovery.products import MATRICES, STACK, as_ranges
+from lightning_spectral.records import Factor, Path
 
 __all__ = ["with_all_experts"]
 
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+Level = tuple[int, ...]  # for each matrix of a chain, the component of its path that numbers the expert
+
 
 def with_all_experts(
-    modules: Mapping[str, nn.Module], block: str, chains: tuple[Chain, ...], kind: BranchKind, ran: Collection[str]
+    modules: Mapping[str, nn.Module], block: str, chains: Sequence[FoundChain], ran: Collection[str]
 ) -> tuple[Path, ...]:
-    """Return one path per chain, and per expert where the chains are those of a mixture of experts.
+    """Return one path per chain, and per expert where the data chooses between chains.
 
-    Experts lie in one of three ways: stacked along dimension 0 of a parameter and multiplied in one batched product,
-    stacked and picked one by one, or in a ``ModuleList``. Which experts run depends on the batch; all are measured.
+    Chains that every token takes are added up. A chain that the data chooses is that of an expert: which experts run
+    depends on the batch, and all are measured. Experts lie in one of three ways: stacked along dimension 0 of a
+    parameter and multiplied in one batched product, stacked and picked one by one, or in lists, one for whole experts
+    or one for each of their matrices.
 
     Args:
         modules: The modules of the model by path.
         block: Module path of the block; containers above it hold blocks, not experts.
         chains: The chains that were found on the tape.
-        kind: The kind of the branch.
         ran: The names of the parameters that took part in the recorded pass.
 
     Raises:
         UnmeasurableError: Not all experts can be known.
     """
-    if kind != "mlp":
-        return tuple(Path(chain) for chain in chains)
+    chosen = [chain.factors for chain in chains if chain.selective]
+    levels = _levels(modules, block, chosen)
     found: dict[Path, None] = {}
-    dense = []
-    entries: defaultdict[str, set[str]] = defaultdict(set)  # of the containers that hold experts
+    known: set[Chain] = set()
+    shared: list[Path] = []
     for chain in chains:
-        family = _stacked(modules, chain)
-        if not family:
-            container, listed = _listed(modules, block, chain, chains)
-            entries[container].update(listed)
-            family = list(listed.values())
-        found.update(dict.fromkeys(family))
-        if not family:
-            dense.append(Path(chain, "shared" if len(chains) > 1 else None))
-    _check_complete(modules, entries, ran)
+        if chain.factors in known:
+            continue
+        family = _stacked(modules, chain.factors)
+        if chain.selective and not family:
+            family = _listed(modules, chain.factors, levels)
+        if chain.selective and family:
+            found.update(dict.fromkeys(family))
+            known.update(path.factors for path in family)
+        else:  # not chosen: all entries of a stack are added up
+            shared += [replace(path, expert=None) for path in family] or [Path(chain.factors)]
     if not found:
-        dense = [replace(path, expert=None) for path in dense]
-    elif len(dense) > 0:
-        dense = [replace(path, expert="shared") for path in dense]
-    return (*found, *dense)
+        return tuple(shared)
+    _check_complete(modules, [path.factors for path in (*found, *shared)], chosen, ran)
+    return (*found, *(replace(path, expert="shared") for path in shared))
 
 
 def _stacked(modules: Mapping[str, nn.Module], chain: Chain) -> list[Path]:
@@ -82,8 +86,9 @@ def _map_layout(chain: Chain, step: tuple[object, ...], number: int, count: int)
             layout = tuple(("select", 0, number) if item == step else item for item in factor.layout)
             factor = replace(factor, layout=layout)
         elif step == STACK and factor.rows is not None and factor.role in MATRICES:
-            share = len(factor.rows) // count
-            factor = replace(factor, rows=factor.rows[number * share : (number + 1) * share])
+            rows = [row for run in factor.rows for row in run]
+            share = len(rows) // count
+            factor = replace(factor, rows=as_ranges(tuple(rows[number * share : (number + 1) * share])))
         result.append(factor)
     return tuple(result)
 
@@ -97,50 +102,105 @@ def _count(modules: Mapping[str, nn.Module], factor: Factor, position: int) -> i
     return int(tensor.shape[0])  # type: ignore[attr-defined]
 
 
-def _listed(
-    modules: Mapping[str, nn.Module], block: str, chain: Chain, chains: Sequence[Chain]
-) -> tuple[str, dict[str, Path]]:
-    """Experts in a ``ModuleList`` inside the block: its path, and the entries that are built as the chain's is."""
-    names = [factor.parameter for factor in chain if factor.role in MATRICES and factor.parameter]
-    common = common_parts(names)
-    for depth in range(len(common), len(block.split(".")) if block else 0, -1):
-        head = ".".join(common[: depth - 1])
-        container = modules.get(head)
-        if not isinstance(container, nn.ModuleList | nn.ModuleDict) or len(container) < 2:
-            continue
-        family = {}
-        for key in (name for name, _ in container.named_children()):
-            sibling = tuple(_moved(factor, f"{head}.{common[depth - 1]}.", f"{head}.{key}.") for factor in chain)
-            if all(_exists(modules[""], item) for factor in sibling for item in factor.flat()):
-                family[key] = Path(sibling, int(key) if key.isdigit() else key)
-        others = (factor.parameter or "" for other in chains if other != chain for factor in other)
-        if len(family) > 1 or any(name.startswith(f"{head}.") for name in others):
-            return head, family
-    return "", {}
+def _matrix_names(chain: Chain) -> list[str]:
+    return [factor.parameter for factor in chain if factor.role in MATRICES and factor.parameter]
 
 
-def _check_complete(modules: Mapping[str, nn.Module], entries: Mapping[str, set[str]], ran: Collection[str]) -> None:
-    """Refuse a mixture with an expert that did not run and is built otherwise than those that did.
+def _levels(modules: Mapping[str, nn.Module], block: str, chosen: Sequence[Chain]) -> list[Level]:
+    """Return where in the paths of their matrices the experts are numbered: several places where lists are nested.
+
+    Experts that ran differ in just these components. Where one expert ran alone, it is numbered by the outermost list
+    inside the block that holds all of its matrices under one key.
+    """
+    split = [[name.split(".") for name in _matrix_names(chain)] for chain in chosen]
+    if not split:
+        return []
+    first = split[0]
+    alike = [parts for parts in split if list(map(len, parts)) == list(map(len, first))]
+    differ = [
+        [depth for depth in range(len(path)) if len({parts[place][depth] for parts in alike}) > 1]
+        for place, path in enumerate(first)
+    ]
+    if len({len(depths) for depths in differ}) == 1 and differ[0]:
+        return list(zip(*differ, strict=True))
+    start = len(block.split(".")) if block else 0
+    entries = [
+        [depth for depth in range(start, len(path)) if isinstance(modules.get(".".join(path[:depth])), _CONTAINERS)]
+        for path in first
+    ]
+    for level in itertools.product(*entries):
+        if len({path[depth] for path, depth in zip(first, level, strict=True)}) == 1:
+            return [level]
+    return []
+
+
+def _listed(modules: Mapping[str, nn.Module], chain: Chain, levels: Sequence[Level]) -> list[Path]:
+    """Experts in lists inside the block: the entries that are built as the chain's are."""
+    if not levels:
+        return []
+    chains: list[tuple[tuple[str, ...], Chain]] = [((), chain)]
+    for level in levels:
+        chains = [((*keys, key), moved) for keys, known in chains for key, moved in _siblings(modules, known, level)]
+    return [
+        Path(moved, int(keys[0]) if len(keys) == 1 and keys[0].isdigit() else ".".join(keys))
+        for keys, moved in chains
+        if all(_exists(modules[""], item) for factor in moved for item in factor.flat())
+    ]
+
+
+def _siblings(modules: Mapping[str, nn.Module], chain: Chain, level: Level) -> Iterator[tuple[str, Chain]]:
+    """Yield the chain with every key that the lists at one level have in common."""
+    split = [name.split(".") for name in _matrix_names(chain)]
+    heads = {".".join(path[:depth]): path[depth] for path, depth in zip(split, level, strict=True)}
+    keys = [_keys(modules.get(head)) for head in heads]
+    for key in keys[0]:
+        if all(key in others for others in keys):
+            yield key, tuple(_moved(factor, heads, key) for factor in chain)
+
+
+def _keys(container: nn.Module | None) -> list[str]:
+    if container is None:
+        return []
+    return [name for name, _ in (*container.named_children(), *container.named_parameters(recurse=False))]
+
+
+def _moved(factor: Factor, heads: Mapping[str, str], key: str) -> Factor:
+    adapters = tuple(tuple(_moved(item, heads, key) for item in chain) for chain in factor.adapters)
+    factor = replace(factor, adapters=adapters)
+    for head, old in heads.items():
+        start = f"{head}.{old}" if head else old
+        if factor.parameter == start or (factor.parameter or "").startswith(f"{start}."):
+            assert factor.parameter is not None
+            new = f"{head}.{key}" if head else key
+            return replace(factor, parameter=new + factor.parameter[len(start) :])
+    return factor
+
+
+def _check_complete(
+    modules: Mapping[str, nn.Module], known: Iterable[Chain], chosen: Iterable[Chain], ran: Collection[str]
+) -> None:
+    """Refuse a mixture with weights that did not run and belong to no expert that is known.
 
     Raises:
-        UnmeasurableError: There is one, so that the largest norm is not known.
+        UnmeasurableError: There are some, so that the largest norm is not known.
     """
-    for head, known in entries.items():
-        for key, expert in modules[head].named_children():
-            names = [f"{head}.{key}.{name}" for name, _ in expert.named_parameters()]
-            if known and key not in known and names and not any(name in ran for name in names):
-                raise UnmeasurableError(
-                    f"its expert {head}.{key} is built otherwise than those that ran on the example input, and did not "
-                    "run itself"
-                )
+    head = ".".join(common_parts(name.rpartition(".")[0] for chain in chosen for name in _matrix_names(chain)))
+    owner = modules.get(head)
+    if owner is None:
+        return
+    covered = {item.parameter for chain in known for factor in chain for item in factor.flat()}
+    for name, weight in owner.named_parameters(head):
+        if weight.ndim > 1 and name not in ran and name not in covered and not _is_half(name, covered):
+            raise UnmeasurableError(
+                f"its weight {name} did not take part in the forward pass on the example input, and belongs to no "
+                "expert that is built as those that did"
+            )
 
 
-def _moved(factor: Factor, old: str, new: str) -> Factor:
-    adapters = tuple(tuple(_moved(item, old, new) for item in chain) for chain in factor.adapters)
-    factor = replace(factor, adapters=adapters)
-    if factor.parameter is None or not factor.parameter.startswith(old):
-        return factor
-    return replace(factor, parameter=new + factor.parameter[len(old) :])
+def _is_half(name: str, covered: Collection[str | None]) -> bool:
+    """Whether a weight stands beside one that is known: the gate of an expert that did not run."""
+    owner = name.rpartition(".")[0].rpartition(".")[0]
+    return any(other is not None and other.startswith(f"{owner}.") for other in covered)
 
 
 def _exists(model: nn.Module, factor: Factor) -> bool:

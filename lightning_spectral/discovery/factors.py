@@ -2,153 +2,209 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from lightning_spectral.discovery.linear import LinearPart
 from lightning_spectral.discovery.multipliers import multiplier_factors
-from lightning_spectral.discovery.operands import UnmeasurableError, normalized_operand, value_operand
-from lightning_spectral.discovery.operations import Multiplier, is_norm, refs
+from lightning_spectral.discovery.operands import UnmeasurableError
+from lightning_spectral.discovery.operations import Divisor, is_norm, norm_gain
 from lightning_spectral.discovery.probe import Prober, Region
-from lightning_spectral.discovery.products import MATRICES, Reader, matrix_factor, rows_read, weight_product
+from lightning_spectral.discovery.products import (
+    Reader,
+    as_ranges,
+    columns_read,
+    matrix_factor,
+    rows_read,
+    weight_product,
+)
 from lightning_spectral.discovery.routes import Route, Router
 from lightning_spectral.discovery.sums import summed_matrix
 from lightning_spectral.discovery.tape import Operation, Tape
 from lightning_spectral.records import BranchKind, Factor, FactorRole
 
-__all__ = ["Chain", "chains", "check_sum"]
+__all__ = ["Chain", "FoundChain", "chains", "merged"]
 
 Chain = tuple[Factor, ...]
 _MAX_CHAINS = 4096
 
 
-def chains(
-    tape: Tape,
-    region: Region,
-    prober: Prober,
-    kind: BranchKind,
-    multipliers: Sequence[tuple[int, Multiplier]] = (),
-) -> tuple[Chain, ...]:
-    """Return the chains of factors of one branch, the factor nearest the site first.
+class FoundChain(NamedTuple):
+    """One chain of factors, the one nearest the site first.
+
+    Attributes:
+        factors: The chain.
+        selective: Whether the data chooses what goes this way: the chain of an expert.
+    """
+
+    factors: Chain
+    selective: bool
+
+
+def chains(linear: LinearPart, prober: Prober, kind: BranchKind) -> tuple[FoundChain, ...]:
+    """Return the chains of factors of one branch, which are added up, or alternatives where the data chooses.
 
     Args:
-        tape: The recorded forward pass.
-        region: The branch: from the stream to the value that is added to it.
+        linear: The linear part of the branch.
         prober: Answers numerical questions.
         kind: The kind of the branch, which names the roles.
-        multipliers: The constants that multiply the branch before it is added, outermost first.
 
     Returns:
         One chain per way from the branch output to the stream: one for a dense branch, one per expert that ran.
 
     Raises:
-        UnmeasurableError: Where the branch is not a chain of matrices of its parameters; the message says why.
+        UnmeasurableError: Where the branch is not a sum of products of its parameters; the message says why.
     """
-    walker = _Walker(tape, region, prober, Router(tape, region, prober), single=kind == "attention")
-    outer = tuple(multiplier_factors(tape, tuple(multiplier for _, multiplier in multipliers)))
-    found: dict[Chain, None] = {}
-    for inner in walker.chains_to(region.leaf, None):
-        found[*outer, *inner] = None
+    walker = _Walker(linear.tape, linear.region, prober, linear, Router(linear.steps))
+    found: dict[FoundChain, None] = {}
+    for inner in walker.chains_to(linear.region.leaf, None):
+        if any(factor.role == "latent" for factor in inner.factors):
+            found[FoundChain(merged(_with_roles(inner.factors, kind)), inner.selective)] = None
         if len(found) > _MAX_CHAINS:
             raise UnmeasurableError(f"more than {_MAX_CHAINS} ways lead through the branch")
-    weighted = [_with_roles(chain, kind) for chain in found if any(factor.role == "latent" for factor in chain)]
-    if not weighted:
+    if not found:
         raise UnmeasurableError("no weight matrix lies on a linear path through the branch")
-    check_sum(weighted, kind)
-    return tuple(weighted)
+    return tuple(found)
 
 
-def check_sum(found: Sequence[Chain], kind: BranchKind) -> None:
-    """Check that chains which are added up are alternatives: the experts of a mixture.
+def merged(chain: Chain) -> Chain:
+    """Write a chain with as few factors as possible: one number between two norms, gains with their norms."""
+    return _merged_norms(_merged_constants(chain))
 
-    Raises:
-        UnmeasurableError: The norm of the sum is not the largest norm of a chain.
-    """
-    if kind == "attention" and len(found) > 1:
-        raise UnmeasurableError(f"its output is a sum over {len(found)} paths, not a product of matrices")
-    if len({sum(factor.role in MATRICES for factor in chain) for chain in found}) > 1:
-        raise UnmeasurableError(
-            "its output is a sum over paths of different length (a low-rank update beside a weight): merge the update "
-            "into the weight to measure it"
-        )
+
+class _Inner(NamedTuple):
+    """A chain from the stream to a value, and the part of the reader's channels that it feeds (``None`` for all)."""
+
+    factors: Chain
+    selective: bool = False
+    columns: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Walker:
-    """Walks one branch backwards, from anchor to anchor. ``single``: a second way from a value is an error."""
+    """Walks one branch backwards, from anchor to anchor."""
 
     tape: Tape
     region: Region
     prober: Prober
+    linear: LinearPart
     router: Router
-    single: bool
 
-    def chains_to(self, value: int, reader: Reader | None) -> Iterator[Chain]:
+    def chains_to(self, value: int, reader: Reader | None) -> Iterator[_Inner]:
         """Yield the chains of factors that end at a value, the last factor first."""
-        routes = self.router.routes(value)
-        if self.single and len(routes) > 1:
-            raise UnmeasurableError(f"its output is a sum over {len(routes)} paths, not a product of matrices")
-        for route in routes:
-            scales = () if route.nonlinear else tuple(multiplier_factors(self.tape, route.multipliers))
+        for route in self.router.routes(value):
             if route.kind == "stream":
-                yield scales
+                yield _Inner(self.multipliers(route, reader), route.selective)
                 continue
             operation = self.tape.producer(route.anchor)
             assert operation is not None
-            for chain in self._through(route, operation, _holding(reader, route.frozen)):
-                yield scales + chain
+            before = self.multipliers(route, reader)
+            for inner in self._through(route, operation, reader):
+                if inner.columns is not None and any(factor.size is not None for factor in before):
+                    raise UnmeasurableError("a gain acts on several matrices side by side")
+                yield _Inner((*before, *inner.factors), inner.selective or route.selective, inner.columns)
 
-    def _through(self, route: Route, operation: Operation, reader: Reader | None) -> Iterator[Chain]:
+    def multipliers(self, route: Route, reader: Reader | None) -> Chain:
+        """Return the multipliers of a route as factors, gains in the order of the channels that are read next."""
+        found = []
+        for multiplier in route.multipliers:
+            for factor in multiplier_factors(self.tape, (multiplier,)):
+                if factor.size is not None:
+                    value = multiplier.value if isinstance(multiplier, Divisor) else multiplier
+                    factor = self._ordered(factor, route.anchor, int(value), reader)
+                found.append(factor)
+        return tuple(found)
+
+    def _ordered(self, gain: Factor, anchor: int, value: int, reader: Reader | None) -> Factor:
+        target = (self.region.leaf, self.prober.channel_dim(self.region)) if reader is None else reader.target
+        if not self.linear.reads(anchor, target[0], value):
+            return gain  # behind the end of the branch: a multiplier of what is added
+        order = self.linear.gain_channels(anchor, value, target)
+        if order is None:
+            raise UnmeasurableError("a gain acts on a part of the channels, or in another order at every token")
+        if order == tuple(range(gain.size or 0)):
+            return gain
+        return replace(gain, rows=as_ranges(order), size=len(order))
+
+    def _through(self, route: Route, operation: Operation, reader: Reader | None) -> Iterator[_Inner]:
         if route.kind == "mixing":
-            carrier = value_operand(self.tape, operation)
-            pattern = frozenset(item for item in operation.inputs if item != carrier)
-            yield from self.chains_to(carrier, _holding(reader, pattern))
+            for inner in self.chains_to(self.router.steps.carrier(route.anchor), reader):
+                yield inner if self.linear.mixes_tokens else inner._replace(selective=True)
         elif route.kind == "norm":
-            yield from self._through_norm(operation, reader)
+            yield from self._through_norm(route, operation, reader)
         else:
-            if route.kind == "sum":
-                addends = self.router.sums[route.anchor]
-                product, matrix = summed_matrix(self.region, self.prober, route.anchor, addends)
-            else:
-                product = weight_product(self.tape, operation)
-                matrix = matrix_factor(self.tape, product)
-            if reader is not None:
-                rows = rows_read(self.prober, self.region, product, route.anchor, reader)
-                matrix = replace(matrix, rows=rows)
-            for chain in self.chains_to(product.data, Reader(product)):
-                yield (matrix, *chain)
+            yield from self._through_product(route, operation, reader)
 
-    def _through_norm(self, operation: Operation, reader: Reader | None) -> Iterator[Chain]:
-        source = self._normalized(operation)
-        gain: tuple[int, ...] = ()
-        if is_norm(operation):
-            gain = refs(operation, 1 if operation.name == "native_group_norm" else 2)
-        size = self.tape.shape(gain[0] if gain else source)[-1]
-        gains = [replace(factor, role="inner_norm", size=size) for factor in multiplier_factors(self.tape, gain)]
-        norm = tuple(gains) or (Factor("inner_norm", None, size=size),)
-        if not self._reaches_product(source):
+    def _through_product(self, route: Route, operation: Operation, reader: Reader | None) -> Iterator[_Inner]:
+        if route.kind == "sum":
+            addends = self.router.sums[route.anchor]
+            product, matrix = summed_matrix(self.region, self.prober, self.linear, route.anchor, addends)
+        else:
+            product = weight_product(self.tape, operation)
+            matrix = matrix_factor(self.tape, product)
+        columns = None
+        if reader is not None:
+            rows, columns = rows_read(self.linear, product, route.anchor, reader)
+            matrix = replace(matrix, rows=rows)
+        for inner in self.chains_to(product.data, Reader(product)):
+            whole = matrix if inner.columns is None else columns_read(matrix, inner.columns)
+            yield _Inner((whole, *inner.factors), inner.selective, columns)
+
+    def _through_norm(self, route: Route, operation: Operation, reader: Reader | None) -> Iterator[_Inner]:
+        step = self.router.steps.step(route.anchor)
+        (source,) = step.sources
+        gain = norm_gain(operation) if is_norm(operation) else None
+        size = self.tape.shape(source if gain is None else gain)[-1]
+        gains = multiplier_factors(self.tape, () if gain is None else (gain,))
+        norm = tuple(replace(factor, role="inner_norm", size=size) for factor in gains)
+        norm = norm or (Factor("inner_norm", None, size=size),)
+        if step.multiplier != 1.0:
+            norm = (*multiplier_factors(self.tape, (step.multiplier,)), *norm)
+        if self._is_of_stream(source):
             # Nothing but the stream stands before the norm, and the norm removes the scale of that.
-            yield norm
+            yield _Inner(norm)
             return
-        for chain in self.chains_to(source, reader):
-            yield (*norm, *chain)
+        for inner in self.chains_to(source, reader):
+            if inner.columns is not None:
+                raise UnmeasurableError("a norm acts on several matrices side by side")
+            yield _Inner((*norm, *inner.factors), inner.selective)
 
-    def _normalized(self, operation: Operation) -> int:
-        source = operation.inputs[0] if is_norm(operation) else normalized_operand(self.tape, operation)
-        assert source is not None
-        return source
-
-    def _reaches_product(self, value: int) -> bool:
+    def _is_of_stream(self, value: int) -> bool:
+        """Whether a value is the stream, or the norm of the stream, with numbers that multiply it."""
         for route in self.router.routes(value):
-            operation = self.tape.producer(route.anchor)
             if route.kind in ("product", "sum", "mixing"):
-                return True
-            if route.kind == "norm" and operation is not None and self._reaches_product(self._normalized(operation)):
-                return True
-        return False
+                return False
+            if any(factor.size is not None for factor in multiplier_factors(self.tape, route.multipliers)):
+                return False
+            if route.kind == "norm" and not self._is_of_stream(self.router.steps.step(route.anchor).sources[0]):
+                return False
+        return True
 
 
-def _holding(reader: Reader | None, frozen: frozenset[int]) -> Reader | None:
-    return None if reader is None else replace(reader, frozen=reader.frozen | frozen)
+def _merged_constants(chain: Chain) -> Chain:
+    """Multiply the numbers between two norms into one, in front of what they multiply: they commute with matrices."""
+    result: list[Factor] = []
+    segment: list[Factor] = []
+    number = 1.0
+
+    def close() -> None:
+        nonlocal number
+        if abs(number - 1) > 1e-6:
+            result.append(Factor("scale", None, constant=number))
+        result.extend(segment)
+        segment.clear()
+        number = 1.0
+
+    for factor in chain:
+        if factor.role == "scale" and factor.parameter is None:
+            number *= factor.constant
+        else:
+            segment.append(factor)
+            if factor.role in ("inner_norm", "post_norm"):
+                close()
+    close()
+    return tuple(result)
 
 
 def _with_roles(chain: Chain, kind: BranchKind) -> Chain:
@@ -160,12 +216,18 @@ def _with_roles(chain: Chain, kind: BranchKind) -> Chain:
     for position, factor in enumerate(chain):
         role = roles.get(position, factor.role)
         if role == "inner_norm" and matrices:
-            role = "post_norm" if position < matrices[0] else "pre_norm" if position > matrices[-1] else role
+            role = "post_norm" if position < matrices[0] else _norm_in_front(chain, position, matrices[-1])
         elif role == "scale" and factor.size is not None and matrices and position > matrices[-1]:
             role = "pre_norm"
         adapters = tuple(tuple(_named(item, role) for item in adapter) for adapter in factor.adapters)
         result.append(replace(factor, role=role, adapters=adapters))
-    return _merged_norms(tuple(result))
+    return tuple(result)
+
+
+def _norm_in_front(chain: Chain, position: int, last: int) -> FactorRole:
+    """Return the role of a norm right of the first matrix: in front of the branch, unless it normalizes a gain."""
+    gains = any(factor.role == "scale" and factor.size is not None for factor in chain[position:])
+    return "pre_norm" if position > last and not gains else "inner_norm"
 
 
 def _named(factor: Factor, role: FactorRole) -> Factor:

@@ -23,20 +23,27 @@ def normalized_operand(tape: Tape, operation: Operation) -> int | None:
     """Return the value that is multiplied by a statistic of itself: a norm written out in elementary operations."""
     if base_name(operation) not in ("mul", "div") or len(operation.inputs) != 2:
         return None
+    if not tape.is_data(operation.outputs[0]):
+        return None  # a weight that is divided by its own norm
     first, second = operation.inputs
     for value, statistic in ((first, second), (second, first)):
         source = tape.producer(statistic)
         while source is not None and source.name in ("expand", "unsqueeze", "_to_copy", "view"):
             statistic = source.inputs[0]
             source = tape.producer(statistic)
-        shape = tape.shape(statistic)
-        if not shape or shape[-1] != 1 or tape.shape(value)[-1] == 1:
+        if not _is_reduced(tape.shape(statistic), tape.shape(value)):
             continue
         for base in (value, _centred(tape, value)):
             if tape.depends(statistic, base):
                 inside = tape.between(base, statistic)[1:]
                 return None if any(_is_weighted(tape, item) for item in inside) else base
     return None
+
+
+def _is_reduced(statistic: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether something has one entry for all channels of a value, which stand last, or second in feature maps."""
+    whole = (1,) * (len(shape) - len(statistic)) + statistic
+    return any(whole[dim] == 1 and shape[dim] > 1 for dim in ((-1, 1) if len(shape) == 4 else (-1,)) if shape)
 
 
 def _centred(tape: Tape, value: int) -> int:

@@ -22,6 +22,8 @@ __all__ = [
     "moved_input",
     "moved_values",
     "multiplied_input",
+    "norm_channels_second",
+    "norm_gain",
     "parameter_of",
     "refs",
     "scattered_inputs",
@@ -156,6 +158,8 @@ def multiplied_input(tape: Tape, operation: Operation) -> tuple[int, Multiplier]
     data = [value for value in operation.inputs if tape.is_data(value)]
     if len(data) != 1 or (name in ("div", "true_divide") and data[0] not in refs(operation, 0)):
         return None
+    if refs(operation, 0) == refs(operation, 1):
+        return None  # a square
     others = [value for value in operation.inputs if value != data[0]]
     if others:
         return data[0], Divisor(others[0]) if name in ("div", "true_divide") else others[0]
@@ -267,6 +271,25 @@ def is_mixing_without_weights(operation: Operation) -> bool:
     return any(word in operation.name for word in _WEIGHTLESS_MIXERS)
 
 
+# Fused norms, with the position of their gain, and whether channels stand second, as in feature maps.
+_NORMS = {
+    **dict.fromkeys(("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm"), (2, False)),
+    **dict.fromkeys(("native_group_norm", "group_norm", "native_batch_norm", "cudnn_batch_norm"), (1, True)),
+    **dict.fromkeys(("batch_norm", "_batch_norm_no_update", "_native_batch_norm_legit_no_training"), (1, True)),
+}
+
+
 def is_norm(operation: Operation) -> bool:
     """Whether the operation is a fused normalization."""
-    return operation.name in ("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm", "native_group_norm")
+    return operation.name in _NORMS
+
+
+def norm_gain(operation: Operation) -> int | None:
+    """Return the gain of a fused norm, ``None`` where it has none."""
+    found = refs(operation, _NORMS[operation.name][0])
+    return found[0] if found else None
+
+
+def norm_channels_second(operation: Operation) -> bool:
+    """Whether the channels of a fused norm stand in the second dimension, and not in the last ones."""
+    return _NORMS[operation.name][1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, get_args
 
+from lightning_spectral.discovery.layout import ARITHMETIC, VIEWS
 from lightning_spectral.records import Branch, BranchKind, End, Factor, FactorRole, Path, ResidualBlock
 
 __all__ = ["FORMAT", "from_plain", "to_plain"]
@@ -13,12 +14,6 @@ FORMAT = "lightning_spectral"
 """Key of the version of the format."""
 
 _VERSION = 1
-# What a layout from a file may call: views that have no more entries than the weight, and arithmetic. Tensors have
-# methods that write files, too.
-_STEPS = {
-    *("flatten", "movedim", "narrow", "permute", "reshape", "select", "squeeze", "t", "transpose", "unsqueeze", "view"),
-    *("abs", "add", "div", "exp", "mul", "neg", "reciprocal", "sigmoid", "sqrt", "square", "sub", "tanh"),
-}
 # No real model comes near these.
 _MAX_NAME, _MAX_REMARK, _MAX_ITEMS, _MAX_NUMBER = 512, 4096, 2**20, 2**24
 
@@ -144,7 +139,7 @@ def _adapter(chain: list[Any]) -> tuple[Factor, ...]:
 
 def _step(step: list[Any]) -> tuple[Any, ...]:
     name, *arguments = step
-    _one_of(name, _STEPS)
+    _one_of(name, {*VIEWS, *ARITHMETIC})  # tensors have methods that write files, too
     return (name, *(_argument(item) for item in arguments))
 
 

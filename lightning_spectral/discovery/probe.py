@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.discovery.operations import base_name, is_product, matrix_operands
+from lightning_spectral.discovery.programs import program_hash
 from lightning_spectral.discovery.replay import replay
 from lightning_spectral.discovery.tape import Tape, wide_dtype
 
-__all__ = ["Prober", "Region"]
+__all__ = ["Prober", "Region", "is_mute", "made_up"]
 
 _Answer = TypeVar("_Answer")
 _TOLERANCE = 1e-8
@@ -41,18 +42,29 @@ class Region:
 
     @cached_property
     def program(self) -> int:
-        """Hash of the operations, their wiring and shapes: equal for blocks that run the same program."""
-        tape, lines = self.tape, []
+        """Hash of the program: equal for blocks that compute the same function, whatever their weights are."""
+        return program_hash(self.tape, self.values)
+
+    def common_source(self, values: Iterable[int]) -> int:
+        """Return the last value through which every way from the stream to any of the values leads."""
+        found, *others = values
+        for value in others:
+            # The tree of dominators is climbed from the later of two values, because numbers grow along the way.
+            while found != value:
+                found, value = (self._gateways[found], value) if found > value else (found, self._gateways[value])
+        return found
+
+    @cached_property
+    def _gateways(self) -> dict[int, int]:
+        """For each value the last one before it that every way from the stream leads through (immediate dominator)."""
+        self_map: dict[int, int] = {self.stream: self.stream}
+        self.__dict__["_gateways"] = self_map  # `common_source` climbs what is known so far
         for value in self.values[1:]:
-            operation = tape.producer(value)
+            operation = self.tape.producer(value)
             assert operation is not None
-            inputs = tuple(
-                (self._local[parent], ()) if parent in self._local else (-1, tape.shape(parent))
-                for parent in operation.inputs
-            )
-            numbers = tuple(item for item in operation.args if isinstance(item, int | float | bool))
-            lines.append((operation.name, inputs, tape.shape(value), numbers))
-        return hash(tuple(lines))
+            parents = [parent for parent in operation.inputs if self.tape.depends(parent, self.stream)]
+            self_map[value] = self.common_source(parents)
+        return self_map
 
 
 class Prober:
@@ -95,6 +107,8 @@ class Prober:
 
     def _moved_with(self, region: Region, held: Mapping[int, Tensor]) -> tuple[int, tuple[int, ...]]:
         stream = self.tape.wide(region.stream).clone()
+        if not bool(stream.isfinite().all()):  # a run that has diverged: its structure is what it was
+            stream = _noise(stream, seed=13)
         channel = self._channel_dim(region)
         before = replay(self.tape, {region.stream: stream}, region.leaf, held=held)
         rows = stream.movedim(channel, -1)
@@ -112,7 +126,7 @@ class Prober:
         return int(moved.sum()) - 1, dims
 
     def made_up_weights(self, region: Region) -> dict[int, Tensor]:
-        """Return content for the weights and gains of a region that are zero: matrices of noise, gains around 1."""
+        """Return content for the weights and gains of a region that show nothing as they are."""
         content = {}
         for value in region.values[1:]:
             operation = self.tape.producer(value)
@@ -120,17 +134,31 @@ class Prober:
                 continue
             for item in matrix_operands(operation) if is_product(self.tape, operation) else operation.inputs:
                 like = self.tape.tensors[item]
-                if self.tape.made_of_parameters(item) and like.is_floating_point() and not bool(like.any()):
-                    noise = _noise(like, seed=8)
-                    matrix = sum(size > 1 for size in like.shape) > 1
-                    content[item] = noise / math.sqrt(max(like.shape[-2:])) if matrix else 1 + 0.1 * noise
+                if self.tape.made_of_parameters(item) and like.is_floating_point() and is_mute(like):
+                    content[item] = made_up(like)
         return content
 
+    def channel_dim(self, region: Region) -> int:
+        """Return the dimension of the stream that holds its channels: the last, or the second of feature maps."""
+        return self.once(region, "channels", lambda: self._channel_dim(region))
+
     def _channel_dim(self, region: Region) -> int:
-        # Feature maps of convolutions are (batch, channels, height, width); everything else keeps channels last.
-        operations = [self.tape.producer(value) for value in region.values[1:]]
-        convolved = any(operation is not None and "convolution" in operation.name for operation in operations)
-        return 1 if convolved and len(self.tape.shape(region.stream)) == 4 else -1
+        """Ask the first convolution, whose channels stand second, which dimension of the stream they come from."""
+        shape = self.tape.shape(region.stream)
+        operations = (self.tape.producer(value) for value in region.values[1:])
+        first = next((item for item in operations if item is not None and "convolution" in item.name), None)
+        if first is None or len(shape) < 3 or not self.tape.depends(first.inputs[0], region.stream):
+            return -1
+        stream = _noise(self.tape.tensors[region.stream], seed=14)
+        other = stream.clone()
+        other.select(1, 0).add_(1.0)
+        try:
+            ends = [replay(self.tape, {region.stream: part}, first.inputs[0]) for part in (stream, other)]
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return -1
+        change = (ends[1] - ends[0]).abs().movedim(1, 0).flatten(1).sum(1)
+        # Norms over channels spread a change of one channel thinly over the others.
+        return 1 if int(change.argmax()) == 0 and float(change[0]) > 2 * float(change[1:].amax(0)) else -1
 
     def is_affine(self, region: Region, sources: Iterable[int], target: int) -> bool:
         """Whether ``target`` is an affine function of all the sources together (midpoint test)."""
@@ -151,23 +179,58 @@ class Prober:
         chord = (ends[0] + ends[1]) / 2
         return bool((ends[2] - chord).abs().max() <= _TOLERANCE * (chord.abs().max() + 1e-30))
 
-    def same_support(self, region: Region, source: int, first: int, second: int) -> bool:
-        """Whether two values of one shape depend, entry by entry, on the same channels of their common source."""
-        question = ("support", region.local(source), region.local(first), region.local(second))
-        return self.once(region, question, lambda: self._same_support(source, first, second))
+    def is_elementwise(self, region: Region, source: int, target: int) -> bool:
+        """Whether every entry of ``target`` is a function of the same entry of ``source``, which has the same shape."""
+        question = ("elementwise", region.local(source), region.local(target))
+        return self.once(region, question, lambda: self._is_elementwise(source, target))
 
-    def _same_support(self, source: int, first: int, second: int) -> bool:
+    def _is_elementwise(self, source: int, target: int) -> bool:
+        if self.tape.shape(source) != self.tape.shape(target):
+            return False
         content = _noise(self.tape.tensors[source], seed=5)
-        coin = torch.rand(content.shape[-1], generator=torch.Generator().manual_seed(6)) < 0.5
-        other = torch.where(coin.to(content.device), content, _noise(content, seed=7))
+        coin = torch.rand(content.shape, generator=torch.Generator().manual_seed(6), device="cpu") < 0.5
+        stays = coin.to(content.device)
+        other = torch.where(stays, content, _noise(content, seed=7))
         try:
-            moved = [
-                replay(self.tape, {source: content}, value) != replay(self.tape, {source: other}, value)
-                for value in (first, second)
-            ]
+            one, two = (replay(self.tape, {source: part}, target) for part in (content, other))
         except (RuntimeError, IndexError, ValueError, TypeError):
-            return True
-        return moved[0].shape == moved[1].shape and float((moved[0] ^ moved[1]).double().mean()) < 0.1
+            return False
+        return one.is_floating_point() and torch.equal(one[stays], two[stays])
+
+    def size_of_norm(self, region: Region, source: int, target: int) -> float | None:
+        """Return the root mean square of a value that a norm makes of another, ``None`` where it varies."""
+        question = ("size", region.local(source), region.local(target))
+        return self.once(region, question, lambda: self._size_of_norm(source, target))
+
+    def _size_of_norm(self, source: int, target: int) -> float | None:
+        sizes = []
+        for seed in (16, 17):
+            content = 1e3 * _noise(self.tape.tensors[source], seed=seed)  # large beside what keeps the norm from 0 / 0
+            try:
+                sizes.append(float(replay(self.tape, {source: content}, target).square().mean().sqrt()))
+            except (RuntimeError, IndexError, ValueError, TypeError):
+                return None
+        alike = abs(sizes[0] - sizes[1]) <= 1e-6 * sizes[0] and sizes[0] > 0
+        return (1.0 if abs(sizes[0] - 1) < 1e-6 else sizes[0]) if alike else None
+
+    def slope(self, region: Region, source: int, target: int) -> float:
+        """Return the slope that an elementwise function has far from zero, 1 where it is not a straight line there."""
+        return self.once(
+            region, ("slope", region.local(source), region.local(target)), lambda: self._slope(source, target)
+        )
+
+    def _slope(self, source: int, target: int) -> float:
+        found = []
+        for far in (-1e3, 1e3):
+            content = torch.full_like(_noise(self.tape.tensors[source]), far)
+            once, twice = (replay(self.tape, {source: c * content}, target) / far for c in (1, 2))
+            slopes = twice - once
+            if bool((slopes - slopes.flatten()[0]).abs().max() <= 1e-6) and bool(
+                (twice - 2 * once).abs().max() <= 1e-2
+            ):
+                found.append(float(slopes.flatten()[0]))
+        slope = max(found, key=abs, default=0.0)
+        return slope if abs(slope) > 1e-6 and abs(slope - 1) > 1e-6 else 1.0
 
     def same_rows(self, region: Region, source: int, first: tuple[int, int], second: tuple[int, int]) -> bool:
         """Whether two values, each given with its channel dimension, hold the same channels at the same positions.
@@ -215,73 +278,25 @@ class Prober:
             return False
         return bool(error.abs().max() <= _TOLERANCE * (once - silent).abs().max())
 
-    def channel_map(
-        self, region: Region, source: tuple[int, int], target: tuple[int, ...], frozen: Iterable[int] = ()
-    ) -> tuple[int, ...] | None:
-        """Find which channel of ``source`` feeds each channel of ``target``.
-
-        The sign of every channel whose number has bit b set is flipped, for b = 0, 1, …; a channel of the target that
-        follows has bit b in the number of its source. Flipping signs leaves every root-mean-square norm on the way
-        alone, and the elementwise activations of an MLP show it as well.
-
-        Args:
-            region: The branch.
-            source: Value and channel dimension.
-            target: Value and channel dimension (several dimensions together form the channels).
-            frozen: Values that are held fixed (the other operand of a gate, queries and keys).
-
-        Returns:
-            For each target channel the number of its source channel; ``None`` where channels are mixed on the way.
-        """
-        frozen = sorted(frozen)
-        question = ("channels", region.local(source[0]), region.local(target[0]), target[1:])
-        return self.once(region, question, lambda: self._channel_map(region, source, target, frozen))
-
-    def _channel_map(
-        self, region: Region, source: tuple[int, int], target: tuple[int, ...], frozen: Iterable[int]
-    ) -> tuple[int, ...] | None:
-        value, dimension = source
-        # Gates and patterns are held at noise, gains away from zero: what was recorded may be zero.
-        held = self.made_up_weights(region) | {item: self._noise_like(item) for item in frozen}
-        content = _noise(self.tape.tensors[value], seed=3)
-        count = content.shape[dimension]
-        numbers = torch.arange(count, device=content.device)
-
-        def follows(flipped: Tensor) -> Tensor:
-            shape = [1] * content.dim()
-            shape[dimension] = count
-            signs = (1 - 2 * flipped.to(content.dtype)).view(shape)
-            result = self._columns({value: content * signs}, target, held) - silent
-            return (result * reference).sum(0) < 0.5 * (reference * reference).sum(0)
-
-        try:
-            silent = self._columns({value: torch.zeros_like(content)}, target, held)  # biases alone
-            reference = self._columns({value: content}, target, held) - silent
-            if not bool(follows(torch.ones_like(numbers, dtype=torch.bool)).all()):
-                return None
-            found = torch.zeros(reference.shape[1], dtype=torch.long, device=content.device)
-            for bit in range(max(1, (count - 1).bit_length())):
-                found |= follows((numbers >> bit) & 1 == 1).long() << bit
-            if int(found.max()) >= count:
-                return None
-            coin = torch.rand(count, generator=torch.Generator().manual_seed(4)).to(content.device) < 0.5
-            if not torch.equal(follows(coin), coin[found]):
-                return None
-        except (RuntimeError, IndexError, ValueError, TypeError):
-            return None
-        return tuple(found.tolist())
-
     def _columns(self, sources: Mapping[int, Tensor], target: tuple[int, ...], held: Mapping[int, Tensor]) -> Tensor:
         value, *dimensions = target
         result = replay(self.tape, sources, value, held=held)
         channels = math.prod(result.shape[dimension] for dimension in dimensions)
         return result.movedim(dimensions, tuple(range(-len(dimensions), 0))).reshape(-1, channels)
 
-    def _noise_like(self, value: int) -> Tensor:
-        recorded = self.tape.wide(value)
-        if not recorded.is_floating_point() or not self.tape.is_data(value):
-            return recorded
-        return 1 + _noise(recorded, seed=9)
+
+def is_mute(weight: Tensor) -> bool:
+    """Whether a weight shows nothing of its place: zeros that pass nothing on, numbers that are not finite."""
+    if not bool(weight.isfinite().all()):
+        return True
+    return not bool(weight.any()) or (sum(size > 1 for size in weight.shape) < 2 and not bool(weight.all()))
+
+
+def made_up(weight: Tensor) -> Tensor:
+    """Return content in place of a weight: a matrix of noise, or a gain around 1."""
+    noise = _noise(weight, seed=8)
+    matrix = sum(size > 1 for size in weight.shape) > 1
+    return noise / math.sqrt(max(weight.shape[-2:])) if matrix else 1 + 0.1 * noise
 
 
 def _noise(like: Tensor, seed: int = 0) -> Tensor:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lightning_spectral.discovery.linear import LinearPart
 from lightning_spectral.discovery.operands import UnmeasurableError
 from lightning_spectral.discovery.operations import base_name, matrix_operands, weight_operand
-from lightning_spectral.discovery.probe import Prober, Region
-from lightning_spectral.discovery.recipes import NoRecipeError, recipe, shortest
+from lightning_spectral.discovery.recipes import NoRecipeError, Step, recipe, shortest
 from lightning_spectral.discovery.tape import Operation, Tape
 from lightning_spectral.records import Factor
 
-__all__ = ["Reader", "WeightProduct", "matrix_factor", "rows_read", "weight_product"]
+__all__ = ["Reader", "WeightProduct", "as_ranges", "columns_read", "matrix_factor", "rows_read", "weight_product"]
 
 MATRICES = ("output", "value", "latent", "down", "up")
 STACK = ("stack",)  # stands for picking an expert from dimension 0
@@ -38,17 +38,24 @@ class WeightProduct:
     stacked: bool
 
 
+def _without_repetition(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Give dimensions along which a weight is repeated a size of 1: one of the copies is meant."""
+    once: list[Step] = []
+    for step in steps:
+        once += [("unsqueeze", 0)] * step[1] if step[0] == "expand" else [step]
+    return tuple(once)
+
+
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """The matrix that reads what is looked for next, and what is held fixed on the way to it.
-
-    Attributes:
-        product: The product that reads.
-        frozen: Gates, queries and keys passed since.
-    """
+    """The product that reads what is looked for next."""
 
     product: WeightProduct
-    frozen: frozenset[int] = frozenset()
+
+    @property
+    def target(self) -> tuple[int, int]:
+        """The value that is read, and the dimension of its channels."""
+        return self.product.data, self.product.channel
 
 
 def weight_product(tape: Tape, operation: Operation) -> WeightProduct:
@@ -97,40 +104,62 @@ def matrix_factor(tape: Tape, product: WeightProduct) -> Factor:
         # A batch of one, or one matrix repeated over the batch, is a matrix; else the batch is one of experts.
         single = tape.shape(product.weight)[0] == 1 or any(step[0] == "expand" for step in steps)
         steps = (*steps, ("select", 0, 0) if single else STACK)
+    steps = _without_repetition(steps)
     # Of the parents of a parametrized weight (a magnitude, a scale), the largest has its shape.
     shapes = [tape.shape(parameter) for parameter in tape.parents_with_names(product.weight)]
-    steps = shortest(steps, max(shapes, key=math.prod))
+    try:
+        steps = shortest(steps, max(shapes, key=math.prod))
+    except (RuntimeError, IndexError):
+        raise UnmeasurableError(f"the weight made of {name} is repeated in a way that cannot be read") from None
     return Factor("latent", name, layout=steps)
 
 
 def rows_read(
-    prober: Prober, region: Region, product: WeightProduct, result: int, reader: Reader
-) -> tuple[range, ...] | None:
-    """Return the rows of a matrix in the order in which the next one reads them, ``None`` for all of them in order.
+    linear: LinearPart, product: WeightProduct, result: int, reader: Reader
+) -> tuple[tuple[range, ...] | None, tuple[int, int] | None]:
+    """Return the rows of a matrix in the order in which the next one reads them, and the part that they are of it.
 
     Args:
-        prober: Answers the question.
-        region: The branch.
+        linear: The linear part of the branch.
         product: The product whose rows are asked for.
         result: The value of that product.
         reader: Who reads them.
 
+    Returns:
+        The rows, ``None`` for all of them in order; and the first column and the number of columns of the reader that
+        they feed, ``None`` for all columns.
+
     Raises:
-        UnmeasurableError: Channels are mixed on the way.
+        UnmeasurableError: Channels are mixed on the way, or the matrix feeds columns that do not stand side by side.
     """
     # One product for all experts at once: the reader's channels are those of each expert in turn.
-    tape, read = region.tape, reader.product
+    tape, read = linear.tape, reader.product
     joined = read.stacked and not (product.stacked and tape.shape(product.weight)[0] > 1)
-    target = (read.data, 0, read.channel) if joined else (read.data, read.channel)
-    found = prober.channel_map(region, (result, product.channel), target, reader.frozen)
+    target = (read.data, 0, read.channel) if joined else reader.target
+    found = linear.channels((result, product.channel), target)
     if found is None:
         raise UnmeasurableError("channels are mixed between two of its matrices, so they do not form a product")
-    if not joined and found == tuple(range(tape.shape(result)[product.channel])):
-        return None
-    return _as_ranges(found)
+    fed = [place for place, number in enumerate(found) if number >= 0]
+    if len(fed) == len(found):
+        in_order = not joined and found == tuple(range(tape.shape(result)[product.channel]))
+        return None if in_order else as_ranges(found), None
+    if joined or not fed or fed != list(range(fed[0], fed[-1] + 1)):
+        raise UnmeasurableError("a matrix feeds channels of the next one that do not stand side by side")
+    return as_ranges(found[fed[0] : fed[-1] + 1]), (fed[0], len(fed))
 
 
-def _as_ranges(numbers: tuple[int, ...]) -> tuple[range, ...]:
+def columns_read(matrix: Factor, columns: tuple[int, int]) -> Factor:
+    """Return the columns of a matrix that one of several matrices side by side feeds.
+
+    Raises:
+        UnmeasurableError: The matrix has adapters, whose columns are not known.
+    """
+    if matrix.adapters:
+        raise UnmeasurableError("a matrix with adapters reads several matrices side by side")
+    return replace(matrix, layout=(*matrix.layout, ("narrow", 1, *columns)))
+
+
+def as_ranges(numbers: tuple[int, ...]) -> tuple[range, ...]:
     """Write a sequence of numbers as ranges of one length and one step where that is possible (heads, mostly)."""
     runs: list[range] = []
     for number in numbers:

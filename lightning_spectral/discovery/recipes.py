@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_spectral.discovery.layout import UNARY, arranged
 from lightning_spectral.discovery.operations import base_name, moved_input
-from lightning_spectral.discovery.tape import Operation, Tape
+from lightning_spectral.discovery.tape import Operation, Ref, Tape
 
-__all__ = ["NoRecipeError", "attribute_path", "recipe", "shortest"]
+__all__ = ["NoRecipeError", "Step", "attribute_path", "recipe", "shortest"]
 
 Step = tuple[Any, ...]
 _COPIES = {"_to_copy", "clone", "detach", "contiguous", "alias", "lift_fresh", "to", "copy"}
-_UNARY = {"exp", "sigmoid", "tanh", "abs", "square", "sqrt", "neg"}
 
 
 class NoRecipeError(Exception):
@@ -31,7 +31,8 @@ def recipe(tape: Tape, value: int) -> tuple[str, tuple[Step, ...]]:
         value: A value that depends on one parameter (or buffer) and constants.
 
     Returns:
-        Attribute path and steps; the step ``("experts",)`` stands for picking entries of dimension 0 by the input.
+        Attribute path and steps. ``("experts",)`` stands for picking entries of dimension 0 by the input, and
+        ``("expand", k)`` for repeating along k new dimensions in front, and along dimensions of size 1.
 
     Raises:
         NoRecipeError: Where the value is made of several parameters, or by an unknown operation.
@@ -41,9 +42,9 @@ def recipe(tape: Tape, value: int) -> tuple[str, tuple[Step, ...]]:
     operation = tape.producer(value)
     if operation is None:
         raise NoRecipeError("it is a constant that belongs to no parameter")
-    parametrized = _parametrized(tape, value)
-    if parametrized is not None:
-        return parametrized, ()
+    computed = next((path for path, made in tape.attributes.items() if made == value), None)
+    if computed is not None:  # what is done to it afterwards has steps of its own
+        return computed, ()
     source, step = _step(tape, operation, value)
     name, steps = recipe(tape, source)
     return name, _simplified((*steps, *step))
@@ -55,17 +56,6 @@ def attribute_path(name: str) -> str:
     return f"{head}.{tail.split('.')[0]}" if separator else name
 
 
-def _parametrized(tape: Tape, value: int) -> str | None:
-    # Only the output of the parametrization itself: what is done to it afterwards has steps of its own.
-    parents = [tape.names[known] for known in tape.parents_with_names(value)]
-    targets = {attribute_path(name) for name in parents if ".parametrizations." in name}
-    if len(targets) != 1:
-        return None
-    target = targets.pop()
-    prefix = target.rpartition(".")[0] + ".parametrizations"
-    return target if any(call.path.startswith(prefix) for call in tape.calls_that_return(value)) else None
-
-
 def _step(tape: Tape, operation: Operation, value: int) -> tuple[int, tuple[Step, ...]]:
     """Return the input of an operation and the tensor methods that repeat it."""
     name, source = base_name(operation), moved_input(operation)
@@ -74,9 +64,11 @@ def _step(tape: Tape, operation: Operation, value: int) -> tuple[int, tuple[Step
             return source, ()
         return source, (_view_step(tape, operation, name, source, value),)
     numbers = [item for item in operation.args if isinstance(item, int | float)]
-    if len(operation.inputs) == 1 and name in ("add", "sub", "mul", "div") and len(numbers) == 1:
+    if len(operation.inputs) == 1 and name in ("add", "sub", "mul", "div", "pow") and len(numbers) == 1:
         return operation.inputs[0], ((name, numbers[0]),)
-    if len(operation.inputs) == 1 and name in _UNARY:
+    if len(operation.inputs) == 1 and name == "rsub" and len(numbers) == 1:
+        return operation.inputs[0], (("neg",), ("add", numbers[0]))
+    if len(operation.inputs) == 1 and name in UNARY:
         return operation.inputs[0], ((name,),)
     constants = [item for item in operation.inputs if not tape.made_of_parameters(item)]
     others = [item for item in operation.inputs if item not in constants]
@@ -93,16 +85,38 @@ def _view_step(tape: Tape, operation: Operation, name: str, source: int, value: 
     if name in ("t", "transpose"):
         dims: tuple[Any, ...] = args[:2] if name == "transpose" else (-2, -1)
         return ("transpose", *sorted(item if item < 0 else item - len(shape) for item in dims))
-    if name in ("squeeze", "unsqueeze", "permute", "expand", "movedim"):
+    if name == "expand":  # the dimensions that are new; along the others, a copy is as good as another
+        return (name, len(tape.shape(value)) - len(shape))
+    if name in ("squeeze", "unsqueeze", "permute", "movedim"):
         return (name, *args)
     if name in ("view", "_unsafe_view", "reshape", "unflatten", "flatten"):
         return ("reshape", tape.shape(value))
-    if name in ("index", "index_select", "gather") and len(shape) >= 3:
-        return ("experts",)
+    if name in ("index", "index_select", "gather"):
+        return _picked_step(tape, operation, name, shape)
     part = _part_step(tape, operation, name, args, shape, value)
     if part is None:
         raise NoRecipeError(f"it is rearranged by the operation {operation.name!r}")
     return part
+
+
+def _picked_step(tape: Tape, operation: Operation, name: str, shape: tuple[int, ...]) -> Step:
+    """Return the step that takes entries by their numbers: experts by the input, rows or columns in a fixed order."""
+    picked = [value for value in operation.inputs[1:] if not tape.tensors[value].is_floating_point()]
+    if len(shape) >= 3 and any(tape.is_data(value) for value in picked):
+        return ("experts",)
+    places = operation.args[1] if name == "index" else ()
+    dimension = (
+        operation.args[1]
+        if name == "index_select"
+        else next((place for place, item in enumerate(places) if isinstance(item, Ref)), None)
+    )
+    if len(picked) != 1 or dimension is None or name == "gather" or tape.is_data(picked[0]):
+        raise NoRecipeError(f"it is rearranged by the operation {operation.name!r}")
+    numbers = tape.tensors[picked[0]]
+    if numbers.dim() != 1 or numbers.dtype in (torch.bool, torch.uint8):
+        raise NoRecipeError(f"it is rearranged by the operation {operation.name!r}")
+    size = shape[dimension]
+    return ("index_select", int(dimension), tuple(int(number) % size for number in numbers.tolist()))
 
 
 def _part_step(
@@ -161,6 +175,6 @@ def shortest(steps: tuple[Step, ...], shape: tuple[int, ...]) -> tuple[Step, ...
 
 
 def _applied(tensor: Tensor, steps: tuple[Step, ...]) -> Tensor:
-    for name, *arguments in steps:
-        tensor = tensor[-1] if name == "stack" else getattr(tensor, name)(*arguments)
+    for step in steps:
+        tensor = tensor[-1] if step[0] == "stack" else arranged(tensor, (step,))
     return tensor

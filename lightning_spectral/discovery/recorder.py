@@ -150,6 +150,21 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 storage.current[place] = value
                 storage.stale.pop(place, None)
 
+    def computed_weights(self, model: nn.Module) -> dict[str, int]:
+        """Return the weights that modules compute anew for every pass: parametrized ones, and those that hooks make."""
+        found = {}
+        for call in self.tape.calls:
+            owner, _, name = call.path.rpartition(".")
+            if owner.endswith("parametrizations") and call.outputs:
+                found[f"{owner.removesuffix('parametrizations')}{name}"] = call.outputs[0][1]
+        for path, module in model.named_modules():
+            for name, tensor in vars(module).items() if module._forward_pre_hooks else ():
+                if isinstance(tensor, Tensor):
+                    value = self.storages[_place(tensor).storage].current.get(_place(tensor))
+                    if value is not None and self.tape.made_of_parameters(value):
+                        found[f"{path}.{name}" if path else name] = value
+        return found
+
     def restore(self) -> None:
         """Undo what the forward pass wrote into parameters, buffers and its own inputs."""
         for live, before in self.changed.values():
@@ -181,7 +196,8 @@ def _watch_calls(model: nn.Module, recorder: _Recorder, stack: ExitStack) -> Non
 
     def enter(path: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            call = Call(len(calls), path, recorder.stack[-1] if recorder.stack else -1)
+            inputs = tuple(value for _, value in _values(recorder, [args, kwargs]))
+            call = Call(len(calls), path, recorder.stack[-1] if recorder.stack else -1, inputs)
             calls.append(call)
             recorder.stack.append(call.index)
 
@@ -236,6 +252,7 @@ def record(model: nn.Module, run: Callable[[], Any], inputs: Any) -> Tape:
         try:
             with recorder:
                 run()
+            tape.attributes |= recorder.computed_weights(model)
         finally:
             with torch.no_grad():
                 recorder.restore()

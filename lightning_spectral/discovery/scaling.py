@@ -17,6 +17,7 @@ from lightning_spectral.discovery.operations import (
     is_product,
     matrix_operands,
     moved_input,
+    norm_gain,
     refs,
     scattered_inputs,
     weight_operand,
@@ -123,11 +124,11 @@ class ScalingWalk:
         return found
 
     def _normed(self, operation: Operation) -> Scaling:
-        first = 1 if operation.name == "native_group_norm" else 2
-        gain = refs(operation, first)
-        if not gain:
+        gain = norm_gain(operation)
+        if gain is None:
             raise UnscalableError("a norm without weights stands behind it")
-        return self._sum([*gain, *refs(operation, first + 1)])
+        position = next(place for place in range(len(operation.args)) if refs(operation, place) == (gain,))
+        return self._sum([gain, *refs(operation, position + 1)])
 
     def _multiplied(self, operation: Operation) -> Scaling:
         """Return the parameters of one operand of a product of values; the other operands are held."""

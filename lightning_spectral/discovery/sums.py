@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from lightning_spectral.discovery.linear import LinearPart
 from lightning_spectral.discovery.multipliers import multiplier_factors
 from lightning_spectral.discovery.operands import UnmeasurableError
 from lightning_spectral.discovery.operations import moved_values
@@ -24,13 +25,14 @@ __all__ = ["summed_matrix"]
 
 
 def summed_matrix(
-    region: Region, prober: Prober, value: int, addends: Sequence[Addend]
+    region: Region, prober: Prober, linear: LinearPart, value: int, addends: Sequence[Addend]
 ) -> tuple[WeightProduct, Factor]:
     """Return the product whose matrix the others are added to, and that matrix with its adapters.
 
     Args:
         region: The branch.
-        prober: Checks that all terms read the same channels and write the same channels.
+        prober: Checks that all terms read the same channels.
+        linear: Checks that all terms write the same channels.
         value: The sum.
         addends: Its terms; the first single product without multipliers is the one that the others adapt.
 
@@ -43,14 +45,20 @@ def summed_matrix(
         raise UnmeasurableError("its matrix is multiplied by a number before an adapter is added to it")
     first = products[base][0]
     for part, chain in products.items():
-        if not _is_alike(region, prober, value, first, part, chain):
+        if not _is_alike(region, prober, linear, value, first, part, chain):
             raise UnmeasurableError("it is a sum of products that do not read and write the same channels")
-    adapters = tuple(_adapter(region, prober, part, products[part]) for part in addends if part is not base)
+    adapters = tuple(_adapter(region, linear, part, products[part]) for part in addends if part is not base)
     return first, replace(matrix_factor(region.tape, first), adapters=adapters)
 
 
 def _is_alike(
-    region: Region, prober: Prober, value: int, first: WeightProduct, part: Addend, chain: Sequence[WeightProduct]
+    region: Region,
+    prober: Prober,
+    linear: LinearPart,
+    value: int,
+    first: WeightProduct,
+    part: Addend,
+    chain: Sequence[WeightProduct],
 ) -> bool:
     """Whether a term reads what the first product reads, and writes its channels in order, position by position."""
     channels = tuple(range(region.tape.shape(value)[first.channel]))
@@ -58,7 +66,7 @@ def _is_alike(
     readers = [(value, first.channel), *((product.data, product.channel) for product in chain[:-1])]
     return (
         _reads_alike(region, prober, first, chain[-1])
-        and prober.channel_map(region, written, readers[0]) == channels
+        and linear.channels(written, readers[0]) == channels
         and all(
             prober.keeps_positions(region, (link.anchor, product.channel), reader)
             for link, product, reader in zip(part.links, chain, readers, strict=True)
@@ -80,7 +88,7 @@ def _product(region: Region, link: Route) -> WeightProduct:
     return weight_product(region.tape, operation)
 
 
-def _adapter(region: Region, prober: Prober, part: Addend, products: Sequence[WeightProduct]) -> tuple[Factor, ...]:
+def _adapter(region: Region, linear: LinearPart, part: Addend, products: Sequence[WeightProduct]) -> tuple[Factor, ...]:
     """Return the chain of one adapter, multipliers included, the leftmost factor first."""
     chain: list[Factor] = []
     for position, (link, product) in enumerate(zip(part.links, products, strict=True)):
@@ -91,7 +99,9 @@ def _adapter(region: Region, prober: Prober, part: Addend, products: Sequence[We
         if STACK in matrix.layout:
             raise UnmeasurableError("the adapters of stacked matrices are multiplied in one product")
         if position > 0:
-            rows = rows_read(prober, region, product, link.anchor, Reader(products[position - 1]))
+            rows, columns = rows_read(linear, product, link.anchor, Reader(products[position - 1]))
+            if columns is not None:
+                raise UnmeasurableError("an adapter has several matrices side by side")
             matrix = replace(matrix, rows=rows)
         chain += [*multipliers, matrix]
     return tuple(chain)

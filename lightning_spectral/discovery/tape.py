@@ -49,21 +49,31 @@ class Operation:
 
 @dataclass(slots=True)
 class Call:
-    """One call of one module. ``outputs`` pairs the place in the returned structure with the value found there."""
+    """One call of one module.
+
+    Attributes:
+        index: Number of the call.
+        path: Path of the module.
+        parent: Number of the call around it, −1 for none.
+        inputs: The values among the arguments.
+        outputs: The values in what it returned, each with its place there (index, key or field; ``None`` for itself).
+    """
 
     index: int
     path: str
     parent: int
+    inputs: tuple[int, ...] = ()
     outputs: tuple[tuple[int | str | None, int], ...] = ()
 
 
 class Tape:
     """The recorded graph.
 
-    Values are numbered in the order of their creation; ``tensors[v]`` is the recorded content, ``producers[v]`` the
+    Values are numbered in the order of their creation. ``tensors[v]`` is the recorded content, ``producers[v]`` the
     index of the operation that made it (−1 for inputs, parameters and constants), ``names[v]`` the attribute path of a
-    parameter or buffer. ``ancestors[v]`` is a bit set over values and includes ``v``; ``data`` is the bit set of the
-    values that depend on the model's inputs.
+    parameter or buffer, ``attributes[path]`` the value of a weight that a module computes anew for every pass.
+    ``ancestors[v]`` is a bit set over values and includes ``v``; ``data`` is the bit set of the values that depend on
+    the model's inputs.
     """
 
     def __init__(self) -> None:
@@ -74,6 +84,7 @@ class Tape:
         self.producers: list[int] = []
         self.places: list[Place] = []
         self.names: dict[int, str] = {}
+        self.attributes: dict[str, int] = {}
         self.ancestors: list[int] = []
         self.readers: defaultdict[int, list[int]] = defaultdict(list)
         self.data = 0

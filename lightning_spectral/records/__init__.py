@@ -5,7 +5,17 @@ layouts but never a tensor: they survive pickling, deepcopy, wrapping in DDP and
 described by :class:`Measurement` and :class:`LayerMeasurement`, which hold plain numbers.
 """
 
-from lightning_spectral.records.blocks import Branch, BranchKind, End, Factor, FactorRole, Path, ResidualBlock
+from lightning_spectral.records.blocks import (
+    Alternative,
+    Branch,
+    BranchKind,
+    End,
+    Factor,
+    FactorRole,
+    Path,
+    ResidualBlock,
+    alternatives,
+)
 from lightning_spectral.records.measurements import (
     FunctionalMeasurement,
     LayerMeasurement,
@@ -14,6 +24,7 @@ from lightning_spectral.records.measurements import (
 )
 
 __all__ = [
+    "Alternative",
     "Branch",
     "BranchKind",
     "End",
@@ -25,4 +36,5 @@ __all__ = [
     "Measurement",
     "Path",
     "ResidualBlock",
+    "alternatives",
 ]

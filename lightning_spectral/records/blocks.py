@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-__all__ = ["Branch", "BranchKind", "End", "Factor", "FactorRole", "Path", "ResidualBlock"]
+__all__ = [
+    "Alternative",
+    "Branch",
+    "BranchKind",
+    "End",
+    "Factor",
+    "FactorRole",
+    "Path",
+    "ResidualBlock",
+    "alternatives",
+]
 
 BranchKind = Literal["attention", "cross_attention", "mlp", "mixer"]
 FactorRole = Literal["scale", "post_norm", "output", "inner_norm", "value", "latent", "down", "up", "pre_norm"]
@@ -53,9 +64,11 @@ class Factor:
 class Path:
     """One chain of factors from the site back to the residual stream, the factor nearest the site first.
 
+    The paths of a branch with one ``expert`` are added up: the operator of a dense branch is the sum over its paths.
+
     Attributes:
         factors: The chain, in the order of the matrix product.
-        expert: Index of the expert in a mixture of experts, ``"shared"`` for an always-active one, else ``None``.
+        expert: The expert in a mixture of experts, ``"shared"`` for what is always active, else ``None``.
     """
 
     factors: tuple[Factor, ...]
@@ -85,8 +98,8 @@ class Branch:
         site: Absolute path of the module whose output is added to the stream; ``"param:<path>"`` where no module
             carries the branch and only a weight could be scaled.
         output_index: Element of the site's output tuple that is the branch, ``None`` where the output is a tensor.
-        paths: The linear chains of the branch: one for a dense branch, one per expert for a mixture of experts, none
-            where no weight linearization exists.
+        paths: The linear chains of the branch: one for most dense branches, one per expert for a mixture of experts,
+            none where no weight linearization exists.
         reason: Why there is no weight linearization, ``None`` where there is one.
         ends: The parameters (weights and biases, or gain and bias of a norm behind them) that have to be scaled to
             scale the branch: its output is homogeneous of degree one in them together, and nothing else uses them.
@@ -110,16 +123,58 @@ class Branch:
         return tuple(dict.fromkeys(item for path in self.paths for factor in path.factors for item in factor.flat()))
 
 
+class Alternative(NamedTuple):
+    """What acts on one token: paths that are added up.
+
+    Attributes:
+        expert: The expert among them, as in :class:`Path`.
+        paths: The paths.
+    """
+
+    expert: int | str | None
+    paths: tuple[Path, ...]
+
+
+def alternatives(branches: Sequence[Branch]) -> tuple[Alternative, ...]:
+    """Return what the branches of one kind can do to a token: their sum, once for every expert of a mixture.
+
+    The norm of a kind is the largest norm of an alternative. For branches that run one after another, the sum of their
+    operators is what they do to first order in the branches.
+
+    Raises:
+        ValueError: Several of the branches are mixtures, so that their experts meet in too many ways.
+    """
+    options = [_options(branch) for branch in branches]
+    if sum(len(option) > 1 for option in options) > 1:
+        raise ValueError("several of its branches are mixtures of experts, which meet in too many ways")
+    return tuple(
+        Alternative(
+            next((item.expert for item in chosen if item.expert is not None), None),
+            tuple(path for item in chosen for path in item.paths),
+        )
+        for chosen in itertools.product(*options)
+    )
+
+
+def _options(branch: Branch) -> list[Alternative]:
+    found: dict[int | str | None, list[Path]] = {}
+    for path in branch.paths:
+        found.setdefault(path.expert, []).append(path)
+    return [Alternative(expert, tuple(paths)) for expert, paths in found.items()]
+
+
 @dataclass(frozen=True, slots=True)
 class ResidualBlock:
     """One layer of the stack: it adds its branches to the residual stream.
 
     Attributes:
         index: Position in the order of execution, from 0.
-        name: Module path of the block.
+        name: Module path of the block. Where no module is around its branches and no other's: what is around each of
+            them, joined by ``" + "``.
         branches: Every branch in the order of execution.
-        verified: Whether the zero and the linear test passed: with every site multiplied by zero the block is the
-            identity on the stream (up to its post-norms and constant factors), and the stream is affine in each site.
+        verified: Whether the zero and the linear test passed: with every site multiplied by zero the block passes the
+            stream on (up to its norms, constant factors, and what is added that does not come from this stream), and
+            the stream is affine in each site.
         evidence: How the block was found: ``"trace"``, ``"hints"``, and what the verification found where it failed.
         token_dims: Dimensions of the stream along which the block mixes positions, which is where its tokens stand:
             ``(1,)`` for ``(batch, tokens, width)``; empty where no branch mixes any.
