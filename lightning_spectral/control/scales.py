@@ -273,7 +273,8 @@ def attach_to(
     Raises:
         ConfigurationError: The model is sharded already, or a branch cannot carry a scale. Nothing was changed then.
     """
-    problem = next(filter(None, (_problem(model, branch) for branch in branches)), None)
+    problems = (_taken(model, branch) or _problem(model, branch) for branch in branches)
+    problem = next(filter(None, problems), None)
     if problem is not None:
         raise ConfigurationError(problem)
     copied = [
@@ -316,8 +317,7 @@ def _problem(model: nn.Module, branch: Branch) -> str | None:
     if log_scale_tensor(model, branch) is not None:
         return None
     if not by_weight:
-        taken = hasattr(module, CHILD)
-        return f"{site}.{CHILD} exists already and is no residual scale: rename it" if taken else None
+        return None
     others = [end.parameter for end in branch.ends if end.parameter != site]
     if others:
         return (
@@ -331,6 +331,13 @@ def _problem(model: nn.Module, branch: Branch) -> str | None:
     return None
 
 
+def _taken(model: nn.Module, branch: Branch) -> str | None:
+    """Say that the name of a scale is taken."""
+    if log_scale_tensor(model, branch) is None and hasattr(module_at(model, branch.site), CHILD):
+        return f"{branch.site}.{CHILD} exists already and is no residual scale: rename it"
+    return None
+
+
 def is_frozen(model: nn.Module, branch: Branch) -> bool:
     """Whether nothing of a branch is trained, adapters included."""
     parameters = _parameters(model, branch)
@@ -339,7 +346,8 @@ def is_frozen(model: nn.Module, branch: Branch) -> bool:
 
 def _parameters(model: nn.Module, branch: Branch) -> list[nn.Parameter]:
     """Return the parameters of a branch, those that a weight is computed from in place of the weight."""
-    factors = (factor.parameter for factor in branch.factors if factor.parameter is not None)
+    # The gain of the norm in front belongs to the stream as much as to the branch.
+    factors = (item.parameter for item in branch.factors if item.parameter is not None and item.role != "pre_norm")
     found: dict[nn.Parameter, None] = {}
     for path in dict.fromkeys([*(end.parameter for end in branch.ends), *factors]):
         owner, _, name = path.rpartition(".")
