@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_spectral.audit import Comparison, audit, compare, printable
+from lightning_spectral.durable import replace
 from lightning_spectral.errors import SpectralError
 from lightning_spectral.records import Measurement
 from lightning_spectral.report import check_installed, report, write_checkpoint_page
@@ -82,7 +84,7 @@ def _audit(options: Any) -> int:
     _say(sys.stdout, str(result))
     if options.json is not None:
         text = json.dumps({"paths": paths, **result.to_dict()}, indent=1, allow_nan=False)
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
+        replace(Path(options.json), f"{text}\n".encode())
     if options.html is not None:
         write_checkpoint_page(options.html, paths, measured)
     ratios = [layer.ratio for layer in measured[-1] if layer.ratio is not None]
@@ -123,6 +125,11 @@ def _failed(message: str) -> int:
 
 
 def _say(stream: Any, text: str) -> None:
-    """Write a line, with a question mark for each letter that the terminal does not know."""
+    """Write a line, with a question mark for each letter that the terminal does not know, if anybody reads it."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+    try:
+        stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        stream.flush()
+    except (AttributeError, OSError, ValueError):  # none, closed, or `| head`: files are written all the same
+        with suppress(AttributeError, OSError, ValueError):  # and Python does not try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -142,7 +142,7 @@ def _trajectory(
 
     def matrices() -> Iterator[Tensor]:
         for block in blocks:
-            A = torch.eye(width, dtype=torch.float64)
+            A = torch.eye(width, dtype=torch.float64, device="cpu")
             for _, branch in _branches(block) if block in used else ():
                 A += _dense(model, branch, linearization)
             gains.append(float(torch.linalg.matrix_norm(A, ord=2)))

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_spectral.discovery.functions import BranchFunction, branch_functions
 from lightning_spectral.discovery.scaled import scale_module
+from lightning_spectral.discovery.tensors import refuse_lazy
 from lightning_spectral.discovery.updates import Update, UpdateWatch
 from lightning_spectral.errors import ExampleInputError
 from lightning_spectral.geometry.jacobian import Response, derivative_error, response
@@ -59,7 +60,9 @@ def measure_functions(
 
     Raises:
         ExampleInputError: The model could not be run.
+        ConfigurationError: A lazy layer has no weights yet.
     """
+    refuse_lazy(model)
     start, layers = time.perf_counter(), []
     with torch.inference_mode(False), torch.autocast(_device(model).type, enabled=False):
         functions = _functions(model, blocks, args, kwargs)
@@ -89,7 +92,9 @@ def update_ratios(
 
     Raises:
         ExampleInputError: The model could not be run.
+        ConfigurationError: A lazy layer has no weights yet.
     """
+    refuse_lazy(model)
     with torch.inference_mode(False):
         functions = _functions(model, blocks, args, kwargs)
         updates = {}

@@ -1,16 +1,15 @@
 """A run as its file tells it: one frozen record, read from ``spectral.jsonl``.
 
-The file may be of a run that is still going, or that was killed, and it may come from somebody else. So what is not as
-this package writes it is refused with one message, lines that were torn are left out, and entries of a kind that is not
-known yet are passed over.
+The file may be of a run that is still going, or that was killed, and it may come from somebody else. So a line that is
+not as this package writes it is left out and told, and entries of a kind that is not known yet are passed over.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,15 +17,15 @@ from numpy.typing import NDArray
 
 from lightning_spectral.alarms import Event
 from lightning_spectral.display import heatmap_figure
+from lightning_spectral.entries import Line, entries
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.journal import entries
 from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
 from lightning_spectral.trends import Forecast
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["History", "heatmap", "in_order"]
+__all__ = ["History", "heatmap", "history_of", "in_order"]
 
 MOST = 2**53  # beyond it a float no longer counts, and neither does a chart
 MOST_BLOCKS = 2**12  # a picture has a row for each
@@ -37,11 +36,13 @@ class History:
     """A run: its description, what was measured, what was announced and what the controller did.
 
     Attributes:
-        header: What the run was told: linearization, zone, interval, settings of the controller, blocks.
+        header: What the run was told: linearization, zone, interval, settings of the controller, blocks. Empty where
+            that line is damaged.
         measurements: In the order of their steps; of two at the same step the later one counted.
         events: What was announced, in order.
         actions: What the controller did, in order: plain values, as in the file.
         torn: Whether the file breaks off within a line, as it does while it is being written.
+        damaged: Why each of the other lines that were left out cannot be read, by the number of the line.
     """
 
     header: Mapping[str, Any]
@@ -49,6 +50,7 @@ class History:
     events: tuple[Event, ...] = ()
     actions: tuple[Mapping[str, Any], ...] = ()
     torn: bool = False
+    damaged: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> History:
@@ -58,30 +60,10 @@ class History:
             path: A ``spectral.jsonl``.
 
         Raises:
-            ConfigurationError: The file is not one of ours, or holds something that cannot be.
+            ConfigurationError: The file is not one of ours, or has measurements of several linearizations.
             OSError: The file cannot be read.
         """
-        lines = entries(path)
-        header = next(lines)
-        assert header is not None  # entries() refuses a file without
-        measurements: list[Measurement] = []
-        events: list[Event] = []
-        actions: list[Mapping[str, Any]] = []
-        torn = False
-        for number, entry in enumerate(lines, start=2):
-            try:
-                if entry is None:
-                    torn = True
-                elif "layers" in entry:
-                    measurements.append(_measurement(entry))
-                elif "level" in entry:
-                    events.append(_event(entry))
-                elif "action" in entry:
-                    actions.append(_action(entry))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                what = f"line {number} of {os.fspath(path)!r} is not as a run writes it"
-                raise ConfigurationError(f"{what}: {_shortened(error)}") from error
-        return cls(header, in_order(measurements), tuple(events), tuple(actions), torn)
+        return history_of(entries(path))
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -122,6 +104,38 @@ class History:
         return heatmap_figure(self.values("log_ratio"), self.steps, last.linearization, zone)
 
 
+def history_of(lines: Iterable[Line]) -> History:
+    """Read the lines of a run's file.
+
+    Args:
+        lines: They, the header first.
+
+    Raises:
+        ConfigurationError: The measurements are of several linearizations.
+    """
+    header: Mapping[str, Any] = {}
+    measurements: list[Measurement] = []
+    events: list[Event] = []
+    actions: list[Mapping[str, Any]] = []
+    damaged: dict[int, str] = {}
+    torn = False
+    for line in lines:
+        header = header or line.header
+        entry, torn = line.entry or {}, line.torn
+        if line.entry is None and not torn:
+            damaged[line.number] = "it is no JSON object"
+        try:
+            if "layers" in entry:
+                measurements.append(_measurement(entry))
+            elif "level" in entry:
+                events.append(_event(entry))
+            elif "action" in entry:
+                actions.append(_action(entry))
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            damaged[line.number] = _shortened(error)
+    return History(header, in_order(measurements), tuple(events), tuple(actions), torn, damaged)
+
+
 def heatmap(measurements: Sequence[Measurement | Mapping[str, Any]]) -> Figure:
     """Draw measurements as :meth:`History.plot_heatmap` does.
 
@@ -156,7 +170,7 @@ def _measurement(entry: Mapping[str, Any]) -> Measurement:
     if not 0 < low < high:
         raise ValueError(f"the zone is ({low}, {high})")
     layers = tuple(map(_layer, entry["layers"]))
-    step, seconds = _count(entry["step"]), _number(entry["seconds"])
+    step, seconds = _count(entry["step"]), _optional(_number)(entry["seconds"]) or 0.0
     linearization: Any = _text(entry["linearization"])
     adapters: Any = _text(entry.get("adapters", "sum"))
     return Measurement(step, linearization, layers, (low, high), seconds, adapters)
@@ -180,7 +194,7 @@ def _event(entry: Mapping[str, Any]) -> Event:
     if entry["level"] not in ("info", "warning", "alarm"):
         raise ValueError(f"level {entry['level']!r}")
     blocks, coming = tuple(map(_count, entry["blocks"])), entry.get("forecast")
-    forecast = None if coming is None else Forecast(**{name: float(value) for name, value in coming.items()})
+    forecast = None if coming is None else Forecast(**{name: _moment(value) for name, value in coming.items()})
     since, message = _count(entry["since"]), _text(entry["message"])
     return Event(entry["level"], _count(entry["step"]), since, blocks, message, forecast)
 
@@ -201,6 +215,11 @@ def _number(value: Any) -> float:
     if _real(value) < 0:
         raise ValueError(f"{value!r} is negative")
     return float(value)
+
+
+def _moment(value: Any) -> float:
+    """Read a step in the future; JSON has no infinity, so that never is null."""
+    return math.inf if value is None else float(value)
 
 
 def _count(value: Any) -> int:
@@ -225,7 +244,7 @@ def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _scale(value: Any) -> float:
-    return math.nan if _is_not_finite(value) else _number(value)
+    return math.nan if value is None or _is_not_finite(value) else _number(value)
 
 
 def _is_not_finite(value: Any) -> bool:

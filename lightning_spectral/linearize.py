@@ -285,16 +285,18 @@ def _parts(operator: LinearOperator) -> tuple[LinearOperator, ...]:
 
 
 def _append_gain(weights: _Weights, chain: _Chain, factor: Factor) -> None:
-    """Append a norm's gain or a residual multiplier."""
+    """Append a norm's gain or a residual multiplier. Of a number right of a norm, nothing is left but its sign."""
+    void = chain.normalized_from is not None or bool(chain.norms)
     if factor.parameter is None:
-        if factor.constant != 1.0 and chain.normalized_from is None and not chain.norms:
-            chain.scalars.append(factor.constant)
+        if factor.constant != 1.0 and not (void and factor.constant > 0):
+            chain.scalars.append(-1.0 if void else factor.constant)
         return
     tensor = _tensor(weights, factor)
     if tensor.numel() > 1:
         _append(weights, chain, [Diagonal(tensor.flatten())])
-    elif chain.normalized_from is None and not chain.norms:
-        chain.scalars.append(tensor.float() if tensor.dtype != torch.float64 else tensor)
+    else:
+        number = tensor.float() if tensor.dtype != torch.float64 else tensor
+        chain.scalars.append(number.sign() if void else number)
 
 
 def _append(weights: _Weights, chain: _Chain, operators: list[LinearOperator]) -> None:

@@ -14,10 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from lightning_spectral.discovery import find_blocks
+from lightning_spectral.discovery.aside import undisturbed
 from lightning_spectral.discovery.find import attempted_calls
 from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.discovery.paths import resolve
-from lightning_spectral.discovery.recorder import undisturbed
+from lightning_spectral.discovery.tensors import refuse_lazy
 from lightning_spectral.errors import ConfigurationError, ExampleInputError
 from lightning_spectral.geometry.lyapunov import LyapunovSpectrum, angle_exponent, gradient_exponent, lyapunov_spectrum
 from lightning_spectral.linalg import Jacobian
@@ -109,9 +110,10 @@ def lyapunov_exponents(
         BlocksNotFoundError: The model has no residual block.
         ExampleInputError: The model could not be run.
         ConfigurationError: A block cannot be called alone on the stream that it read, blocks do not follow each other
-            in one stack (encoder and decoder are two), or ``k`` or ``sweeps`` cannot be used.
+            in one stack (encoder and decoder are two), a lazy layer has no weights yet, or ``k`` or ``sweeps`` cannot
+            be used.
     """
-    with _still(model):
+    with _still(model, batch):
         factors = [_jacobian(call) for call in _chain(model, batch, blocks)]
         return lyapunov_spectrum(factors, k, sweeps=sweeps, seed=seed)
 
@@ -138,7 +140,7 @@ def empirical_exponents(
         SpectralError: As for :func:`lyapunov_exponents`.
     """
     generator = torch.Generator().manual_seed(seed)
-    with _still(model):
+    with _still(model, batch):
         calls = _chain(model, batch, blocks)
         factors = [_jacobian(call) for call in calls]
         first, last = calls[0].before, calls[-1].after
@@ -160,30 +162,18 @@ def empirical_exponents(
 
 def _direction(like: Tensor, generator: torch.Generator) -> Tensor:
     """Return a random vector of length one."""
-    vector = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    vector = torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu")
     unit: Tensor = (vector / torch.linalg.vector_norm(vector)).to(like.device, like.dtype)
     return unit
 
 
 @contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
+def _still(model: nn.Module, batch: Any) -> Iterator[None]:
     """Evaluation mode, arithmetic that can be differentiated both ways, and a model that is as before afterwards."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack, torch.inference_mode(False):
-        stack.enter_context(undisturbed(model, devices))
-        # Fused attention has no forward-mode derivative; the fast path of torch.nn's layers has none at all.
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    if not torch.equal(buffer, before):
-                        buffer.copy_(before)
+    refuse_lazy(model)
+    with torch.inference_mode(False), undisturbed(model, batch), sdpa_kernel(SDPBackend.MATH):
+        # Fused attention has no forward-mode derivative.
+        yield
 
 
 def _chain(model: nn.Module, batch: Any, blocks: Sequence[ResidualBlock] | None) -> list[_Call]:

@@ -15,7 +15,7 @@ PACKAGE = Path(lightning_spectral.__file__).parent
 # The floors of the house, from the ground up. A room imports only from its own floor and from floors named before it.
 FLOORS = [
     {"errors", "records", "display"},  # records draw themselves
-    {"settings"},
+    {"durable", "settings"},
     {"linalg"},
     {"discovery", "first_forward", "geometry"},
     {"linearize", "block_outputs"},
@@ -24,7 +24,7 @@ FLOORS = [
     {"metrics", "control"},
     {"trends"},
     {"alarms"},
-    {"journal", "series"},
+    {"entries", "journal", "predecessor", "series"},
     {"history"},
     {"report"},
     {"monitor"},

@@ -593,12 +593,12 @@ def test_a_zero_behind_a_norm_has_a_reason() -> None:
 
 @pytest.mark.parametrize(
     ("name", "kinds"),
-    [("alternating_list", (True, False)), ("nemotron_h", (False, True)), ("mamba2", (False, False))],
+    [("attention_only", (True, False)), ("mlp_only", (False, True)), ("mamba2", (False, False))],
 )
 def test_a_block_with_one_branch_has_one_norm_and_no_ratio(name: str, kinds: tuple[bool, bool]) -> None:
-    """A branch that does not exist is None without a reason."""
+    """A branch that does not exist is None, and no branch that could not be measured."""
     model, blocks = built(name)
-    layer = measure(model, blocks).layers[1 if name == "nemotron_h" else 0]
+    layer = measure(model, blocks).layers[0]
     assert (layer.attention_norm is not None, layer.mlp_norm is not None) == kinds
     assert layer.ratio is None
     assert layer.mlp_reason is None

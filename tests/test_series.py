@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -105,6 +106,35 @@ def test_a_deep_model_is_cut_to_the_blocks_farthest_from_balance():
 
 def test_a_model_without_ratios_has_a_table_too():
     assert one_screen(measurement(None)).splitlines()[-1] == "no block has a ratio"
+
+
+def test_every_block_has_one_line_whatever_its_name_and_its_reason_are():
+    layers = (
+        LayerMeasurement(0, "a\nb\u2028", None, 1.0, mlp_reason="has not the shape\n\n  Exception raised from\r\nx"),
+        LayerMeasurement(1, "c" * 500, 1.0, None, attention_reason="why " * 500),
+    )
+    *_, first, second, last = one_screen(Measurement(0, "circuit", layers)).splitlines()
+    assert "a b" in first
+    assert first.endswith("mlp: has not the shape Exception raised from x")
+    assert "why why" in second
+    assert len(second) < 500
+    assert last == "no block has a ratio"
+    assert len(one_screen(Measurement(0, "circuit", ())).splitlines()) == 3
+
+
+# Numbers that are none
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_norm_that_is_no_number_gives_no_ratio_and_says_so(bad: float):
+    layer = LayerMeasurement(0, "b", bad, 1.0)
+    assert (layer.ratio, layer.log_ratio, layer.reason) == (None, None, f"mlp: its norm is {bad}")
+    scaled = LayerMeasurement(0, "b", 1.0, None, attention_scale=bad)
+    assert (scaled.ratio, scaled.reason) == (None, f"attention: its residual scale is {bad}")
+    plain = Measurement(0, "circuit", (layer, scaled)).to_dict()
+    json.dumps(plain, allow_nan=False)
+    assert [found["mlp_norm"] for found in plain["layers"]] == [None, 1.0]
+    assert [found["attention_scale"] for found in plain["layers"]] == [1.0, None]
 
 
 # The first forward pass

@@ -162,10 +162,11 @@ def test_zero_sites_leave_no_branch(name: str) -> None:
     model = member.build()
     args, kwargs = member.inputs(model)
     inside = {
-        f"{block.name}.{path}": parameter
+        f"{name}.{path}": parameter
         for block in member.blocks
-        if block.whole
-        for path, parameter in model.get_submodule(block.name).named_parameters()
+        for name in block.modules
+        if block.whole or name != block.name
+        for path, parameter in model.get_submodule(name).named_parameters()
         if parameter.ndim >= 2 and parameter.requires_grad
     }
     for zeros in alternatives(member.blocks):
@@ -218,7 +219,7 @@ def test_every_site_changes_its_block(name: str) -> None:
     member = example(name)
     model = member.build()
     with torch.no_grad():
-        for block in member.blocks:
+        for block in filter(lambda block: block.whole, member.blocks):
             (_, plain), *_ = through(model, member, block.name)
             for site in (site for sites in block.branches for site in sites):
                 with scaled(model, {site: 0.0}):

@@ -61,12 +61,17 @@ def compare(before: Measurement, after: Measurement) -> Comparison:
 
     Args:
         before: A measurement.
-        after: One of the same architecture, by the same linearization.
+        after: One of the same architecture, by the same linearization and with the same part of its adapters.
 
     Raises:
-        CheckpointError: They are of different architectures, or by different linearizations.
+        CheckpointError: They are of different architectures, or not of the same quantity.
     """
     names = [layer.name for layer in before], [layer.name for layer in after]
+    if before.adapters != after.adapters:
+        raise CheckpointError(
+            f"two measurements cannot be compared: one has adapters={before.adapters!r}, the other "
+            f"adapters={after.adapters!r}; measure both with the same adapters="
+        )
     if before.linearization != after.linearization or names[0] != names[1]:
         raise CheckpointError(
             f"two checkpoints cannot be compared: one has {len(names[0])} blocks by {before.linearization!r}, the "

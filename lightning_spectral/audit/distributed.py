@@ -179,8 +179,8 @@ def _read_chunk(folder: Path, dtype: torch.dtype, chunk: _Chunk) -> Tensor:
 
 def _overlap(chunks: Sequence[_Chunk]) -> bool:
     """Whether two boxes have an entry in common."""
-    first = torch.tensor([chunk.offsets for chunk in chunks])
-    last = first + torch.tensor([chunk.sizes for chunk in chunks])
+    first = torch.tensor([chunk.offsets for chunk in chunks], device="cpu")
+    last = first + torch.tensor([chunk.sizes for chunk in chunks], device="cpu")
     pairs = ((first[i] < last[i + 1 :]) & (first[i + 1 :] < last[i]) for i in range(len(chunks) - 1))
     return any(bool(inside.all(1).any()) for inside in pairs)
 

@@ -122,8 +122,8 @@ def _found(model: nn.Module, batch: Any) -> tuple[ResidualBlock, ...]:
 
 
 def _pair(block: ResidualBlock) -> Iterator[Branch]:
-    """Yield the two branches of the ratio."""
-    yield from (branch for branch in (block.attention, block.mlp) if branch is not None)
+    """Yield the branches of the ratio, those of one kind all together."""
+    yield from (*block.attention_branches, *block.mlp_branches)
 
 
 def _check_ends(model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
@@ -185,7 +185,7 @@ def _writes(
                 f"linearization={linearization!r} does not see the size of {block.name} ({branch.kind}), which is that "
                 f"of {branch.ends[0].parameter}: expected linearization='circuit', or blocks= without it"
             )
-        factor = (change if branch is block.mlp else 1 / change) ** (1 / degrees.pop())
+        factor = (change if branch in block.mlp_branches else 1 / change) ** (1 / degrees.pop())
         yield from (_Write(end.parameter, end.offset, factor) for end in branch.ends)
 
 

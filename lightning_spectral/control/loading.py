@@ -38,7 +38,7 @@ def fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_me
     if f"{prefix}log_scale" not in state_dict:
         log_scale = module.get_parameter("log_scale").detach()
         assigned = log_scale.is_meta and (local_metadata or {}).get("assign_to_params_buffers", False)
-        state_dict[f"{prefix}log_scale"] = torch.zeros(1, dtype=log_scale.dtype) if assigned else log_scale.clone()
+        state_dict[f"{prefix}log_scale"] = torch.zeros(1, dtype=log_scale.dtype, device="cpu") if assigned else log_scale.clone()
     state_dict.setdefault(f"{prefix}_extra_state", module.get_extra_state())
 
 

@@ -28,7 +28,7 @@ class Moves:
         self._sites: list[str] = []
         self._scales: list[nn.Parameter] = []
         self._groups: list[Mapping[str, Any] | None] = []
-        self._changes = self._last = self._undone = torch.zeros(0)
+        self._changes = self._last = self._undone = torch.zeros(0, device="cpu")
 
     def start(self, optimizers: Iterable[Optimizer]) -> None:
         """Listen to the optimizers."""
@@ -82,7 +82,7 @@ class Moves:
 
     def _allowed(self, now: Tensor) -> Tensor:
         """Return how far one step of gradient descent may move each scale, if its rule is one of the usual ones."""
-        gradients = [torch.zeros(1) if scale.grad is None else scale.grad.float() for scale in self._scales]
+        gradients = [torch.zeros_like(scale.detach()).float() if scale.grad is None else scale.grad.float() for scale in self._scales]
         sizes = torch.cat([gradient.to(now.device) for gradient in gradients]).abs()
         still = sizes == 0
         settings = [_settings(group) for group in self._groups]
@@ -94,7 +94,7 @@ class Moves:
 
     def _values(self) -> Tensor:
         values = [scale.detach().float() for scale in self._scales]
-        return torch.cat([value.to(values[0].device) for value in values]) if values else torch.zeros(0)
+        return torch.cat([value.to(values[0].device) for value in values]) if values else torch.zeros(0, device="cpu")
 
 
 def _settings(group: Mapping[str, Any] | None) -> tuple[float, float, float]:

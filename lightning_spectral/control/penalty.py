@@ -247,7 +247,7 @@ def _probes(operator: LinearOperator, V: Tensor) -> Tensor:
     n = operator.shape[1]
     if n <= _EXACT_WIDTH:
         return torch.eye(n, dtype=operator.dtype, device=operator.device)
-    signs = torch.randint(0, 2, (n, _PROBES), generator=torch.Generator().manual_seed(0))
+    signs = torch.randint(0, 2, (n, _PROBES), generator=torch.Generator().manual_seed(0), device="cpu")
     V, G = V.to(operator.dtype), (2 * signs - 1).to(operator.device, operator.dtype)
     return torch.cat([V, (G - V @ (V.mT @ G)) / math.sqrt(_PROBES)], dim=1)
 

@@ -106,7 +106,7 @@ class ResidualScale(nn.Module):
         this entry too.
         """
         text = json.dumps({"ends": self.ends, "reason": self.reason})
-        return torch.tensor(list(text.encode()), dtype=torch.float32)
+        return torch.tensor(list(text.encode()), dtype=torch.float32, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Ignore what a checkpoint says: the model knows better."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,7 +25,7 @@ from lightning_spectral.discovery.operations import (
 )
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.recipes import attribute_path
-from lightning_spectral.discovery.residual import ResidualAdd, Term
+from lightning_spectral.discovery.residual import Refusal, ResidualAdd, Term, goes_on
 from lightning_spectral.discovery.sites import Site, choose_site, usable_modules
 from lightning_spectral.discovery.steps import Steps
 from lightning_spectral.discovery.tape import Tape
@@ -62,19 +63,28 @@ class FoundBranch:
         return max(shared.difference({self.add.output}, *(term.spine for term in others)))
 
 
-def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> tuple[list[FoundBranch], list[str]]:
-    """Return every branch in the order of execution, and why some were refused."""
+def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> tuple[list[FoundBranch], list[Refusal]]:
+    """Return every branch in the order of execution, and the sums whose branches were refused."""
     usable = usable_modules(tape, adds)
-    found, refusals = [], []
+    found: list[FoundBranch] = []
+    refusals: list[Refusal] = []
     for add in adds:
         for kind, terms, neighbours in _grouped(tape, add, prober, usable):
             others = [term for term in (add.skip, *add.branches, *add.others) if term not in terms]
-            site = choose_site(tape, add, terms, others, usable) or _parameter_site(tape, add, terms)
+            site = choose_site(tape, add, terms, others, usable)
+            if site is None and not goes_on(tape, add.output):
+                reason = (
+                    f"a sum of shape {tape.shape(add.output)} is gated, squashed or joined: it is no residual stream"
+                )
+                refusals.append(Refusal(add.output, reason))
+                continue
+            site = site or _parameter_site(tape, add, terms)
             if site is None:
-                refusals.append(
+                reason = (
                     f"a branch of shape {tape.shape(terms[0].start)} is carried by no module, and its last weight is "
                     "used more than once (a recurrence)"
                 )
+                refusals.append(Refusal(add.output, reason))
                 continue
             modules = tuple(dict.fromkeys(path for term in terms for path in _modules(tape, add, term)))
             found.append(FoundBranch(kind, add, tuple(terms), site, modules, neighbours))
@@ -179,5 +189,11 @@ def _whole(tape: Tape, branch: FoundBranch) -> tuple[Region, tuple[tuple[int, Mu
     if not rest:
         return Region(tape, branch.add.skip.leaf, first.start), first.outer
     together = min(set(first.spine).intersection(*(term.spine for term in rest)))
-    outer = tuple((value, multiplier) for value, multiplier in first.multipliers if value >= together)
-    return Region(tape, branch.add.skip.leaf, together), outer
+    outer = [tuple(item for item in term.multipliers if item[0] >= together) for term in branch.terms]
+    repeated = [multipliers for term, multipliers in zip(branch.terms, outer, strict=True) if term.start == together]
+    if len(repeated) > 1:  # one value, added several times
+        numbers = [[item for _, item in multipliers if isinstance(item, float)] for multipliers in repeated]
+        if list(map(len, numbers)) != list(map(len, repeated)):
+            raise UnmeasurableError("it is added several times, each time with a learned multiplier")
+        return Region(tape, branch.add.skip.leaf, together), ((together, sum(map(math.prod, numbers))),)
+    return Region(tape, branch.add.skip.leaf, together), outer[0]

@@ -89,7 +89,7 @@ def _equations(
     for _ in range(count):
         u = torch.randn(width, generator=generator, dtype=torch.float64, device="cpu").to(like)
         y = linear.run(region.leaf, {region.stream: u.view(shape).expand(like.shape)})
-        rows = y.movedim(channel if y.dim() == like.dim() else -1, -1)
+        rows = y.movedim(linear.end_channel(channel), -1)
         whole.append(rows.flatten(end_dim=-2))
         parts.append(torch.stack([linear.product(chain, u) for chain in chains], dim=-1))
     return torch.cat(whole, dim=-1).mT.cpu(), torch.cat(parts).cpu()

@@ -155,7 +155,7 @@ class EndFinder:
 def _alive(content: Tensor) -> Tensor:
     if not content.is_floating_point() or (bool(content.any()) and bool(content.isfinite().all())):
         return content
-    return torch.randn(content.shape, generator=torch.Generator().manual_seed(0)).to(content)
+    return torch.randn(content.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(content)
 
 
 def _shape(model: nn.Module, path: str) -> torch.Size:

@@ -9,10 +9,12 @@ from typing import NamedTuple
 from lightning_spectral.discovery.linear import LinearPart
 from lightning_spectral.discovery.multipliers import multiplier_factors
 from lightning_spectral.discovery.operands import UnmeasurableError
-from lightning_spectral.discovery.operations import Divisor, is_norm, norm_gain
+from lightning_spectral.discovery.operations import Divisor, is_norm, norm_channels_second, norm_gain
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.products import (
+    Columns,
     Reader,
+    WeightProduct,
     as_ranges,
     columns_read,
     matrix_factor,
@@ -58,7 +60,8 @@ def chains(linear: LinearPart, prober: Prober, kind: BranchKind) -> tuple[FoundC
     """
     walker = _Walker(linear.tape, linear.region, prober, linear, Router(linear.steps))
     found: dict[FoundChain, None] = {}
-    for inner in walker.chains_to(linear.region.leaf, None):
+    end = Reader(linear.region.leaf, linear.end_channel(prober.channel_dim(linear.region)))
+    for inner in walker.chains_to(linear.region.leaf, end):
         if any(factor.role == "latent" for factor in inner.factors):
             found[FoundChain(merged(_with_roles(inner.factors, kind)), inner.selective)] = None
         if len(found) > _MAX_CHAINS:
@@ -78,7 +81,7 @@ class _Inner(NamedTuple):
 
     factors: Chain
     selective: bool = False
-    columns: tuple[int, int] | None = None
+    columns: Columns | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,74 +94,66 @@ class _Walker:
     linear: LinearPart
     router: Router
 
-    def chains_to(self, value: int, reader: Reader | None) -> Iterator[_Inner]:
+    def chains_to(self, value: int, reader: Reader) -> Iterator[_Inner]:
         """Yield the chains of factors that end at a value, the last factor first."""
         for route in self.router.routes(value):
-            if route.kind == "stream":
-                yield _Inner(self.multipliers(route, reader), route.selective)
-                continue
-            operation = self.tape.producer(route.anchor)
-            assert operation is not None
-            before = self.multipliers(route, reader)
-            for inner in self._through(route, operation, reader):
-                if inner.columns is not None and any(factor.size is not None for factor in before):
-                    raise UnmeasurableError("a gain acts on several matrices side by side")
-                yield _Inner((*before, *inner.factors), inner.selective or route.selective, inner.columns)
+            yield from self._along(route, reader)
 
-    def multipliers(self, route: Route, reader: Reader | None) -> Chain:
+    def _along(self, route: Route, reader: Reader) -> Iterator[_Inner]:
+        if route.kind == "stream":
+            yield _Inner(self._multipliers(route, reader, None), route.selective)
+            return
+        operation = self.tape.producer(route.anchor)
+        assert operation is not None
+        for inner in self._through(route, operation, reader):
+            before = self._multipliers(route, reader, inner.columns)
+            yield _Inner((*before, *inner.factors), inner.selective or route.selective, inner.columns)
+
+    def _multipliers(self, route: Route, reader: Reader, columns: Columns | None) -> Chain:
         """Return the multipliers of a route as factors, gains in the order of the channels that are read next."""
         found = []
         for multiplier in route.multipliers:
             for factor in multiplier_factors(self.tape, (multiplier,)):
                 if factor.size is not None:
                     value = multiplier.value if isinstance(multiplier, Divisor) else multiplier
-                    factor = self._ordered(factor, route.anchor, int(value), reader)
+                    order = self.linear.gain_channels(route.anchor, int(value), reader.target)
+                    factor = _ordered(factor, order, columns)
                 found.append(factor)
         return tuple(found)
 
-    def _ordered(self, gain: Factor, anchor: int, value: int, reader: Reader | None) -> Factor:
-        target = (self.region.leaf, self.prober.channel_dim(self.region)) if reader is None else reader.target
-        if not self.linear.reads(anchor, target[0], value):
-            return gain  # behind the end of the branch: a multiplier of what is added
-        order = self.linear.gain_channels(anchor, value, target)
-        if order is None:
-            raise UnmeasurableError("a gain acts on a part of the channels, or in another order at every token")
-        if order == tuple(range(gain.size or 0)):
-            return gain
-        return replace(gain, rows=as_ranges(order), size=len(order))
-
-    def _through(self, route: Route, operation: Operation, reader: Reader | None) -> Iterator[_Inner]:
+    def _through(self, route: Route, operation: Operation, reader: Reader) -> Iterator[_Inner]:
         if route.kind == "mixing":
             for inner in self.chains_to(self.router.steps.carrier(route.anchor), reader):
                 yield inner if self.linear.mixes_tokens else inner._replace(selective=True)
         elif route.kind == "norm":
             yield from self._through_norm(route, operation, reader)
-        else:
-            yield from self._through_product(route, operation, reader)
-
-    def _through_product(self, route: Route, operation: Operation, reader: Reader | None) -> Iterator[_Inner]:
-        if route.kind == "sum":
-            addends = self.router.sums[route.anchor]
-            product, matrix = summed_matrix(self.region, self.prober, self.linear, route.anchor, addends)
+        elif route.kind == "sum":
+            yield from self._through_sum(route, reader)
         else:
             product = weight_product(self.tape, operation)
-            matrix = matrix_factor(self.tape, product)
-        columns = None
-        if reader is not None:
-            rows, columns = rows_read(self.linear, product, route.anchor, reader)
-            matrix = replace(matrix, rows=rows)
-        for inner in self.chains_to(product.data, Reader(product)):
+            yield from self._through_matrix(route, product, matrix_factor(self.tape, product), reader)
+
+    def _through_sum(self, route: Route, reader: Reader) -> Iterator[_Inner]:
+        addends = self.router.sums[route.anchor]
+        try:
+            product, matrix = summed_matrix(self.region, self.prober, self.linear, route.anchor, addends)
+        except UnmeasurableError:  # no matrix with adapters: terms that are added up
+            for addend in addends:
+                yield from self._along(addend.links[0], reader)
+            return
+        yield from self._through_matrix(route, product, matrix, reader)
+
+    def _through_matrix(self, route: Route, product: WeightProduct, matrix: Factor, reader: Reader) -> Iterator[_Inner]:
+        rows, columns = rows_read(self.linear, product, route.anchor, reader)
+        matrix = replace(matrix, rows=rows)
+        for inner in self.chains_to(product.data, Reader.of(product)):
             whole = matrix if inner.columns is None else columns_read(matrix, inner.columns)
             yield _Inner((whole, *inner.factors), inner.selective, columns)
 
-    def _through_norm(self, route: Route, operation: Operation, reader: Reader | None) -> Iterator[_Inner]:
+    def _through_norm(self, route: Route, operation: Operation, reader: Reader) -> Iterator[_Inner]:
         step = self.router.steps.step(route.anchor)
         (source,) = step.sources
-        gain = norm_gain(operation) if is_norm(operation) else None
-        size = self.tape.shape(source if gain is None else gain)[-1]
-        gains = multiplier_factors(self.tape, () if gain is None else (gain,))
-        norm = tuple(replace(factor, role="inner_norm", size=size) for factor in gains)
-        norm = norm or (Factor("inner_norm", None, size=size),)
+        norm = self._norm(route, operation, reader)
         if step.multiplier != 1.0:
             norm = (*multiplier_factors(self.tape, (step.multiplier,)), *norm)
         if self._is_of_stream(source):
@@ -170,6 +165,22 @@ class _Walker:
                 raise UnmeasurableError("a norm acts on several matrices side by side")
             yield _Inner((*norm, *inner.factors), inner.selective)
 
+    def _norm(self, route: Route, operation: Operation, reader: Reader) -> Chain:
+        """Return a norm as a factor, its gain in the order of the channels that are read next."""
+        gain = norm_gain(operation) if is_norm(operation) else None
+        fused = is_norm(operation)
+        size = self.tape.shape(route.anchor if gain is None else gain)[-1]
+        found = tuple(multiplier_factors(self.tape, () if gain is None else (gain,)))
+        factor = replace(found[0], size=size) if found else Factor("scale", None, size=size)
+        channel = 1 if fused and norm_channels_second(operation) else -1
+        order = self.linear.channels((route.anchor, channel), reader.target)
+        if order is None or any(order.count(place) != order.count(0) for place in range(size)):
+            raise UnmeasurableError("a norm is read in part, or its channels are mixed afterwards")
+        if order != tuple(range(size)) * (len(order) // size):
+            factor = replace(factor, size=len(order))
+            factor = factor if factor.parameter is None else replace(factor, rows=as_ranges(order))
+        return (replace(factor, role="inner_norm"),)
+
     def _is_of_stream(self, value: int) -> bool:
         """Whether a value is the stream, or the norm of the stream, with numbers that multiply it."""
         for route in self.router.routes(value):
@@ -180,6 +191,23 @@ class _Walker:
             if route.kind == "norm" and not self._is_of_stream(self.router.steps.step(route.anchor).sources[0]):
                 return False
         return True
+
+
+def _ordered(gain: Factor, order: tuple[int, ...] | None, columns: Columns | None) -> Factor:
+    """Return a gain with its entries in the order of the channels that are read next.
+
+    Args:
+        gain: The gain.
+        order: For each of these channels the number of the entry, −1 for none; ``None`` where there are several.
+        columns: The channels that are fed, ``None`` for all.
+    """
+    if order is not None and columns is not None:
+        order = tuple(order[place] for place in columns)
+    if order is None or min(order) < 0:
+        raise UnmeasurableError("a gain acts on a part of the channels, or in another order at every token")
+    if order == tuple(range(gain.size or 0)):
+        return gain
+    return replace(gain, rows=as_ranges(order), size=len(order))
 
 
 def _merged_constants(chain: Chain) -> Chain:

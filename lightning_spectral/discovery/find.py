@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lightning_spectral.discovery.aside import kept
 from lightning_spectral.discovery.blocks import blocks_of
 from lightning_spectral.discovery.hints import with_hints
 from lightning_spectral.discovery.inputs import guesses
+from lightning_spectral.discovery.parts import idle_parts, parts, unseen
 from lightning_spectral.discovery.recorder import record
 from lightning_spectral.discovery.tape import Tape
 from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
 from lightning_spectral.linalg.flattened import is_flattened
-from lightning_spectral.records import ResidualBlock
+from lightning_spectral.records import Blocks, ResidualBlock
 
 __all__ = ["attempted_calls", "blocks_in_calls", "find_blocks", "recorded"]
 
@@ -33,12 +36,16 @@ _HATCH = """If the model has residual blocks, describe them (paths relative to t
 
 def find_blocks(
     model: nn.Module, *example_inputs: Any, hints: Mapping[str, Any] | None = None, **example_kwargs: Any
-) -> tuple[ResidualBlock, ...]:
+) -> Blocks:
     """Find every residual block of a model: its branches, their kinds, their sites and their factors.
 
     The structure is read from one traced forward pass: what is added to the residual stream, which module returned it,
     whether it mixes tokens, and which matrices lie on its linear path. Names only break ties. The pass leaves
     parameters, buffers, hooks, training flags and random streams as they were.
+
+    Without an example input, parts that did not run are run by themselves: a tower of a model of two, whose input is
+    optional. A model that has no forward of its own, such as many a LightningModule, is searched in its parts, frozen
+    ones only if all are frozen.
 
     Args:
         model: Any module; a LightningModule, a compiled module or a module in DDP as well.
@@ -50,7 +57,7 @@ def find_blocks(
 
     Returns:
         The blocks in the order of execution. Their ``verified`` says whether the self-check passed, ``evidence`` how
-        they were found and what failed.
+        they were found and what failed. ``notes`` names the parts of the model that no pass has looked at.
 
     Raises:
         ExampleInputError: No example input could be run, or the model is sharded or on the meta device.
@@ -62,25 +69,20 @@ def find_blocks(
             f"{type(model).__name__} has parameters on the meta device, which hold no numbers: materialize it first "
             "(to_empty and initialize, or load a checkpoint), then look for its blocks"
         )
+    passes: list[Pass] = []
     try:
-        tape, description = recorded(model, example_inputs, example_kwargs)
-        blocks, refusals = blocks_of(tape, model)
+        passes = recorded(model, example_inputs, example_kwargs)
     except ExampleInputError:
         if not hints:
             raise
-        blocks, refusals, description = [], [], "nothing"
-    if hints:
-        return with_hints(model, blocks, hints)
-    if not blocks:
-        raise BlocksNotFoundError(_nothing_found(model, description, refusals))
-    return tuple(blocks)
+    return _blocks_on(model, passes, hints)
 
 
 def blocks_in_calls(
     model: nn.Module,
     calls: Iterable[tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]],
     hints: Mapping[str, Any] | None = None,
-) -> tuple[ResidualBlock, ...]:
+) -> Blocks:
     """Find the residual blocks in passes of some modules of a model. All names are those that the model has.
 
     Args:
@@ -94,67 +96,114 @@ def blocks_in_calls(
         ConfigurationError: The hints do not fit the model.
     """
     _refuse_sharded(model)
-    blocks: list[ResidualBlock] = []
-    refusals: list[str] = []
+    passes = []
     for module, args, kwargs in calls:
         try:
             tape = record(model, _call(module, args, dict(kwargs)), (args, dict(kwargs)))
+            passes.append(Pass(tape, "the first training batch"))
+        except ExampleInputError:
+            raise
         except Exception as error:  # whatever the user's forward raises
             raise ExampleInputError(
                 f"{type(module).__name__} cannot be run again on the input of its first pass: "
                 f"{type(error).__name__}: {_short(error)}"
             ) from error
-        found, refused = blocks_of(tape, model)
-        blocks += found
+    return _blocks_on(model, passes, hints)
+
+
+def _blocks_on(model: nn.Module, passes: Sequence[Pass], hints: Mapping[str, Any] | None) -> Blocks:
+    """Return the blocks on some tapes, each of them once."""
+    found: dict[str, ResidualBlock] = {}
+    refusals: list[str] = []
+    for item in passes:
+        blocks, refused = blocks_of(item.tape, model)
         refusals += refused
-    numbered = [replace(block, index=index) for index, block in enumerate(blocks)]
+        for block in blocks:
+            found.setdefault(block.name, block)
+    numbered = [replace(block, index=index) for index, block in enumerate(found.values())]
     if hints:
-        return with_hints(model, numbered, hints)
+        return Blocks(with_hints(model, numbered, hints))
     if not numbered:
-        raise BlocksNotFoundError(_nothing_found(model, "the first training batch", refusals))
-    return tuple(numbered)
+        raise BlocksNotFoundError(_nothing_found(model, [item.description for item in passes], refusals))
+    return Blocks(numbered, unseen(model, [item.tape for item in passes]))
 
 
-def _nothing_found(model: nn.Module, description: str, refusals: list[str]) -> str:
+def _nothing_found(model: nn.Module, descriptions: Iterable[str], refusals: list[str]) -> str:
     lines = [
         f"no residual block was found in {type(model).__name__}.",
         (
-            f"Tried: one forward pass on {description}; a residual block is a sum x + f(x) in it, where f multiplies x "
-            "with weights."
+            f"Tried: one forward pass on {' and '.join(descriptions)}; a residual block is a sum x + f(x) in it, where "
+            "f multiplies x with weights."
         ),
     ]
     lines += [f"Refused: {reason}." for reason in dict.fromkeys(refusals)]
     return "\n".join([*lines, _HATCH])
 
 
-def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tape, str]:
-    """Record a pass on the given inputs, or on the first guess that runs.
+class Pass(NamedTuple):
+    """A recorded pass of a model, or of a part of it, and what it was run on."""
 
-    Returns:
-        The tape, and a description of the inputs.
+    tape: Tape
+    description: str
+
+
+def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Pass]:
+    """Record a pass on the given inputs, or on the first guess that runs, and passes of parts that did not run in it.
+
+    Args:
+        model: The model, or a wrapper around it.
+        args: Positional arguments, if the caller has some.
+        kwargs: Keyword arguments, the same.
 
     Raises:
         ExampleInputError: None ran, which says what was tried, or the model is sharded.
     """
     _refuse_sharded(model)
     attempts: list[str] = []
-    for description, module, make in attempted_calls(model, args, kwargs):
-        try:
-            positional, named = make()
-            inputs = (positional, named)
-            return record(model, _call(module, positional, named), inputs), description
-        except Exception as error:  # whatever the user's forward raises
-            if (args or kwargs) and not isinstance(error, NotImplementedError):
-                raise ExampleInputError(
-                    f"the model cannot be run on the given example input: {type(error).__name__}: {error}"
-                ) from error
-            attempts.append(f"  {type(module).__name__} on {description}: {type(error).__name__}: {_short(error)}")
+    search = partial(_search, model, args, kwargs, attempts)
+    found = search(_unwrapped(model))
+    if found and not (args or kwargs):
+        found += [item for part in idle_parts(model, [item.tape for item in found]) for item in search(part)]
+    if found:
+        return found
     advice = (
         f"{type(model).__name__} could not be run on any guessed input, and its structure is read from one forward "
         "pass. Pass an example: find_blocks(model, example_input), or set example_input_array on the LightningModule. "
         "Tried:"
     )
     raise ExampleInputError("\n".join([advice, *(attempts or ["  nothing: the model gives no sign of what it takes"])]))
+
+
+def _search(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], attempts: list[str], module: nn.Module
+) -> list[Pass]:
+    """Record a pass of a module or, where it cannot be run itself, of each of the parts that it is made of."""
+    runs_itself = False
+    for description, make in _arguments(module, args, kwargs):
+        try:
+            positional, named = make()
+            return [Pass(record(model, _call(module, positional, named), (positional, named)), description)]
+        except ExampleInputError:  # says itself what to pass
+            raise
+        except Exception as error:  # whatever the user's forward raises
+            without_forward = isinstance(error, NotImplementedError)
+            if (args or kwargs) and not without_forward:
+                raise ExampleInputError(
+                    f"the model cannot be run on the given example input: {type(error).__name__}: {error}"
+                ) from error
+            runs_itself |= not without_forward
+            attempts.append(f"  {type(module).__name__} on {description}: {type(error).__name__}: {_short(error)}")
+    below = parts(module)
+    if runs_itself and len(below) > 1:
+        return []  # its parts are not the model that its own forward makes of them
+    found = [_search(model, args, kwargs, attempts, part) for part in below]
+    return [item for passes in found for item in passes] if all(found) else []  # half of a model is none
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return model.module  # type: ignore[no-any-return]
+    return model
 
 
 def _refuse_sharded(model: nn.Module) -> None:
@@ -188,24 +237,26 @@ def attempted_calls(
         args: Positional arguments, if the caller has some.
         kwargs: Keyword arguments, the same.
     """
-    for module in _runnable(model):
-        if args or kwargs:
-            yield "the given example input", module, lambda: (args, dict(kwargs))
-        else:
-            for description, make in guesses(module):
-                yield description, module, make
+    below = [_unwrapped(model)]
+    while len(below) == 1:
+        (module,) = below
+        for description, make in _arguments(module, args, kwargs):
+            yield description, module, make
+        below = parts(module)
 
 
-def _runnable(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules worth running, the outermost first: a wrapper is looked into, half of a model is not one."""
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        model = model.module
-    while True:
-        yield model
-        children = [child for child in model.children() if not isinstance(child, nn.ModuleList | nn.ModuleDict)]
-        sizes = [sum(parameter.numel() for parameter in child.parameters()) for child in children]
-        if max(sizes, default=0) <= 0.8 * sum(parameter.numel() for parameter in model.parameters()):
-            return
-        model = children[sizes.index(max(sizes))]
-        if isinstance(model, nn.Linear | nn.Embedding):
-            return
+def _arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    if args or kwargs:
+        yield "the given example input", lambda: (args, dict(kwargs))
+        return
+    with kept(module):  # an example may be a property that draws numbers
+        tried = list(guesses(module))
+    for description, make in tried:
+        yield description, partial(_made, module, make)
+
+
+def _made(module: nn.Module, make: Callable[[], Any]) -> Any:
+    with kept(module):
+        return make()

@@ -42,7 +42,7 @@ class BranchFunction:
     the weights of the branch, until told to forget them.
 
     Attributes:
-        stream: The stream as it was recorded, in float64 (float32 where the device has no float64).
+        stream: The stream as it was recorded, in float64 (on the CPU where the device has no float64).
         behind: Constant by which the output of the branch's site is multiplied before it is added; ``None`` where that
             is a parameter, or where no module carries the branch.
     """
@@ -116,6 +116,8 @@ def _plan(tape: Tape, sources: Sequence[int], targets: Iterable[int]) -> tuple[O
 
 
 def _behind(term: Term, site: int | None) -> float | None:
+    if site in term.gated:
+        return None
     product = 1.0
     for value, multiplier in term.multipliers:
         if site is None or (value >= site and not isinstance(multiplier, float)):
@@ -149,10 +151,15 @@ def branch_functions(
     """
     # Fused attention kernels can be differentiated once; plain arithmetic twice.
     with sdpa_kernel(SDPBackend.MATH):
-        tape, _ = recorded(model, args, kwargs)
-    adds, _ = residual_adds(tape)
-    places = _Places(tape, adds)
-    return {branch: places.function(branch) for block in blocks for branch in block.branches}
+        passes = recorded(model, args, kwargs)
+    places = [_Places(item.tape, residual_adds(item.tape)[0]) for item in passes]
+    return {branch: _function(places, branch) for block in blocks for branch in block.branches}
+
+
+def _function(passes: Iterable[_Places], branch: Branch) -> BranchFunction | str:
+    """Return a branch as it is in the first pass that has it, or the reason of the first pass."""
+    found = [places.function(branch) for places in passes]
+    return next((item for item in found if isinstance(item, BranchFunction)), found[0])
 
 
 class _Places:
@@ -166,7 +173,7 @@ class _Places:
         self._terms = [(add, term) for add in adds for term in add.branches]
         self._spines: defaultdict[int, list[tuple[ResidualAdd, Term]]] = defaultdict(list)
         for add, term in self._terms:
-            for value in term.spine:
+            for value in (*term.spine, *term.gated):
                 self._spines[value].append((add, term))
 
     def function(self, branch: Branch) -> BranchFunction | str:

@@ -65,7 +65,8 @@ def with_hints(
                 "one component"
             )
         for path in matches:
-            found[path] = _hinted(model, found.get(path, ResidualBlock(0, path, ())), branches)
+            name = next((name for name in found if path in name.split(" + ")), path)
+            found[name] = _hinted(model, path, found.get(name, ResidualBlock(0, path, ())), branches)
     ordered = list(found.values())  # in the order of execution, as far as it is known
     if len(found) > len(blocks):
         ordered.sort(key=lambda block: paths.index(block.name) if block.name in paths else -1)
@@ -76,13 +77,14 @@ def _matches(pattern: str, path: str) -> bool:
     return re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), path) is not None
 
 
-def _hinted(model: nn.Module, block: ResidualBlock, branches: Mapping[str, Any]) -> ResidualBlock:
+def _hinted(model: nn.Module, path: str, block: ResidualBlock, branches: Mapping[str, Any]) -> ResidualBlock:
+    """Override branches of a block; paths in the hints are relative to ``path``."""
     result = list(block.branches)
     for kind, hint in branches.items():
         if kind not in _KINDS:
             raise ConfigurationError(f"hints: {kind!r} is not a kind of branch; expected one of {', '.join(_KINDS)}")
         known = next((branch for branch in result if branch.kind == kind), None)
-        hinted = _branch(model, block.name, kind, hint, known)
+        hinted = _branch(model, path, kind, hint, known)
         places = [place for place, branch in enumerate(result) if branch is known or branch.site == hinted.site]
         place = places[0] if places else len(result)
         result[place : place + 1] = [hinted]

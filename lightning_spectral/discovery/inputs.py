@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["arguments_of", "guesses"]
 
@@ -100,20 +102,25 @@ def _vocabularies(model: nn.Module) -> list[int]:
 def _widths(model: nn.Module) -> list[int]:
     norms = [tuple(module.normalized_shape) for module in model.modules() if isinstance(module, nn.LayerNorm)]
     linears = [module.in_features for module in model.modules() if isinstance(module, nn.Linear)]
-    first = [item.shape[-1] for item in model.parameters() if item.dim() == 1]
+    first = [item.shape[-1] for item in model.parameters() if not is_lazy(item) and item.dim() == 1]
     candidates = [*linears[:1], *[shape[-1] for shape in norms[:1]], *first[:1]]
     return list(dict.fromkeys(candidates))
 
 
 def _image_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Yield shapes of pictures, the smallest first: attention over the pixels of a large one would fill the memory.
+
+    The first convolution says how many pixels make a token; 4 × 4 tokens show all of a structure.
+    """
     convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if convolution is None:
         return
     owners = (model, getattr(model, "config", None))
     named = [getattr(owner, name, None) for owner in owners for name in ("image_size", "img_size", "input_size")]
     sizes = [size[-1] if isinstance(size, tuple | list) else size for size in named if size]
-    for size in dict.fromkeys([*sizes, 224, 32, 16]):
-        if isinstance(size, int):
+    grown = [4 * max(convolution.stride) * 2**doubling for doubling in range(4)]
+    for size in sorted({*sizes, *grown, 16, 32, 224}):
+        if isinstance(size, int) and (size in sizes or size <= 256):
             yield _BATCH, convolution.in_channels, size, size
 
 
@@ -129,6 +136,8 @@ def _by_config(model: Any) -> dict[str, Any]:
         inputs[name] = _floats(model, (_BATCH, getattr(config, "num_channels", 3), height, width))
     elif name == "input_ids":
         inputs[name] = _ids(model, text.vocab_size)
+    elif name == "input_values" and getattr(config, "conv_stride", None):
+        inputs[name] = _floats(model, (_BATCH, (_TOKENS + 4) * math.prod(config.conv_stride)))  # raw sound
     else:
         raise NotImplementedError(f"no convention for the input {name!r}")
     if getattr(config, "is_encoder_decoder", False):

@@ -63,6 +63,15 @@ class LinearPart:
                 made[value] = self._laid_out(value, self._carried(value, self.steps.step(value), made))
         return made[target]
 
+    def end_channel(self, channel: int) -> int:
+        """Return the dimension of the channels at the end of the branch.
+
+        Args:
+            channel: The dimension of the channels in the stream.
+        """
+        alike = len(self.tape.shape(self.region.leaf)) == len(self.tape.shape(self.region.stream))
+        return channel if alike else -1
+
     def _laid_out(self, value: int, content: Tensor) -> Tensor:
         """Return content in the memory layout that a value was recorded in: views of it must stay possible."""
         like = self.tape.tensors[value]
@@ -113,7 +122,7 @@ class LinearPart:
             target: Value and channel dimensions.
 
         Returns:
-            For each channel the number of the entry; ``None`` where some channel has none, or several.
+            For each channel the number of the entry, −1 where none multiplies it; ``None`` where several do.
         """
         places = self._multiplied_by(anchor, target[0], gain)
         if len(places) != 1:
@@ -130,13 +139,7 @@ class LinearPart:
         found = quotients.amax(0)
         whole = found.round()
         spread = (quotients - whole).abs().where(fed, torch.zeros_like(quotients)).amax()
-        if float(spread) > 1e-6 or not bool((whole >= 1).all()):
-            return None
-        return tuple(int(number) - 1 for number in whole.tolist())
-
-    def reads(self, anchor: int, target: int, gain: int) -> bool:
-        """Whether something on the way from one value to another is multiplied by a gain."""
-        return bool(self._multiplied_by(anchor, target, gain))
+        return None if float(spread) > 1e-6 else tuple(int(number) - 1 for number in whole.tolist())
 
     def _multiplied_by(self, anchor: int, target: int, gain: int) -> list[int]:
         operations = ((value, self.tape.producer(value)) for value in sorted(self._needed(target, {anchor})))

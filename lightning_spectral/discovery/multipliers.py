@@ -35,7 +35,7 @@ def multiplier_factors(tape: Tape, multipliers: Sequence[Multiplier]) -> Iterato
             gain = _gain(tape, value)
             yield replace(gain, layout=(*gain.layout, ("reciprocal",))) if divides else gain
         elif not tape.is_data(value):
-            content = tape.tensors[value].double()
+            content = tape.wide(value)
             if float(content.min()) != float(content.max()):
                 raise UnmeasurableError("it is multiplied by a tensor that belongs to no parameter and no buffer")
             number = float(content.max())

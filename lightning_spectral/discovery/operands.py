@@ -12,7 +12,7 @@ from lightning_spectral.discovery.operations import (
 )
 from lightning_spectral.discovery.tape import Operation, Tape
 
-__all__ = ["UnmeasurableError", "normalized_operand", "value_operand"]
+__all__ = ["UnmeasurableError", "is_statistic", "normalized_operand", "value_operand"]
 
 
 class UnmeasurableError(Exception):
@@ -31,7 +31,7 @@ def normalized_operand(tape: Tape, operation: Operation) -> int | None:
         while source is not None and source.name in ("expand", "unsqueeze", "_to_copy", "view"):
             statistic = source.inputs[0]
             source = tape.producer(statistic)
-        if not _is_reduced(tape.shape(statistic), tape.shape(value)):
+        if not is_statistic(tape, statistic, value):
             continue
         for base in (value, _centred(tape, value)):
             if tape.depends(statistic, base):
@@ -40,9 +40,10 @@ def normalized_operand(tape: Tape, operation: Operation) -> int | None:
     return None
 
 
-def _is_reduced(statistic: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+def is_statistic(tape: Tape, statistic: int, value: int) -> bool:
     """Whether something has one entry for all channels of a value, which stand last, or second in feature maps."""
-    whole = (1,) * (len(shape) - len(statistic)) + statistic
+    shape = tape.shape(value)
+    whole = (1,) * (len(shape) - len(tape.shape(statistic))) + tape.shape(statistic)
     return any(whole[dim] == 1 and shape[dim] > 1 for dim in ((-1, 1) if len(shape) == 4 else (-1,)) if shape)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_spectral.discovery.operations import base_name, is_product, matrix_operands
 from lightning_spectral.discovery.programs import program_hash
 from lightning_spectral.discovery.replay import replay
-from lightning_spectral.discovery.tape import Tape, wide_dtype
+from lightning_spectral.discovery.tape import Tape, probe_device, probe_dtype
 
 __all__ = ["Prober", "Region", "is_mute", "made_up"]
 
@@ -106,9 +106,8 @@ class Prober:
             return self._moved_with(region, {})
 
     def _moved_with(self, region: Region, held: Mapping[int, Tensor]) -> tuple[int, tuple[int, ...]]:
-        stream = self.tape.wide(region.stream).clone()
-        if not bool(stream.isfinite().all()):  # a run that has diverged: its structure is what it was
-            stream = _noise(stream, seed=13)
+        stream = self.finite(region.stream).clone()
+        held = {**self.finite_around(region), **held}
         channel = self._channel_dim(region)
         before = replay(self.tape, {region.stream: stream}, region.leaf, held=held)
         rows = stream.movedim(channel, -1)
@@ -138,6 +137,18 @@ class Prober:
                     content[item] = made_up(like)
         return content
 
+    def finite(self, value: int) -> Tensor:
+        """Return the recorded content of a value, or noise where it holds NaN: a run diverges, its program does not."""
+        content = self.tape.wide(value)
+        return _noise(content, seed=13) if content.is_floating_point() and bool(content.isnan().any()) else content
+
+    def finite_around(self, region: Region) -> dict[int, Tensor]:
+        """Return noise for the values outside a region that it reads, and that hold NaN."""
+        producers = (self.tape.producer(value) for value in region.values[1:])
+        read = {item for operation in producers if operation is not None for item in operation.inputs}
+        outside = (item for item in read if region.local(item) < 0 and self.tape.tensors[item].is_floating_point())
+        return {item: self.finite(item) for item in outside if bool(self.tape.tensors[item].isnan().any())}
+
     def channel_dim(self, region: Region) -> int:
         """Return the dimension of the stream that holds its channels: the last, or the second of feature maps."""
         return self.once(region, "channels", lambda: self._channel_dim(region))
@@ -149,6 +160,9 @@ class Prober:
         first = next((item for item in operations if item is not None and "convolution" in item.name), None)
         if first is None or len(shape) < 3 or not self.tape.depends(first.inputs[0], region.stream):
             return -1
+        between = (self.tape.producer(value) for value in self.tape.between(region.stream, first.inputs[0])[1:])
+        if any(operation is not None and is_product(self.tape, operation) for operation in between):
+            return -1  # it reads channels of the branch
         stream = _noise(self.tape.tensors[region.stream], seed=14)
         other = stream.clone()
         other.select(1, 0).add_(1.0)
@@ -267,7 +281,8 @@ class Prober:
         value, dimension = source
         held = self.made_up_weights(region)
         rows = _noise(self.tape.tensors[value], seed=11).movedim(dimension, -1)
-        signs = torch.rand(rows.shape[:-1], generator=torch.Generator().manual_seed(12)).to(rows.device).round() * 2 - 1
+        coin = torch.rand(rows.shape[:-1], generator=torch.Generator().manual_seed(12), device="cpu")
+        signs = coin.to(rows.device).round() * 2 - 1
         contents = (torch.zeros_like(rows), rows, rows * signs.unsqueeze(-1))
         try:
             silent, once, signed = (
@@ -301,5 +316,6 @@ def made_up(weight: Tensor) -> Tensor:
 
 def _noise(like: Tensor, seed: int = 0) -> Tensor:
     """Return normal noise with the shape and the strides of a tensor: views of it must stay possible."""
-    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.empty_like(like, dtype=wide_dtype(like), requires_grad=False).copy_(noise)
+    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
+    device = probe_device(like.device)
+    return torch.empty_like(like, dtype=probe_dtype(like), device=device, requires_grad=False).copy_(noise)

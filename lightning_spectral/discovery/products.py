@@ -7,16 +7,27 @@ from dataclasses import dataclass, replace
 
 from lightning_spectral.discovery.linear import LinearPart
 from lightning_spectral.discovery.operands import UnmeasurableError
-from lightning_spectral.discovery.operations import base_name, matrix_operands, weight_operand
+from lightning_spectral.discovery.operations import base_name, matrix_operands, moved_values, weight_operand
 from lightning_spectral.discovery.recipes import NoRecipeError, Step, recipe, shortest
 from lightning_spectral.discovery.tape import Operation, Tape
 from lightning_spectral.records import Factor
 
-__all__ = ["Reader", "WeightProduct", "as_ranges", "columns_read", "matrix_factor", "rows_read", "weight_product"]
+__all__ = [
+    "Columns",
+    "Reader",
+    "WeightProduct",
+    "as_ranges",
+    "columns_read",
+    "matrix_factor",
+    "rows_read",
+    "weight_product",
+]
 
 MATRICES = ("output", "value", "latent", "down", "up")
 STACK = ("stack",)  # stands for picking an expert from dimension 0
 _TRANSPOSE = ("transpose", -2, -1)
+
+Columns = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +59,27 @@ def _without_repetition(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """The product that reads what is looked for next."""
+    """What reads what is looked for next: a product, or the end of the branch.
 
-    product: WeightProduct
+    Attributes:
+        value: The value that is read.
+        channel: The dimension of its channels.
+        product: The product, ``None`` at the end of the branch.
+    """
+
+    value: int
+    channel: int
+    product: WeightProduct | None = None
+
+    @classmethod
+    def of(cls, product: WeightProduct) -> Reader:
+        """Return a product as the reader of its data."""
+        return cls(product.data, product.channel, product)
 
     @property
     def target(self) -> tuple[int, int]:
         """The value that is read, and the dimension of its channels."""
-        return self.product.data, self.product.channel
+        return self.value, self.channel
 
 
 def weight_product(tape: Tape, operation: Operation) -> WeightProduct:
@@ -76,10 +100,16 @@ def weight_product(tape: Tape, operation: Operation) -> WeightProduct:
         return WeightProduct(operands[0], weight, False, -1, False)
     if name not in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "grouped_mm", "_addmm_activation", "matmul"):
         raise UnmeasurableError(f"it passes through the kernel {operation.name!r}, whose weight layout is unknown")
-    stacked = len(tape.shape(weight)) == 3
+    stacked = len(tape.shape(weight)) == 3 and not _is_repeated(tape, weight)
     if weight == operands[1]:
         return WeightProduct(operands[0], weight, True, -1, stacked)
     return WeightProduct(operands[1], weight, False, -2, stacked)
+
+
+def _is_repeated(tape: Tape, weight: int) -> bool:
+    """Whether a batch of matrices is a batch of one, or one matrix repeated over the batch, and not one of experts."""
+    producers = (tape.producer(value) for value in moved_values(tape, weight))
+    return tape.shape(weight)[0] == 1 or any(item is not None and item.name == "expand" for item in producers)
 
 
 def matrix_factor(tape: Tape, product: WeightProduct) -> Factor:
@@ -100,10 +130,8 @@ def matrix_factor(tape: Tape, product: WeightProduct) -> Factor:
         steps = (*steps, ("flatten", 1))
     if product.transposed:
         steps = steps[:-1] if steps and steps[-1] == _TRANSPOSE else (*steps, _TRANSPOSE)
-    if product.stacked:
-        # A batch of one, or one matrix repeated over the batch, is a matrix; else the batch is one of experts.
-        single = tape.shape(product.weight)[0] == 1 or any(step[0] == "expand" for step in steps)
-        steps = (*steps, ("select", 0, 0) if single else STACK)
+    if len(tape.shape(product.weight)) == 3 and product.channel != 1:
+        steps = (*steps, STACK if product.stacked else ("select", 0, 0))
     steps = _without_repetition(steps)
     # Of the parents of a parametrized weight (a magnitude, a scale), the largest has its shape.
     shapes = [tape.shape(parameter) for parameter in tape.parents_with_names(product.weight)]
@@ -116,7 +144,7 @@ def matrix_factor(tape: Tape, product: WeightProduct) -> Factor:
 
 def rows_read(
     linear: LinearPart, product: WeightProduct, result: int, reader: Reader
-) -> tuple[tuple[range, ...] | None, tuple[int, int] | None]:
+) -> tuple[tuple[range, ...] | None, Columns | None]:
     """Return the rows of a matrix in the order in which the next one reads them, and the part that they are of it.
 
     Args:
@@ -126,29 +154,28 @@ def rows_read(
         reader: Who reads them.
 
     Returns:
-        The rows, ``None`` for all of them in order; and the first column and the number of columns of the reader that
-        they feed, ``None`` for all columns.
+        The rows, ``None`` for all of them in order; and the columns of the reader that they feed, ``None`` for all.
 
     Raises:
-        UnmeasurableError: Channels are mixed on the way, or the matrix feeds columns that do not stand side by side.
+        UnmeasurableError: Channels are mixed on the way, or the matrix feeds a part of the stream only.
     """
     # One product for all experts at once: the reader's channels are those of each expert in turn.
     tape, read = linear.tape, reader.product
-    joined = read.stacked and not (product.stacked and tape.shape(product.weight)[0] > 1)
-    target = (read.data, 0, read.channel) if joined else reader.target
+    joined = read is not None and read.stacked and not (product.stacked and tape.shape(product.weight)[0] > 1)
+    target = (reader.value, 0, reader.channel) if joined else reader.target
     found = linear.channels((result, product.channel), target)
     if found is None:
         raise UnmeasurableError("channels are mixed between two of its matrices, so they do not form a product")
-    fed = [place for place, number in enumerate(found) if number >= 0]
+    fed = tuple(place for place, number in enumerate(found) if number >= 0)
     if len(fed) == len(found):
         in_order = not joined and found == tuple(range(tape.shape(result)[product.channel]))
         return None if in_order else as_ranges(found), None
-    if joined or not fed or fed != list(range(fed[0], fed[-1] + 1)):
-        raise UnmeasurableError("a matrix feeds channels of the next one that do not stand side by side")
-    return as_ranges(found[fed[0] : fed[-1] + 1]), (fed[0], len(fed))
+    if joined or read is None or not fed:
+        raise UnmeasurableError("a matrix feeds a part of the channels of the stream, or of an expert, only")
+    return as_ranges(tuple(found[place] for place in fed)), fed
 
 
-def columns_read(matrix: Factor, columns: tuple[int, int]) -> Factor:
+def columns_read(matrix: Factor, columns: Columns) -> Factor:
     """Return the columns of a matrix that one of several matrices side by side feeds.
 
     Raises:
@@ -156,7 +183,10 @@ def columns_read(matrix: Factor, columns: tuple[int, int]) -> Factor:
     """
     if matrix.adapters:
         raise UnmeasurableError("a matrix with adapters reads several matrices side by side")
-    return replace(matrix, layout=(*matrix.layout, ("narrow", 1, *columns)))
+    first, count = columns[0], len(columns)
+    together = columns == tuple(range(first, first + count))
+    step = ("narrow", 1, first, count) if together else ("index_select", 1, columns)
+    return replace(matrix, layout=(*matrix.layout, step))
 
 
 def as_ranges(numbers: tuple[int, ...]) -> tuple[range, ...]:

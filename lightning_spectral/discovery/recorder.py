@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path
 
+from lightning_spectral.discovery.aside import undisturbed
+from lightning_spectral.discovery.aside.writes import whole_storage
 from lightning_spectral.discovery.replay import map_leaves, tensors_in, written_tensors
 from lightning_spectral.discovery.tape import Call, Operation, Place, Ref, Tape
+from lightning_spectral.errors import ExampleInputError
 
-__all__ = ["record", "undisturbed"]
+__all__ = ["record"]
 
 
 # Fused operations that hide a sum are recorded as what they compute: x, what multiplies it, and what is added.
@@ -27,6 +29,11 @@ _SPELLED_OUT: dict[str, Callable[..., tuple[Tensor, Any, Tensor]]] = {
     "addcmul": lambda x, y, z, value=1: (x, 1, value * (y * z)),
     "addcdiv": lambda x, y, z, value=1: (x, 1, value * (y / z)),
 }
+
+_NESTED = (
+    "the forward pass computes with nested tensors, which cannot be traced. Pass a padded batch as the example input, "
+    "find_blocks(model, x.to_padded_tensor(0.0)): it shows the same blocks"
+)
 
 
 @dataclass(slots=True)
@@ -48,8 +55,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tape = tape
         self.storages: defaultdict[int, _Storage] = defaultdict(_Storage)
         self.names = names
-        self.owned = {place.storage for place in names}
-        self.changed: dict[int, tuple[Tensor, Tensor]] = {}
         self.stack: list[int] = []
         self.keep: list[Tensor] = []
 
@@ -98,9 +103,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Keep what a storage holds before it is written to, in every value that lives in it."""
         place = _place(tensor)
         storage = self.storages[place.storage]
-        flat = tensor.detach().as_strided((_storage_length(tensor),), (1,), 0).clone()
-        if place.storage in self.owned and place.storage not in self.changed:
-            self.changed[place.storage] = (tensor.detach().as_strided(flat.shape, (1,), 0), flat)
+        flat = whole_storage(tensor).clone()
         for known, value in storage.current.items():
             if known.dtype == place.dtype:
                 self.tape.tensors[value] = flat.as_strided(known.shape, known.strides, known.offset)
@@ -165,11 +168,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                         found[f"{path}.{name}" if path else name] = value
         return found
 
-    def restore(self) -> None:
-        """Undo what the forward pass wrote into parameters, buffers and its own inputs."""
-        for live, before in self.changed.values():
-            live.copy_(before)
-
 
 def _name(func: Any) -> str:
     schema = getattr(func, "_schema", None)
@@ -178,16 +176,14 @@ def _name(func: Any) -> str:
 
 
 def _place(tensor: Tensor) -> Place:
+    if tensor.is_nested:
+        raise ExampleInputError(_NESTED)
     shape = tuple(map(int, tensor.shape))
     try:
         storage = tensor.untyped_storage()._cdata
         return Place(storage, int(tensor.storage_offset()), shape, tuple(map(int, tensor.stride())), tensor.dtype)
     except (NotImplementedError, RuntimeError):  # sparse tensors and wrappers have no storage of their own
         return Place(id(tensor), 0, shape, (), tensor.dtype)
-
-
-def _storage_length(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 
 def _watch_calls(model: nn.Module, recorder: _Recorder, stack: ExitStack) -> None:
@@ -239,43 +235,18 @@ def record(model: nn.Module, run: Callable[[], Any], inputs: Any) -> Tape:
         The recorded graph.
     """
     tape = Tape()
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    recorder = _Recorder(tape, {_place(tensor): name for name, tensor in reversed(tensors)})
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(model, {tensor.device for _, tensor in tensors}))
+        stack.enter_context(undisturbed(model, inputs))
         stack.enter_context(torch.enable_grad())
+        if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+            run()  # a pass of its own gives lazy layers their weights, for as long as the model is disturbed
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        recorder = _Recorder(tape, {_place(tensor): name for name, tensor in reversed(tensors)})
         for leaf in tree_flatten(inputs)[0]:
             if isinstance(leaf, Tensor):
                 recorder.lookup(leaf, data=True)
-                recorder.owned.add(_place(leaf).storage)
         _watch_calls(model, recorder, stack)
-        try:
-            with recorder:
-                run()
-            tape.attributes |= recorder.computed_weights(model)
-        finally:
-            with torch.no_grad():
-                recorder.restore()
+        with recorder:
+            run()
+        tape.attributes |= recorder.computed_weights(model)
     return tape
-
-
-@contextmanager
-def undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[None]:
-    """Evaluation mode, no autocast, no compilation; training flags and random streams are put back at the end."""
-    accelerators = [device for device in devices if device.type == "cuda"]
-    modes = [(module, module.training) for module in model.modules()]
-    streams = random.getstate(), np.random.get_state()  # a user's forward may draw from them
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(accelerators))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for kind in {"cpu", *(device.type for device in devices)} - {"meta"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        try:
-            for module, _ in modes:
-                module.training = False  # not .eval(), which a module may have overridden
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            random.setstate(streams[0])
-            np.random.set_state(streams[1])

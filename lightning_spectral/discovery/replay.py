@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_spectral.discovery.tape import Operation, Place, Ref, Tape, bits
+from lightning_spectral.discovery.tape import Operation, Place, Ref, Tape, bits, probe_device
 
 __all__ = ["execute", "map_leaves", "replay", "tensors_in", "written_tensors"]
 
@@ -63,7 +65,7 @@ def execute(tape: Tape, operation: Operation, fetch: Callable[[int], Tensor]) ->
             return fetch(leaf.value)
         if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
             return torch.float64
-        return leaf
+        return probe_device(leaf) if isinstance(leaf, torch.device) else leaf
 
     args, kwargs = map_leaves(restore, operation.args), map_leaves(restore, operation.kwargs)
     written = written_tensors(operation.function, args, kwargs)
@@ -85,8 +87,23 @@ def _call(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     except (RuntimeError, NotImplementedError):
         if operation.name == "_grouped_mm":
             return _grouped_product(*args, **kwargs)
+        if operation.name.startswith("_scaled_dot_product"):
+            return _attention(operation.function, *args, **kwargs)
         single = [map_leaves(_in_float32, part) for part in (tuple(args), dict(kwargs))]
         return map_leaves(_in_float64, operation.function(*single[0], **single[1]))
+
+
+def _attention(function: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Compute what a fused kernel for attention computes. Each takes its arguments in an order of its own."""
+    names = [argument.name for argument in function._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    q, k, v = given["query"], given["key"], given["value"]
+    mask, causal = given.get("attn_mask", given.get("attn_bias")), given.get("is_causal", False)
+    groups = q.shape[-3] != k.shape[-3]
+    with sdpa_kernel(SDPBackend.MATH):
+        return functional.scaled_dot_product_attention(
+            q, k, v, mask, 0.0, causal, scale=given.get("scale"), enable_gqa=groups
+        )
 
 
 def _grouped_product(rows: Tensor, weights: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor:

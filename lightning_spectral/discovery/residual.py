@@ -6,12 +6,14 @@ with a product with a weight in between.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from lightning_spectral.discovery.operands import is_statistic, normalized_operand
 from lightning_spectral.discovery.operations import (
     Multiplier,
     addends,
+    base_name,
     is_mixing_without_weights,
     is_norm,
     is_product,
@@ -21,7 +23,16 @@ from lightning_spectral.discovery.operations import (
 )
 from lightning_spectral.discovery.tape import Operation, Tape, bits
 
-__all__ = ["ResidualAdd", "Term", "residual_adds", "stream_source"]
+__all__ = [
+    "Refusal",
+    "ResidualAdd",
+    "Term",
+    "goes_on",
+    "leads_only_to",
+    "residual_adds",
+    "stream_source",
+    "stream_step",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +45,7 @@ class Term:
         spine: Every value from the whole sum down to the leaf, partial sums included.
         multipliers: The constants on the way (numbers or values), outermost first, each with the value it multiplies.
         outer: The multipliers among them that act on a partial sum, above the start.
+        gated: The values behind the leaf that gates multiply, nearest first: scaling one of them scales the term.
     """
 
     start: int
@@ -41,6 +53,15 @@ class Term:
     spine: tuple[int, ...]
     multipliers: tuple[tuple[int, Multiplier], ...] = ()
     outer: tuple[tuple[int, Multiplier], ...] = ()
+    gated: tuple[int, ...] = ()
+
+    def inside(self, total: int) -> Term:
+        """Return the term as one of a partial sum: what happens to the sum afterwards happens to the stream as well."""
+        spine = self.spine[self.spine.index(total) :]
+        multipliers, outer = (
+            tuple(item for item in items if item[0] < total) for items in (self.multipliers, self.outer)
+        )
+        return replace(self, spine=spine, multipliers=multipliers, outer=outer)
 
 
 @dataclass(slots=True)
@@ -62,15 +83,29 @@ class ResidualAdd:
     interior: int = 0
 
 
-def residual_adds(tape: Tape) -> tuple[list[ResidualAdd], list[str]]:
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A sum that looks like a residual add and is none.
+
+    Attributes:
+        output: The value of the sum.
+        reason: Why it is none.
+    """
+
+    output: int
+    reason: str
+
+
+def residual_adds(tape: Tape) -> tuple[list[ResidualAdd], list[Refusal]]:
     """Find the residual adds of the outermost level.
 
     Args:
         tape: The recorded forward pass.
 
     Returns:
-        The adds in the order of execution, and why some sums that look like one were refused.
+        The adds in the order of execution, and the sums that look like one and were refused.
     """
+    _begin_streams(tape)
     products = 0
     for operation in tape.operations:
         if is_product(tape, operation) or is_mixing_without_weights(operation):
@@ -81,67 +116,180 @@ def residual_adds(tape: Tape) -> tuple[list[ResidualAdd], list[str]]:
     for operation in reversed(tape.operations):
         if len(addends(tape, operation)) < 2 or operation.index in absorbed:
             continue
-        terms = list(_terms(tape, operation, (operation.outputs[0],), (), absorbed))
-        add = _as_residual(tape, operation.outputs[0], terms, products)
+        add = _as_residual(tape, operation.outputs[0], _terms(tape, operation, absorbed), products)
         if add is not None:
             found.append(add)
     adds, refusals = [], []
     for add in _outermost(tape, found[::-1]):
         if _reads_second_stream(tape, add):
-            refusals.append(
+            reason = (
                 f"a sum of shape {tape.shape(add.output)} adds a branch that reads a second stream (reversible or "
                 "crossed streams are not of the form x + f(x))"
             )
+            refusals.append(Refusal(add.output, reason))
         else:
             adds.append(add)
     return adds, refusals
 
 
+def _begin_streams(tape: Tape) -> None:
+    """Count parameters as data that a stream begins with: learned queries, latents, a class token.
+
+    Such a parameter is added to something that was computed from it, in its own shape, by products with other weights.
+    """
+    for operation in tape.operations:
+        if base_name(operation) != "add" or len(operation.inputs) != 2:
+            continue
+        for begin, other in (operation.inputs, operation.inputs[::-1]):
+            size = tape.shape(operation.outputs[0])
+            alike = tape.made_of_parameters(begin) and tape.is_data(other) and tape.shape(begin) == size
+            if alike and tape.depends(other, begin):
+                tape.count_as_data(begin)
+
+
 def _reads_second_stream(tape: Tape, add: ResidualAdd) -> bool:
-    """Whether something of the stream's own size that does not depend on the stream is added inside the branch."""
+    """Whether the branch adds to something a value of the stream's size that goes on as a stream of its own.
+
+    Positions or the first stream may be added inside of a branch: nobody but the branch reads such a sum.
+    """
     size = tape.shape(add.output)
     for value in bits(add.interior):
         operation = tape.producer(value)
         if operation is None or tape.shape(value) != size:
             continue
         parts = addends(tape, operation)
-        if len(parts) > 1 and not all(tape.depends(part, add.skip.leaf) for part in parts):
+        foreign = len(parts) > 1 and not all(tape.depends(part, add.skip.leaf) for part in parts)
+        if foreign and not leads_only_to(tape, value, add.output):
             return True
     return False
 
 
-def _terms(
-    tape: Tape,
-    operation: Operation,
-    spine: tuple[int, ...],
-    multipliers: tuple[tuple[int, Multiplier], ...],
-    absorbed: set[int],
-) -> Iterator[Term]:
+def goes_on(tape: Tape, value: int) -> bool:
+    """Whether a sum is read as a stream is: by a norm, a product, another sum, or the caller.
+
+    Inside of a recurrent cell, sums are read by gates and activations alone.
+    """
+    queue = [value]
+    while queue:
+        value = queue.pop()
+        if not tape.readers[value] and tape.calls_that_return(value):
+            return True
+        for reader in tape.readers[value]:
+            operation = tape.operations[reader]
+            if is_norm(operation) or is_product(tape, operation) or len(addends(tape, operation)) > 1:
+                return True
+            if normalized_operand(tape, operation) == value:
+                return True
+            if stream_step(tape, operation) == value or moved_input(operation) == value:
+                queue += operation.outputs
+    return False
+
+
+def leads_only_to(tape: Tape, value: int, output: int) -> bool:
+    """Whether every use of a value ends in another one. Views that nobody computes with do not count."""
+    seen, queue = {value}, [value]
+    while queue:
+        for reader in set(tape.readers[queue.pop()]):
+            operation = tape.operations[reader]
+            outputs = [item for item in operation.outputs if item != output and item not in seen]
+            leads = any(tape.depends(output, item) for item in operation.outputs)
+            if not leads and moved_input(operation) is None:
+                return False
+            seen.update(outputs)
+            queue += outputs
+    return True
+
+
+def _terms(tape: Tape, whole: Operation, absorbed: set[int]) -> list[Term]:
     """Flatten a sum into its terms; a partial sum that only this sum reads is part of it."""
-    alpha = operation.kwargs.get("alpha", 1)  # add and sub multiply their second operand by it
-    for start in addends(tape, operation):
-        outer = (*multipliers, (start, float(alpha))) if alpha != 1 and start in refs(operation, 1) else multipliers
-        value, path, factors, private = start, spine, outer, True
-        while True:
-            path = (*path, value)
-            private = private and len(set(tape.readers[value])) == 1
+    found = []
+    # A sum over hundreds of experts is as deep: a stack of our own has no limit.
+    stack: list[tuple[Operation, tuple[int, ...], tuple[tuple[int, Multiplier], ...]]] = [
+        (whole, (whole.outputs[0],), ())
+    ]
+    while stack:
+        operation, spine, multipliers = stack.pop()
+        alpha = operation.kwargs.get("alpha", 1)  # add and sub multiply their second operand by it
+        inner = []
+        for start in _operands(tape, operation):
+            outer = (*multipliers, (start, float(alpha))) if alpha != 1 and start in refs(operation, 1) else multipliers
+            value, path, factors = _followed(tape, start, spine, outer)
             producer = tape.producer(value)
-            if producer is None:
-                break
-            if len(addends(tape, producer)) > 1:
-                if private:
-                    absorbed.add(producer.index)
-                    yield from _terms(tape, producer, path, factors, absorbed)
-                    path = ()
-                break
-            step = _transparent(tape, producer)
-            if step is None:
-                break
-            if step[1] is not None:
-                factors = (*factors, (step[0], step[1]))
-            value = step[0]
-        if path:
-            yield Term(start, value, path, factors, outer)
+            if producer is not None and len(addends(tape, producer)) > 1 and _is_private(tape, path[len(spine) :]):
+                absorbed.add(producer.index)
+                inner.append((producer, path, factors))
+            else:
+                found.append(Term(start, value, path, factors, outer, tuple(_gated(tape, value))))
+        stack += reversed(inner)
+    return found
+
+
+def _operands(tape: Tape, operation: Operation) -> list[int]:
+    """Return the terms of one sum, each as often as it is added."""
+    parts = addends(tape, operation)
+    if base_name(operation) == "sum":
+        return list(parts)
+    return [value for position in (0, 1) for value in refs(operation, position) if value in parts]
+
+
+def _followed(
+    tape: Tape, value: int, spine: tuple[int, ...], factors: tuple[tuple[int, Multiplier], ...]
+) -> tuple[int, tuple[int, ...], tuple[tuple[int, Multiplier], ...]]:
+    """Walk from a term backwards through data movement and multipliers, down to a sum or to the leaf."""
+    while True:
+        spine = (*spine, value)
+        producer = tape.producer(value)
+        if producer is None or len(addends(tape, producer)) > 1:
+            return value, spine, factors
+        step = _transparent(tape, producer)
+        if step is None:
+            return value, spine, factors
+        if step[1] is not None:
+            factors = (*factors, (step[0], step[1]))
+        value = step[0]
+
+
+def _is_private(tape: Tape, values: Sequence[int]) -> bool:
+    return all(len(set(tape.readers[value])) == 1 for value in values)
+
+
+def _gated(tape: Tape, leaf: int) -> Iterator[int]:
+    """Yield what stands behind gates in front of a leaf, as long as one operand alone can be the branch.
+
+    A gate that is made of other data (of a conditioning vector), or that has one entry for all channels, is not.
+    """
+    value = leaf
+    while True:
+        producer = tape.producer(value)
+        if producer is None or base_name(producer) not in ("mul", "multiply") or len(producer.inputs) != 2:
+            return
+        size = tape.tensors[value].numel()
+        whole = [item for item in producer.inputs if tape.tensors[item].numel() == size and tape.is_data(item)]
+        if len(whole) == 2:
+            latest = max(whole, key=lambda item: tape.ancestors[item].bit_count())
+            whole = [latest] if not _share_history(tape, *whole) else []
+        if len(whole) != 1:
+            return
+        (value,) = whole
+        yield value
+        while (step := _next(tape, value)) is not None:
+            value = step
+            yield value
+
+
+def _next(tape: Tape, value: int) -> int | None:
+    producer = tape.producer(value)
+    if producer is None or len(addends(tape, producer)) > 1:
+        return None
+    step = _transparent(tape, producer)
+    return None if step is None else step[0]
+
+
+def _share_history(tape: Tape, first: int, second: int) -> bool:
+    """Whether two values were computed from one product or sum of data."""
+    common = tape.ancestors[first] & tape.ancestors[second] & tape.data
+    producers = (tape.producer(value) for value in bits(common))
+    return any(item is not None and (is_product(tape, item) or len(addends(tape, item)) > 1) for item in producers)
 
 
 def _transparent(tape: Tape, operation: Operation) -> tuple[int, Multiplier | None] | None:
@@ -174,17 +322,30 @@ def _as_residual(tape: Tape, output: int, terms: list[Term], products: int) -> R
         if branches and (best is None or skip.leaf > best.skip.leaf):
             others = tuple(term for term in terms if term is not skip and term not in branches)
             best = ResidualAdd(output, skip, tuple(branches), others)
-    if best is not None:
-        # What multiplies the stream before the branches leave it (an embedding's scale, the gain of a norm behind the
-        # last sum) is the stream's, not theirs.
-        leaves = [term.leaf for term in best.branches]
-        fork = next(value for value in best.skip.spine if all(tape.depends(leaf, value) for leaf in leaves))
-        best.skip = replace(best.skip, leaf=fork)
-        for term in best.branches:
-            for value in tape.between(best.skip.leaf, term.start):
-                if value != best.skip.leaf:
-                    best.interior |= 1 << value
-    return best
+    return None if best is None else _completed(tape, _smallest(best))
+
+
+def _smallest(add: ResidualAdd) -> ResidualAdd:
+    """Return the smallest partial sum that has the stream and all branches.
+
+    What multiplies or joins this sum afterwards happens to the whole stream, and belongs to no branch.
+    """
+    total = min(set(add.skip.spine).intersection(*(term.spine for term in add.branches)))
+    others = tuple(term.inside(total) for term in add.others if total in term.spine)
+    return ResidualAdd(total, add.skip.inside(total), tuple(term.inside(total) for term in add.branches), others)
+
+
+def _completed(tape: Tape, add: ResidualAdd) -> ResidualAdd:
+    # What multiplies the stream before the branches leave it (an embedding's scale, the gain of a norm behind the
+    # last sum) is the stream's, not theirs.
+    leaves = [term.leaf for term in add.branches]
+    fork = next(value for value in add.skip.spine if all(tape.depends(leaf, value) for leaf in leaves))
+    add.skip = replace(add.skip, leaf=fork)
+    for term in add.branches:
+        for value in tape.between(add.skip.leaf, term.start):
+            if value != add.skip.leaf:
+                add.interior |= 1 << value
+    return add
 
 
 def _outermost(tape: Tape, adds: list[ResidualAdd]) -> list[ResidualAdd]:
@@ -211,24 +372,21 @@ def stream_source(tape: Tape, value: int, outputs: set[int]) -> int | None:
     """Walk from a value up the residual stream, through norms and constants, to one of the given sums."""
     while value not in outputs:
         producer = tape.producer(value)
-        if producer is None:
-            return None
-        step = _transparent(tape, producer)
-        source = step[0] if step is not None else _normalized_input(tape, producer)
+        source = None if producer is None else stream_step(tape, producer)
         if source is None:
             return None
         value = source
     return value
 
 
-def _normalized_input(tape: Tape, operation: Operation) -> int | None:
-    """Return the value that a fused norm, or a product with a statistic of the value itself, normalizes."""
+def stream_step(tape: Tape, operation: Operation) -> int | None:
+    """Return the value that an operation passes on as a stream: moved, multiplied by constants, or normalized."""
+    step = _transparent(tape, operation)
+    if step is not None:
+        return step[0]
     if is_norm(operation):
         return operation.inputs[0]
-    if operation.name not in ("mul", "div", "sub", "mul_", "div_", "sub_") or len(operation.inputs) != 2:
-        return None
-    first, second = operation.inputs
-    for value, statistic in ((first, second), (second, first)):
-        if tape.depends(statistic, value) and tape.shape(value) == tape.shape(operation.outputs[0]):
-            return value
-    return None
+    if base_name(operation) == "sub" and len(operation.inputs) == 2:  # the mean is taken off
+        value, mean = operation.inputs
+        return value if tape.depends(mean, value) and is_statistic(tape, mean, value) else None
+    return normalized_operand(tape, operation)

@@ -6,8 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
-from lightning_spectral.discovery.operations import moved_input
-from lightning_spectral.discovery.residual import ResidualAdd, Term, stream_source
+from lightning_spectral.discovery.residual import ResidualAdd, Term, leads_only_to, stream_source
 from lightning_spectral.discovery.tape import Tape
 
 __all__ = ["Site", "choose_site", "linked", "usable_modules"]
@@ -33,9 +32,9 @@ def choose_site(
 ) -> Site | None:
     """Return the site of one branch, ``None`` where no module carries it.
 
-    A candidate returns the branch itself, or the branch before constants multiply it. Of several, those come first
-    whose output is exactly what is added, then those that stand outermost (fused kernels bypass inner projections);
-    of equals, the one called first.
+    A candidate returns the branch itself, or the branch before constants or gates multiply it. Of several, those come
+    first whose output is exactly what is added, then those that stand outermost (fused kernels bypass inner
+    projections); of equals, the one called first.
 
     Args:
         tape: The recorded forward pass.
@@ -44,14 +43,15 @@ def choose_site(
         others: The other terms of the sum.
         usable: Paths of the modules that serve one branch, in every call.
     """
-    shared = set(terms[0].spine).intersection(*(term.spine for term in terms[1:]))
-    shared -= {value for term in others for value in term.spine} | {add.output}
-    inner_multiplied = {value for term in terms for value, _ in term.multipliers}
+    spines = [{*term.spine, *term.gated} for term in terms]
+    shared = spines[0].intersection(*spines[1:]) - {value for term in others for value in term.spine} - {add.output}
+    inner_multiplied = {value for term in terms for value in (*dict(term.multipliers), *term.gated)}
     ranked = []
     for value in sorted(shared):
         exact = not any(value <= multiplied for multiplied in inner_multiplied)
         for call in tape.calls_that_return(value):
-            if call.path not in usable or not tape.depends(value, add.skip.leaf) or not _feeds_only(tape, value, add):
+            carries = tape.depends(value, add.skip.leaf) and leads_only_to(tape, value, add.output)
+            if call.path not in usable or not carries:
                 continue
             index = next(key for key, output in call.outputs if output == value)
             rank = (not exact, call.path.count("."), call.index)
@@ -70,7 +70,8 @@ def usable_modules(tape: Tape, adds: Iterable[ResidualAdd]) -> set[str]:
     for add in adds:
         beside: defaultdict[int, set[str]] = defaultdict(set)
         for term in add.branches:
-            returned = [call for value in term.spine if value != add.output for call in tape.calls_that_return(value)]
+            values = [value for value in (*term.spine, *term.gated) if value != add.output]
+            returned = [call for value in values for call in tape.calls_that_return(value)]
             for call in returned:
                 beside[call.index].update(other.path for other in returned)
         for index, paths in beside.items():
@@ -79,21 +80,6 @@ def usable_modules(tape: Tape, adds: Iterable[ResidualAdd]) -> set[str]:
             uses[path] += 1
     calls = Counter(call.path for call in tape.calls)
     return {path for path, others in places.items() if calls[path] == uses[path] and len(others) == 1}
-
-
-def _feeds_only(tape: Tape, value: int, add: ResidualAdd) -> bool:
-    """Whether everything that is computed from the value leads to the add (views that nobody computes with aside)."""
-    seen, queue = {value}, [value]
-    while queue:
-        for reader in set(tape.readers[queue.pop()]):
-            operation = tape.operations[reader]
-            outputs = [output for output in operation.outputs if output != add.output and output not in seen]
-            leads = any(tape.depends(add.output, output) for output in operation.outputs)
-            if not leads and moved_input(operation) is None:
-                return False
-            seen.update(outputs)
-            queue += outputs
-    return True
 
 
 def linked(tape: Tape, later: ResidualAdd, earlier: ResidualAdd) -> bool:

@@ -174,6 +174,8 @@ class Steps:
     def _multiplied(self, operation: Operation, value: int, inputs: tuple[int, ...]) -> Step:
         """Follow the linear operand of a gate; two operands that are functions of one value make an activation."""
         if len(inputs) == 1:  # gated by data of another origin, such as a conditioning vector
+            if self._is_narrow(inputs[0], operation):
+                raise UnmeasurableError("the stream acts in it as a gate of something else, and gates are left out")
             return Step("gate", inputs, selective=self._is_narrow_beside(operation, inputs[0]))
         first, second = inputs
         narrow = [item for item in inputs if self._is_narrow(item, operation)]

@@ -99,7 +99,7 @@ def _adapter(region: Region, linear: LinearPart, part: Addend, products: Sequenc
         if STACK in matrix.layout:
             raise UnmeasurableError("the adapters of stacked matrices are multiplied in one product")
         if position > 0:
-            rows, columns = rows_read(linear, product, link.anchor, Reader(products[position - 1]))
+            rows, columns = rows_read(linear, product, link.anchor, Reader.of(products[position - 1]))
             if columns is not None:
                 raise UnmeasurableError("an adapter has several matrices side by side")
             matrix = replace(matrix, rows=rows)

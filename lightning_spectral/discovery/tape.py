@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Call", "Operation", "Place", "Ref", "Tape", "bits", "wide_dtype"]
+__all__ = ["Call", "Operation", "Place", "Ref", "Tape", "bits", "probe_device", "probe_dtype"]
 
 
 class Ref(NamedTuple):
@@ -105,6 +106,13 @@ class Tape:
         """Whether the value depends on the inputs of the model, and not on parameters and constants alone."""
         return bool(self.data >> value & 1)
 
+    def count_as_data(self, value: int) -> None:
+        """Count a value, and all that was computed from it, as depending on the inputs of the model."""
+        for other in range(value, len(self.tensors)):
+            if self.depends(other, value):
+                self.data |= 1 << other
+        self.products.clear()
+
     def producer(self, value: int) -> Operation | None:
         """Return the operation that made a value, ``None`` for inputs, parameters and constants."""
         index = self.producers[value]
@@ -147,23 +155,33 @@ class Tape:
         return [value for value in bits(mask) if self.depends(value, start)]
 
     def wide(self, value: int) -> Tensor:
-        """Return the recorded content in float64, so that a probe sees structure instead of rounding."""
-        tensor = self.tensors[value].detach()
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            return tensor
+        """Return the recorded content in float64, so that a probe sees structure instead of rounding.
+
+        It is on the device of the pass, or on the CPU where that device has no float64.
+        """
         if value in self._wide:
             return self._wide[value]
-        result = tensor.to(wide_dtype(tensor))
-        if value not in self.names:  # a copy of every parameter would double the model
+        tensor = self.tensors[value].detach()
+        floats = tensor.is_floating_point() or tensor.is_complex()
+        result = tensor.to(probe_device(tensor.device), probe_dtype(tensor) if floats else tensor.dtype)
+        if result is not tensor and value not in self.names:  # a copy of every parameter would double the model
             self._wide[value] = result
         return result
 
 
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which probes run on the tensor's device."""
-    if tensor.is_complex():
-        return torch.complex128
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+def probe_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of what probes put in the place of a tensor."""
+    return torch.complex128 if tensor.is_complex() else torch.float64
+
+
+@cache
+def probe_device(device: torch.device) -> torch.device:
+    """Return the device on which probes run for a pass on some device: the CPU for one without float64."""
+    try:
+        float(torch.ones(1, dtype=torch.float64, device=device) + 1)
+    except (RuntimeError, TypeError, AssertionError):  # Apple's, many of Intel's; or none such is in this machine
+        return torch.device("cpu")
+    return device
 
 
 def bits(mask: int) -> Iterator[int]:

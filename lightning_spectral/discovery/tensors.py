@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
+from lightning_spectral.discovery.aside import kept
+from lightning_spectral.discovery.aside.memento import of_library
 from lightning_spectral.discovery.flattened import flattened
 from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.errors import ConfigurationError
@@ -17,7 +20,7 @@ from lightning_spectral.linalg.flattened import FlatShard
 from lightning_spectral.linalg.sharded import agreed, in_one_piece
 from lightning_spectral.records import Factor, Path
 
-__all__ = ["reading", "small_tensors", "stored"]
+__all__ = ["reading", "refuse_lazy", "small_tensors", "stored"]
 
 _SMALL = ("scale", "pre_norm", "inner_norm", "post_norm")
 
@@ -71,6 +74,9 @@ def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
 
     Yields:
         The tensor.
+
+    Raises:
+        ConfigurationError: The parameter belongs to a lazy layer that has not run yet.
     """
     owner, _, attribute = path.rpartition(".")
     module = resolve(model, owner) if owner else model
@@ -81,9 +87,33 @@ def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
     for item in inner:
         item.training = False
     try:
-        tensor = getattr(module, attribute)
+        tensor = _computed(module, attribute, inner)
         assert isinstance(tensor, Tensor)
+        if is_lazy(tensor):
+            raise ConfigurationError(f"{path} has no content before the first forward pass, because its layer is lazy")
         yield tensor
     finally:
         for item, training in modes:
             item.training = training
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Refuse a model with layers that have no weights yet, where what is measured depends on all weights.
+
+    Raises:
+        ConfigurationError: There is one.
+    """
+    name = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    if name is not None:
+        raise ConfigurationError(
+            f"{name} has no content before the first forward pass, because its layer is lazy, and what is measured "
+            "depends on it: call the model once on a batch, model(batch), then measure"
+        )
+
+
+def _computed(module: nn.Module, attribute: str, parametrizations: Sequence[nn.Module]) -> object:
+    """Return an attribute that is computed by some parametrizations. The user's own may count, draw or write."""
+    if all(of_library(type(item).__module__) for item in parametrizations):
+        return getattr(module, attribute)
+    with kept(*parametrizations):
+        return getattr(module, attribute)

@@ -67,8 +67,8 @@ class GradedProduct:
     """
 
     def __init__(self, width: int) -> None:
-        self.U = torch.eye(width, dtype=torch.float64)
-        self.log_s = torch.zeros(width, dtype=torch.float64)
+        self.U = torch.eye(width, dtype=torch.float64, device="cpu")
+        self.log_s = torch.zeros(width, dtype=torch.float64, device="cpu")
         self.at_floor = False
 
     def multiply(self, A: Tensor) -> None:
@@ -112,7 +112,7 @@ class GradedProduct:
             stop = start + (int(inside[-1]) + 1 if len(inside) else 0)
             rows = torch.cat([coupling, R[start:stop]])
             block = rows[:, start:stop] * torch.exp(self.log_s[start:stop] - top)
-            old = torch.eye(len(rows), len(left_over), dtype=R.dtype) * torch.exp(left_over - top)
+            old = torch.eye(len(rows), len(left_over), dtype=R.dtype, device=R.device) * torch.exp(left_over - top)
             u, log_sigma = _svd(torch.cat([old, block], dim=1), top)
             basis, coupling = torch.cat([basis, Q[:, start:stop]], dim=1) @ u, u.mT @ rows
             final = int((log_sigma >= log_sigma[0] + _FINAL).sum()) if stop < d else len(log_sigma)
@@ -158,7 +158,7 @@ def product_spectrum(matrices: Iterable[Tensor]) -> ProductSpectrum:
         floors.append(product.at_floor)
     if not spectra:
         raise ConfigurationError("matrices is empty: expected at least one")
-    return ProductSpectrum(torch.stack(spectra), torch.tensor(floors))
+    return ProductSpectrum(torch.stack(spectra), torch.tensor(floors, device="cpu"))
 
 
 def effective_ranks(matrices: Iterable[Tensor], *, power: Power = 2) -> Tensor:

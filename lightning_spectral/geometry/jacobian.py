@@ -80,7 +80,7 @@ def gains(J: Jacobian, token_dims: Sequence[int], *, generator: torch.Generator,
         The gains.
     """
     split = len(token_dims) > 0 and J.value.shape == J.x.shape
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64, device="cpu")
     for _ in range(n_probes):
         signs = torch.randint(0, 2, J.x.shape, generator=generator, device=generator.device)
         g = (2 * signs - 1).to(J.x)
@@ -109,7 +109,7 @@ def derivative_error(J: Jacobian, *, generator: torch.Generator, enough: float =
         generator: Source of the direction.
         enough: Error at which no other step is tried.
     """
-    v = torch.randn(J.x.shape, generator=generator, dtype=torch.float64).to(J.x)
+    v = torch.randn(J.x.shape, generator=generator, dtype=torch.float64, device=generator.device).to(J.x)
     image = J.matmat(v.reshape(-1, 1))
     # Some operations compute in fewer digits than they are given. Derivatives are content with those, differences need
     # a longer step.

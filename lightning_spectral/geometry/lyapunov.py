@@ -129,7 +129,7 @@ def _start(
         raise ConfigurationError(f"k={k}: expected at most {rank}, the smallest side of a factor")
     if start is None:
         shape = n, min(columns, rank)
-        start = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        start = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
     elif start.ndim != 2 or len(start) != n or not k <= start.shape[1] <= rank:
         raise ConfigurationError(f"start has shape {tuple(start.shape)}: expected ({n}, {k}) to ({n}, {rank})")
     Q: Tensor = torch.linalg.qr(start.detach().cpu().double())[0]

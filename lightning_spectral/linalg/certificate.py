@@ -30,8 +30,8 @@ from torch import Tensor
 
 __all__ = ["normal_quantile", "spectral_norms", "upper_bound"]
 
-_COARSE = 4.0 ** torch.arange(-7, 5, dtype=torch.float64)  # relative excess of t over θ₁: 6e-5 … 256
-_FINE = 4.0 ** torch.linspace(-1, 0, 17, dtype=torch.float64)[1:]
+_COARSE = 4.0 ** torch.arange(-7, 5, dtype=torch.float64, device="cpu")  # relative excess of t over θ₁: 6e-5 … 256
+_FINE = 4.0 ** torch.linspace(-1, 0, 17, dtype=torch.float64, device="cpu")[1:]
 
 
 @cache
@@ -43,10 +43,10 @@ def normal_quantile(size: int, failure_probability: float) -> float:
         failure_probability: Between 0 and 1.
     """
     low, high = 0.0, float(size + 40)
-    half = torch.tensor(size / 2, dtype=torch.float64)
+    half = torch.tensor(size / 2, dtype=torch.float64, device="cpu")
     for _ in range(200):
         middle = (low + high) / 2
-        below = torch.special.gammainc(half, torch.tensor(middle / 2, dtype=torch.float64)) < failure_probability
+        below = torch.special.gammainc(half, half.new_tensor(middle / 2)) < failure_probability
         low, high = (middle, high) if below else (low, middle)
     return math.sqrt(low)
 
@@ -80,7 +80,9 @@ def _first_excluded(theta: Tensor, start: Tensor, coupling: Tensor, delta: float
     gram = (M / scale) @ (M / scale).mT
     norm = torch.linalg.matrix_norm(gram @ gram).pow(0.25) * scale[..., 0, 0]
     allowed = (norm >= delta) | norm.isnan()
-    last_allowed = (allowed * torch.arange(1, excess.shape[1] + 1)).amax(1)  # 0 where all points are excluded
+    last_allowed = (allowed * torch.arange(1, excess.shape[1] + 1, device=excess.device)).amax(
+        1
+    )  # 0 where all points are excluded
     padded = torch.cat([excess, torch.full_like(excess[:, :1], math.inf)], dim=1)
     return padded.gather(1, last_allowed.unsqueeze(1)).squeeze(1)
 

@@ -95,11 +95,11 @@ def boxes(entries: Tensor, shape: torch.Size, start: int) -> Iterator[tuple[Tens
         if first < last:
             row, place = divmod(start + first, size)
             for box, indices in boxes(entries[first:last], inner, place):
-                yield box.unsqueeze(0), [torch.tensor([row]), *indices]
+                yield box.unsqueeze(0), [torch.tensor([row], device="cpu"), *indices]
     if head < tail:
         row = (start + head) // size
-        rows = torch.arange(row, row + (tail - head) // size)
-        yield entries[head:tail].view(-1, *inner), [rows, *map(torch.arange, inner)]
+        rows = torch.arange(row, row + (tail - head) // size, device="cpu")
+        yield entries[head:tail].view(-1, *inner), [rows, *(torch.arange(length, device="cpu") for length in inner)]
 
 
 def _is_cut(wrapper: FullyShardedDataParallel) -> bool:

@@ -63,7 +63,8 @@ class Jacobian(LinearOperator):
 
     def balanced(self) -> tuple[LinearOperator, int] | None:
         """Take out the power of two of the largest entry of one product, by random signs."""
-        signs = torch.randint(0, 2, (self.shape[1], 1), generator=torch.Generator().manual_seed(1)).mul(2).sub(1)
+        generator = torch.Generator().manual_seed(1)
+        signs = torch.randint(0, 2, (self.shape[1], 1), generator=generator, device="cpu").mul(2).sub(1)
         largest = float(self.matmat(signs.to(self.device, self.dtype)).abs().amax())
         if not math.isfinite(largest):
             return None
@@ -98,7 +99,7 @@ class Jacobian(LinearOperator):
     def _by_source(self) -> tuple[Tensor, Tensor] | None:
         """Return Jᵀu and u, with the graph that leads from the one to the other; ``None`` if there is no such graph."""
         generator = torch.Generator().manual_seed(2)
-        v, w = (torch.randn(like.shape, generator=generator).to(like) for like in (self.x, self._result))
+        v, w = (torch.randn(like.shape, generator=generator, device="cpu").to(like) for like in (self.x, self._result))
         try:
             with torch.enable_grad():
                 u = torch.zeros_like(self._result).requires_grad_()

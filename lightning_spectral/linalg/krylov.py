@@ -98,7 +98,7 @@ class BlockKrylov:
             T[:, i * b : (i + 1) * b, : column.shape[2]] = column  # the lower triangle is all that eigh reads
         parts = torch.cat([T, torch.nn.functional.pad(self._coupling, (0, k - b))], dim=1).cpu().double()
         finite = parts.isfinite().all(2).all(1)
-        parts = torch.where(finite[:, None, None], parts, torch.zeros((), dtype=parts.dtype))
+        parts = torch.where(finite[:, None, None], parts, parts.new_zeros(()))
         theta, vectors = torch.linalg.eigh(parts[:, :k])
         return Ritz(theta, vectors, parts[:, k:, :b] @ vectors[:, -b:], finite)
 

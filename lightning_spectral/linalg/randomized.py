@@ -175,7 +175,7 @@ class _Batch:
         generator = torch.Generator().manual_seed(self.seed)
         n, s = self.operators.shape[1], self.solver.n_oversamples
         # One X for all operators of a width: each bound holds for itself, and no operator depends on its neighbours.
-        X = torch.randn(self.solver.n_components + s, n, generator=generator)
+        X = torch.randn(self.solver.n_components + s, n, generator=generator, device=generator.device)
         rows = X.to(self.operators.device, self.operators.dtype).expand(len(self.operators), -1, n)
         if not self.memories:
             return rows
@@ -228,7 +228,7 @@ class _Batch:
         delta = normal_quantile(self.solver.n_oversamples, self.solver.failure_probability)
         changes = spectral_norms(images[:, self.solver.n_components :] - old) / delta
         known = [memory.upper if memory.exponent == (self.exponent or 0) else math.inf for memory in self.memories]
-        return torch.tensor(known, dtype=changes.dtype) + changes
+        return changes.new_tensor(known) + changes
 
     def _refine(self, start: Tensor, images: Tensor, ceilings: list[float]) -> list[Solved | None]:
         """Iterate V alone, until its own error is small; the bound is the carried one."""

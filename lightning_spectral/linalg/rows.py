@@ -31,10 +31,10 @@ def rows_of(
     if view is not None and unique == rows:
         return [operator]
     if view is None:
-        index = torch.cat([torch.tensor(run) for run in rows])
+        index = torch.cat([torch.tensor(run, device="cpu") for run in rows])
     else:
         starts = dict(zip(unique, _offsets(unique), strict=True))
-        index = torch.cat([torch.arange(starts[run], starts[run] + len(run)) for run in rows])
+        index = torch.cat([torch.arange(starts[run], starts[run] + len(run), device="cpu") for run in rows])
     return [Gather(index.to(operator.device), operator.shape[0]), operator]
 
 

@@ -59,7 +59,7 @@ def held(size: int, cuts: Sequence[Cut]) -> Tensor:
 
     Parts are those of :func:`torch.chunk`: the last ones may be smaller, or empty.
     """
-    indices = torch.arange(size)
+    indices = torch.arange(size, device="cpu")
     for cut in cuts:
         indices = torch.cat([_part(piece, cut) for piece in indices.chunk(cut.pieces)])
     return indices
@@ -114,10 +114,10 @@ def _places(view: Tensor, shape: torch.Size) -> tuple[list[Tensor | None], list[
     """
     if view.untyped_storage().nbytes() != (shape.numel() + 1) * view.element_size():
         raise ConfigurationError(_NO_VIEW)
-    row = torch.tensor([view.storage_offset() - 1])
+    row = torch.tensor([view.storage_offset() - 1], device="cpu")
     for size, stride in zip(view.shape[:-1], view.stride()[:-1], strict=True):
-        row = (row.unsqueeze(1) + stride * torch.arange(size)).flatten()
-    column = view.stride(-1) * torch.arange(view.shape[-1])
+        row = (row.unsqueeze(1) + stride * torch.arange(size, device="cpu")).flatten()
+    column = view.stride(-1) * torch.arange(view.shape[-1], device="cpu")
     rows: list[Tensor | None] = []
     columns: list[Tensor | None] = []
     for dim, size in enumerate(shape):
@@ -139,11 +139,12 @@ def _rectangle(local: Tensor, row: _Run, column: _Run) -> Tensor:
 
 def _runs(local: Tensor, indices: Sequence[Tensor], places: Sequence[Tensor | None], length: int) -> Iterator[_Run]:
     """Yield the rows (or columns) whose places this process holds, in runs as long as possible."""
-    here, address = torch.ones(length, dtype=torch.bool), torch.zeros(length, dtype=torch.int64)
+    here, address = (torch.full((length,), value, device="cpu") for value in (True, 0))
     for dim, place in enumerate(places):
         if place is not None:
             size = 1 + int(torch.cat([place, indices[dim]]).max())
-            index = torch.full((size,), -1).scatter_(0, indices[dim], torch.arange(len(indices[dim])))[place]
+            order = torch.arange(len(indices[dim]), device="cpu")
+            index = torch.full((size,), -1, device="cpu").scatter_(0, indices[dim], order)[place]
             here &= index >= 0
             address += index * local.stride(dim)
     positions, address = here.nonzero().flatten(), address[here]

@@ -75,7 +75,7 @@ class SpectralRatio(StreamedMetric):
         self.unmeasured = self.unmeasured + len(measurement.layers) - len(logs)
         if logs:
             sums: Tensor = getattr(self, self._sums)
-            values = torch.tensor([min(logs), median(logs), max(logs)], dtype=torch.float64)
+            values = torch.tensor([min(logs), median(logs), max(logs)], dtype=torch.float64, device=sums.device)
             setattr(self, self._sums, sums + values.to(sums))
             self.measurements = self.measurements + 1
 

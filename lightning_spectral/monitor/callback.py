@@ -85,7 +85,8 @@ class SpectralMonitor(Callback):
         on_alarm: What to do at an alarm beyond logging it: nothing, ``"stop"`` the run as early stopping does, or call
             ``on_alarm(trainer, pl_module, event)`` (:class:`~lightning_spectral.alarms.Event`), whose exceptions are
             not caught.
-        on_error: What to do when a measurement fails: warn and train on, or raise.
+        on_error: What to do when a measurement fails: warn and train on, or raise. What fails in writing, logging,
+            drawing or showing is always a warning.
         prefix: First part of every key and file name. Two monitors in one Trainer need two of them.
 
     Raises:

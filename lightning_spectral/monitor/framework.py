@@ -2,32 +2,80 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from typing import TYPE_CHECKING
+import warnings
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Callback", "overrides", "rank_zero_info", "rank_zero_warn"]
+__all__ = ["Callback", "log_to_bar", "overrides", "rank_zero_info", "rank_zero_warn", "warn"]
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
     from lightning.pytorch.callbacks import Callback
-    from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+    from lightning.pytorch.utilities import rank_zero_only
+
+    FRAMEWORK: str
 else:
     # `lightning` and `pytorch_lightning` are two copies of the same code. A callback that inherits from both is
     # accepted by either Trainer, also where types are checked (command line).
     try:
         from lightning.pytorch.callbacks import Callback
-        from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+        from lightning.pytorch.utilities import rank_zero_only
     except ModuleNotFoundError:
         from pytorch_lightning.callbacks import Callback
-        from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+        from pytorch_lightning.utilities import rank_zero_only
 
+    FRAMEWORK = Callback.__module__.partition(".callbacks")[0]
     if "pytorch_lightning" in sys.modules and not Callback.__module__.startswith("pytorch_lightning"):
         from pytorch_lightning.callbacks import Callback as Twin
 
         Callback = type("Callback", (Callback, Twin), {})
 
+# Messages stand where Lightning's do, and can be muted by the name of this package or by that of Lightning.
+LOG = logging.getLogger("lightning_spectral")
+LOG.parent = logging.getLogger(FRAMEWORK)
+
+
+@rank_zero_only
+def rank_zero_info(message: str) -> None:
+    """Say something, in the first process."""
+    with suppress(Exception):  # of a closed stream
+        LOG.info(message)
+
+
+@rank_zero_only
+def rank_zero_warn(message: str) -> None:
+    """Warn of something, in the first process."""
+    warn(message)
+
+
+def warn(message: str) -> None:
+    """Warn of something, in this process.
+
+    Raises:
+        UserWarning: Warnings are errors in this run.
+    """
+    if not LOG.isEnabledFor(logging.WARNING):
+        return
+    try:
+        warnings.warn(message, stacklevel=4)
+    except Warning:
+        raise
+    except Exception:  # a closed stream: nobody reads it
+        return
+
 
 def overrides(pl_module: LightningModule, hook: str) -> bool:
     """Whether the user's class defines a hook of LightningModule (of either copy of the framework)."""
-    owner = next(base for base in type(pl_module).__mro__ if hook in vars(base))
-    return owner.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")
+    return not _is_framework(next(base for base in type(pl_module).__mro__ if hook in vars(base)))
+
+
+def log_to_bar(pl_module: LightningModule, name: str, value: float) -> None:
+    """Put a number into the progress bar, past a ``log`` of the user's own, which may do more with it."""
+    base: Any = next(base for base in type(pl_module).__mro__ if "log" in vars(base) and _is_framework(base))
+    base.log(pl_module, name, value, prog_bar=True, logger=False, batch_size=1)
+
+
+def _is_framework(base: type) -> bool:
+    return base.__module__.partition(".")[0] in ("lightning", "pytorch_lightning")

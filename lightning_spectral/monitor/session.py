@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -21,12 +20,11 @@ from lightning_spectral.first_forward import FirstForward
 from lightning_spectral.journal import described
 from lightning_spectral.measure import Meter
 from lightning_spectral.monitor.batch import BatchWatch
-from lightning_spectral.monitor.framework import rank_zero_info, rank_zero_warn
+from lightning_spectral.monitor.framework import rank_zero_info, rank_zero_warn, warn
 from lightning_spectral.monitor.outlets import Outlets
 from lightning_spectral.monitor.peers import Peers
 from lightning_spectral.monitor.strategies import outermost
 from lightning_spectral.records import Measurement, ResidualBlock
-from lightning_spectral.report import one_screen
 from lightning_spectral.series import Series, logged_values
 
 if TYPE_CHECKING:
@@ -113,12 +111,13 @@ class Session:
         """Measure the final weights, draw the run and print the last measurement."""
         if not self._rehearses and self.series.measured_step != self._trainer.global_step:
             self._measure()
-        self._guard("drawing", self.outlets.draw, self._trainer, self.series.batches)
+        self.outlets.draw(self._trainer, self.series.batches)
         if self._latest is not None:
-            rank_zero_info(one_screen(self._latest))
+            self.outlets.print(self._latest)
 
     def release(self) -> None:
         """Leave no hook in the model, and the warm start in the series."""
+        self.outlets.close()
         self.keep_warm_start()
         for listener in (self._first_forward, self._batch_watch):
             if listener is not None:
@@ -233,30 +232,34 @@ class Session:
     def _guard(self, what: str, action: Callable[..., None], *args: Any) -> bool:
         """Run one piece of telemetry and return whether it went well, in all processes.
 
-        A failure stops training only if asked to, or if the user can mend it. All processes count the failures of each,
-        so that all of them skip, and give up, alike.
+        A failure stops training only if asked to, or if the user can mend it, before anything was measured. All
+        processes count the failures of each, so that all of them skip, raise and give up alike.
         """
         if self._failures >= PATIENCE:
             return False
-        failure = None
-        try:
-            action(*args)
-        except SpectralError:
-            raise
-        except Exception as error:
-            if self._monitor.on_error == "raise":
-                raise
-            failure = f"{type(error).__name__}: {error}"
-        if self.peers.agree(failure is None):
+        error = _error_of(action, *args)
+        if self.peers.agree(error is None):
             return True
+        mendable = isinstance(error, SpectralError) and self._latest is None
+        if not self.peers.agree(error is None or not (mendable or self._monitor.on_error == "raise")):
+            raise error or SpectralError(f"SpectralMonitor failed in {what} in another process, whose error says why")
+        failure = None if error is None else f"{type(error).__name__}: {error}"
         self._failures += 1
         end = "it is switched off now" if self._failures == PATIENCE else "training goes on"
         told = f"SpectralMonitor failed in {what} ({failure or 'in another process'}); {end}"
         if failure is None or self.peers.rank == 0:
             rank_zero_warn(told)
         else:  # the process that knows why
-            warnings.warn(told, stacklevel=2)
+            warn(told)
         return False
+
+
+def _error_of(action: Callable[..., None], *args: Any) -> Exception | None:
+    try:
+        action(*args)
+    except Exception as error:
+        return error
+    return None
 
 
 def blocks_of(

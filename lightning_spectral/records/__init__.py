@@ -7,6 +7,7 @@ described by :class:`Measurement` and :class:`LayerMeasurement`, which hold plai
 
 from lightning_spectral.records.blocks import (
     Alternative,
+    Blocks,
     Branch,
     BranchKind,
     End,
@@ -25,6 +26,7 @@ from lightning_spectral.records.measurements import (
 
 __all__ = [
     "Alternative",
+    "Blocks",
     "Branch",
     "BranchKind",
     "End",

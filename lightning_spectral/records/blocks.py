@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 __all__ = [
     "Alternative",
+    "Blocks",
     "Branch",
     "BranchKind",
     "End",
@@ -207,3 +208,23 @@ class ResidualBlock:
     def mlp(self) -> Branch | None:
         """The first branch that acts on each token alone."""
         return next(iter(self.mlp_branches), None)
+
+
+class Blocks(tuple[ResidualBlock, ...]):
+    """The residual blocks of a model in the order of execution.
+
+    Attributes:
+        notes: What was not looked at.
+    """
+
+    notes: tuple[str, ...]
+
+    def __new__(cls, blocks: Iterable[ResidualBlock] = (), notes: Iterable[str] = ()) -> Blocks:
+        """Hold some blocks, which compare equal to a tuple of them."""
+        self = super().__new__(cls, blocks)
+        self.notes = tuple(notes)
+        return self
+
+    def __getnewargs__(self) -> tuple[tuple[ResidualBlock, ...], tuple[str, ...]]:
+        """Return what a copy is made of."""
+        return tuple(self), self.notes

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from lightning_spectral.display import measurement_table, profile_figure
 
@@ -86,15 +86,15 @@ class LayerMeasurement:
 
     @property
     def ratio(self) -> float | None:
-        """The spectral ratio ‖MLP branch‖₂ / ‖attention branch‖₂, ``None`` unless both norms are positive."""
-        if not self.mlp_norm or not self.attention_norm:
+        """The spectral ratio ‖MLP branch‖₂ / ‖attention branch‖₂, ``None`` unless both norms are positive numbers."""
+        if not _is_positive(self.mlp_norm) or not _is_positive(self.attention_norm):
             return None
         return self.mlp_norm / self.attention_norm
 
     @property
     def log_ratio(self) -> float | None:
         """ln ρ, the quantity that everything averages, smooths and controls."""
-        if not self.mlp_norm or not self.attention_norm:
+        if not _is_positive(self.mlp_norm) or not _is_positive(self.attention_norm):
             return None
         return math.log(self.mlp_norm) - math.log(self.attention_norm)
 
@@ -102,15 +102,11 @@ class LayerMeasurement:
     def reason(self) -> str | None:
         """Why a norm or the ratio is missing, ``None`` where nothing is."""
         branches = (
-            ("mlp", self.mlp_norm, self.mlp_reason),
-            ("attention", self.attention_norm, self.attention_reason),
+            ("mlp", self.mlp_norm, self.mlp_scale, self.mlp_reason),
+            ("attention", self.attention_norm, self.attention_scale, self.attention_reason),
         )
-        parts = [
-            f"{word}: {reason or 'its norm is zero'}"
-            for word, norm, reason in branches
-            if reason is not None or norm == 0.0
-        ]
-        return "; ".join(parts) or None
+        whys = [(word, reason or _why_missing(norm, scale)) for word, norm, scale, reason in branches]
+        return "; ".join(f"{word}: {why}" for word, why in whys if why is not None) or None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -143,15 +139,19 @@ class Measurement:
         return iter(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values that ``json.dumps`` accepts, with the ratio and the reason of every layer."""
+        """Return plain values, with the ratio and the reason of every layer.
+
+        All of it is JSON by the standard, which has no NaN and no infinity: such a number is ``None``.
+        """
         layers = [asdict(layer) | {"ratio": layer.ratio, "reason": layer.reason} for layer in self.layers]
-        return {
+        values: dict[str, Any] = {
             "step": self.step,
             "linearization": self.linearization,
             "safe_zone": list(self.safe_zone),
             "seconds": self.seconds,
-            "layers": layers,
-        } | ({} if self.adapters == "sum" else {"adapters": self.adapters})
+            "layers": list(map(_finite, layers)),
+        }
+        return values if self.adapters == "sum" else values | {"adapters": self.adapters}
 
     def summary(self) -> dict[str, float]:
         """Return the summary values of the measurement, by the names they are logged under.
@@ -199,3 +199,24 @@ class Measurement:
     def __repr__(self) -> str:
         """Return the same table: a measurement is looked at more often than it is evaluated."""
         return str(self)
+
+
+def _is_positive(norm: float | None) -> TypeGuard[float]:
+    return norm is not None and 0 < norm < math.inf
+
+
+def _why_missing(norm: float | None, scale: float) -> str | None:
+    """Say why a norm that has no reason of its own gives no ratio."""
+    if not math.isfinite(scale):
+        return f"its residual scale is {scale}"
+    if norm is None or _is_positive(norm):
+        return None
+    return "its norm is zero" if norm == 0 else f"its norm is {norm}"
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values in which a number that is not finite is ``None``."""
+    finite = {name: _finite(value) if isinstance(value, dict) else value for name, value in values.items()}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in finite.items()
+    }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_spectral.durable import replace
 from lightning_spectral.report.tables import Table
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def write_page(
     sections: Sequence[Section],
     charts: Mapping[str, figure],
 ) -> None:
-    """Write a page, so that a crash leaves either the old or the new one.
+    """Write a page; a crash leaves either the old or the new one.
 
     Args:
         path: The file.
@@ -86,9 +87,7 @@ def write_page(
             allowed=f"{_hash(loader)} {_hash(script)}",
         )
     )
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(html, encoding="utf-8")
-    draft.replace(path)
+    replace(path, html.encode("utf-8", "replace"))
 
 
 def _template() -> Environment:

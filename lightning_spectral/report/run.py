@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_spectral.entries import entries
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.history import History
-from lightning_spectral.journal import entries
+from lightning_spectral.predecessor import is_set_aside
 from lightning_spectral.report.captions import ACTIONS, EVENTS, LINES, ZONE
 from lightning_spectral.report.lines import QUANTITIES, run_charts
 from lightning_spectral.report.page import Section, check_installed, write_page
@@ -21,7 +22,7 @@ from lightning_spectral.report.tables import (
     series_table,
     settings,
 )
-from lightning_spectral.report.words import clear, story, zone_of
+from lightning_spectral.report.words import clear, damaged_lines, story, zone_of
 
 if TYPE_CHECKING:
     from bokeh.plotting import figure
@@ -43,7 +44,7 @@ def report(run_dir: str | os.PathLike[str], output: str | os.PathLike[str] | Non
         The page.
 
     Raises:
-        ConfigurationError: There is no run, or more than one, or its file is damaged.
+        ConfigurationError: There is no run, or more than one, or nothing that was measured can be read.
         ModuleNotFoundError: The extra ``report`` is not installed.
         OSError: A file cannot be read or written.
     """
@@ -51,7 +52,8 @@ def report(run_dir: str | os.PathLike[str], output: str | os.PathLike[str] | Non
     source = find_run(Path(run_dir))
     history = History.read(source)
     if not history.measurements:
-        raise ConfigurationError(f"{clear(str(source), 300)}: nothing was measured yet")
+        why = damaged_lines(history) if history.damaged else "nothing was measured yet"
+        raise ConfigurationError(f"{clear(str(source), 300)}: {why}")
     page = source.with_suffix(".html") if output is None else Path(output)
     charts = run_charts(history)
     write_page(
@@ -73,7 +75,8 @@ def find_run(place: Path) -> Path:
     if (place / FILE).is_file():
         return place / FILE
     # A monitor with another prefix writes a file with another name.
-    found = sorted(path for path in place.rglob("*.jsonl") if path.is_file() and _is_run(path))
+    runs = sorted(path for path in place.rglob("*.jsonl") if path.is_file() and _is_run(path))
+    found = [path for path in runs if not is_set_aside(path)] or runs
     if not found:
         raise ConfigurationError(f"{clear(str(place), 300)}: no {FILE} in this folder or below")
     if len(found) > 1:
@@ -85,10 +88,9 @@ def find_run(place: Path) -> Path:
 
 def _is_run(path: Path) -> bool:
     try:
-        next(entries(path))
+        return bool(next(entries(path)).header)
     except (ConfigurationError, OSError):
         return False
-    return True
 
 
 def _sections(history: History, charts: Mapping[str, figure]) -> Sequence[Section]:

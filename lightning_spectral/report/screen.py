@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from lightning_spectral.records import LayerMeasurement, Measurement
+from lightning_spectral.report.words import clear
 
 __all__ = ["one_screen"]
+
+LONGEST = 200  # letters of a name or a reason
 
 
 def one_screen(measurement: Measurement, rows: int = 24) -> str:
@@ -19,13 +23,23 @@ def one_screen(measurement: Measurement, rows: int = 24) -> str:
     Returns:
         Lines of text: a title, one line per block, and the summary.
     """
-    title, head, *lines = str(measurement).splitlines()
-    distance = [_distance(layer, measurement.safe_zone) for layer in measurement]
-    farthest = sorted(range(len(lines)), key=distance.__getitem__, reverse=True)[:rows]
-    shown = [lines[position] for position in sorted(farthest)]
-    if len(lines) > rows:
-        shown.append(f"      … and {len(lines) - rows} blocks nearer to balance")
-    return "\n".join([title, head, *shown, _summary(measurement)])
+    layers = measurement.layers
+    distance = [_distance(layer, measurement.safe_zone) for layer in layers]
+    farthest = sorted(range(len(layers)), key=distance.__getitem__, reverse=True)[:rows]
+    shown = [str(replace(measurement, layers=tuple(_on_one_line(layers[place]) for place in sorted(farthest))))]
+    if len(layers) > rows:
+        shown.append(f"      … and {len(layers) - rows} blocks nearer to balance")
+    return "\n".join([*shown, _summary(measurement)])
+
+
+def _on_one_line(layer: LayerMeasurement) -> LayerMeasurement:
+    """Return a layer with short texts without line breaks: a reason may be what torch says, with its call stack."""
+    mlp, attention = (None if why is None else _flat(why) for why in (layer.mlp_reason, layer.attention_reason))
+    return replace(layer, name=_flat(layer.name), mlp_reason=mlp, attention_reason=attention)
+
+
+def _flat(text: str) -> str:
+    return clear(" ".join(text.split()), LONGEST)
 
 
 def _distance(layer: LayerMeasurement, zone: tuple[float, float]) -> float:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from lightning_spectral.entries import FORMAT
 from lightning_spectral.history import History
-from lightning_spectral.journal import FORMAT
 from lightning_spectral.records import LayerMeasurement, Measurement
 from lightning_spectral.report.words import clear, zone_of
 
@@ -99,7 +99,7 @@ def comparison_table(before: Measurement, after: Measurement) -> Table:
 
 def _note(layer: LayerMeasurement, zone: tuple[float, float] | None) -> str:
     if layer.reason is not None:
-        return clear(layer.reason, 300)
+        return clear(" ".join(layer.reason.split()), 300)
     if zone is None or layer.ratio is None or zone[0] < layer.ratio < zone[1]:
         return ""
     return "above the zone" if layer.ratio >= zone[1] else "below the zone"
@@ -146,7 +146,7 @@ def block_table(header: Mapping[str, Any]) -> tuple[Table, ...]:
 
 def settings(header: Mapping[str, Any]) -> Table:
     """Return the settings of a run, those of its controller included."""
-    rows = tuple((clear(name), _plain(value)) for name, value in _flat(header) if name != "blocks")
+    rows = tuple((clear(name), _plain(value)) for name, value in _flat(header) if name not in ("blocks", "file"))
     return Table("Settings", ("setting", "value"), rows)
 
 

@@ -11,7 +11,9 @@ from lightning_spectral.alarms.observe import COLLAPSED
 from lightning_spectral.history import History
 from lightning_spectral.records import LayerMeasurement, Measurement
 
-__all__ = ["clear", "story", "zone_of", "zone_words"]
+__all__ = ["clear", "damaged_lines", "story", "zone_of", "zone_words"]
+
+LISTED = 10  # damaged lines named in a sentence
 
 
 def clear(text: str, most: int = 100) -> str:
@@ -34,10 +36,23 @@ def story(history: History) -> Iterator[str]:
     yield f"{what} {when}, by the “{clear(last.linearization)}” linearization."
     if history.torn:
         yield "The file breaks off within a line: the run is writing it, or was stopped. What stands before is shown."
+    if history.damaged:
+        yield f"{damaged_lines(history)}. All other lines are shown."
     yield from zone_words(first, last, zone_of(last))
     yield _announced(history)
     yield _tokens(history)
     yield _steered(history)
+
+
+def damaged_lines(history: History) -> str:
+    """Say which lines of a file cannot be read, and why the first of them cannot."""
+    numbers = sorted(history.damaged)
+    why = clear(history.damaged[numbers[0]], 150)
+    if len(numbers) == 1:
+        return f"Line {numbers[0]:,} is damaged ({why})"
+    listed = ", ".join(format(number, ",") for number in numbers[:LISTED])
+    more = f" and {len(numbers) - LISTED:,} more" if len(numbers) > LISTED else ""
+    return f"{len(numbers):,} lines are damaged: {listed}{more} (line {numbers[0]:,}: {why})"
 
 
 def zone_words(

@@ -51,6 +51,22 @@ def test_one_checkpoint_is_a_table_and_a_file_of_numbers(folder: Path, tmp_path:
     assert "linearization='paper'" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stream", ["none", "closed", "broken"])
+def test_files_are_written_where_nobody_reads_the_table(
+    folder: Path, tmp_path: Path, stream: str, monkeypatch: pytest.MonkeyPatch
+):
+    reader, writer = os.pipe()
+    out = None if stream == "none" else os.fdopen(writer, "w")
+    os.close(reader)
+    if out is not None and stream == "closed":
+        out.close()
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["audit", str(folder), "--json", str(tmp_path / "out.json")]) == 0
+    assert len(json.loads((tmp_path / "out.json").read_text())["layers"]) == 3
+    if out is not None:
+        out.close()  # does not fail again
+
+
 def test_two_checkpoints_are_a_table_of_changes(folder: Path, tmp_path: Path, capsys: Any):
     other = changed(folder, tmp_path / "other", 2.0)
     assert main(["audit", str(folder), str(other), "--json", str(tmp_path / "out.json")]) == 0

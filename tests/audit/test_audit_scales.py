@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,11 @@ def test_two_checkpoints_are_compared_by_the_change_of_the_log_ratio(tmp_path: P
     assert lines[1].endswith("+0.6931")
     with pytest.raises(CheckpointError, match="two checkpoints cannot be compared: one has 3 blocks by 'circuit', the"):
         compare(before, measure(model, blocks, linearization="paper"))
+    for one, two in (("sum", "base"), ("delta", "sum")):
+        with pytest.raises(
+            CheckpointError, match=rf"one has adapters='{one}', the other adapters='{two}'; measure both"
+        ):
+            compare(replace(before, adapters=one), replace(before, adapters=two))
 
 
 @pytest.mark.filterwarnings("ignore")

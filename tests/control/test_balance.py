@@ -197,7 +197,7 @@ def test_what_cannot_be_measured_is_left_alone() -> None:
     assert [layer.ratio is None for layer in result] == [False, True, False]
     assert result.layers[1].reason == "mlp: weights are not finite (NaN or Inf)"
     assert not [name for name in changed(model, before) if "h.1." in name]
-    for name in ("alternating_list", "mamba2", "mlp_mixer"):
+    for name in ("attention_only", "mamba2", "mlp_mixer"):
         model, blocks = found(name)
         before = state(model)
         assert not balanced(balance_init_(model, blocks, force=True))

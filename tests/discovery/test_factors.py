@@ -144,6 +144,11 @@ def bends(result: Found, branch: Branch, role: str) -> bool:
     return role == "latent" or role in BENT.get(name, ())
 
 
+def parameters_of(model: nn.Module, path: str) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a module."""
+    return list(model.get_submodule(path).named_parameters())
+
+
 def is_gated(name: str, site: str) -> bool:
     """Whether the MLP at a site has a gate: by the survey's flags, or by the list above."""
     if name not in survey.entries():
@@ -171,8 +176,9 @@ def test_the_branch_is_affine_in_its_factors_and_in_nothing_else(name: str, foun
             for parameter, mask in masks.items():
                 known[parameter] = known.get(parameter, torch.zeros_like(mask)) | mask
         block = next(block for block in result.blocks if branch in block.branches)
-        for path, parameter in result.model.get_submodule(block.name).named_parameters():
-            full = f"{block.name}.{path}" if block.name else path
+        inside = ((name, *item) for name in block.name.split(" + ") for item in parameters_of(result.model, name))
+        for name, path, parameter in inside:
+            full = f"{name}.{path}" if name else path
             rest = ~known.get(full, torch.zeros(parameter.shape, dtype=torch.bool))
             if parameter.ndim >= 2 and "bias" not in path and rest.any():
                 bent = bend(result, branch, {full: rest}, once)

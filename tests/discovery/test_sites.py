@@ -159,11 +159,15 @@ def test_at_zero_no_weight_of_a_block_acts(name: str, found: Search) -> None:
     result = found(name)
     branches = {branch: 0.0 for block in result.blocks for branch in block.branches}
     zeroed = {branch.site.removeprefix("param:") for branch in branches}
+    alone = {block.name for block in whole(result)}
+    names = (
+        name for block in result.blocks for name in block.name.split(" + ") if block.name in alone or name != block.name
+    )
     inside = {
-        f"{block.name}.{path}": parameter
-        for block in whole(result)
-        for path, parameter in result.model.get_submodule(block.name).named_parameters()
-        if parameter.ndim >= 2 and parameter.requires_grad and f"{block.name}.{path}" not in zeroed
+        f"{name}.{path}": parameter
+        for name in names
+        for path, parameter in result.model.get_submodule(name).named_parameters()
+        if parameter.ndim >= 2 and parameter.requires_grad and f"{name}.{path}" not in zeroed
     }
     with scaled(result.model, branches):
         output = next(value for value in tensors(run(result.model, result.member)) if value.requires_grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,23 @@ def test_after_three_failures_in_a_row_both_give_up_and_say_so_once(runs: Any):
     for told, why in ((here["told"], "in another process"), (there["told"], "ArithmeticError: only here")):
         ends = ("training goes on", "training goes on", "it is switched off now")
         assert told == [f"SpectralMonitor failed in measuring ({why}); {end}" for end in ends]
+
+
+def test_a_failure_that_is_to_be_raised_is_raised_in_both(runs: Any):
+    here, there = case(runs("ddp"), "raises")
+    assert here["told"] == "SpectralError: SpectralMonitor failed in measuring in another process, whose error says why"
+    assert there["told"] == "ArithmeticError: only here"
+
+
+def test_where_the_one_that_writes_cannot_both_train_on(runs: Any):
+    here, there = case(runs("ddp"), "evicted")
+    steered, _ = case(runs("ddp"), "32-true, steer, fit")
+    assert here["parameters"] == there["parameters"] == steered["parameters"]
+    assert here["scales"] == there["scales"] == steered["scales"]
+    whats = (f"writing {os.devnull}/folder/spectral.jsonl failed", "logging to Nowhere", "drawing", "never written")
+    assert len(here["told"]) == len(whats)
+    assert all(sum(what in text for text in here["told"]) == 1 for what in whats)
+    assert there["told"] == []
 
 
 def test_scales_that_come_apart_end_the_steering(runs: Any):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from processes import whole
 from torch import Tensor, nn
@@ -323,6 +323,46 @@ def failing(layout: str, folder: Path, times: int) -> dict[str, Any]:
     return {"parameters": parameters(module), "told": said, **journal(folder)}
 
 
+def raising(layout: str, folder: Path) -> dict[str, Any]:
+    """Let a measurement fail in one process where that is to be raised."""
+    monitor, others = SpectralMonitor(2, on_error="raise"), [Replacing(Failing, times=1)]
+    try:
+        fit(layout, folder, "32-true", steer=False, monitor=monitor, others=others)
+    except Exception as error:
+        return {"told": f"{type(error).__name__}: {error}"}
+    return {"told": "nothing"}
+
+
+class Nowhere(Logger):
+    """Has a folder in which nothing can be written."""
+
+    name, version, log_dir = "nowhere", 0, f"{os.devnull}/folder"
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        raise TimeoutError("no answer")
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class Evicting(Callback):
+    """Gives the first process another logger."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if RANK == 0:
+            trainer.loggers = [Nowhere()]
+
+
+def evicted(layout: str, folder: Path) -> dict[str, Any]:
+    """Let the process that writes have no place to write to."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        monitor = monitor_of(steer=True, on_error="raise")
+        module, witness = fit(layout, folder, "32-true", steer=True, monitor=monitor, others=[Evicting()])
+    said = [str(warning.message) for warning in told if "SpectralMonitor" in str(warning.message)]
+    return {"parameters": parameters(module), "scales": witness.scales, "told": said}
+
+
 class Tampering(Callback):
     """Changes a scale in one process behind everybody's back."""
 
@@ -382,6 +422,8 @@ def cases(layout: str, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         found["noisy"] = lambda: noisy(layout, folder / "noisy")
         found["fails for good"] = lambda: failing(layout, folder / "fails-for-good", 99)
         found["tampered"] = lambda: tampered(layout, folder / "tampered")
+        found["evicted"] = lambda: evicted(layout, folder / "evicted")
+        found["raises"] = lambda: raising(layout, folder / "raises")
     return found
 
 

@@ -18,6 +18,7 @@ from .example import (
     Inputs,
     blocks_of,
     floats,
+    pairs,
     seeded,
     token_inputs,
 )
@@ -468,12 +469,13 @@ def _pyramid_blocks() -> tuple[ExpectedBlock, ...]:
 
 
 def _alternating_blocks(container: str) -> tuple[ExpectedBlock, ...]:
-    return tuple(
+    layers = (
         blocks_of(container, (i,), _fn("fn", ATTENTION_SITES), None)[0]
         if i % 2 == 0
         else blocks_of(container, (i,), None, _fn("fn", MLP_SITES))[0]
         for i in range(6)
     )
+    return pairs(tuple(layers))
 
 
 def _hybrid_blocks() -> tuple[ExpectedBlock, ...]:
@@ -517,14 +519,26 @@ def members() -> list[Example]:
             blocks_of("body", range(3), _fn("0.fn", ATTENTION_SITES), _fn("1.fn", MLP_SITES)),
             note="a Sequential of Sequentials: the block is the inner one",
         ),
-        _tokens("alternating_list", alternating, _alternating_blocks(layers), note="blocks with one branch"),
+        _tokens("alternating_list", alternating, _alternating_blocks(layers), note="two entries of a list are a block"),
+        _tokens(
+            "attention_only",
+            lambda: Embedded(Loop([Residual(CausalSelfAttention()) for _ in range(3)])),
+            blocks_of(layers, range(3), _fn("fn", ATTENTION_SITES), None),
+            note="blocks with one branch",
+        ),
+        _tokens(
+            "mlp_only",
+            lambda: Embedded(Loop([Residual(MLP()) for _ in range(3)])),
+            blocks_of(layers, range(3), None, _fn("fn", MLP_SITES)),
+            note="blocks with one branch",
+        ),
         _tokens(
             "alternating_sequential",
             lambda: Embedded(
                 nn.Sequential(*(Residual(CausalSelfAttention() if i % 2 == 0 else MLP()) for i in range(6)))
             ),
             _alternating_blocks("body"),
-            note="blocks with one branch",
+            note="two entries of a Sequential are a block",
         ),
         _tokens(
             "annotated_transformer",

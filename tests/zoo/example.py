@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -28,7 +28,7 @@ class ExpectedBlock:
     """The truth about one residual block.
 
     Attributes:
-        name: Module path of the block, ``""`` where the model itself is the block.
+        name: Module path of the block, ``""`` where the model itself is the block; of several modules, ``"a + b"``.
         attention: Acceptable absolute sites of the token mixer, the preferred one first; ``None`` without such a
             branch, ``"param:<path>"`` where no module carries it.
         mlp: The same for the branch that acts on each token alone.
@@ -51,6 +51,11 @@ class ExpectedBlock:
     calls: int = 1
     verified: bool = True
     whole: bool = True
+
+    @property
+    def modules(self) -> list[str]:
+        """The paths of the modules that are the block."""
+        return self.name.split(" + ")
 
     @property
     def branches(self) -> tuple[Sites, ...]:
@@ -168,6 +173,21 @@ def blocks_of(
             **flags,
         )
         for block in (join(container, str(index)) for index in indices)
+    )
+
+
+def pairs(blocks: Sequence[ExpectedBlock]) -> tuple[ExpectedBlock, ...]:
+    """Return every two neighbours with one branch each as the block that they are together."""
+    return tuple(
+        replace(
+            first,
+            name=f"{first.name} + {second.name}",
+            attention=first.attention or second.attention,
+            mlp=first.mlp or second.mlp,
+            kinds=first.kinds if first.attention else second.kinds,
+            whole=False,
+        )
+        for first, second in zip(blocks[::2], blocks[1::2], strict=True)
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .example import BATCH, TOKENS, Example, ExpectedBlock, Inputs, NormScheme, blocks_of, floats, seeded, tokens
+from .example import BATCH, TOKENS, Example, ExpectedBlock, Inputs, NormScheme, blocks_of, floats, pairs, seeded, tokens
 from .hugging_face import build, causal_inputs, encoder_decoder_inputs, vision_inputs
 
 MAMBA = {
@@ -95,12 +95,13 @@ def _granite_hybrid() -> tuple[ExpectedBlock, ...]:
 
 
 def _nemotron_h() -> tuple[ExpectedBlock, ...]:
-    return (
+    layers = (
         *blocks_of("model.layers", (0,), ("mixer", "mixer.out_proj"), None, kinds=("mixer",)),
         *blocks_of("model.layers", (1,), None, ("mixer", "mixer.down_proj")),
         *blocks_of("model.layers", (2,), ("mixer", "mixer.o_proj"), None),
         *blocks_of("model.layers", (3,), None, "mixer"),
     )
+    return pairs(layers)
 
 
 def _stages(

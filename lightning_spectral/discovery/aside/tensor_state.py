@@ -1,0 +1,53 @@
+"""What a tensor is, beside the numbers in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["TensorState", "without_history"]
+
+
+class TensorState:
+    """Where a tensor lies, its class, its gradient and what autograd knows of it."""
+
+    __slots__ = ("data", "grad", "hooks", "kind", "leaf", "place", "requires_grad")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.kind, self.leaf, self.requires_grad = type(tensor), tensor.is_leaf, tensor.requires_grad
+        self.grad = tensor.grad if self.leaf else None
+        self.hooks = tensor._backward_hooks
+        self.data = tensor.data  # another view of the same memory
+        self.place = _place(tensor)
+
+    @staticmethod
+    def put_back(tensor: Tensor, before: TensorState) -> None:
+        """Make a tensor what it was before."""
+        if _place(tensor) != before.place:
+            tensor.data = before.data
+        if type(tensor) is not before.kind:
+            tensor.__class__ = before.kind
+        if tensor._backward_hooks is not before.hooks:
+            tensor._backward_hooks = before.hooks
+        if before.leaf:
+            if not tensor.is_leaf:
+                tensor.detach_()
+            if tensor.requires_grad != before.requires_grad:
+                tensor.requires_grad_(before.requires_grad)
+            if tensor.grad is not before.grad:
+                tensor.grad = before.grad
+
+
+def _place(tensor: Tensor) -> Any:
+    try:
+        storage = tensor.untyped_storage()._cdata
+        return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+    except (NotImplementedError, RuntimeError, ValueError):  # sparse, a wrapper, or not initialized yet
+        return None
+
+
+def without_history(tensor: Tensor) -> Tensor | None:
+    """Return a tensor without its history, where an in-place write could not be taken out of that again."""
+    bound = not tensor.is_leaf or (tensor._is_view() and not tensor.requires_grad)
+    return tensor.detach() if bound and not vars(tensor) else None

@@ -1,0 +1,134 @@
+"""Writing files so that a crash, a full disk or a second process costs at most what was being written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+
+__all__ = ["append", "replace", "set_aside"]
+
+# What a file system says that cannot be asked to write at once.
+_NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
+
+
+def append(path: Path, data: bytes, *, head: bytes = b"") -> None:
+    """Add to the end of a file: all of it, on the disk when this returns, or nothing.
+
+    Args:
+        path: The file.
+        data: Whole lines.
+        head: What the file has to begin with.
+
+    Raises:
+        FileNotFoundError: There is no such file, or it does not begin with ``head``.
+        OSError: It cannot be written.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    # Its head is read through the descriptor that is written to: another process may rename the file meanwhile.
+    with open(path, "r+b", buffering=0, opener=_at_the_end) as file:
+        assert isinstance(file, FileIO)
+        if file.read(len(head)) != head:
+            raise FileNotFoundError(errno.ENOENT, "the file has become another one", str(path))
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        torn = file.read(1) not in (b"", b"\n")
+        try:
+            _write(file, b"\n" + data if torn else data)
+        except BaseException:
+            with suppress(OSError):
+                file.truncate(end)
+            raise
+
+
+def replace(path: Path, data: bytes, *, new: bool = False) -> None:
+    """Write a whole file: whatever happens, its name stands for the old content or for all of the new one.
+
+    Args:
+        path: The file. A terminal or a pipe is written to directly, and a link stays a link.
+        data: Its content.
+        new: Whether to leave a file alone that is there already.
+
+    Raises:
+        FileExistsError: There is one already.
+        OSError: It cannot be written.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(data)
+        return
+    path = Path(os.path.realpath(path))
+    draft = path.with_name(f".{uuid.uuid4().hex}.tmp")  # of this process alone
+    try:
+        with draft.open("xb", buffering=0) as file:
+            _write(file, data)
+        (_rename_to_new if new else os.replace)(draft, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # and not that of the draft
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+    with suppress(OSError):  # the new name, where folders can be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def set_aside(path: Path, names: Iterable[str]) -> Path:
+    """Rename a file, or whatever has its name, and overwrite nothing.
+
+    Args:
+        path: The file.
+        names: Names in the same folder, in the order of preference; the first free one is taken.
+
+    Returns:
+        Where it is now.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+    for place in map(path.with_name, names):
+        try:  # a name that this process has made is no other's
+            place.mkdir() if path.is_dir() and not path.is_symlink() else place.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        try:
+            path.replace(place)
+        except BaseException:
+            with suppress(OSError):
+                place.rmdir() if place.is_dir() else place.unlink()
+            raise
+        return place
+    raise FileExistsError(errno.EEXIST, "no name is free to set this file aside", str(path))
+
+
+def _at_the_end(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_APPEND)
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+def _rename_to_new(draft: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(draft)
+    except FileExistsError:
+        raise
+    except OSError:  # no links here
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        draft.replace(path)
