@@ -203,8 +203,9 @@ def _refuse_nameless(target: Mapping[str, Any]) -> None:
             listed = [tuple(item.shape) for item in part]
             if any(2 * len(listed) >= len(known) and _is_subsequence(listed, known) for known in shapes):
                 raise ConfigurationError(
-                    f"{place} is a list of {len(listed)} weights without names, in which no scale can be told from a "
-                    f"weight: take it out of the checkpoint, or load it into the model and fuse that, fuse_scales(model)"
+                    f"{place} is a list of {len(listed)} weights without names, in which no scale can be told from "
+                    "a weight: take it out of the checkpoint, or load it into the model and fuse that, "
+                    "fuse_scales(model)"
                 )
 
 

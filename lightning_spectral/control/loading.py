@@ -38,7 +38,9 @@ def fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_me
     if f"{prefix}log_scale" not in state_dict:
         log_scale = module.get_parameter("log_scale").detach()
         assigned = log_scale.is_meta and (local_metadata or {}).get("assign_to_params_buffers", False)
-        state_dict[f"{prefix}log_scale"] = torch.zeros(1, dtype=log_scale.dtype, device="cpu") if assigned else log_scale.clone()
+        state_dict[f"{prefix}log_scale"] = (
+            torch.zeros(1, dtype=log_scale.dtype, device="cpu") if assigned else log_scale.clone()
+        )
     state_dict.setdefault(f"{prefix}_extra_state", module.get_extra_state())
 
 
@@ -87,9 +89,9 @@ def unhook_loading(model: nn.Module) -> None:
     for module in model.modules():
         hooks = module._load_state_dict_pre_hooks
         for key, hook in list(hooks.items()):  # torch gives out a handle only once, and none for copies
-            function = getattr(hook, "hook", hook)
-            stale = isinstance(function, partial) and function.func is _identity_if_plain
-            if (stale and module_at(module, function.args[0]) is None) or (
+            function: Any = getattr(hook, "hook", hook)
+            of_output = getattr(function, "func", None) is _identity_if_plain
+            if (of_output and module_at(module, function.args[0]) is None) or (
                 function is rename_weight and not hasattr(module, "parametrizations")
             ):
                 del hooks[key]

@@ -33,7 +33,9 @@ class Moves:
     def start(self, optimizers: Iterable[Optimizer]) -> None:
         """Listen to the optimizers."""
         self._handles += [
-            optimizer.register_step_post_hook(self._look) for optimizer in optimizers if isinstance(optimizer, Optimizer)
+            optimizer.register_step_post_hook(self._look)
+            for optimizer in optimizers
+            if isinstance(optimizer, Optimizer)
         ]
 
     def stop(self) -> None:
@@ -82,7 +84,10 @@ class Moves:
 
     def _allowed(self, now: Tensor) -> Tensor:
         """Return how far one step of gradient descent may move each scale, if its rule is one of the usual ones."""
-        gradients = [torch.zeros_like(scale.detach()).float() if scale.grad is None else scale.grad.float() for scale in self._scales]
+        gradients = [
+            torch.zeros_like(scale.detach()).float() if scale.grad is None else scale.grad.float()
+            for scale in self._scales
+        ]
         sizes = torch.cat([gradient.to(now.device) for gradient in gradients]).abs()
         still = sizes == 0
         settings = [_settings(group) for group in self._groups]

@@ -1,4 +1,4 @@
-"""What scales need of an optimizer: to be in it, no momentum when moved, none in old states, steps that count, no copy."""
+"""What scales need of an optimizer: to be in it, to be moved in it, old states without them, steps that count."""
 
 from __future__ import annotations
 
@@ -80,13 +80,15 @@ def own_copies(optimizer: Optimizer, scale: Tensor) -> list[Tensor]:
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     large = [item for item in parameters if item.numel() >= _ENOUGH and item.is_floating_point() and item.any()]
-    witnesses = sorted(large, key=Tensor.numel)[:_WITNESSES]
-    found = []
+    # Matrices first: a bias that begins at 0 is far from its own past.
+    witnesses = sorted(large, key=lambda item: (item.ndim < 2, item.numel()))[:_WITNESSES]
+    found: list[Tensor] = []
     for look_up in _look_ups(optimizer, parameters):
         copy = look_up(scale)
-        if isinstance(copy, Tensor) and copy.shape == scale.shape and copy is not scale and witnesses:
-            if all(_is_copy(look_up(witness), witness) for witness in witnesses):
-                found.append(copy)
+        if not isinstance(copy, Tensor) or copy.shape != scale.shape or copy is scale or not witnesses:
+            continue
+        if all(_is_copy(look_up(witness), witness) for witness in witnesses):
+            found.append(copy)
     return found
 
 
@@ -199,7 +201,9 @@ def with_fresh_scales(
             return None
         places = [number + place for place, scale in enumerate(is_scale) if not scale]
         before = [(order or {}).get(id(group["params"][place - number]), place) for place in places]
-        numbers |= dict(zip(old["params"], (place for _, place in sorted(zip(before, places, strict=True))), strict=True))
+        numbers |= dict(
+            zip(old["params"], (place for _, place in sorted(zip(before, places, strict=True))), strict=True)
+        )
         names = {"param_names": group["param_names"]} if "param_names" in group else {}
         groups.append({**old, "params": list(range(number, number + len(is_scale))), **names})
         number += len(is_scale)

@@ -132,24 +132,30 @@ for _kind, _hiding in _HIDING.items():
             setattr(_hiding, _name, _set_aside(_method))
 
 
-@functools.cache
-def _hiding_class(plain: type[nn.Module], hiding: type[nn.Module]) -> type[nn.Module]:
+_MADE: dict[type[Any], type[Any]] = {}
+
+
+def _hiding_class(plain: type[Any], hiding: type[Any]) -> type[Any]:
     """Return a subclass whose containers hide scales. What the user's class overrides stays overridden."""
     if plain in _HIDING:
         return hiding
-
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807  # a method
-        function, arguments, *rest = super(made, self).__reduce_ex__(protocol)
-        if made not in arguments:
-            return function, arguments, *rest
-        return _remade, (plain, hiding, *arguments[1:]), *rest
-
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    made = type(plain.__name__, (plain, hiding), {**names, "__reduce_ex__": __reduce_ex__, "plain_class": plain})
-    return made
+    if plain not in _MADE:
+        names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+        _MADE[plain] = type(plain.__name__, (plain, hiding), {**names, "__reduce_ex__": _reduced, "plain": plain})
+    return _MADE[plain]
 
 
-def _remade(plain: type[nn.Module], hiding: type[nn.Module], *arguments: Any) -> nn.Module:
+def _reduced(self: nn.Module, protocol: Any) -> Any:
+    """Reduce for pickling and copying, by the user's class: nothing can import the class that was made of it."""
+    made: Any = next(kind for kind in type(self).__mro__ if "plain" in vars(kind))  # sharding makes a subclass of it
+    reduced: Any = super(made, self).__reduce_ex__(protocol)
+    _, arguments, *rest = reduced
+    if made not in arguments:
+        return reduced
+    return _remade, (_plain_class(made), made.__bases__[1], *arguments[1:]), *rest
+
+
+def _remade(plain: type[Any], hiding: type[Any], *arguments: Any) -> nn.Module:
     made = _hiding_class(plain, hiding)
     found: nn.Module = made.__new__(made, *arguments)
     return found
@@ -160,5 +166,5 @@ def _plain_class(kind: type[nn.Module]) -> type[Any]:
     for plain, hiding in _HIDING.items():
         if kind is hiding:
             return plain
-    found: type[Any] = vars(kind).get("plain_class", kind)
+    found: type[Any] = vars(kind).get("plain", kind)
     return found

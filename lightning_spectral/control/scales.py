@@ -325,9 +325,7 @@ def _problem(model: nn.Module, branch: Branch) -> str | None:
             f"({', '.join(others)}): compute the branch in a module of its own"
         )
     if parametrize.is_parametrized(module, name):
-        return (
-            f"{site} is parametrized, and no module carries its branch: compute the branch in a module of its own"
-        )
+        return f"{site} is parametrized, and no module carries its branch: compute the branch in a module of its own"
     return None
 
 

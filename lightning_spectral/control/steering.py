@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_spectral.control.fuse import fuse_scales
 from lightning_spectral.control.law import Action, BlockState, Reading, ResidualRescaler, check_zones, decide
 from lightning_spectral.control.liveness import Liveness
 from lightning_spectral.control.loading import MARKER, marked, refuse_lost_scales, saved_sites
@@ -62,6 +63,7 @@ class Steering:
         self.rescaler, self.safe_zone = rescaler, safe_zone
         self.scales: ResidualScales | None = None
         self.disarmed = False  # the scales of several processes have come apart
+        self._attached = 0  # scales that the model did not have before
         self._left_alone: list[Branch] = []  # found, and not steered
         self._pairs: list[_Pair] = []  # the scales of MLP and attention, by block
         self._sites: dict[int, str] = {}  # by the ids of the scales' modules
@@ -79,9 +81,7 @@ class Steering:
         """The blocks that have scales, ``None`` before any were attached."""
         return None if self.scales is None else self.scales.blocks
 
-    def attach(
-        self, model: nn.Module, blocks: Sequence[ResidualBlock] | None, others: Iterable[object] = ()
-    ) -> None:
+    def attach(self, model: nn.Module, blocks: Sequence[ResidualBlock] | None, others: Iterable[object] = ()) -> None:
         """Attach the scales to a model, unless they are; a dry run attaches nothing.
 
         Args:
@@ -94,7 +94,9 @@ class Steering:
             ConfigurationError, BlocksNotFoundError, ExampleInputError: As :func:`attach_scales` does.
         """
         if self.scales is not None and self.scales.model is model:
+            self._attached = 0
             return
+        before = _count(model)
         if blocks is not None:
             self._left_alone = []
             if not self.rescaler.dry_run:
@@ -112,9 +114,8 @@ class Steering:
             known = set(steered)
             self._left_alone = [branch for block in blocks for branch in block.branches if branch not in known]
             if not self.rescaler.dry_run:
-                attach_where_possible(
-                    model, blocks, steered, learnable=self.rescaler.learnable, others=others
-                )
+                attach_where_possible(model, blocks, steered, learnable=self.rescaler.learnable, others=others)
+        self._attached = _count(model) - before
         self._take(ResidualScales(model, with_scales(model, blocks)))
 
     def adopt(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
@@ -149,6 +150,29 @@ class Steering:
 
     # In the life of a run
 
+    def check_foldable(self) -> None:
+        """Check that :meth:`fold` will be able to fold the scales, whatever becomes of them.
+
+        Raises:
+            ConfigurationError: One has nothing that it could be folded into.
+        """
+        assert self.scales is not None
+        lost = [scale for scale in _scales_in(self.scales.model) if not scale.on_weight and not scale.ends]
+        if lost and self._attached:
+            raise ConfigurationError(
+                f"{len(lost)} residual scale(s) would be lost: this strategy starts its processes from yours, which "
+                "gets back only weights that its module has already, and these scales cannot be folded into weights "
+                f"({lost[0].reason}). Call attach_scales(module) before trainer.fit(module)"
+            )
+
+    def fold(self) -> int:
+        """Fold the scales into the weights if the model had none before; return how many were folded."""
+        if self.scales is None or not self._attached:
+            return 0
+        count = _count(self.scales.model)
+        fuse_scales(self.scales.model)
+        return count
+
     def listen(self, model: nn.Module) -> RemovableHandle:
         """Hook a model until it has loaded its checkpoint: no scale is lost, also none that this run would not attach.
 
@@ -168,13 +192,27 @@ class Steering:
             return
         self._take(ResidualScales(self.scales.model, with_scales(self.scales.model, self.scales.blocks)))
         check_optimized(optimizers, self.scales)
-        every = [item.log_scale for item in self.scales.model.modules() if isinstance(item, ResidualScale)]
+        every = [item.log_scale for item in _scales_in(self.scales.model)]
         completed = partial(with_fresh_scales, scales=every, order=plain_order(self.scales.model))
         self._handles += [
             optimizer.register_load_state_dict_pre_hook(completed)
             for optimizer in optimizers
             if isinstance(optimizer, Optimizer)
         ]
+
+    def held_still(self) -> str | None:
+        """Say which blocks the law will not move because one of their kinds is left alone; ``None`` for none."""
+        still = [
+            block.name
+            for block, (mlp, attention) in zip(self.blocks or (), self._pairs, strict=True)
+            if block.mlp and block.attention and bool(mlp) is not bool(attention)
+        ]
+        if not still or self.rescaler.mode != "both" or self.rescaler.dry_run:
+            return None
+        return (
+            f"residual scales: {len(still)} block(s) are held still, because one of their two kinds of branches is "
+            f"frozen or cannot carry a scale (the first is {still[0]}). ResidualRescaler(mode=...) moves one kind alone"
+        )
 
     def start(self, optimizers: Sequence[Optimizer]) -> None:
         """Watch from the first step on whether every scale multiplies its branch, and whether moves stay."""
@@ -285,9 +323,9 @@ class Steering:
         self._told.add(what)
         return (
             f"{len(undone)} residual scale(s) did not stay where the law had moved them (the first is at "
-            f"{min(undone)!r}): an optimizer that keeps weights of its own writes them back. {what}. To keep the scales "
-            "out of the optimizer, set auto_rescale=ResidualRescaler(learnable=False), and give the optimizer only "
-            "parameters that require gradients"
+            f"{min(undone)!r}): an optimizer that keeps weights of its own writes them back. {what}. To keep the "
+            "scales out of the optimizer, set auto_rescale=ResidualRescaler(learnable=False), and give the optimizer "
+            "only parameters that require gradients"
         )
 
     def _check_rounding(self, optimizers: Iterable[Optimizer]) -> str | None:
@@ -312,6 +350,14 @@ class Steering:
         sites = [] if self.scales is None else [site for site, _ in self.scales.named_parameters()]
         if sites:
             checkpoint[MARKER] = marked(sites, checkpoint.get("state_dict", {}))
+
+
+def _scales_in(model: nn.Module) -> list[ResidualScale]:
+    return [module for module in model.modules() if isinstance(module, ResidualScale)]
+
+
+def _count(model: nn.Module) -> int:
+    return len(_scales_in(model))
 
 
 def _has_copies(optimizers: Iterable[Optimizer], scale: nn.Parameter) -> bool:

@@ -9,7 +9,6 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral import settings
 from lightning_spectral.alarms import Event
-from lightning_spectral.control.fuse import fuse_scales
 from lightning_spectral.control.law import ResidualRescaler
 from lightning_spectral.control.loading import lost_scales, refuse_lost_scales, restore_unsaved, saved_sites
 from lightning_spectral.control.steering import Steering
@@ -18,7 +17,12 @@ from lightning_spectral.linalg import Solver
 from lightning_spectral.monitor.framework import Callback, overrides, rank_zero_info
 from lightning_spectral.monitor.order import check_order
 from lightning_spectral.monitor.session import Session, blocks_of
-from lightning_spectral.monitor.strategies import check_strategy, is_tensor_parallel, will_shard
+from lightning_spectral.monitor.strategies import (
+    brings_back_own_weights,
+    check_strategy,
+    is_tensor_parallel,
+    will_shard,
+)
 from lightning_spectral.records import ResidualBlock
 from lightning_spectral.series import Series
 
@@ -166,6 +170,8 @@ class SpectralMonitor(Callback):
                 if not overrides(pl_module, "configure_model"):
                     raise
         self._load_hook = self._steering.listen(pl_module)
+        if stage == "fit" and brings_back_own_weights(trainer.strategy):
+            self._steering.check_foldable()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the optimizers train the scales.
@@ -178,6 +184,8 @@ class SpectralMonitor(Callback):
         if self._steering.scales is None:
             self._steering.adopt(pl_module, blocks_of(pl_module, self.blocks))
         self._steering.begin(trainer.optimizers)
+        if told := self._steering.held_still():
+            rank_zero_info(told)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks and measure them for the first time; on resume, publish what was measured last."""
@@ -229,8 +237,19 @@ class SpectralMonitor(Callback):
         self._remove_hooks()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hook of the monitor behind; the scales stay, since the model shall go on computing what it did."""
+        """Leave no hook of the monitor behind; the scales stay, since the model shall go on computing what it did.
+
+        Where the main process gets nothing but weights that its module has already, they are folded into these.
+        """
         self._remove_hooks()
+        if self._steering is None or stage != "fit" or not brings_back_own_weights(trainer.strategy):
+            return
+        if count := self._steering.fold():
+            rank_zero_info(
+                f"SpectralMonitor folded {count} residual scales into the weights, because the main process gets back "
+                "only weights that its module has. To keep them as scales, call attach_scales(module) before "
+                "trainer.fit(module)"
+            )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Mark a checkpoint that has residual scales."""
