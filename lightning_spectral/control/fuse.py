@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
@@ -96,19 +97,23 @@ def _parameter(model: nn.Module, path: str) -> Tensor | None:
 # A checkpoint
 
 
-def _children(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what a part of a checkpoint consists of; no state of an optimizer or a scheduler."""
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield what a part of a checkpoint consists of."""
     if isinstance(value, Mapping):
-        pairs = ((str(key), item) for key, item in value.items() if key not in _OF_TRAINING)
+        yield from value.items()
     elif isinstance(value, list | tuple):
-        pairs = ((str(place), item) for place, item in enumerate(value))
-    else:
-        return
-    yield from ((name, item) for name, item in pairs if not _is_of_training(item))
+        yield from enumerate(value)
 
 
-def _is_of_training(value: Any) -> bool:
-    if not isinstance(value, Mapping) or not value:
+def _children(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield what a part of a checkpoint consists of; no state of an optimizer or a scheduler."""
+    yield from ((key, item) for key, item in _items(value) if not _is_of_training(key, item))
+
+
+def _is_of_training(key: Any, value: Any) -> bool:
+    if key in _OF_TRAINING:
+        return True
+    if not isinstance(value, Mapping):
         return False
     flat = any(isinstance(key, str) and key.startswith("param_groups.") for key in value)
     return flat or isinstance(value.get("param_groups"), list | tuple) or {"last_epoch", "_last_lr"} <= value.keys()
@@ -119,6 +124,10 @@ def _own_keys(value: Any) -> list[str]:
     if not isinstance(value, Mapping):
         return []
     return scale_keys(key for key, item in value.items() if isinstance(key, str) and isinstance(item, Tensor))
+
+
+def _has_training(value: Any) -> bool:
+    return any(_is_of_training(key, item) or _has_training(item) for key, item in _items(value))
 
 
 def _has_scales(value: Any) -> bool:
@@ -149,7 +158,7 @@ def _recipe(scale: str, state: Tensor) -> _Recipe:
 
 
 def _fused(value: Any, recipes: Mapping[str, _Recipe]) -> Any:
-    if not _has_scales(value):
+    if not _has_scales(value) and not _has_training(value):
         return value
     if isinstance(value, nn.Module):
         return _fuse_model(copy.deepcopy(value))
@@ -159,8 +168,7 @@ def _fused(value: Any, recipes: Mapping[str, _Recipe]) -> Any:
                 f"a state dict is nested module by module ({CHILD!r} is a key by itself): expected keys with dots, as "
                 f"model.state_dict() has them, such as 'blocks.0.mlp.{CHILD}.log_scale'"
             )
-        kept = {name for name, _ in _children(value)}
-        parts = {key: _fused(item, recipes) for key, item in value.items() if str(key) in kept}
+        parts = {key: _fused(item, recipes) for key, item in _children(value)}
         return _fuse_state_dict(parts, recipes) if _own_keys(value) else parts
     items = [_fused(item, recipes) for _, item in _children(value)]
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
@@ -181,14 +189,21 @@ def _fuse_state_dict(state: Mapping[str, Any], recipes: Mapping[str, _Recipe]) -
 
 def _recipe_of(scale: str, recipes: Mapping[str, _Recipe]) -> _Recipe:
     """Return the recipe of a scale; of a copy that has none, that of the model that it was copied from."""
-    alike = [name for name in recipes if f".{name}".endswith(f".{scale}") or f".{scale}".endswith(f".{name}")]
-    known = {recipes[name] for name in ([scale] if scale in recipes else alike)}
-    if len(known) != 1:
+    names = scale.split(".")
+    nearest = max(recipes, key=lambda name: (name == scale, _shared_end(names, name.split("."))), default="")
+    if _shared_end(names, nearest.split(".")) < min(len(names), len(nearest.split("."))) - 2:
+        nearest = ""
+    if nearest not in recipes:
         raise ConfigurationError(
             f"the state dict has {f'{scale}.log_scale'!r} but not {scale}.{_EXTRA}, which says what to fold it into: "
             "fuse the model instead, fuse_scales(model)"
         )
-    return known.pop()
+    return recipes[nearest]
+
+
+def _shared_end(one: Sequence[str], other: Sequence[str]) -> int:
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _refuse_nameless(target: Mapping[str, Any]) -> None:

@@ -168,7 +168,7 @@ def test_copies_pickles_and_fused_models_are_whole(kind: str):
 
 @pytest.mark.parametrize("kind", ["sequential", "list"])
 def test_parts_of_a_container_are_plain_and_it_can_be_changed(kind: str):
-    model, site = scaled(kind)
+    _, site = scaled(kind)
     plain = type(KINDS[kind]())
     part = site[:-1]
     assert type(part) is plain
