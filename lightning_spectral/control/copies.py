@@ -62,14 +62,15 @@ def branches_of_copies(
 def _homes(blocks: Sequence[ResidualBlock], branches: Sequence[Branch]) -> dict[str, bool]:
     """Return the paths of what a copy may be a copy of, outermost first, and whether whole blocks lie inside it.
 
-    One of the blocks of a stack is no copy of another one: blocks alone are looked for only where nothing runs.
+    A block of a list is no model, and no copy of another block; a block by itself is looked for where nothing runs.
     """
     wanted = set(branches)
     found: dict[str, bool] = {}
     for block in blocks:
         if wanted & set(block.branches):
             root = ".".join(common_parts(_place(branch) for branch in block.branches))
-            found.setdefault(root, False)
+            if not root.rpartition(".")[2].isdigit():
+                found.setdefault(root, False)
             found |= dict.fromkeys(_around(root)[:-1], True)
     return dict(sorted(found.items(), key=lambda item: item[0].count(".") + bool(item[0])))
 

@@ -1,0 +1,180 @@
+"""Copies of a model get scales where the model has them, so that what keeps both in step still does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from test_steering import unbalanced
+from tiny_run import LitGPT, TinyGPT, fit
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from zoo import example
+
+from lightning_spectral import ResidualRescaler, SpectralMonitor, attach_scales, find_blocks, fuse_scales, measure
+from lightning_spectral.control.copies import branches_of_copies
+from lightning_spectral.control.scales import ResidualScale
+
+IDS = torch.arange(16).view(2, 8)
+
+
+class Average:
+    """A plain object that keeps an average, as a recipe copied from the web does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.shadow = copy.deepcopy(model)
+
+
+class Keeper(Callback):
+    """Keeps a copy of the module that it was given."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.kept = copy.deepcopy(module)
+
+
+def zipped(student: nn.Module, teacher: nn.Module) -> None:
+    for one, other in zip(student.parameters(), teacher.parameters(), strict=True):
+        other.lerp_(one, 0.5)
+
+
+def by_name(student: nn.Module, teacher: nn.Module) -> None:
+    own = student.state_dict()
+    for name, value in teacher.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(own[name], 0.5)
+
+
+def by_update(student: nn.Module, teacher: AveragedModel) -> None:
+    teacher.update_parameters(student)
+
+
+class Momentum(LitGPT):
+    """A student that learns and a teacher that follows it."""
+
+    def __init__(self, make: Callable[[nn.Module], Any], follow: Callable[[Any, Any], None]) -> None:
+        super().__init__()
+        self.model.load_state_dict(unbalanced().model.state_dict())
+        self.teacher, self.follow = make(self.model), follow
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.follow(self.model, self.copied())
+
+    def copied(self) -> Any:
+        held = self.teacher[0] if isinstance(self.teacher, list) else self.teacher
+        return held.shadow if isinstance(held, Average) else held
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+WAYS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[Any, Any], None]]] = {
+    "zip": (frozen_copy, zipped),
+    "AveragedModel": (lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.5)), by_update),
+    "by name": (copy.deepcopy, by_name),  # not frozen, and trained by nobody
+    "in a list": (lambda model: [frozen_copy(model)], zipped),
+    "in an object": (Average, zipped),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_teacher_follows_the_scales_of_its_student(tmp_path: Path, way: str):
+    module = Momentum(*WAYS[way])
+    rescaler = ResidualRescaler(patience=1, learnable=way == "zip")
+    fit(tmp_path, SpectralMonitor(2, rescaler), module=module, max_steps=14)
+    teacher = getattr(module.copied(), "module", module.copied())
+    student = [layer.ratio for layer in measure(module.model)]
+    assert max(student) < 3.0
+    assert [layer.ratio for layer in measure(teacher)] == pytest.approx(student, rel=0.2)
+    scales = [part for part in teacher.modules() if isinstance(part, ResidualScale)]
+    assert len(scales) == 6
+    assert all(scale.log_scale.item() != 0.0 for scale in scales)
+    wanted = teacher.eval()(IDS)
+    torch.testing.assert_close(fuse_scales(copy.deepcopy(teacher))(IDS), wanted)
+
+
+def test_a_copy_that_a_callback_keeps_gets_scales_too(tmp_path: Path):
+    module = unbalanced()
+    keeper = Keeper(module)
+    fit(tmp_path, [keeper, SpectralMonitor(2, True)], module=module, max_steps=2)
+    zipped(module.requires_grad_(False), keeper.kept.requires_grad_(False))
+    assert [name for name, _ in keeper.kept.named_parameters()] == [name for name, _ in module.named_parameters()]
+
+
+def homes(model: nn.Module, **settings: Any) -> list[int]:
+    """Which modules are taken for copies, by how many branches of each get scales."""
+    blocks = find_blocks(model, IDS)
+    branches = [branch for block in blocks for branch in block.branches if "head" not in branch.site]
+    found = [id(home) for home, _ in branches_of_copies(model, blocks, branches, **settings)]
+    return [found.count(item) for item in dict.fromkeys(found)]
+
+
+class Two(nn.Module):
+    """Runs one of two models, or both."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, both: bool = False) -> None:
+        super().__init__()
+        self.nets, self.both = nn.ModuleList([first, second]), both
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y = self.nets[0](ids)
+        return y + self.nets[1](ids) if self.both else y
+
+
+def gpt(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return TinyGPT().eval()
+
+
+def test_what_is_a_copy_and_what_is_not():
+    assert homes(Two(gpt(0), gpt(1))) == [6]  # begins elsewhere, and may be set to the other before training
+    assert homes(Two(gpt(0), nn.Sequential(gpt(0)))) == [6]
+    assert homes(Two(gpt(0), gpt(1), both=True)) == []  # both are found and scaled for themselves
+    assert homes(gpt(0)) == []  # the blocks of a stack are no copies of each other
+    other = gpt(0)
+    other.blocks = other.blocks[:2]
+    assert homes(Two(gpt(0), other)) == []
+    one = nn.Module()
+    one.student, one.teacher = gpt(0).blocks[0], gpt(1).blocks[0]
+    one.forward = one.student.forward
+    blocks = find_blocks(one, torch.randn(2, 8, 16))
+    assert len(list(branches_of_copies(one, blocks, blocks[0].branches))) == 2
+    model = gpt(0)
+    model.hidden = {"again": [gpt(1)], "data": [0] * 100}
+    assert homes(model) == []
+    model.hidden = [gpt(1)]
+    assert homes(model) == [6]
+    assert homes(gpt(0), others=[Average(gpt(0))]) == [6]
+
+
+def test_a_frozen_copy_that_runs_beside_its_model_is_scaled_and_a_frozen_stack_is_not(tmp_path: Path):
+    class Lit(LitGPT):
+        def __init__(self, teacher: nn.Module) -> None:
+            super().__init__()
+            self.model = Two(gpt(0), teacher.requires_grad_(False), both=True).train()
+
+    for seed, count in ((0, 12), (1, 6)):
+        module = Lit(gpt(seed))
+        fit(tmp_path / str(seed), SpectralMonitor(2, True), module=module, max_steps=2)
+        assert sum(isinstance(part, ResidualScale) for part in module.modules()) == count
+
+
+def test_a_copy_of_a_model_whose_weights_carry_the_scales_keeps_its_order():
+    member = example("plain_functional_params")
+    model = nn.Module()
+    model.student = member.build()
+    model.teacher = copy.deepcopy(model.student)
+    model.forward = model.student.forward
+    args, kwargs = member.inputs(model.student)
+    blocks = find_blocks(model, *args, **kwargs)
+    assert all(branch.site.startswith("param:student.") for block in blocks for branch in block.branches)
+    scales = attach_scales(model, blocks)
+    assert len(scales) == 2 * len(blocks)
+    zipped(model.student.requires_grad_(False), model.teacher.requires_grad_(False))
+    assert list(model.student.state_dict()) == list(model.teacher.state_dict())
