@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_spectral.discovery.paths import common_parts, module_at
 from lightning_spectral.discovery.scaled import scale_keys
 from lightning_spectral.records import Branch, End, Factor, Path, ResidualBlock
 
-__all__ = ["branches_of_copies"]
+__all__ = ["branches_of_copies", "complete_averages"]
 
 _FOREIGN = {"torch", "lightning", "pytorch_lightning", "builtins"}
 _FEW = 64  # entries of a list or a dict that are looked at: what is longer holds data
@@ -41,7 +41,7 @@ def branches_of_copies(
     running = {path for block in blocks for branch in block.branches for path in _around(_place(branch))}
     scaled = {path for branch in branches for path in _around(_place(branch))}
     live = {id(module) for module in model.modules()}
-    hidden = [item for item in _hidden(model, others) if id(item) not in live]
+    hidden = [item for item in _held(model, others) if isinstance(item, nn.Module) and id(item) not in live]
     seen: set[int] = set()  # inside of a copy
     for path, holds_blocks in homes.items():
         original = module_at(model, path)
@@ -57,6 +57,35 @@ def branches_of_copies(
                 continue
             seen |= {id(part) for part in module.modules()}
             yield from ((module, moved) for branch in inside if (moved := _moved(branch, path)) is not None)
+
+
+def complete_averages(
+    model: nn.Module, blocks: Sequence[ResidualBlock], branches: Sequence[Branch], others: Iterable[object] = ()
+) -> None:
+    """Add the scales to dicts of tensors by the names of a model's parameters, such as averages that were begun before.
+
+    Args:
+        model: The model, with scales.
+        blocks: As in :func:`branches_of_copies`.
+        branches: The branches that have scales.
+        others: As in :func:`branches_of_copies`.
+    """
+    held = [item for item in _held(model, others) if isinstance(item, dict) and _is_by_name(item)]
+    for path in _homes(blocks, branches) if held else ():
+        original = module_at(model, path)
+        parameters = {} if original is None else dict(original.named_parameters())
+        scales = scale_keys(parameters)
+        plain = {name: item for name, item in parameters.items() if name not in scales}
+        for values in held:
+            known = {name: plain[name] for name in values if name in plain}
+            if len(known) == len(values) and all(values[name].shape == item.shape for name, item in known.items()):
+                frozen_too = any(not item.requires_grad for item in known.values())
+                missing = [name for name in scales if frozen_too or parameters[name].requires_grad]
+                values.update({name: parameters[name].detach().clone() for name in missing})
+
+
+def _is_by_name(values: dict[Any, Any]) -> bool:
+    return len(values) > 1 and all(isinstance(key, str) and type(item) is Tensor for key, item in values.items())
 
 
 def _homes(blocks: Sequence[ResidualBlock], branches: Sequence[Branch]) -> dict[str, bool]:
@@ -87,16 +116,17 @@ def _around(path: str) -> list[str]:
     return [".".join(names[:depth]) for depth in range(len(names) + 1)]
 
 
-def _hidden(model: nn.Module, others: Iterable[object]) -> Iterator[nn.Module]:
-    """Yield the modules that the attributes of a model's modules and of other objects hold beside their children."""
+def _held(model: nn.Module, others: Iterable[object]) -> Iterator[Any]:
+    """Yield what the attributes of a model's modules and of other objects hold beside parameters and children."""
     for owner in [*model.modules(), *others]:
         for value in _attributes(owner):
             many = list(value.values()) if isinstance(value, dict) else value
+            yield value
             for item in many[:_FEW] if isinstance(many, list | tuple) else [many]:
                 if isinstance(item, nn.Module):
                     yield item
                 elif type(item).__module__.partition(".")[0] not in _FOREIGN:  # an object that keeps an average
-                    yield from (part for part in _attributes(item) if isinstance(part, nn.Module))
+                    yield from _attributes(item)
 
 
 def _attributes(owner: object) -> list[Any]:

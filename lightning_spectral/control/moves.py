@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from lightning_spectral.control.optimizers import own_copies
 
 __all__ = ["Moves"]
 
@@ -20,10 +22,18 @@ _PART = 0.25  # of a move: what has to be undone before it is told
 class Moves:
     """Watches, after every step of the optimizers, the scales that were moved last.
 
-    A move is undone by what changes a scale against the move and is too large for a step of gradient descent.
+    A move is undone by what changes a scale against the move and is too large for a step of gradient descent. What
+    undid it is looked for in the optimizers: copies of the weights are moved along from then on, else the scale is left
+    alone.
+
+    Attributes:
+        given_up: The sites of the scales that are left alone.
     """
 
     def __init__(self) -> None:
+        self.given_up: set[str] = set()
+        self._copies = False  # whether optimizers keep copies of the weights
+        self._told: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._sites: list[str] = []
         self._scales: list[nn.Parameter] = []
@@ -68,10 +78,36 @@ class Moves:
         self._changes = self._last.new_tensor([change for _, change in whole.values()])
         self._undone = torch.zeros_like(self._last)
 
-    def undone(self) -> list[str]:
-        """Return the sites of the scales of which a quarter of the last move or more was undone."""
+    def copies(self, scale: nn.Parameter, optimizers: Iterable[Optimizer]) -> list[Tensor]:
+        """Return what has to be moved with a scale."""
+        return [copy for optimizer in optimizers for copy in own_copies(optimizer, scale)] if self._copies else []
+
+    def notice(self, optimizers: Sequence[Optimizer]) -> str | None:
+        """Draw the consequences where moves were undone, and return what to tell; each is told once."""
+        undone = {site: scale for site, scale in self._undone_scales().items() if site not in self.given_up}
+        if not undone:
+            return None
+        copied = all(any(own_copies(optimizer, scale) for optimizer in optimizers) for scale in undone.values())
+        if copied and not self._copies:
+            self._copies, what = True, "From now on the law moves the copies too"
+        else:
+            self.given_up |= set(undone)
+            what = "The law leaves such scales alone from now on"
+        if what in self._told:
+            return None
+        self._told.add(what)
+        return (
+            f"{len(undone)} residual scale(s) did not stay where the law had moved them (the first is at "
+            f"{min(undone)!r}): an optimizer that keeps weights of its own writes them back. {what}. To keep the "
+            "scales out of the optimizer, set auto_rescale=ResidualRescaler(learnable=False), and give the optimizer "
+            "only parameters that require gradients"
+        )
+
+    def _undone_scales(self) -> dict[str, nn.Parameter]:
+        """Return the scales of which a quarter of the last move or more was undone."""
         parts = (self._undone / self._changes.abs()).tolist()
-        return [site for site, part in zip(self._sites, parts, strict=True) if part >= _PART]
+        watched = zip(self._sites, self._scales, parts, strict=True)
+        return {site: scale for site, scale, part in watched if part >= _PART}
 
     @torch.no_grad()
     def _look(self, *_: Any) -> None:

@@ -8,14 +8,23 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_spectral.control.scales import ResidualScales
 from lightning_spectral.errors import ConfigurationError
 
-__all__ = ["Lost", "check_optimized", "forget_momentum", "held", "lost_steps", "own_copies", "with_fresh_scales"]
+__all__ = [
+    "Lost",
+    "check_optimized",
+    "forget_momentum",
+    "held",
+    "lost_steps",
+    "own_copies",
+    "plain_order",
+    "with_fresh_scales",
+]
 
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg", "prev")
 # A copy of weights is recognized by this many other weights of at least this size, at half their norm or less from it.
@@ -169,6 +178,24 @@ def lost_steps(
     return lost
 
 
+def plain_order(model: nn.Module) -> dict[int, tuple[int, int]]:
+    """Return what sorts the parameters of a model as they were without scales, by their ids.
+
+    A scale on a weight makes the weight a parameter of another module, which comes later.
+    """
+    order: dict[int, tuple[int, int]] = {}
+    for number, module in enumerate(model.modules()):
+        own: dict[str, Any] = dict(module._parameters)
+        names = list(own)
+        for name, applied in getattr(module, "parametrizations", {}).items():
+            own[name] = getattr(applied, "original", None)
+            names = max(names, *(list(getattr(item, "order", ())) for item in applied), key=len)
+        ranks = {name: rank for rank, name in enumerate(names)}
+        for name, parameter in own.items():
+            order.setdefault(id(parameter), (number, ranks.get(name, len(ranks))))
+    return order
+
+
 def with_fresh_scales(
     optimizer: Optimizer, state: Mapping[str, Any], scales: Iterable[Tensor], order: Mapping[int, Any] | None = None
 ) -> dict[str, Any] | None:
@@ -179,7 +206,7 @@ def with_fresh_scales(
         state: The state dict that it shall load.
         scales: The scales.
         order: What sorts the other parameters as they were without scales, by their ids (see
-            :func:`~lightning_spectral.control.scales.plain_order`); by default as they are now.
+            :func:`plain_order`); by default as they are now.
 
     Returns:
         The completed state dict, in which the scales have no state yet, and names, if it has any, are those of the

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.utils import parametrize
 
-from lightning_spectral.control.copies import branches_of_copies
+from lightning_spectral.control.carriers import is_frozen, parameters_of, why_not, why_taken
+from lightning_spectral.control.copies import branches_of_copies, complete_averages
 from lightning_spectral.control.loading import fill_in, hook_loading, rename_weight
 from lightning_spectral.control.placement import place, remove
 from lightning_spectral.discovery import find_blocks
-from lightning_spectral.discovery.paths import module_at, relative_path
+from lightning_spectral.discovery.paths import relative_path
 from lightning_spectral.discovery.scaled import CHILD, log_scale_tensor, with_scales
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import Branch, ResidualBlock
@@ -36,8 +37,6 @@ __all__ = [
     "attach_to",
     "attach_where_possible",
     "detach_scale",
-    "is_frozen",
-    "plain_order",
     "trusted_branches",
 ]
 
@@ -247,7 +246,7 @@ def attach_where_possible(
     """
     able, problems = [], []
     for branch in branches:
-        problem = _problem(model, branch)
+        problem = why_not(model, branch)
         if problem is None:
             able.append(branch)
         else:
@@ -273,14 +272,14 @@ def attach_to(
     Raises:
         ConfigurationError: The model is sharded already, or a branch cannot carry a scale. Nothing was changed then.
     """
-    problems = (_taken(model, branch) or _problem(model, branch) for branch in branches)
+    problems = (why_taken(model, branch) or why_not(model, branch) for branch in branches)
     problem = next(filter(None, problems), None)
     if problem is not None:
         raise ConfigurationError(problem)
     copied = [
         (twin, at_home)
         for twin, at_home in branches_of_copies(model, blocks, branches, others)
-        if log_scale_tensor(twin, at_home) is None and _problem(twin, at_home) is None
+        if log_scale_tensor(twin, at_home) is None and why_not(twin, at_home) is None
     ]
     missing = [branch for branch in branches if log_scale_tensor(model, branch) is None]
     if missing or copied:
@@ -289,6 +288,8 @@ def attach_to(
     for home, branch in [*((model, branch) for branch in missing), *copied]:
         if log_scale_tensor(home, branch) is None:  # not attached through another block that shares the site
             _attach(home, branch, learnable=learnable)
+    if missing:
+        complete_averages(model, blocks, branches, others)
 
 
 def _refuse_sharded(model: nn.Module) -> None:
@@ -306,77 +307,8 @@ def _forget_compiled_code() -> None:
         torch.compiler.reset()
 
 
-def _problem(model: nn.Module, branch: Branch) -> str | None:
-    """Say why a branch cannot carry a scale, ``None`` where it can, or has one."""
-    site = branch.site.removeprefix("param:")
-    by_weight = site != branch.site
-    owner, _, name = site.rpartition(".") if by_weight else (site, "", "")
-    module = module_at(model, owner)
-    if module is None or (by_weight and not hasattr(module, name)):
-        return f"the model has no {branch.site!r}: pass blocks that were found in this very model, find_blocks(model)"
-    if log_scale_tensor(model, branch) is not None:
-        return None
-    if not by_weight:
-        return None
-    others = [end.parameter for end in branch.ends if end.parameter != site]
-    if others:
-        return (
-            f"no module carries the branch of {branch.site!r}, and its end is more than that parameter "
-            f"({', '.join(others)}): compute the branch in a module of its own"
-        )
-    if parametrize.is_parametrized(module, name):
-        return f"{site} is parametrized, and no module carries its branch: compute the branch in a module of its own"
-    return None
-
-
-def _taken(model: nn.Module, branch: Branch) -> str | None:
-    """Say that the name of a scale is taken."""
-    if log_scale_tensor(model, branch) is None and hasattr(module_at(model, branch.site), CHILD):
-        return f"{branch.site}.{CHILD} exists already and is no residual scale: rename it"
-    return None
-
-
-def is_frozen(model: nn.Module, branch: Branch) -> bool:
-    """Whether nothing of a branch is trained, adapters included."""
-    parameters = _parameters(model, branch)
-    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
-
-
-def _parameters(model: nn.Module, branch: Branch) -> list[nn.Parameter]:
-    """Return the parameters of a branch, those that a weight is computed from in place of the weight."""
-    # The gain of the norm in front belongs to the stream as much as to the branch.
-    factors = (item.parameter for item in branch.factors if item.parameter is not None and item.role != "pre_norm")
-    found: dict[nn.Parameter, None] = {}
-    for path in dict.fromkeys([*(end.parameter for end in branch.ends), *factors]):
-        owner, _, name = path.rpartition(".")
-        module = module_at(model, owner)
-        if module is not None and name != "log_scale":
-            own = module._parameters.get(name)  # reading a computed weight may change it
-            found |= dict.fromkeys(module.parameters() if own is None else [own])
-    site = module_at(model, branch.site)
-    return list(found or dict.fromkeys(() if site is None else site.parameters()))
-
-
-def plain_order(model: nn.Module) -> dict[int, tuple[int, int]]:
-    """Return what sorts the parameters of a model as they were without scales, by their ids.
-
-    A scale on a weight makes the weight a parameter of another module, which comes later.
-    """
-    order: dict[int, tuple[int, int]] = {}
-    for number, module in enumerate(model.modules()):
-        names: list[str] = list(module._parameters)
-        own: dict[str, Any] = dict(module._parameters)
-        for name, applied in getattr(module, "parametrizations", {}).items():
-            own[name] = getattr(applied, "original", None)
-            names = next((list(item.order) for item in applied if isinstance(item, _WeightScale)), names)
-        ranks = {name: rank for rank, name in enumerate(names)}
-        for name, parameter in own.items():
-            order.setdefault(id(parameter), (number, ranks.get(name, len(ranks))))
-    return order
-
-
 def _attach(model: nn.Module, branch: Branch, *, learnable: bool) -> None:
-    parameters = _parameters(model, branch)
+    parameters = parameters_of(model, branch)
     like = next((tensor for tensor in parameters if tensor.is_floating_point()), next(model.parameters(), None))
     settings: Any = {"learnable": learnable and not is_frozen(model, branch), "like": like}
     if branch.site.startswith("param:"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_spectral.control.carriers import is_frozen
 from lightning_spectral.control.fuse import fuse_scales
 from lightning_spectral.control.law import Action, BlockState, Reading, ResidualRescaler, check_zones, decide
 from lightning_spectral.control.liveness import Liveness
@@ -24,7 +25,7 @@ from lightning_spectral.control.optimizers import (
     forget_momentum,
     held,
     lost_steps,
-    own_copies,
+    plain_order,
     with_fresh_scales,
 )
 from lightning_spectral.control.scales import (
@@ -33,8 +34,6 @@ from lightning_spectral.control.scales import (
     attach_scales,
     attach_to,
     attach_where_possible,
-    is_frozen,
-    plain_order,
     trusted_branches,
 )
 from lightning_spectral.discovery import find_blocks
@@ -69,11 +68,8 @@ class Steering:
         self._sites: dict[int, str] = {}  # by the ids of the scales' modules
         self._liveness: Liveness | None = None
         self._moves = Moves()
-        self._own_copies = False  # whether optimizers keep copies, which have to be moved too
-        self._undone: set[str] = set()  # sites whose moves do not stay
         self._before: dict[str, Tensor] = {}  # the scales after the last action
         self._told_rounding = False
-        self._told: set[str] = set()
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -285,7 +281,7 @@ class Steering:
         if self.rescaler.dry_run:
             alone = {branch.site for branch in self._left_alone}
             return bool(branches) and not any(branch.site in alone for branch in branches)
-        return bool(scales) and not any(self._sites[id(scale)] in self._undone for scale in scales)
+        return bool(scales) and not any(self._sites[id(scale)] in self._moves.given_up for scale in scales)
 
     @torch.no_grad()
     def _move(self, actions: Iterable[Action], optimizers: Sequence[Optimizer]) -> None:
@@ -295,38 +291,16 @@ class Steering:
             for modules, change in zip(self._pairs[action.block], (action.mlp, action.attention), strict=True):
                 for module in modules if change else ():
                     scale = module.get_parameter("log_scale")
-                    if self._own_copies:
-                        for copied in (item for optimizer in optimizers for item in own_copies(optimizer, scale)):
-                            copied.add_(change)
-                    scale.add_(change)
+                    for tensor in (scale, *self._moves.copies(scale, optimizers)):
+                        tensor.add_(change)
                     moved[self._sites[id(module)]] = scale, change
         forget_momentum(optimizers, [scale for scale, _ in moved.values()])
         self._moves.note(moved, optimizers)
 
     def notices(self, optimizers: Sequence[Optimizer]) -> list[str]:
         """Return what to tell of the steps since the last action. Call it before :meth:`act`."""
-        found = (self._check_rounding(optimizers), self._check_moves(optimizers))
+        found = (self._check_rounding(optimizers), self._moves.notice(optimizers))
         return [notice for notice in found if notice is not None]
-
-    def _check_moves(self, optimizers: Sequence[Optimizer]) -> str | None:
-        """Take note of scales whose last move was undone: find the copies that undid it, or leave the scales alone."""
-        undone = set(self._moves.undone()) - self._undone
-        if not undone or self.scales is None:
-            return None
-        scales = dict(self.scales.named_parameters())
-        if not self._own_copies and all(_has_copies(optimizers, scales[site]) for site in undone):
-            self._own_copies, what = True, "From now on the law moves the copies too"
-        else:
-            self._undone, what = self._undone | undone, "The law leaves such scales alone from now on"
-        if what in self._told:
-            return None
-        self._told.add(what)
-        return (
-            f"{len(undone)} residual scale(s) did not stay where the law had moved them (the first is at "
-            f"{min(undone)!r}): an optimizer that keeps weights of its own writes them back. {what}. To keep the "
-            "scales out of the optimizer, set auto_rescale=ResidualRescaler(learnable=False), and give the optimizer "
-            "only parameters that require gradients"
-        )
 
     def _check_rounding(self, optimizers: Iterable[Optimizer]) -> str | None:
         """Find out once whether rounding swallows the steps of scales of 16 bits."""
@@ -358,10 +332,6 @@ def _scales_in(model: nn.Module) -> list[ResidualScale]:
 
 def _count(model: nn.Module) -> int:
     return len(_scales_in(model))
-
-
-def _has_copies(optimizers: Iterable[Optimizer], scale: nn.Parameter) -> bool:
-    return any(own_copies(optimizer, scale) for optimizer in optimizers)
 
 
 def _take_in(

@@ -107,6 +107,39 @@ def test_a_copy_that_a_callback_keeps_gets_scales_too(tmp_path: Path):
     assert [name for name, _ in keeper.kept.named_parameters()] == [name for name, _ in module.named_parameters()]
 
 
+class Shadow:
+    """Averages what is trained, by name, as the recipe that most people copy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.backup = model, {}
+        self.shadow = {name: p.data.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                self.shadow[name].lerp_(parameter, 0.5)
+
+
+@pytest.mark.parametrize("learnable", [True, False])
+def test_an_average_by_names_that_was_begun_before_goes_on_with_the_scales(tmp_path: Path, learnable: bool):
+    class Lit(LitGPT):
+        def __init__(self) -> None:
+            super().__init__()
+            self.average, self.start = Shadow(self.model), {name: p.data.clone() for name, p in self.named_parameters()}
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.average.update()
+
+    module = Lit()
+    module.start["model.head.bias"] = module.start["model.head.bias"][:1]  # no values of these parameters
+    before = set(module.start)
+    fit(tmp_path, SpectralMonitor(2, ResidualRescaler(learnable=learnable)), module=module, max_steps=4)
+    assert set(module.average.shadow) == {name for name, p in module.model.named_parameters() if p.requires_grad}
+    assert set(module.start) == before
+    assert len(module.average.shadow) == sum(p.requires_grad for p in module.parameters())
+
+
 def homes(model: nn.Module, **settings: Any) -> list[int]:
     """Which modules are taken for copies, by how many branches of each get scales."""
     blocks = find_blocks(model, IDS)
