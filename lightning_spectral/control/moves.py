@@ -15,7 +15,6 @@ from lightning_spectral.control.optimizers import own_copies
 
 __all__ = ["Moves"]
 
-_SLACK = 3.0  # a step of the optimizer may be that much longer than what its rate and the gradient say
 _PART = 0.25  # of a move: what has to be undone before it is told
 
 
@@ -121,25 +120,32 @@ class Moves:
     def _allowed(self, now: Tensor) -> Tensor:
         """Return how far one step of gradient descent may move each scale, if its rule is one of the usual ones."""
         gradients = [
-            torch.zeros_like(scale.detach()).float() if scale.grad is None else scale.grad.float()
-            for scale in self._scales
+            torch.zeros_like(scale).float() if scale.grad is None else scale.grad.float() for scale in self._scales
         ]
         sizes = torch.cat([gradient.to(now.device) for gradient in gradients]).abs()
-        still = sizes == 0
-        settings = [_settings(group) for group in self._groups]
-        rate, momentum, decay = now.new_tensor(settings).unbind(1)
-        # Rules with a momentum follow the size of the gradient; others may divide by it.
-        lengths = torch.where(momentum >= 0, sizes / (1 - momentum.clamp(0, 0.99)), sizes.clamp(min=1))
-        steps = rate * (torch.where(still, 0.0, lengths) + decay * now.abs())
-        return _SLACK * steps + 2 * torch.finfo(self._scales[0].dtype).eps * (1 + now.abs())
+        rate, least, slope, decay = now.new_tensor([_settings(group) for group in self._groups]).unbind(1)
+        steps = rate * (torch.where(sizes > 0, least + slope * sizes, 0.0) + decay * now.abs())
+        return steps + 2 * torch.finfo(self._scales[0].dtype).eps * (1 + now.abs())
 
     def _values(self) -> Tensor:
         values = [scale.detach().float() for scale in self._scales]
         return torch.cat([value.to(values[0].device) for value in values]) if values else torch.zeros(0, device="cpu")
 
 
-def _settings(group: Mapping[str, Any] | None) -> tuple[float, float, float]:
-    """Return the rate, the momentum (-1 for a rule without that setting) and the weight decay of a parameter group."""
+def _settings(group: Mapping[str, Any] | None) -> tuple[float, float, float, float]:
+    """Return the rate and the decay of a parameter group, and how long a step of its rule may be: least and slope.
+
+    In units of the rate, a step is at most ``least + slope · |gradient|``: of Adam and its kin 3.2, of other rules that
+    divide by the size of the gradient 10 at first; of gradient descent with momentum its sum, here with a margin.
+    """
     if group is None:
-        return 0.0, -1.0, 0.0
-    return float(group.get("lr", 1.0)), float(group.get("momentum", -1.0)), float(group.get("weight_decay", 0.0))
+        return 0.0, 0.0, 0.0, 0.0
+    if "betas" in group:
+        bound = 4.0, 0.0
+    elif "eps" in group:
+        bound = 10.0, 0.0
+    elif "momentum" in group:
+        bound = 0.0, 3.0 / (1.0 - min(float(group["momentum"]), 0.99))
+    else:
+        bound = 3.0, 3.0
+    return float(group.get("lr", 1.0)), *bound, float(group.get("weight_decay", 0.0))
