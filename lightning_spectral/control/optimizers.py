@@ -91,14 +91,14 @@ def own_copies(optimizer: Optimizer, scale: Tensor) -> list[Tensor]:
     large = [item for item in parameters if item.numel() >= _ENOUGH and item.is_floating_point() and item.any()]
     # Matrices first: a bias that begins at 0 is far from its own past.
     witnesses = sorted(large, key=lambda item: (item.ndim < 2, item.numel()))[:_WITNESSES]
-    found: list[Tensor] = []
+    found: dict[int, Tensor] = {}  # by where they lie: one copy may be reached in two ways
     for look_up in _look_ups(optimizer, parameters):
         copy = look_up(scale)
         if not isinstance(copy, Tensor) or copy.shape != scale.shape or copy is scale or not witnesses:
             continue
         if all(_is_copy(look_up(witness), witness) for witness in witnesses):
-            found.append(copy)
-    return found
+            found[copy.data_ptr()] = copy
+    return list(found.values())
 
 
 def _is_copy(value: object, weight: Tensor) -> bool:
