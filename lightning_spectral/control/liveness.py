@@ -27,7 +27,8 @@ class Liveness:
 
     A scale is alive once its hook has fired, or once it has received a gradient, which is all that compiled code shows.
     It is dead if a backward pass has reached the weights of its branch, and the branch ran without it: a module that
-    holds one of the weights was called, or, where none is or it is compiled, another scale of the model is alive. A
+    holds one of the weights was called. Where no such module can be heard, because it is compiled, another scale that
+    is alive has to do; and one in the same block where the site was not found in a pass, but named by the user. A
     gradient alone does not show that a branch ran, because a penalty on the weights gives one.
 
     Args:
@@ -44,7 +45,8 @@ class Liveness:
             if isinstance(scale := scale_module(model, branch), ResidualScale) and not scale.on_weight
         }
         self._sites = {id(module._modules.get(CHILD)): module for module in model.modules()}
-        self._some_alive = False
+        self._blocks = {branch: block for block in blocks for branch in block.branches}
+        self._alive: set[ResidualBlock] = set()
         self._ran: set[str] = set()
         self._handles: dict[str, RemovableHandle] = {}
         self._owners = self._watched()
@@ -76,8 +78,8 @@ class Liveness:
         if not self._unseen:
             return
         alive = [branch for branch, scale in self._unseen.items() if self._is_alive(branch, scale)]
-        self._some_alive = self._some_alive or bool(alive)
         for branch in alive:
+            self._alive.add(self._blocks[branch])
             del self._unseen[branch]
         dead = [branch for branch in self._unseen if self._is_dead(branch)]
         if dead:
@@ -107,7 +109,10 @@ class Liveness:
         if not self._is_hooked(branch):
             return True
         watched = [path for path in self._owners[branch] if not is_compiled(self._model, path)]
-        return any(path in self._ran for path in watched) if watched else self._some_alive
+        if not watched:
+            return bool(self._alive)
+        named = not self._blocks[branch].verified and self._blocks[branch] in self._alive
+        return named or any(path in self._ran for path in watched)
 
     def _is_hooked(self, branch: Branch) -> bool:
         site = self._sites.get(id(self._unseen[branch]))  # which something may have wrapped since
