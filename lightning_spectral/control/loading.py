@@ -37,10 +37,8 @@ def fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_me
     """Load pre-hook of a scale: a state dict without it leaves it as it is."""
     if f"{prefix}log_scale" not in state_dict:
         log_scale = module.get_parameter("log_scale").detach()
-        assigned = log_scale.is_meta and (local_metadata or {}).get("assign_to_params_buffers", False)
-        state_dict[f"{prefix}log_scale"] = (
-            torch.zeros(1, dtype=log_scale.dtype, device="cpu") if assigned else log_scale.clone()
-        )
+        is_new = _is_assigned(log_scale, local_metadata)
+        state_dict[f"{prefix}log_scale"] = _identity(module, local_metadata) if is_new else log_scale.clone()
     state_dict.setdefault(f"{prefix}_extra_state", module.get_extra_state())
 
 
@@ -62,14 +60,22 @@ def hook_loading(model: nn.Module, scale: str, ends: Sequence[str]) -> None:
 
 
 def _identity_if_plain(
-    scale: str, ends: tuple[str, ...], module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+    scale: str,
+    ends: tuple[str, ...],
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any = None,
+    *_: Any,
 ) -> None:
     holder = module_at(module, scale)
     if holder is not None and all(f"{prefix}{end}" in state_dict for end in ends):
-        state_dict.setdefault(f"{prefix}{scale}.log_scale", _identity(holder))
+        state_dict.setdefault(f"{prefix}{scale}.log_scale", _identity(holder, local_metadata))
 
 
-def rename_weight(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def rename_weight(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any = None, *_: Any
+) -> None:
     """Load pre-hook of a module with a scale on a weight: read the weight as it was saved without the scale."""
     for name, applied in getattr(module, "parametrizations", {}).items():
         if f"{prefix}{name}" in state_dict:
@@ -77,11 +83,17 @@ def rename_weight(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
             state_dict[f"{inner}.original"] = state_dict.pop(f"{prefix}{name}")
             for place, item in enumerate(applied):
                 if hasattr(item, "log_scale"):
-                    state_dict.setdefault(f"{inner}.{place}.log_scale", _identity(item))
+                    state_dict.setdefault(f"{inner}.{place}.log_scale", _identity(item, local_metadata))
 
 
-def _identity(scale: nn.Module) -> Tensor:
-    return torch.zeros_like(scale.get_parameter("log_scale"))
+def _identity(scale: nn.Module, local_metadata: Any) -> Tensor:
+    log_scale = scale.get_parameter("log_scale")
+    return torch.zeros_like(log_scale, device="cpu" if _is_assigned(log_scale, local_metadata) else None)
+
+
+def _is_assigned(parameter: Tensor, local_metadata: Any) -> bool:
+    """Whether what is loaded takes the place of a parameter without numbers."""
+    return parameter.is_meta and bool((local_metadata or {}).get("assign_to_params_buffers", False))
 
 
 def unhook_loading(model: nn.Module) -> None:
