@@ -56,6 +56,7 @@ def _parser() -> ArgumentParser:
         "--linearization", type=Literal["circuit", "paper"], default="circuit", help="what is measured"
     )
     command.add_argument("--config", type=str | None, default=None, help="config.json, if it is not beside the weights")
+    command.add_argument("--key", type=str | None, default=None, help="whose weights, if the file has several models'")
     command.add_argument("--json", type=str | None, default=None, help="file to write the numbers to")
     command.add_argument(
         "--fail-outside-zone", action="store_true", help="exit with 3 if a ratio (of the last checkpoint) is outside"
@@ -98,7 +99,9 @@ def _audit(options: Any) -> int:
 
 def _measured(path: str, options: Any) -> Measurement:
     with _progress() as advance:
-        return audit(path, linearization=options.linearization, config=options.config, progress=advance)
+        return audit(
+            path, linearization=options.linearization, config=options.config, key=options.key, progress=advance
+        )
 
 
 @contextmanager

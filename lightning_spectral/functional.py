@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_spectral.discovery.functions import BranchFunction, branch_functions
-from lightning_spectral.discovery.scaled import scale_module
+from lightning_spectral.discovery.functions import BranchFunction, BranchSum, branch_functions
+from lightning_spectral.discovery.scaled import common_scale, scale_module
 from lightning_spectral.discovery.tensors import refuse_lazy
 from lightning_spectral.discovery.updates import Update, UpdateWatch
 from lightning_spectral.errors import ExampleInputError
@@ -69,8 +69,8 @@ def measure_functions(
         for block in blocks:
             layout = _layout(block, functions)
             mlp, attention = (
-                _response(branch, functions, block.token_dims, layout, solver or _SOLVER)
-                for branch in (block.mlp, block.attention)
+                _response(_of_kind(branches, functions), block.token_dims, layout, solver or _SOLVER)
+                for branches in (block.mlp_branches, block.attention_branches)
             )
             layers.append(_layer(model, block, mlp, attention))
     return Measurement(0, "jacobian", tuple(layers), seconds=time.perf_counter() - start)
@@ -99,8 +99,10 @@ def update_ratios(
         functions = _functions(model, blocks, args, kwargs)
         updates = {}
         for block in blocks:
-            mlp, attention = (None if branch is None else functions[branch] for branch in (block.mlp, block.attention))
-            if isinstance(mlp, BranchFunction) and isinstance(attention, BranchFunction):
+            mlp, attention = (
+                _of_kind(branches, functions) for branches in (block.mlp_branches, block.attention_branches)
+            )
+            if isinstance(mlp, BranchSum) and isinstance(attention, BranchSum):
                 updates[block.index] = Update.of(mlp.recorded(), attention.recorded())
     return updates
 
@@ -157,6 +159,18 @@ def _functions(
         ) from error
 
 
+def _of_kind(branches: Sequence[Branch], functions: Mapping[Branch, BranchFunction | str]) -> BranchSum | str | None:
+    """Return the branches of one kind as one function, or why there is none; ``None`` without a branch."""
+    found = [functions[branch] for branch in branches]
+    reason = next((item for item in found if isinstance(item, str)), None)
+    if reason is not None or not found:
+        return reason
+    whole = [item for item in found if isinstance(item, BranchFunction)]
+    if len({item.stream.shape for item in whole}) > 1:
+        return "its branches read the stream in different shapes"
+    return BranchSum(tuple(whole))
+
+
 def _layout(block: ResidualBlock, functions: Mapping[Branch, BranchFunction | str]) -> torch.Size | None:
     """Return the shape in which the attention reads the stream, which is what the dimensions of the tokens refer to."""
     attention = None if block.attention is None else functions[block.attention]
@@ -164,15 +178,13 @@ def _layout(block: ResidualBlock, functions: Mapping[Branch, BranchFunction | st
 
 
 def _response(
-    branch: Branch | None,
-    functions: Mapping[Branch, BranchFunction | str],
+    function: BranchSum | str | None,
     token_dims: tuple[int, ...],
     layout: torch.Size | None,
     solver: Solver,
 ) -> Response | str | None:
     """Return what is measured of a branch, or why nothing is."""
-    function = None if branch is None else functions[branch]
-    if not isinstance(function, BranchFunction):
+    if not isinstance(function, BranchSum):
         return function
     try:
         J = Jacobian(function, function.stream)
@@ -183,7 +195,7 @@ def _response(
         function.forget()
 
 
-def _problem(J: Jacobian, function: BranchFunction) -> str | None:
+def _problem(J: Jacobian, function: BranchSum) -> str | None:
     """Check a function against the pass that it was taken from, and its two derivatives against each other."""
     recorded = function.recorded()
     if not bool(recorded.isfinite().all()):
@@ -208,18 +220,22 @@ def _layer(
         name=block.name,
         mlp_norm=mlp.norm.value if isinstance(mlp, Response) else None,
         attention_norm=attention.norm.value if isinstance(attention, Response) else None,
-        mlp_scale=_scale(model, block.mlp),
-        attention_scale=_scale(model, block.attention),
+        mlp_scale=_scale(model, block.mlp_branches),
+        attention_scale=_scale(model, block.attention_branches),
         mlp_reason=mlp.norm.reason if isinstance(mlp, Response) else mlp,
         attention_reason=attention.norm.reason if isinstance(attention, Response) else attention,
         error_bound=max((bound for bound in bounds if bound is not None), default=None),
+        doubt=block.doubt,
         functional=_functional(mlp, attention),
     )
 
 
-def _scale(model: nn.Module, branch: Branch | None) -> float:
-    module = scale_module(model, branch)
-    return 1.0 if module is None else float(module.get_parameter("log_scale").detach().double().exp())
+def _scale(model: nn.Module, branches: Sequence[Branch]) -> float:
+    scales = [
+        1.0 if module is None else float(module.get_parameter("log_scale").detach().double().exp())
+        for module in (scale_module(model, branch) for branch in branches)
+    ]
+    return common_scale(scales)
 
 
 def _functional(mlp: Response | str | None, attention: Response | str | None) -> FunctionalMeasurement:

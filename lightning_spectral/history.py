@@ -262,6 +262,7 @@ _LAYER: Mapping[str, Callable[[Any], Any]] = {
     "mlp_reason": _optional(_text),
     "attention_reason": _optional(_text),
     "error_bound": _optional(_number),
+    "doubt": _optional(_text),
     "functional": _optional(_functional),
     "token_residual": _optional(_number),
     "typical_token_residual": _optional(_number),

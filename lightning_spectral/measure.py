@@ -18,7 +18,7 @@ from lightning_spectral.discovery import find_blocks
 from lightning_spectral.discovery.flattened import flattened
 from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.discovery.paths import module_at, resolve
-from lightning_spectral.discovery.scaled import log_scale_path, with_scales
+from lightning_spectral.discovery.scaled import common_scale, log_scale_path, with_scales
 from lightning_spectral.discovery.tensors import small_tensors
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.functional import measure_functions
@@ -35,6 +35,7 @@ from lightning_spectral.linearize import (
 )
 from lightning_spectral.records import (
     Alternative,
+    Blocks,
     Branch,
     LayerMeasurement,
     Linearization,
@@ -116,6 +117,7 @@ class Meter:
         self.adapters: Adapters = settings.choice("adapters", adapters, get_args(Adapters))
         self.solver: Solver = RandomizedSVD() if solver is None else solver
         self.safe_zone = safe_zone
+        self.notes = blocks.notes if isinstance(blocks, Blocks) else ()
         self._shared = _shared(blocks if among is None else among)
         self._reasons: dict[Kind, str | None] = {}
         self._keys: tuple[str, ...] = ()
@@ -155,7 +157,7 @@ class Meter:
         scales = _read_scales(self.model, self._scales, mesh)
         layers = tuple(_layer(block, values, scales, self._shared) for block in self.blocks)
         seconds = time.perf_counter() - start
-        return Measurement(step, self.linearization, layers, self.safe_zone, seconds, self.adapters)
+        return Measurement(step, self.linearization, layers, self.safe_zone, seconds, self.adapters, self.notes)
 
     def _reason(self, kind: Kind) -> str | None:
         """Return why a kind has no weight linearization, which does not depend on the values of its weights."""
@@ -299,7 +301,9 @@ def _agreed(norms: Sequence[SpectralNorm], mesh: DeviceMesh | None) -> list[Spec
     """Return the norms as the first process has them: weights that are not sharded may differ by rounding errors."""
     if mesh is None:
         return list(norms)
-    numbers = torch.tensor([[norm.value or 0.0, norm.error_bound or 0.0] for norm in norms], dtype=torch.float64)
+    numbers = torch.tensor(
+        [[norm.value or 0.0, norm.error_bound or 0.0] for norm in norms], dtype=torch.float64, device="cpu"
+    )
     same = agreed([numbers], [mesh])[0].tolist()
     return [
         norm if norm.value is None else replace(norm, value=value, error_bound=bound)
@@ -349,17 +353,11 @@ def _layer(
         name=block.name,
         mlp_norm=mlp.norm,
         attention_norm=attention.norm,
-        mlp_scale=_common_scale(block.mlp_branches, scales),
-        attention_scale=_common_scale(block.attention_branches, scales),
+        mlp_scale=common_scale([scales.get(branch, 1.0) for branch in block.mlp_branches]),
+        attention_scale=common_scale([scales.get(branch, 1.0) for branch in block.attention_branches]),
         mlp_expert=mlp.expert,
         mlp_reason=mlp.reason,
         attention_reason=attention.reason,
         error_bound=max(bounds, default=None),
+        doubt=block.doubt,
     )
-
-
-def _common_scale(kind: Kind, scales: Mapping[Branch, float]) -> float:
-    """Return the geometric mean of the residual scales of a kind, 1 where none is attached."""
-    if len(kind) < 2:
-        return scales.get(kind[0], 1.0) if kind else 1.0
-    return float(math.prod(scales.get(branch, 1.0) for branch in kind) ** (1 / len(kind)))

@@ -44,6 +44,8 @@ class Registry:
     table: dict[str, Any] = {"nested": {"deep": [0]}}  # noqa: RUF012
 
     class Inner:
+        """A class of a class."""
+
         count = 0
 
     @staticmethod
@@ -102,7 +104,7 @@ class Odd(nn.Module):
         self.register_buffer("of_a_view", torch.zeros(3, 4).t())
         self.register_buffer("resized", torch.zeros(2))
         self.inner = torch.jit.script(nn.BatchNorm1d(WIDTH))
-        self.added = lambda x, seen=[]: seen.append(len(seen)) or x  # noqa: B006
+        self.added = lambda x, seen=[]: seen.append(len(seen)) or x
         self.turning.forward = types.MethodType(turned, self.turning)
         self.table = nn.ParameterDict({"a": torch.zeros(1)})
         self.removed = 1

@@ -214,3 +214,17 @@ def outside() -> list[Any]:
     """Return what the passes have left outside of modules."""
     held = [AUXILIARY, HELD, vars(routed), routed.__defaults__]
     return [*held, PASSES, CURRENT.get(), Restless.passes_of_the_class, Memory.size, causal.cache_info().currsize]
+
+
+class PickyRestless(Restless):
+    """Takes an input that nobody would guess: its blocks are found in its first batch."""
+
+    example_input_array = None  # type: ignore[assignment]
+
+    def forward(self, batch: dict[str, Tensor] | Tensor) -> Tensor:
+        assert isinstance(batch, dict)
+        batch.setdefault("seen", batch["ids"])
+        return super().forward(batch.pop("ids") - 1000)
+
+    def __call__(self, ids: Any) -> Any:
+        return super().__call__({"ids": ids + 1000} if isinstance(ids, Tensor) else ids)

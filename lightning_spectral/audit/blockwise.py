@@ -9,16 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import nn
+
 from lightning_spectral.audit.files import Checkpoint, open_checkpoint
 from lightning_spectral.audit.hugging_face import from_config
 from lightning_spectral.audit.skeleton import parameters_of, unwrapped
 from lightning_spectral.audit.source import Source, find_source, refuse_differences
 from lightning_spectral.audit.two_at_a_time import two_at_a_time, weights_of
+from lightning_spectral.audit.unread import refuse_unread_adapters, unread
 from lightning_spectral.audit.untrusted import damage, printable, read_json
 from lightning_spectral.control.fuse import scale_keys
 from lightning_spectral.discovery.plain import from_plain
 from lightning_spectral.discovery.scaled import CHILD
-from lightning_spectral.errors import CheckpointError, SpectralError
+from lightning_spectral.errors import CheckpointError, ConfigurationError, SpectralError
 from lightning_spectral.linalg import Solver
 from lightning_spectral.linearize import WeightLinearization
 from lightning_spectral.measure import Meter
@@ -35,6 +38,7 @@ def audit(
     *,
     linearization: WeightLinearization = "circuit",
     config: str | Path | None = None,
+    key: str | None = None,
     solver: Solver | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Measurement:
@@ -49,26 +53,37 @@ def audit(
     ``model_type`` the installed transformers knows.
 
     Args:
-        path: A ``.safetensors`` file, a Hugging Face folder (sharded or not), a Lightning checkpoint (a file, or the
-            folder that several processes wrote), or a state dict saved by ``torch.save``.
-        blocks: The blocks of the model, ``find_blocks(model)``, for an architecture of your own. They are names and
-            layouts, so those of a freshly built model do.
+        path: A ``.safetensors`` file, a Hugging Face folder (sharded or not: what transformers would load of it), a
+            Lightning checkpoint (a file, or the folder that several processes wrote), a file of ``torch.save`` with a
+            state dict in it, or a GGUF file.
+        blocks: The blocks of the model, ``find_blocks(model)``, for an architecture of your own. They are names,
+            layouts and shapes, so those of a freshly built model of the same size do.
         linearization: ``"circuit"`` or ``"paper"``, as in :func:`~lightning_spectral.measure`.
         config: A ``config.json``, or a folder with one; by default, the one beside the weights.
+        key: Which weights are meant where a file has those of several models: what their names begin with, such as
+            ``"ema"``, ``"state_dict.teacher"`` or the name of a module.
         solver: How spectral norms are computed: :class:`RandomizedSVD` by default, or :class:`ExactSVD`.
         progress: Called after each block with the number of blocks done and of all blocks.
 
     Returns:
-        The measurement; ``print`` shows it as a table.
+        The measurement; ``print`` shows it as a table. Its ``notes`` say which layers of the file no block has, and
+        from what weights were dequantized.
 
     Raises:
-        CheckpointError: The file cannot be read, its structure is not known, or it has no number to measure.
-        ConfigurationError: The linearization is unknown.
+        CheckpointError: The file cannot be read, it is not clear which weights are meant, their structure is not known,
+            or there is no number to measure.
+        ConfigurationError: The linearization is unknown, or ``blocks`` are none.
     """
     start = time.perf_counter()
-    checkpoint = open_checkpoint(path)
+    if isinstance(blocks, nn.Module):
+        raise ConfigurationError(
+            f"blocks is a {type(blocks).__name__}, expected its blocks: audit(path, find_blocks(model))"
+        )
+    checkpoint = open_checkpoint(path, key)
     found, source = _structure(checkpoint, blocks, config)
     _refuse_unplaced_scales(checkpoint, found, source)
+    refuse_unread_adapters(checkpoint, source, found)
+    notes = (*checkpoint.notes, *unread(checkpoint, source, found), *_unverified(found))
 
     def measure(block: ResidualBlock) -> LayerMeasurement:
         with _fitting(path, block):
@@ -82,7 +97,8 @@ def audit(
         if progress is not None:
             progress(len(layers), len(found))
     _refuse_empty(checkpoint, layers)
-    return Measurement(checkpoint.step, linearization, tuple(layers), seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Measurement(checkpoint.step, linearization, tuple(layers), seconds=seconds, notes=notes)
 
 
 @contextmanager
@@ -108,11 +124,13 @@ def _structure(
             blocks = from_plain(checkpoint.blocks)
     if blocks is not None:
         blocks = tuple(unwrapped(block) for block in blocks)
-        needed = [name for block in blocks for name in parameters_of(block)]
+        needed = _shapes(blocks)
         source = find_source(checkpoint, needed)
-        # Blocks know no shapes: the factors of a branch either fit together or are refused when they are multiplied.
-        refuse_differences(checkpoint, source, dict.fromkeys(needed))
+        # Where a shape is not known, the factors of a branch fit together or are refused when they are multiplied.
+        refuse_differences(checkpoint, source, needed)
         return blocks, source
+    if config is None and checkpoint.config is not None:
+        return from_config(checkpoint, dict(checkpoint.config), checkpoint.path)
     if config is None and not file.exists():
         raise CheckpointError(
             f"{printable(checkpoint.path)}: found {len(checkpoint.shapes)} tensors ({_outline(checkpoint)}), but "
@@ -121,6 +139,23 @@ def _structure(
             "--config), or pass the blocks of a model of your own: audit(path, find_blocks(model))"
         )
     return from_config(checkpoint, read_json(file), file)
+
+
+def _unverified(blocks: Sequence[ResidualBlock]) -> Iterator[str]:
+    """Yield a sentence on the blocks whose structure is in doubt: nobody who reads a table has seen the blocks."""
+    doubtful = [block for block in blocks if not block.verified and block.evidence != "hints"]
+    if doubtful:
+        first = doubtful[0]
+        yield (
+            f"the self-check failed on {len(doubtful)} of {len(blocks)} blocks, whose numbers may not be those of "
+            f"their branches: {printable(first.name, 60)} ({printable(first.evidence, 200)})"
+        )
+
+
+def _shapes(blocks: Sequence[ResidualBlock]) -> dict[str, tuple[int, ...] | None]:
+    """Return the shape that each weight had in the model that the blocks were found in."""
+    factors = (factor for block in blocks for branch in block.branches for factor in branch.factors)
+    return {factor.parameter: factor.shape for factor in factors if factor.parameter is not None}
 
 
 def _outline(checkpoint: Checkpoint) -> str:

@@ -50,6 +50,8 @@ class Comparison:
             columns = "".join(f"  {_number(left):>9} -> {_number(right):<8}" for left, right in values)
             delta = "-" if change is None else format(change, "+.4f")
             yield f"{one.index:>4}  {one.name:<{width}}{columns}  {delta:>10}"
+        for when, measurement in (("before", self.before), ("after", self.after)):
+            yield from (f"note on the one {when}: {note}" for note in measurement.notes)
 
 
 def _number(value: float | None) -> str:

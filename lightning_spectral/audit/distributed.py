@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.audit.inert import Inert, read_pickle
-from lightning_spectral.audit.untrusted import MAX_PICKLE, STATE_DICTS, damage, is_plain, printable, refuse_bomb
+from lightning_spectral.audit.state_dicts import is_of_optimizer, roots
+from lightning_spectral.audit.untrusted import MAX_PICKLE, damage, is_plain, printable, refuse_bomb
 
-__all__ = ["METADATA", "open_distributed"]
+__all__ = ["Distributed", "open_distributed"]
 
 METADATA = ".metadata"
 """The file that says which part of which tensor lies where."""
@@ -58,8 +59,25 @@ class _Stored:
     chunks: tuple[_Chunk, ...]
 
 
-def open_distributed(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
-    """Return the shapes of the tensors in a folder, and what reads one of them. What is no tensor is not read.
+@dataclass(frozen=True, slots=True, eq=False)
+class Distributed:
+    """The tensors of a folder.
+
+    Attributes:
+        shapes: Shape of every tensor, by the keys that lead to it, joined by dots.
+        read: Reads one of them.
+        dicts: What the names in each dict begin with; see :func:`~lightning_spectral.audit.state_dicts.roots`.
+        whole: What all of them begin with.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    dicts: tuple[str, ...]
+    whole: str
+
+
+def open_distributed(folder: Path) -> Distributed:
+    """Return the tensors in a folder. What is no tensor, or belongs to an optimizer, is left out.
 
     The index is a pickle, which is read without being unpickled. A tensor is put together from its chunks, each of
     which is what ``torch.save`` wrote, so that reading one takes its own memory and that of its largest chunk.
@@ -76,13 +94,16 @@ def open_distributed(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable
             raise ValueError(f"{path.stat().st_size} bytes, more than any real file of this kind has")
         index = read_pickle(path.read_bytes(), _NAMES)
         stored = dict(_tensors(index, folder))
-        names = _names_in_model(index, stored)
+        paths = _paths(index, stored)
+        names = {".".join(keys): name for name, keys in paths.items()}
+        if len(names) < len(paths):
+            raise ValueError("two of its tensors have one name")
 
     def read(name: str) -> Tensor:
         with damage(path, _EXPECTED):
             return _read(folder, names[name], stored[names[name]])
 
-    return {name: stored[key].shape for name, key in names.items()}, read
+    return Distributed({name: stored[key].shape for name, key in names.items()}, read, *roots(paths.values()))
 
 
 def _tensors(index: Any, folder: Path) -> Iterator[tuple[str, _Stored]]:
@@ -139,17 +160,17 @@ def _place(info: Any, files: Mapping[str, int]) -> tuple[str, int, int]:
     return file, start, length
 
 
-def _names_in_model(index: Any, stored: Collection[str]) -> dict[str, str]:
-    """Return names in the model, if a state dict stands among other things, and names in the index."""
-    paths = _entry(index, "Metadata", "planner_data", dict) if _state(index, "Metadata").get("planner_data") else {}
+def _paths(index: Any, stored: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return the keys that lead to each tensor, without the tensors of optimizers."""
+    kept = _entry(index, "Metadata", "planner_data", dict) if _state(index, "Metadata").get("planner_data") else {}
     found = {}
     for name in stored:
-        path = paths.get(name)
-        parts = path if isinstance(path, tuple) and all(isinstance(part, str | int) for part in path) else (name,)
-        depth = next((depth for depth, part in enumerate(parts[:-1], 1) if part in STATE_DICTS), None)
-        if depth is not None:
-            found[".".join(map(str, parts[depth:]))] = name
-    return found or {name: name for name in stored}
+        path: Any = kept.get(name)
+        known = isinstance(path, tuple) and path and all(isinstance(part, str | int) for part in path)
+        keys = tuple(map(str, path)) if known else (name,)
+        if not any(map(is_of_optimizer, keys[:-1])):
+            found[name] = keys
+    return found
 
 
 def _read(folder: Path, name: str, tensor: _Stored) -> Tensor:

@@ -41,11 +41,13 @@ _DROPPED = {
     "quantization_config",
     "torch_dtype",
     "transformers_version",
+    "transformers_weights",
     "use_pretrained_backbone",
 }
 # What makes a library build lists, or fill memory, before anybody can say stop; with room above what models have.
 _COUNT = re.compile(r"(^|_)(num|n)_(?!positions|ctx|vocab)|layers?$|depths?$|heads?$|experts?$|groups?$|labels?$")
 _MAX_COUNT, _MAX_SIZE = 2**17, 2**24
+_LABELS = {"id2label", "label2id"}  # maps with the user's words and numbers, not entries of a config
 _SILENT = 100  # above every level of logging
 _SMALL = 8_000_000  # a model with fewer numbers is looked at as it is
 _NARROW_HEADS = (4, 8, 16, 32)  # sizes of a head to try, until two say the same
@@ -103,7 +105,8 @@ class _Architecture:
         if not isinstance(kind, str) or kind not in known:
             raise CheckpointError(
                 f"model_type is {printable(repr(kind))}, expected one that transformers {transformers.__version__} "
-                "knows (code that a folder brings along is not run)"
+                "knows (code that a folder brings along is not run): pass the blocks of the model, "
+                "audit(path, find_blocks(model))"
             )
         _refuse_immense(entries)
         config = known[kind].from_dict(_cleaned(entries))
@@ -123,8 +126,9 @@ class _Architecture:
 
 
 def _cleaned(entries: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in entries.items() if isinstance(key, str) and not key.startswith("_")}
-    return {key: _decoded(value) for key, value in kept.items() if key not in _DROPPED}
+    """Return the entries that describe an architecture. Numbers as keys are those of layers and the like."""
+    kept = {key: value for key, value in entries.items() if not str(key).startswith("_") and key not in _DROPPED}
+    return {key: value if key in _LABELS else _decoded(value) for key, value in kept.items()}
 
 
 def _refuse_immense(entries: Mapping[str, Any]) -> None:
@@ -274,10 +278,11 @@ def _with_aliases(source: Source, model: nn.Module) -> Source:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    readers, shapes = dict(source.readers), dict(source.shapes)
+    readers, shapes, pieces = dict(source.readers), dict(source.shapes), dict(source.pieces)
     for group in names.values():
         for stored in [name for name in group if name in source.readers][:1]:
             readers |= dict.fromkeys(group, source.readers[stored])
+            pieces |= dict.fromkeys(group, source.pieces[stored])
             if stored in source.shapes:
                 shapes |= dict.fromkeys(group, source.shapes[stored])
-    return Source(readers, shapes, source.copied)
+    return Source(readers, shapes, source.copied, pieces)

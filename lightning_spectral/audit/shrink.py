@@ -32,7 +32,7 @@ class NotScaledError(Exception):
     """The blocks of the narrow model do not say what those of the wide one are."""
 
 
-def narrower(config: Mapping[str, Any], divisor: int, inner: int) -> dict[str, Any]:
+def narrower(config: Mapping[Any, Any], divisor: int, inner: int) -> dict[str, Any]:
     """Return a config with every width divided, and few tokens.
 
     Args:
@@ -42,9 +42,11 @@ def narrower(config: Mapping[str, Any], divisor: int, inner: int) -> dict[str, A
     """
     result: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(key, str):  # labels have numbers
-            nested = isinstance(value, dict)
-            result[key] = narrower(value, divisor, inner) if nested else _narrower(key, value, divisor, inner)
+        if not isinstance(key, str):  # a number, of a label or a layer
+            result[key] = value
+            continue
+        nested = isinstance(value, dict)
+        result[key] = narrower(value, divisor, inner) if nested else _narrower(key, value, divisor, inner)
     return result
 
 
@@ -107,7 +109,7 @@ def _factor(factor: Factor, narrow: Shapes, wide: Shapes, divisor: int) -> Facto
     if rows is not None:
         rows = tuple(_run(run, small.shape[0], large.shape[0]) for run in rows)
     size = None if factor.size is None else _share(factor.size, small.numel(), large.numel())
-    return replace(factor, layout=tuple(layout), rows=rows, size=size)
+    return replace(factor, layout=tuple(layout), rows=rows, size=size, shape=wide[factor.parameter])
 
 
 def _step(step: tuple[Any, ...], small: Tensor, large: Tensor) -> tuple[Any, ...]:

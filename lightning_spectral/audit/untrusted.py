@@ -14,13 +14,10 @@ from torch import Tensor
 
 from lightning_spectral.errors import CheckpointError
 
-__all__ = ["MAX_PICKLE", "STATE_DICTS", "damage", "is_plain", "printable", "read_json", "refuse_bomb"]
+__all__ = ["MAX_PICKLE", "damage", "is_plain", "printable", "read_json", "refuse_bomb"]
 
 # No real file comes near these, and what lies beyond costs memory before it can be refused.
 _MAX_JSON, MAX_PICKLE = 2**26, 2**28
-
-STATE_DICTS = ("state_dict", "model_state_dict", "model")
-"""Where training scripts keep the weights of a model among other things."""
 
 
 def printable(text: object, limit: int = 200) -> str:

@@ -6,7 +6,7 @@ a copy needs scales at the places where the model has them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +28,8 @@ def branches_of_copies(
 ) -> Iterator[tuple[nn.Module, Branch]]:
     """Yield every copy of a part of a model together with a branch that it has where the model has one to scale.
 
-    A copy is a module of the same classes, names and shapes that no block was found in, since it does not run in the
-    model's own pass; or one that blocks were found in and whose weights have the same values.
+    A copy is a module of the same classes, names and shapes whose weights have the same values; or one that is frozen
+    and does not run in the model's own pass, so that no block was found in it.
 
     Args:
         model: The model.
@@ -53,7 +53,7 @@ def branches_of_copies(
         for name, module in places:
             if id(module) in seen or name in scaled or (name in running and not holds_blocks):
                 continue
-            if not _alike(original, module) or (name in running and not _same_values(original, module)):
+            if not _alike(original, module) or not (_same_values(original, module) or _follows(name, module, running)):
                 continue
             seen |= {id(part) for part in module.modules()}
             yield from ((module, moved) for branch in inside if (moved := _moved(branch, path)) is not None)
@@ -145,6 +145,11 @@ def _signature(module: nn.Module) -> list[Any]:
     rooms = {key.rpartition(".")[0] for key in scales}
     kinds = [(name, type(part).__name__) for name, part in module.named_modules() if name and name not in rooms]
     return [*kinds, *((name, item.shape) for name, item in parameters.items() if name not in scales)]
+
+
+def _follows(name: str | None, module: nn.Module, running: Collection[str]) -> bool:
+    """Whether a module that may begin with other values is trained by nobody and run by nobody."""
+    return name not in running and not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _same_values(one: nn.Module, other: nn.Module) -> bool:

@@ -106,15 +106,18 @@ def _items(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _children(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield what a part of a checkpoint consists of; no state of an optimizer or a scheduler."""
-    yield from ((key, item) for key, item in _items(value) if not _is_of_training(key, item))
+    """Yield what a part of a checkpoint consists of, without what does not belong to the fused model."""
+    yield from ((key, item) for key, item in _items(value) if not _is_left_out(key, item))
 
 
-def _is_of_training(key: Any, value: Any) -> bool:
+def _is_left_out(key: Any, value: Any) -> bool:
+    """Whether something is the state of an optimizer or a scheduler, or the record of a factor that is a scale."""
     if key in _OF_TRAINING:
         return True
     if not isinstance(value, Mapping):
         return False
+    if isinstance(value.get("parameter"), str):
+        return bool(scale_keys([value["parameter"]]))
     flat = any(isinstance(key, str) and key.startswith("param_groups.") for key in value)
     return flat or isinstance(value.get("param_groups"), list | tuple) or {"last_epoch", "_last_lr"} <= value.keys()
 
@@ -126,8 +129,8 @@ def _own_keys(value: Any) -> list[str]:
     return scale_keys(key for key, item in value.items() if isinstance(key, str) and isinstance(item, Tensor))
 
 
-def _has_training(value: Any) -> bool:
-    return any(_is_of_training(key, item) or _has_training(item) for key, item in _items(value))
+def _has_left_out(value: Any) -> bool:
+    return any(_is_left_out(key, item) or _has_left_out(item) for key, item in _items(value))
 
 
 def _has_scales(value: Any) -> bool:
@@ -158,7 +161,7 @@ def _recipe(scale: str, state: Tensor) -> _Recipe:
 
 
 def _fused(value: Any, recipes: Mapping[str, _Recipe]) -> Any:
-    if not _has_scales(value) and not _has_training(value):
+    if not _has_scales(value) and not _has_left_out(value):
         return value
     if isinstance(value, nn.Module):
         return _fuse_model(copy.deepcopy(value))

@@ -28,7 +28,7 @@ from lightning_spectral.discovery.recipes import attribute_path
 from lightning_spectral.discovery.residual import Refusal, ResidualAdd, Term, goes_on
 from lightning_spectral.discovery.sites import Site, choose_site, usable_modules
 from lightning_spectral.discovery.steps import Steps
-from lightning_spectral.discovery.tape import Tape
+from lightning_spectral.discovery.tape import Operation, Tape
 from lightning_spectral.records import Branch, BranchKind
 
 __all__ = ["FoundBranch", "branches_of", "finished"]
@@ -125,11 +125,18 @@ def _kind(tape: Tape, add: ResidualAdd, term: Term, prober: Prober) -> tuple[Bra
         mixes = any(is_contraction(operation) and not is_product(tape, operation) for operation in operations)
         return ("attention" if attends and mixes else "mixer"), moved
     for operation in operations:
-        if is_contraction(operation) and not is_product(tape, operation):
-            operands = refs(operation, 1) if "attention" in operation.name else matrix_operands(operation)
-            if any(tape.is_data(value) and not tape.depends(value, add.skip.leaf) for value in operands):
-                return "cross_attention", 0
+        if any(tape.is_data(value) and not tape.depends(value, add.skip.leaf) for value in _looked_up(tape, operation)):
+            return "cross_attention", 0
     return "mlp", 0
+
+
+def _looked_up(tape: Tape, operation: Operation) -> tuple[int, ...]:
+    """Return the values in which an operation looks up something: keys, or a picture that is sampled at places."""
+    if "grid_sampler" in operation.name:
+        return refs(operation, 0)
+    if not is_contraction(operation) or is_product(tape, operation):
+        return ()
+    return refs(operation, 1) if "attention" in operation.name else matrix_operands(operation)
 
 
 def _modules(tape: Tape, add: ResidualAdd, term: Term) -> Iterator[str]:

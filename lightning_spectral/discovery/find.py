@@ -15,14 +15,15 @@ from lightning_spectral.discovery.aside import kept
 from lightning_spectral.discovery.blocks import blocks_of
 from lightning_spectral.discovery.hints import with_hints
 from lightning_spectral.discovery.inputs import guesses
-from lightning_spectral.discovery.parts import idle_parts, parts, unseen
+from lightning_spectral.discovery.parts import attends_to_one, idle_parts, parts, unseen
 from lightning_spectral.discovery.recorder import record
+from lightning_spectral.discovery.shapes import with_shapes
 from lightning_spectral.discovery.tape import Tape
 from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
 from lightning_spectral.linalg.flattened import is_flattened
 from lightning_spectral.records import Blocks, ResidualBlock
 
-__all__ = ["attempted_calls", "blocks_in_calls", "find_blocks", "recorded"]
+__all__ = ["Pass", "attempted_calls", "blocks_in_calls", "find_blocks", "recorded"]
 
 _HATCH = """If the model has residual blocks, describe them (paths relative to the block, * for one path component):
 
@@ -122,10 +123,10 @@ def _blocks_on(model: nn.Module, passes: Sequence[Pass], hints: Mapping[str, Any
             found.setdefault(block.name, block)
     numbered = [replace(block, index=index) for index, block in enumerate(found.values())]
     if hints:
-        return Blocks(with_hints(model, numbered, hints))
-    if not numbered:
+        numbered = list(with_hints(model, numbered, hints))
+    elif not numbered:
         raise BlocksNotFoundError(_nothing_found(model, [item.description for item in passes], refusals))
-    return Blocks(numbered, unseen(model, [item.tape for item in passes]))
+    return Blocks(with_shapes(model, numbered), unseen(model, [item.tape for item in passes]))
 
 
 def _nothing_found(model: nn.Module, descriptions: Iterable[str], refusals: list[str]) -> str:
@@ -179,10 +180,14 @@ def _search(
 ) -> list[Pass]:
     """Record a pass of a module or, where it cannot be run itself, of each of the parts that it is made of."""
     runs_itself = False
+    poor: list[Pass] = []
     for description, make in _arguments(module, args, kwargs):
         try:
             positional, named = make()
-            return [Pass(record(model, _call(module, positional, named), (positional, named)), description)]
+            found = Pass(record(model, _call(module, positional, named), (positional, named)), description)
+            if args or kwargs or not attends_to_one(found.tape):
+                return [found]
+            poor = [found]  # a picture that is too small shows nothing of attention: the largest that runs is kept
         except ExampleInputError:  # says itself what to pass
             raise
         except Exception as error:  # whatever the user's forward raises
@@ -193,11 +198,13 @@ def _search(
                 ) from error
             runs_itself |= not without_forward
             attempts.append(f"  {type(module).__name__} on {description}: {type(error).__name__}: {_short(error)}")
+    if poor:
+        return poor
     below = parts(module)
     if runs_itself and len(below) > 1:
         return []  # its parts are not the model that its own forward makes of them
-    found = [_search(model, args, kwargs, attempts, part) for part in below]
-    return [item for passes in found for item in passes] if all(found) else []  # half of a model is none
+    whole = [_search(model, args, kwargs, attempts, part) for part in below]
+    return [item for passes in whole for item in passes] if all(whole) else []  # half of a model is none
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -32,7 +33,7 @@ from lightning_spectral.discovery.residual import ResidualAdd, Term, residual_ad
 from lightning_spectral.discovery.tape import Call, Operation, Tape, bits
 from lightning_spectral.records import Branch, ResidualBlock
 
-__all__ = ["BranchFunction", "branch_functions"]
+__all__ = ["BranchFunction", "BranchSum", "branch_functions"]
 
 
 class BranchFunction:
@@ -97,6 +98,44 @@ class BranchFunction:
             # Autograd keeps what it differentiates through, and refuses to keep tensors of inference mode.
             self._constants[value] = tensor.clone() if tensor.is_inference() else tensor
         return self._constants[value]
+
+
+@dataclass(frozen=True, slots=True)
+class BranchSum:
+    """What several branches add together when the stream that each of them reads is moved by the same vector.
+
+    Its derivative is the sum of the Jacobians of the branches.
+
+    Attributes:
+        functions: The branches, which read the stream in one shape.
+    """
+
+    functions: tuple[BranchFunction, ...]
+
+    @property
+    def stream(self) -> Tensor:
+        """The stream that the first branch reads."""
+        return self.functions[0].stream
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what the branches add when the first reads ``x``."""
+        first, *others = self.functions
+        shift = x - first.stream
+        return sum((function(function.stream + shift) for function in others), first(x))
+
+    def forget(self) -> None:
+        """Drop the copies of the weights; the next call makes new ones."""
+        for function in self.functions:
+            function.forget()
+
+    def recorded(self) -> Tensor:
+        """Return what the branches added in the recorded pass."""
+        first, *others = (function.recorded() for function in self.functions)
+        return sum(others, first)
+
+    def precision(self) -> float:
+        """Return the rounding error of the recorded pass."""
+        return max(function.precision() for function in self.functions)
 
 
 def _plan(tape: Tape, sources: Sequence[int], targets: Iterable[int]) -> tuple[Operation, ...]:

@@ -78,19 +78,19 @@ def _required(model: nn.Module) -> list[str]:
 
 
 def _reference(model: nn.Module) -> Tensor:
-    return next((item for item in model.parameters() if item.is_floating_point()), torch.empty(0))
+    return next((item for item in model.parameters() if item.is_floating_point()), torch.empty(0, device="cpu"))
 
 
 def _floats(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
     like = _reference(model)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(like.device, like.dtype)
 
 
 def _ids(model: nn.Module, vocabulary: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(min(5, vocabulary - 1), vocabulary, (_BATCH, _TOKENS), generator=generator).to(
-        _reference(model).device
-    )
+    shape = (_BATCH, _TOKENS)
+    ids = torch.randint(min(5, vocabulary - 1), vocabulary, shape, generator=generator, device="cpu")
+    return ids.to(_reference(model).device)
 
 
 def _vocabularies(model: nn.Module) -> list[int]:

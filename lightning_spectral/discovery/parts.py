@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from lightning_spectral.discovery.operations import refs
 from lightning_spectral.discovery.tape import Tape
 
-__all__ = ["idle_parts", "parts", "unseen"]
+__all__ = ["attends_to_one", "idle_parts", "parts", "unseen"]
 
 
 def parts(module: nn.Module) -> list[nn.Module]:
@@ -45,6 +46,16 @@ def unseen(model: nn.Module, tapes: Iterable[Tape]) -> tuple[str, ...]:
         return ()
     listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return (f"took no part in the forward pass, so nobody looked for blocks there: {listed}",)
+
+
+def attends_to_one(tape: Tape) -> bool:
+    """Whether some attention has one position to attend to, so that nobody sees that it mixes positions."""
+    for operation in tape.operations:
+        if "softmax" in operation.name and tape.shape(operation.outputs[0])[int(operation.args[1])] == 1:
+            return True
+        if "attention" in operation.name and len(found := refs(operation, 1)) == 1 and tape.shape(found[0])[-2] == 1:
+            return True
+    return False
 
 
 def _taken(tapes: Iterable[Tape]) -> set[str]:

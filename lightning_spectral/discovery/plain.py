@@ -65,6 +65,7 @@ def _plain_factor(factor: Factor) -> dict[str, Any]:
         "constant": factor.constant,
         "size": factor.size,
         "adapters": [[_plain_factor(item) for item in chain] for chain in factor.adapters],
+        "shape": None if factor.shape is None else list(factor.shape),
     }
 
 
@@ -118,7 +119,7 @@ def _path(plain: dict[Any, Any], factors: list[Factor]) -> Path:
 
 
 def _factor(plain: dict[Any, Any]) -> Factor:
-    parameter, rows, size = plain.get("parameter"), plain.get("rows"), plain.get("size")
+    parameter, rows, size, shape = (plain.get(key) for key in ("parameter", "rows", "size", "shape"))
     return Factor(
         _one_of(plain.get("role"), get_args(FactorRole)),
         None if parameter is None else _text(parameter),
@@ -127,6 +128,7 @@ def _factor(plain: dict[Any, Any]) -> Factor:
         _real(plain.get("constant")),
         None if size is None else _number(size),
         tuple(_adapter(_list(chain)) for chain in _list(plain.get("adapters", ()))),
+        None if shape is None else tuple(map(_number, _list(shape))),
     )
 
 

@@ -160,7 +160,7 @@ def shortest(steps: tuple[Step, ...], shape: tuple[int, ...]) -> tuple[Step, ...
     """
     if not any(step[0] in ("permute", "reshape", "unsqueeze", "squeeze") for step in steps):
         return steps
-    numbers = torch.arange(math.prod(shape), dtype=torch.int32).view(shape)
+    numbers = torch.arange(math.prod(shape), dtype=torch.int32, device="cpu").view(shape)
     wanted = _applied(numbers, steps)
     pick = [step for step in steps if step == ("stack",)]
     for candidate in ((), (("flatten", 0, 1),), (("flatten", 1, 2),), (("flatten",),)):

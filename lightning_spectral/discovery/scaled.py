@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from lightning_spectral.records import Branch, Factor, Path, ResidualBlock
 
 __all__ = [
     "CHILD",
+    "common_scale",
     "log_scale_path",
     "log_scale_tensor",
     "scale_keys",
@@ -74,6 +76,11 @@ def log_scale_tensor(model: nn.Module, branch: Branch | None) -> Tensor | None:
     """Return the parameter of shape (1,) that holds the logarithm of a branch's scale, if it has one."""
     module = scale_module(model, branch)
     return None if module is None else getattr(module, "log_scale")  # noqa: B009  # a Module knows no such attribute
+
+
+def common_scale(scales: Sequence[float]) -> float:
+    """Return the residual scale of branches that are added up: the geometric mean, 1 without any."""
+    return float(math.prod(scales) ** (1 / len(scales))) if scales else 1.0
 
 
 def with_scales(model: nn.Module, blocks: Iterable[ResidualBlock]) -> tuple[ResidualBlock, ...]:

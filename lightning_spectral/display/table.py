@@ -33,12 +33,14 @@ def _lines(measurement: Measurement) -> Iterator[str]:
         note = layer.reason or ""
         if measurement.has_zone and layer.ratio is not None and not low < layer.ratio < high:
             note = "above the zone" if layer.ratio >= high else "below the zone"
+        note = "; ".join(filter(None, [note, layer.doubt and f"not verified: {layer.doubt}"]))
         scales = f"  {layer.mlp_scale:>5.3g} : {layer.attention_scale:<5.3g}" if scaled else ""
         line = (
             f"{layer.index:>4}  {layer.name:<{name_width}}  {_number(layer.mlp_norm, 10)}  "
             f"{_number(layer.attention_norm, 10)}  {_number(layer.ratio, 8)}{scales}  {note}"
         )
         yield line.rstrip()
+    yield from (f"note: {note}" for note in measurement.notes)
 
 
 def _number(value: float | None, width: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 __all__ = [
@@ -45,6 +45,7 @@ class Factor:
         size: Number of channels of a norm (``None`` for matrices and multipliers).
         adapters: What the model adds to the matrix, such as low-rank adapters: chains of matrices and multipliers, the
             leftmost first. ``rows`` picks rows of the sum.
+        shape: Shape of the stored parameter in the model that the block was found in, ``None`` where it is not known.
     """
 
     role: FactorRole
@@ -54,6 +55,7 @@ class Factor:
     constant: float = 1.0
     size: int | None = None
     adapters: tuple[tuple[Factor, ...], ...] = ()
+    shape: tuple[int, ...] | None = field(default=None, compare=False)
 
     def flat(self) -> Iterator[Factor]:
         """Yield the factor and those of its adapters."""
@@ -189,14 +191,21 @@ class ResidualBlock:
     token_dims: tuple[int, ...] = ()
 
     @property
+    def doubt(self) -> str | None:
+        """What failed in the self-check, ``None`` where it passed."""
+        if self.verified:
+            return None
+        return self.evidence.removeprefix("trace; not verified: ").replace("hints", "described by hints, not checked")
+
+    @property
     def attention_branches(self) -> tuple[Branch, ...]:
-        """The branches whose sum is the attention of the block: those of attention, or other mixers without any."""
+        """The branches that make up the attention by their sum; other token mixers where nothing attends."""
         attention = tuple(branch for branch in self.branches if branch.kind == "attention")
         return attention or tuple(branch for branch in self.branches if branch.kind == "mixer")
 
     @property
     def mlp_branches(self) -> tuple[Branch, ...]:
-        """The branches whose sum is the MLP of the block: those that act on each token alone."""
+        """The branches that make up the MLP by their sum. They act on each token alone."""
         return tuple(branch for branch in self.branches if branch.kind == "mlp")
 
     @property

@@ -61,6 +61,7 @@ class LayerMeasurement:
         mlp_reason: Why ``mlp_norm`` is ``None`` although the block has such a branch.
         attention_reason: Why ``attention_norm`` is ``None`` although the block has such a branch.
         error_bound: Relative a posteriori error bound, the larger of the two norms'.
+        doubt: What failed in the self-check of the block, ``None`` where it passed.
         functional: What the branches do as functions, ``None`` where no batch was looked at.
         token_residual: ‖X − 1x̄ᵀ‖_F / ‖X‖_F of the block's output, mean over sequences of a batch; 0 where all
             tokens have become one vector. ``None`` where no batch was looked at.
@@ -79,6 +80,7 @@ class LayerMeasurement:
     mlp_reason: str | None = None
     attention_reason: str | None = None
     error_bound: float | None = None
+    doubt: str | None = None
     functional: FunctionalMeasurement | None = None
     token_residual: float | None = None
     typical_token_residual: float | None = None
@@ -100,7 +102,7 @@ class LayerMeasurement:
 
     @property
     def reason(self) -> str | None:
-        """Why a norm or the ratio is missing, ``None`` where nothing is."""
+        """Why a norm or the ratio is missing, ``None`` where nothing is: also that the block has no such branch."""
         branches = (
             ("mlp", self.mlp_norm, self.mlp_scale, self.mlp_reason),
             ("attention", self.attention_norm, self.attention_scale, self.attention_reason),
@@ -120,6 +122,7 @@ class Measurement:
         safe_zone: The interval of ratios that the summary calls inside.
         seconds: Wall time of the measurement.
         adapters: The part of branches with adapters that was measured; see :func:`~lightning_spectral.measure`.
+        notes: What a reader of the numbers should know beside them, a sentence each.
     """
 
     step: int
@@ -128,6 +131,7 @@ class Measurement:
     safe_zone: tuple[float, float] = (0.5, 2.0)
     seconds: float = field(default=0.0, compare=False)
     adapters: Literal["sum", "base", "delta"] = "sum"
+    notes: tuple[str, ...] = ()
 
     @property
     def has_zone(self) -> bool:
@@ -151,21 +155,24 @@ class Measurement:
             "seconds": self.seconds,
             "layers": list(map(_finite, layers)),
         }
-        return values if self.adapters == "sum" else values | {"adapters": self.adapters}
+        beside = {"adapters": self.adapters, "notes": list(self.notes)}
+        return values | {name: value for name, value in beside.items() if value not in ("sum", [])}
 
     def summary(self) -> dict[str, float]:
         """Return the summary values of the measurement, by the names they are logged under.
 
-        Values that do not exist (a model without a single measurable ratio) are absent, never NaN.
+        Values that do not exist (a model without a single measurable ratio, a linearization without a zone) are absent,
+        never NaN.
         """
         ratios = {layer.index: layer.log_ratio for layer in self.layers if layer.log_ratio is not None}
         values: dict[str, float] = {}
         if ratios:
-            low, high = math.log(self.safe_zone[0]), math.log(self.safe_zone[1])
-            excess = {index: max(low - value, value - high) for index, value in ratios.items()}
             values["ratio_min"] = math.exp(min(ratios.values()))
             values["ratio_median"] = math.exp(median(ratios.values()))
             values["ratio_max"] = math.exp(max(ratios.values()))
+        if ratios and self.has_zone:
+            low, high = math.log(self.safe_zone[0]), math.log(self.safe_zone[1])
+            excess = {index: max(low - value, value - high) for index, value in ratios.items()}
             values["in_zone"] = sum(distance < 0 for distance in excess.values()) / len(ratios)
             values["worst_layer"] = float(max(excess, key=excess.__getitem__))
         for branch in ("mlp", "attention"):
@@ -209,7 +216,9 @@ def _why_missing(norm: float | None, scale: float) -> str | None:
     """Say why a norm that has no reason of its own gives no ratio."""
     if not math.isfinite(scale):
         return f"its residual scale is {scale}"
-    if norm is None or _is_positive(norm):
+    if norm is None:
+        return "the block has none"
+    if _is_positive(norm):
         return None
     return "its norm is zero" if norm == 0 else f"its norm is {norm}"
 

@@ -70,6 +70,7 @@ def _story(measurements: Sequence[Measurement]) -> Iterator[str]:
     yield from zone_words(measurements[0], last, zone, ("before", "now"))
     if zone is not None:
         yield "To be outside of the zone is information, not a verdict."
+    yield from (f"{clear(note, 300)}." for measurement in measurements for note in measurement.notes)
 
 
 def _charts(measurements: Sequence[Measurement]) -> dict[str, figure]:

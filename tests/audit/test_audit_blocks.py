@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ BRANCH = ("blocks", 0, "branches", 0)
         (("factors", 0, "rows"), [[0, 2**24, 1]], "rows are not counted upwards from 0"),
         (("factors", 0, "constant"), None, "found 'None', expected a whole number"),
         (("factors", 0, "size"), True, "found 'True', expected a whole number"),
+        (("factors", 0, "shape"), 3, "found a int, expected a list"),
+        (("factors", 0, "shape"), [8, "x"], "found 'x', expected a whole number"),
         (("blocks", 0), [], "found a list, expected a dict"),
         (("blocks", 0, "verified"), 1, "found a int, expected a bool"),
         (("blocks", 0, "evidence"), "x" * 5000, "expected 4096 characters at most"),
@@ -80,6 +83,31 @@ def test_what_is_no_block_is_refused(path: Any, new: Any, message: str, plain: A
         CheckpointError, match=r"a\.ckpt: not readable as the blocks that a monitor has left in a check"
     ):
         audit(tmp_path / "a.ckpt")
+
+
+def test_blocks_from_before_shapes_were_kept_are_read(plain: dict[str, Any], tmp_path: Path):
+    """Sizes are compared where they are known."""
+    model = example("llama").build()
+    older = plain | {"factors": [{key: item[key] for key in item if key != "shape"} for item in plain["factors"]]}
+    assert {factor.shape for block in from_plain(older) for branch in block.branches for factor in branch.factors} == {
+        None
+    }
+    for name, blocks in (("older.ckpt", older), ("newer.ckpt", plain)):
+        torch.save({"state_dict": model.state_dict(), "callbacks": {"m": {"blocks": blocks}}}, tmp_path / name)
+    assert audit(tmp_path / "older.ckpt") == audit(tmp_path / "newer.ckpt")
+
+
+def test_a_failed_self_check_is_told(tmp_path: Path):
+    """But not of blocks that the user has described: those are not checked."""
+    model = example("llama").build()
+    found = find_blocks(model)
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    for evidence, notes in (("trace; not verified: why", 1), ("hints", 0)):
+        audited = audit(tmp_path / "a.pt", (replace(found[0], verified=False, evidence=evidence), *found[1:]))
+        assert len(audited.notes) == notes
+        assert all(
+            "failed on 1 of 3 blocks" in note and f"{found[0].name} ({evidence})" in note for note in audited.notes
+        )
 
 
 def test_damaged_blocks_are_measured_or_refused(plain: Any, tmp_path: Path):

@@ -15,8 +15,9 @@ import pytest
 import torch
 from zoo import example
 
-from lightning_spectral import audit, measure
+from lightning_spectral import attach_scales, audit, find_blocks, measure
 from lightning_spectral.cli import main
+from lightning_spectral.discovery.plain import to_plain
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,6 +88,49 @@ def test_the_exit_code_says_whether_a_ratio_is_outside(folder: Path, tmp_path: P
     assert main(["audit", str(outside), str(inside), "--fail-outside-zone"]) == 0  # the last one counts
     assert main(["audit", str(inside), str(outside), "--fail-outside-zone"]) == 3
     capsys.readouterr()
+
+
+def test_what_is_not_finite_is_null_with_its_reason(tmp_path: Path, capsys: Any):
+    """A scale that has become NaN or infinite, and weights that have: JSON knows neither."""
+    model: Any = example("gpt2").build()
+    blocks = find_blocks(model)
+    scales = attach_scales(model, blocks).parameters()
+    with torch.no_grad():
+        scales[0].fill_(float("nan"))
+        scales[2].fill_(1e30)
+        model.transformer.h[2].mlp.c_fc.weight[0, 0] = float("inf")
+    left = {"callbacks": {"monitor": {"blocks": to_plain(blocks)}}}
+    torch.save({"state_dict": model.state_dict()} | left, tmp_path / "a.ckpt")
+    outputs = [str(tmp_path / name) for name in ("one.json", "two.json")]
+    assert main(["audit", str(tmp_path / "a.ckpt"), "--json", outputs[0]]) == 0
+    assert main(["audit", str(tmp_path / "a.ckpt"), str(tmp_path / "a.ckpt"), "--json", outputs[1]]) == 0
+    assert "weights are not finite" in capsys.readouterr().out
+    one, two = (json.loads(Path(path).read_text(), parse_constant=pytest.fail) for path in outputs)
+    assert one["layers"] == two["before"]["layers"] == two["after"]["layers"]
+    for layer, kind in ((0, "attention"), (1, "attention"), (2, "mlp")):
+        found = one["layers"][layer]
+        assert found[f"{kind}_norm"] is found["ratio"] is None
+        assert f"{kind}: weights are not finite" in found["reason"]
+    assert [one["layers"][layer]["attention_scale"] for layer in range(3)] == [None, None, 1.0]
+
+
+def test_a_key_chooses_and_notes_are_shown(tmp_path: Path, capsys: Any):
+    model: Any = example("llama").build()
+    model.config.architectures = [type(model).__name__]
+    model.config.num_hidden_layers = 2
+    model.config.save_pretrained(tmp_path)
+    state = model.state_dict()
+    torch.save({"model": state, "ema": {key: 2 * value for key, value in state.items()}}, tmp_path / "a.pt")
+    path = str(tmp_path / "a.pt")
+    assert main(["audit", path]) == 2
+    assert "audit(path, key='ema' or key='model'), or --key on the command line" in capsys.readouterr().err
+    assert main(["audit", path, "--key", "ema", "--json", str(tmp_path / "out.json")]) == 0
+    note = "matrices of the file belong to none of 2 blocks, though their like do: model.layers.2"
+    assert note in capsys.readouterr().out.splitlines()[-1]
+    assert note in json.loads((tmp_path / "out.json").read_text())["notes"][0]
+    assert main(["audit", path, path, "--key", "ema", "--html", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out.count(note) == 2  # of the one before, and of the one after
+    assert note in (tmp_path / "page.html").read_text()
 
 
 def test_no_ratio_is_not_inside_the_zone(tmp_path: Path, capsys: Any):

@@ -88,7 +88,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path):
         {"state_dict": {"weight": Trap()}, "hyper_parameters": {"_instantiator": "os.mkdir"}}, tmp_path / "t.ckpt"
     )
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(Trap()))
-    assert "tensors and plain values only: UnpicklingError" in refused(tmp_path / "t.ckpt")
+    assert "plain values only: UnpicklingError: it names posix.mkdir, which is not run" in refused(tmp_path / "t.ckpt")
     assert "tensors and plain values only" in refused(tmp_path / "raw.pt")
     (tmp_path / "dcp").mkdir()
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Trap()))
@@ -114,7 +114,11 @@ def test_damaged_files_give_one_clear_error(state: Any, blocks: Any, tmp_path: P
         ("short.safetensors", content[: header + 100], "not readable as a safetensors file: SafetensorError"),
         ("header.safetensors", content[:8] + b"[" + content[9:], "not readable as a safetensors file"),
         ("huge.safetensors", b"\xff" * 7 + b"\x7f" + content[8:], "it announces a header of 9223372036854775807 bytes"),
-        ("text.pt", b"hello, world", "tensors and plain values only"),
+        (
+            "text.pt",
+            b"hello, world",
+            "tensors and plain values only: it begins with b'hello, world', as no known format",
+        ),
     ):
         (tmp_path / name).write_bytes(damaged)
         assert message in refused(tmp_path / name, blocks), name
@@ -127,8 +131,8 @@ def test_wrong_weights_give_one_clear_error(state: Any, blocks: Any, tmp_path: P
     path = tmp_path / "weights.pt"
     for change, message in (
         (lambda name, value: torch.full_like(value, torch.nan), "none of its 3 blocks has a norm"),
-        (lambda name, value: value[:5], "The operators of a Product do not fit"),
-        (lambda name, value: value.flatten(), "has not the shape it was found with|do not fit"),
+        (lambda name, value: value[:5], r"18 have another shape .* is \(5, 32\), expected \(32, 32\)$"),
+        (lambda name, value: value.flatten(), r"12 have another shape .* is \(1024,\), expected \(32, 32\)$"),
         (lambda name, value: value.to(torch.int8), "none of its 3 blocks has a norm"),
         (lambda name, value: torch.zeros(1).expand(value.shape), "found no tensors"),
     ):
@@ -187,7 +191,7 @@ def test_quantized_folders_are_refused_with_their_reason(tmp_path: Path):
         (floats | scales, r"self_attn\.o_proj\.weight holds torch\.float8_e4m3fn, whose scales are not understood"),
         (
             packed,
-            r"12 have another shape \(packed ones do\): model\.layers\.0\.self_attn\.o_proj\.weight is \(512, 1\)",
+            r"12 have another shape .*: .*\.o_proj\.weight is \(512, 1\), .* They are quantized, which is not read",
         ),
     ):
         model.save_pretrained(tmp_path)

@@ -166,22 +166,24 @@ def gpt(seed: int) -> nn.Module:
 
 
 def test_what_is_a_copy_and_what_is_not():
-    assert homes(Two(gpt(0), gpt(1))) == [6]  # begins elsewhere, and may be set to the other before training
     assert homes(Two(gpt(0), nn.Sequential(gpt(0)))) == [6]
+    assert homes(Two(gpt(0), gpt(1))) == []  # another model, which something trains for itself
+    frozen = gpt(1).requires_grad_(False)  # begins elsewhere, and may be set to the other before training
+    assert homes(Two(gpt(0), frozen)) == [6]
     assert homes(Two(gpt(0), gpt(1), both=True)) == []  # both are found and scaled for themselves
     assert homes(gpt(0)) == []  # the blocks of a stack are no copies of each other
     other = gpt(0)
     other.blocks = other.blocks[:2]
     assert homes(Two(gpt(0), other)) == []
     one = nn.Module()
-    one.student, one.teacher = gpt(0).blocks[0], gpt(1).blocks[0]
+    one.student, one.teacher = gpt(0).blocks[0], gpt(0).blocks[0]
     one.forward = one.student.forward
     blocks = find_blocks(one, torch.randn(2, 8, 16))
     assert len(list(branches_of_copies(one, blocks, blocks[0].branches))) == 2
     model = gpt(0)
-    model.hidden = {"again": [gpt(1)], "data": [0] * 100}
+    model.hidden = {"deep": [[gpt(0)]], "data": [0] * 100}
     assert homes(model) == []
-    model.hidden = [gpt(1)]
+    model.hidden = [gpt(0)]
     assert homes(model) == [6]
     assert homes(gpt(0), others=[Average(gpt(0))]) == [6]
 

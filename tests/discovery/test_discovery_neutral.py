@@ -8,13 +8,31 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import odd
 import pytest
+import restless
 import torch
+from lightning.fabric import Fabric
+from odd import Cache, Odd
+from pictures import assert_same_pictures, pictures
+from restless import Restless, fresh
+from tiny_run import LitGPT
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from zoo import examples
 
-from lightning_spectral import BlocksNotFoundError, ExampleInputError, find_blocks
+from lightning_spectral import (
+    BlocksNotFoundError,
+    ConfigurationError,
+    ExampleInputError,
+    attach_scales,
+    balance_penalty,
+    find_blocks,
+    fuse_scales,
+    lyapunov_exponents,
+    measure,
+)
+from lightning_spectral.discovery.find import blocks_in_calls
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 # One of each way to build, wrap, train and write.
@@ -221,3 +239,137 @@ def test_a_search_between_backward_and_step_changes_no_training() -> None:
     with torch.random.fork_rng(devices=[]):
         watched, alone = trained(True), trained(False)
     assert same([*watched[0], watched[1]], [*alone[0], alone[1]])
+
+
+IDS = torch.arange(16).view(2, 8)
+
+
+def scaled_and_back(model: nn.Module) -> None:
+    attach_scales(model)
+    fuse_scales(model)
+
+
+def exponents(model: nn.Module) -> None:
+    with pytest.raises(ConfigurationError, match="called again, it returns another stream"):
+        lyapunov_exponents(model, IDS)
+
+
+FUNCTIONS: dict[str, Callable[[nn.Module], Any]] = {
+    "find_blocks": find_blocks,
+    "find_blocks on a batch": lambda model: find_blocks(model, IDS),
+    "blocks_in_calls": lambda model: blocks_in_calls(model, [(model, (IDS,), {})]),
+    "measure": measure,
+    "measure Jacobians": lambda model: measure(model, find_blocks(model)[:1], batch=IDS, linearization="jacobian"),
+    "balance_penalty": balance_penalty,
+    "attach_scales and fuse_scales": scaled_and_back,
+    "lyapunov_exponents": exponents,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_whatever_python_keeps_is_as_before(name: str) -> None:
+    """Generators, counters, memories, caches, closures, globals: in the middle of a step, whose graph survives."""
+    model = fresh()
+    loss = model.loss(torch.cat([IDS, IDS[:, :1]], 1))
+    before, streams = pictures(model, *restless.outside()), random_streams()
+    FUNCTIONS[name](model)
+    assert_same_pictures(before, pictures(model, *restless.outside()))
+    assert random_streams() == streams
+    loss.backward()
+
+
+def test_the_pictures_see_what_a_pass_does() -> None:
+    """Else the tests above could not fail."""
+    model = fresh()
+    before = pictures(model, *restless.outside())
+    model(IDS)
+    after = pictures(model, *restless.outside())
+    changed = [one != other for one, other in zip(before, after, strict=True)]
+    assert all(changed)
+
+
+def test_a_pass_that_fails_at_its_end_is_undone_too() -> None:
+    class Failing(Restless):
+        def forward(self, ids: Tensor) -> Tensor:
+            super().forward(ids)
+            raise ValueError("no way")
+
+    model = fresh(Failing)
+    before, streams = pictures(model, *restless.outside()), random_streams()
+    with pytest.raises(ExampleInputError, match="ValueError: no way"):
+        find_blocks(model, IDS)
+    assert_same_pictures(before, pictures(model, *restless.outside()))
+    assert random_streams() == streams
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("training", [True, False])
+def test_odd_places_are_put_back_and_so_are_the_arguments(training: bool) -> None:
+    """Caches that are passed, arguments that are popped, layers that change their class, hooks on tensors."""
+    torch.manual_seed(0)
+    model, x, cache, batch = Odd().train(training), torch.randn(2, 5, 16), Cache(), {"shift": torch.ones(1)}
+    before = pictures(model, x, cache, batch, *odd.outside())
+    assert len(find_blocks(model, x, cache, batch=batch)) == 1
+    assert_same_pictures(before, pictures(model, x, cache, batch, *odd.outside()))
+    assert not odd.WRITTEN
+
+
+def test_hooks_of_all_modules_run_and_are_undone() -> None:
+    """Those that torch calls for every module there is."""
+    seen: list[str] = []
+    model = nn.Sequential(Counting())
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append("called"))
+    try:
+        find_blocks(model, torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)))
+        assert seen == []
+        model(torch.zeros(2, 5, 16))
+        assert seen
+    finally:
+        handle.remove()
+
+
+def test_parametrizations_of_the_users_are_read_without_a_trace() -> None:
+    """They count, draw and write whenever a weight is read."""
+
+    class Noise(nn.Module):
+        calls = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.count, self.generator = 0, torch.Generator()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            Noise.calls += 1
+            self.count += 1
+            self.seen += weight.detach().mean()
+            return weight * (1 + 0.1 * torch.rand_like(weight) * torch.rand(weight.shape, generator=self.generator))
+
+    model, x = nn.Sequential(Counting(), Counting()), torch.zeros(2, 5, 16)
+    parametrize.register_parametrization(model[0].mlp[1], "weight", Noise())
+    blocks = find_blocks(model, x)
+    before, streams, calls = pictures(model), random_streams(), Noise.calls
+    assert all(layer.mlp_norm for layer in measure(model, blocks))
+    assert_same_pictures(before, pictures(model))
+    assert (random_streams(), Noise.calls) == (streams, calls)
+
+
+def test_what_fabric_would_log_reaches_nobody() -> None:
+    """A LightningModule that Fabric has set up logs through it, and through loggers that it holds itself."""
+
+    class Logging(LitGPT):
+        def forward(self, ids: Tensor) -> Tensor:
+            logits = self.model(ids)
+            self.log("size", logits.detach().mean())
+            self.fabric.log_dict({"half": 0.5})
+            return logits
+
+    fabric, module = Fabric(accelerator="cpu", loggers=odd.Writer()), Logging()
+    wrapped = fabric.setup_module(module)
+    before = pictures(module)
+    assert len(find_blocks(wrapped, IDS)) == len(find_blocks(module, IDS)) == 3
+    assert_same_pictures(before, pictures(module))
+    assert odd.WRITTEN == []
+    wrapped(IDS)
+    assert len(odd.WRITTEN) == 2
+    odd.WRITTEN.clear()

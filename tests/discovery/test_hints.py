@@ -222,7 +222,7 @@ def test_a_site_without_factors_is_a_branch_with_a_reason(opaque: Opaque) -> Non
     assert block.attention.reason == "the hint names a site but no factors, and the trace found none"
     layer = measure(opaque, [block]).layers[0]
     assert layer.attention_norm is None
-    assert layer.reason == f"attention: {block.attention.reason}"
+    assert layer.reason == f"mlp: the block has none; attention: {block.attention.reason}"
 
 
 def test_the_element_of_an_output_may_be_named() -> None:

@@ -302,3 +302,17 @@ def test_measure_takes_a_batch_in_each_form() -> None:
     assert measure(Tokens(), batch=ids).layers[0].name == "layers.0"
     with pytest.raises(ExampleInputError, match="cannot be run on the given example input"):
         measure(model, batch=ids)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_are_refused_by_name(layout: torch.layout) -> None:
+    """As a batch. Those that an encoder of torch makes of a padded one come only on its fast path, which is off."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval().requires_grad_(requires_grad=False)
+    ragged = torch.nested.nested_tensor([torch.randn(5, 16), torch.randn(3, 16)], layout=layout)
+    with pytest.raises(ExampleInputError, match=r"nested tensors, which cannot be traced\. Pass a padded batch"):
+        find_blocks(encoder, ragged)
+    padded, mask = ragged.to_padded_tensor(0.0), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    assert [block.verified for block in find_blocks(encoder, padded, src_key_padding_mask=mask)] == [True, True]

@@ -9,22 +9,30 @@ import random
 import threading
 import types
 import weakref
-from collections import OrderedDict, deque
-from collections.abc import Callable
-from operator import is_
+from collections import deque
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_spectral.discovery.aside.containers import (
+    see_array,
+    see_deque,
+    see_dict,
+    see_items,
+    see_list,
+    see_numbers,
+    see_random,
+    see_set,
+    set_bits,
+    state_of,
+)
 from lightning_spectral.discovery.aside.memento import ABSENT, Kind, Memento, Visit, of_library
 from lightning_spectral.discovery.aside.stand_ins import LIGHTNING, mute, replacement
 from lightning_spectral.discovery.aside.tensor_state import TensorState, without_history
 
 __all__ = ["kind_of"]
-
-_MANY = 10_000  # items: what a longer container holds is data, and only the container itself is put back
 
 _ATOMS = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis), type(NotImplemented)),
@@ -66,113 +74,6 @@ def _both(visit: Visit) -> Visit:
     return visit_both
 
 
-# Containers. The methods are those of the builtin classes, since a subclass may have replaced its own.
-
-
-def _see_dict(memento: Memento, thing: dict[Any, Any]) -> None:
-    base: Any = OrderedDict if isinstance(thing, OrderedDict) else dict
-    keys, values = list(base.keys(thing)), list(base.values(thing))
-    memento.keep(_put_back_dict, thing, (keys, values))
-    if len(keys) > _MANY:
-        return
-    atoms = memento.atoms  # a model has very many attributes, and most are such
-    for key, value in zip(keys, values, strict=True):
-        if type(key) not in atoms:
-            memento.see(key)
-        if type(value) not in atoms and (seen := memento.see(value)) is not value:
-            base.__setitem__(thing, key, seen)
-
-
-def _put_back_dict(thing: dict[Any, Any], before: tuple[list[Any], list[Any]]) -> None:
-    base: Any = OrderedDict if isinstance(thing, OrderedDict) else dict
-    keys, values = before
-    if len(thing) == len(keys) and all(map(is_, base.keys(thing), keys)) and all(map(is_, base.values(thing), values)):
-        return
-    base.clear(thing)
-    for key, value in zip(keys, values, strict=True):
-        base.__setitem__(thing, key, value)
-
-
-def _see_list(memento: Memento, thing: list[Any]) -> None:
-    before = list.copy(thing)
-    memento.keep(_put_back_list, thing, before)
-    if len(before) <= _MANY:
-        for place, value in enumerate(before):
-            if (seen := memento.see(value)) is not value:
-                list.__setitem__(thing, place, seen)
-
-
-def _put_back_list(thing: list[Any], before: list[Any]) -> None:
-    if list.__len__(thing) != len(before) or not all(map(is_, list.__iter__(thing), before)):
-        list.__setitem__(thing, slice(None), before)
-
-
-def _see_set(memento: Memento, thing: set[Any]) -> None:
-    before = tuple(set.__iter__(thing))
-    memento.keep(_put_back_set, thing, before)
-    _see_items(memento, before)
-
-
-def _put_back_set(thing: set[Any], before: tuple[Any, ...]) -> None:
-    if set.__len__(thing) != len(before) or not all(map(is_, set.__iter__(thing), before)):
-        set.clear(thing)
-        set.update(thing, before)
-
-
-def _see_deque(memento: Memento, thing: deque[Any]) -> None:
-    before = tuple(deque.__iter__(thing))
-    memento.keep(_put_back_deque, thing, before)
-    if len(before) <= _MANY:
-        for place, value in enumerate(before):
-            if (seen := memento.see(value)) is not value:
-                deque.__setitem__(thing, place, seen)
-
-
-def _put_back_deque(thing: deque[Any], before: tuple[Any, ...]) -> None:
-    if deque.__len__(thing) != len(before) or not all(map(is_, deque.__iter__(thing), before)):
-        deque.clear(thing)
-        deque.extend(thing, before)
-
-
-def _see_items(memento: Memento, things: tuple[Any, ...] | frozenset[Any]) -> None:
-    if len(things) <= _MANY:
-        for thing in things:
-            memento.see(thing)
-
-
-def _see_numbers(memento: Memento, thing: bytearray | array.array[Any]) -> None:
-    if memento.affords(memoryview(thing).nbytes):
-        memento.keep(_put_back_numbers, thing, thing[:])
-
-
-def _put_back_numbers(thing: Any, before: Any) -> None:
-    if thing != before:
-        thing[:] = before
-
-
-def _see_array(memento: Memento, thing: np.ndarray[Any, Any]) -> None:
-    if thing.flags.writeable and memento.affords(thing.nbytes):
-        memento.keep(np.copyto, thing, thing.copy())
-    if thing.dtype.hasobject:
-        _see_items(memento, tuple(thing.flat))
-
-
-# Random numbers: each with the functions that read and write its state.
-
-
-def _state(read: Callable[[Any], Any], write: Callable[[Any, Any], object]) -> Visit:
-    return lambda memento, thing: memento.keep(write, thing, read(thing))
-
-
-def _set_bits(thing: np.random.BitGenerator, state: Any) -> None:
-    thing.state = state
-
-
-def _see_random(memento: Memento, thing: random.Random) -> None:
-    if not isinstance(thing, random.SystemRandom):
-        memento.keep(random.Random.setstate, thing, random.Random.getstate(thing))
-
-
 # Instances and classes.
 
 
@@ -184,7 +85,7 @@ def _see_instance(memento: Memento, thing: object) -> None:
         own = None
     memento.keep(_put_back_instance, thing, (kind, own))
     if type(own) is dict:
-        _see_dict(memento, own)
+        see_dict(memento, own)
         mute(kind, own)
     for base in kind.__mro__:
         if "__slots__" in vars(base):
@@ -312,12 +213,12 @@ def _see_tensor(memento: Memento, thing: Tensor) -> None:
 
 _VISITS: dict[type, Visit] = {
     Tensor: _see_tensor,
-    dict: _see_dict,
-    list: _see_list,
-    set: _see_set,
-    deque: _see_deque,
-    tuple: _see_items,
-    frozenset: _see_items,
+    dict: see_dict,
+    list: see_list,
+    set: see_set,
+    deque: see_deque,
+    tuple: see_items,
+    frozenset: see_items,
     types.MethodType: _held_in("__self__", "__func__"),
     types.FunctionType: _see_function,
     types.CellType: _see_cell,
@@ -330,14 +231,14 @@ _VISITS: dict[type, Visit] = {
     property: _held_in("fget", "fset", "fdel"),
     weakref.ref: lambda memento, thing: memento.see(thing()),
     type: _see_class,
-    bytearray: _see_numbers,
-    array.array: _see_numbers,
-    np.ndarray: _see_array,
-    torch.Generator: _state(torch.Generator.get_state, torch.Generator.set_state),
+    bytearray: see_numbers,
+    array.array: see_numbers,
+    np.ndarray: see_array,
+    torch.Generator: state_of(torch.Generator.get_state, torch.Generator.set_state),
     np.random.Generator: _held_in("bit_generator"),
-    np.random.BitGenerator: _state(lambda thing: thing.state, _set_bits),
-    np.random.RandomState: _state(lambda thing: thing.get_state(legacy=False), np.random.RandomState.set_state),
-    random.Random: _see_random,
+    np.random.BitGenerator: state_of(lambda thing: thing.state, set_bits),
+    np.random.RandomState: state_of(lambda thing: thing.get_state(legacy=False), np.random.RandomState.set_state),
+    random.Random: see_random,
     contextvars.ContextVar: _see_variable,
     threading.local: _held_in("__dict__"),  # of this thread
 }
