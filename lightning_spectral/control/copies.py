@@ -76,9 +76,11 @@ def complete_averages(
         parameters = {} if original is None else dict(original.named_parameters())
         scales = scale_keys(parameters)
         plain = {name: item for name, item in parameters.items() if name not in scales}
+        trained = {name for name, item in plain.items() if item.requires_grad}
         for values in held:
             known = {name: plain[name] for name in values if name in plain}
-            if len(known) == len(values) and all(values[name].shape == item.shape for name, item in known.items()):
+            whole = len(known) == len(values) and trained <= known.keys()
+            if whole and all(values[name].shape == item.shape for name, item in known.items()):
                 frozen_too = any(not item.requires_grad for item in known.values())
                 missing = [name for name in scales if frozen_too or parameters[name].requires_grad]
                 values.update({name: parameters[name].detach().clone() for name in missing})

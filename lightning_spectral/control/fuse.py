@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from lightning_spectral.control.loading import MARKER, unhook_loading
 from lightning_spectral.control.scales import ResidualScale, detach_scale
 from lightning_spectral.discovery.paths import absolute_path, resolve
+from lightning_spectral.discovery.plain import FORMAT, from_plain, to_plain
 from lightning_spectral.discovery.scaled import CHILD, scale_keys, unwrapped_key
 from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.records import Branch
 
 __all__ = ["fuse_scales", "scale_keys"]
 
@@ -111,13 +114,11 @@ def _children(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _is_left_out(key: Any, value: Any) -> bool:
-    """Whether something is the state of an optimizer or a scheduler, or the record of a factor that is a scale."""
-    if key in _OF_TRAINING:
+    """Whether something is the state of an optimizer or a scheduler, or the marker of a checkpoint with scales."""
+    if key in _OF_TRAINING and not isinstance(value, int):
         return True
     if not isinstance(value, Mapping):
         return False
-    if isinstance(value.get("parameter"), str):
-        return bool(scale_keys([value["parameter"]]))
     flat = any(isinstance(key, str) and key.startswith("param_groups.") for key in value)
     return flat or isinstance(value.get("param_groups"), list | tuple) or {"last_epoch", "_last_lr"} <= value.keys()
 
@@ -129,8 +130,29 @@ def _own_keys(value: Any) -> list[str]:
     return scale_keys(key for key, item in value.items() if isinstance(key, str) and isinstance(item, Tensor))
 
 
-def _has_left_out(value: Any) -> bool:
-    return any(_is_left_out(key, item) or _has_left_out(item) for key, item in _items(value))
+def _is_record(value: Any) -> bool:
+    """Whether something is the blocks of a model, as a monitor leaves them in a checkpoint."""
+    return isinstance(value, Mapping) and FORMAT in value and "blocks" in value
+
+
+def _is_touched(value: Any) -> bool:
+    """Whether something in a part of a checkpoint does not belong to the fused model."""
+    return _is_record(value) or any(_is_left_out(key, item) or _is_touched(item) for key, item in _items(value))
+
+
+def _without_scales(record: Mapping[str, Any]) -> dict[str, Any]:
+    def plain(branch: Branch) -> Branch:
+        paths = (
+            replace(path, factors=tuple(item for item in path.factors if not scale_keys([item.parameter or ""])))
+            for path in branch.paths
+        )
+        return replace(branch, paths=tuple(paths))
+
+    try:
+        blocks = from_plain(record)
+    except ValueError:  # of a later version, or of somebody else
+        return dict(record)
+    return to_plain(replace(block, branches=tuple(map(plain, block.branches))) for block in blocks)
 
 
 def _has_scales(value: Any) -> bool:
@@ -161,8 +183,10 @@ def _recipe(scale: str, state: Tensor) -> _Recipe:
 
 
 def _fused(value: Any, recipes: Mapping[str, _Recipe]) -> Any:
-    if not _has_scales(value) and not _has_left_out(value):
+    if not _has_scales(value) and not _is_touched(value):
         return value
+    if _is_record(value):
+        return _without_scales(value)
     if isinstance(value, nn.Module):
         return _fuse_model(copy.deepcopy(value))
     if isinstance(value, Mapping):

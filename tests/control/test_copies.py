@@ -133,10 +133,12 @@ def test_an_average_by_names_that_was_begun_before_goes_on_with_the_scales(tmp_p
 
     module = Lit()
     module.start["model.head.bias"] = module.start["model.head.bias"][:1]  # no values of these parameters
+    module.head = {name: p.data.clone() for name, p in module.named_parameters() if "head" in name}
     before = set(module.start)
     fit(tmp_path, SpectralMonitor(2, ResidualRescaler(learnable=learnable)), module=module, max_steps=4)
     assert set(module.average.shadow) == {name for name, p in module.model.named_parameters() if p.requires_grad}
     assert set(module.start) == before
+    assert len(module.head) == 2
     assert len(module.average.shadow) == sum(p.requires_grad for p in module.parameters())
 
 

@@ -6,6 +6,7 @@ import copy
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,8 +15,10 @@ from tiny_run import TinyGPT
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_spectral import ConfigurationError, attach_scales, fuse_scales
+from lightning_spectral import ConfigurationError, ExactSVD, attach_scales, audit, find_blocks, fuse_scales, measure
 from lightning_spectral.control.scales import ResidualScale
+from lightning_spectral.discovery.plain import to_plain
+from lightning_spectral.discovery.scaled import with_scales
 
 IDS = torch.arange(8)[None]
 
@@ -190,6 +193,21 @@ def test_what_cannot_be_fused_is_refused_with_the_reason(checkpoint: Callable[[]
     found = checkpoint()
     with pytest.raises(ConfigurationError, match=message):
         fuse_scales({"all": found} if isinstance(found, list) else found)
+
+
+def test_the_blocks_that_a_monitor_has_left_lose_their_scales_too(tmp_path: Path):
+    model = MODELS[0]
+    blocks = with_scales(model, find_blocks(model))
+    foreign = {"lightning_spectral": 99, "blocks": "?"}
+    checkpoint = {
+        "state_dict": model.state_dict(),
+        "callbacks": {"monitor": {"blocks": to_plain(blocks)}, "x": foreign},
+    }
+    checkpoint["pytorch-lightning_version"] = "2.6.6"
+    torch.save(fuse_scales(checkpoint), tmp_path / "fused.ckpt")
+    expected = measure(fuse_scales(copy.deepcopy(model)), solver=ExactSVD())
+    assert audit(tmp_path / "fused.ckpt", solver=ExactSVD()).layers == expected.layers
+    assert fuse_scales(checkpoint)["callbacks"]["x"] == foreign
 
 
 def test_states_of_training_are_left_out_where_scales_were():
