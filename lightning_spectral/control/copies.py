@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_spectral.discovery.paths import common_parts, module_at
 from lightning_spectral.discovery.scaled import scale_keys
@@ -80,7 +81,7 @@ def complete_averages(
         for values in held:
             known = {name: plain[name] for name in values if name in plain}
             whole = len(known) == len(values) and trained <= known.keys()
-            if whole and all(values[name].shape == item.shape for name, item in known.items()):
+            if whole and all(_shape(values[name]) == _shape(item) for name, item in known.items()):
                 frozen_too = any(not item.requires_grad for item in known.values())
                 missing = [name for name in scales if frozen_too or parameters[name].requires_grad]
                 values.update({name: parameters[name].detach().clone() for name in missing})
@@ -146,7 +147,11 @@ def _signature(module: nn.Module) -> list[Any]:
     scales = set(scale_keys(parameters))
     rooms = {key.rpartition(".")[0] for key in scales}
     kinds = [(name, type(part).__name__) for name, part in module.named_modules() if name and name not in rooms]
-    return [*kinds, *((name, item.shape) for name, item in parameters.items() if name not in scales)]
+    return [*kinds, *((name, _shape(item)) for name, item in parameters.items() if name not in scales)]
+
+
+def _shape(parameter: Tensor) -> tuple[int, ...] | None:
+    return None if is_lazy(parameter) else tuple(parameter.shape)
 
 
 def _follows(name: str | None, module: nn.Module, running: Collection[str]) -> bool:
@@ -157,7 +162,8 @@ def _follows(name: str | None, module: nn.Module, running: Collection[str]) -> b
 def _same_values(one: nn.Module, other: nn.Module) -> bool:
     mine, theirs = dict(one.named_parameters()), dict(other.named_parameters())
     shared = [(mine[name], theirs[name]) for name in mine.keys() & theirs.keys()]
-    return all(not a.is_meta and not b.is_meta and a.device == b.device and torch.equal(a, b) for a, b in shared)
+    known = all(not (item.is_meta or is_lazy(item)) for pair in shared for item in pair)
+    return known and all(a.device == b.device and torch.equal(a, b) for a, b in shared)
 
 
 def _moved(branch: Branch, path: str) -> Branch | None:

@@ -110,7 +110,7 @@ class Moves:
 
     @torch.no_grad()
     def _look(self, *_: Any) -> None:
-        if not self._sites:
+        if not self._sites or torch.compiler.is_compiling():
             return
         now = self._values()
         jump, self._last = now - self._last, now

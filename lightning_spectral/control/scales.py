@@ -309,7 +309,7 @@ def _forget_compiled_code() -> None:
 
 def _attach(model: nn.Module, branch: Branch, *, learnable: bool) -> None:
     parameters = parameters_of(model, branch)
-    like = next((tensor for tensor in parameters if tensor.is_floating_point()), next(model.parameters(), None))
+    like = next((tensor for tensor in parameters if tensor.dtype.is_floating_point), next(model.parameters(), None))
     settings: Any = {"learnable": learnable and not is_frozen(model, branch), "like": like}
     if branch.site.startswith("param:"):
         owner, _, name = branch.site.removeprefix("param:").rpartition(".")

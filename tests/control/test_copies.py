@@ -19,6 +19,7 @@ from zoo import example
 from lightning_spectral import ResidualRescaler, SpectralMonitor, attach_scales, find_blocks, fuse_scales, measure
 from lightning_spectral.control.copies import branches_of_copies
 from lightning_spectral.control.scales import ResidualScale
+from lightning_spectral.control.steering import Steering
 
 IDS = torch.arange(16).view(2, 8)
 
@@ -66,8 +67,7 @@ class Momentum(LitGPT):
         self.follow(self.model, self.copied())
 
     def copied(self) -> Any:
-        held = self.teacher[0] if isinstance(self.teacher, list) else self.teacher
-        return held.shadow if isinstance(held, Average) else held
+        return self.teacher.shadow if isinstance(self.teacher, Average) else self.teacher
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -77,9 +77,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 WAYS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[Any, Any], None]]] = {
     "zip": (frozen_copy, zipped),
     "AveragedModel": (lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.5)), by_update),
-    "by name": (copy.deepcopy, by_name),  # not frozen, and trained by nobody
-    "in a list": (lambda model: [frozen_copy(model)], zipped),
-    "in an object": (Average, zipped),
+    "by name, in an object": (Average, by_name),  # not frozen, and trained by nobody
 }
 
 
@@ -87,7 +85,7 @@ WAYS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[Any, Any], None]]] =
 def test_a_teacher_follows_the_scales_of_its_student(tmp_path: Path, way: str):
     module = Momentum(*WAYS[way])
     rescaler = ResidualRescaler(patience=1, learnable=way == "zip")
-    fit(tmp_path, SpectralMonitor(2, rescaler), module=module, max_steps=14)
+    fit(tmp_path, SpectralMonitor(2, rescaler), module=module, max_steps=12)
     teacher = getattr(module.copied(), "module", module.copied())
     student = [layer.ratio for layer in measure(module.model)]
     assert max(student) < 3.0
@@ -99,10 +97,16 @@ def test_a_teacher_follows_the_scales_of_its_student(tmp_path: Path, way: str):
     torch.testing.assert_close(fuse_scales(copy.deepcopy(teacher))(IDS), wanted)
 
 
-def test_a_copy_that_a_callback_keeps_gets_scales_too(tmp_path: Path):
-    module = unbalanced()
+def steered(module: nn.Module, *others: object) -> int:
+    """Attach scales as a run does, and count them."""
+    Steering(ResidualRescaler(), (0.5, 2.0)).attach(module, None, others)
+    return sum(isinstance(part, ResidualScale) for part in module.modules())
+
+
+def test_a_copy_that_a_callback_keeps_gets_scales_too():
+    module = LitGPT()
     keeper = Keeper(module)
-    fit(tmp_path, [keeper, SpectralMonitor(2, True)], module=module, max_steps=2)
+    assert steered(module, keeper) == 6
     zipped(module.requires_grad_(False), keeper.kept.requires_grad_(False))
     assert [name for name, _ in keeper.kept.named_parameters()] == [name for name, _ in module.named_parameters()]
 
@@ -122,24 +126,17 @@ class Shadow:
 
 
 @pytest.mark.parametrize("learnable", [True, False])
-def test_an_average_by_names_that_was_begun_before_goes_on_with_the_scales(tmp_path: Path, learnable: bool):
-    class Lit(LitGPT):
-        def __init__(self) -> None:
-            super().__init__()
-            self.average, self.start = Shadow(self.model), {name: p.data.clone() for name, p in self.named_parameters()}
-
-        def on_train_batch_end(self, *args: Any) -> None:
-            self.average.update()
-
-    module = Lit()
+def test_an_average_by_names_that_was_begun_before_goes_on_with_the_scales(learnable: bool):
+    module = LitGPT()
+    module.average, module.start = Shadow(module.model), {name: p.data.clone() for name, p in module.named_parameters()}
     module.start["model.head.bias"] = module.start["model.head.bias"][:1]  # no values of these parameters
-    module.head = {name: p.data.clone() for name, p in module.named_parameters() if "head" in name}
+    module.head = {name: value for name, value in module.start.items() if "head" in name}
     before = set(module.start)
-    fit(tmp_path, SpectralMonitor(2, ResidualRescaler(learnable=learnable)), module=module, max_steps=4)
+    attach_scales(module, find_blocks(module, IDS), learnable=learnable)
+    module.average.update()
     assert set(module.average.shadow) == {name for name, p in module.model.named_parameters() if p.requires_grad}
     assert set(module.start) == before
     assert len(module.head) == 2
-    assert len(module.average.shadow) == sum(p.requires_grad for p in module.parameters())
 
 
 def homes(model: nn.Module, **settings: Any) -> list[int]:
@@ -190,16 +187,11 @@ def test_what_is_a_copy_and_what_is_not():
     assert homes(gpt(0), others=[Average(gpt(0))]) == [6]
 
 
-def test_a_frozen_copy_that_runs_beside_its_model_is_scaled_and_a_frozen_stack_is_not(tmp_path: Path):
-    class Lit(LitGPT):
-        def __init__(self, teacher: nn.Module) -> None:
-            super().__init__()
-            self.model = Two(gpt(0), teacher.requires_grad_(False), both=True).train()
-
+def test_a_frozen_copy_that_runs_beside_its_model_is_scaled_and_another_frozen_model_is_not():
     for seed, count in ((0, 12), (1, 6)):
-        module = Lit(gpt(seed))
-        fit(tmp_path / str(seed), SpectralMonitor(2, True), module=module, max_steps=2)
-        assert sum(isinstance(part, ResidualScale) for part in module.modules()) == count
+        module = Two(gpt(0), gpt(seed).requires_grad_(False), both=True)
+        module.example_input_array = IDS
+        assert steered(module) == count
 
 
 def test_a_copy_of_a_model_whose_weights_carry_the_scales_keeps_its_order():

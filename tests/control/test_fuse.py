@@ -98,7 +98,7 @@ def assert_fused(state: Mapping[str, Any], number: int, prefix: str) -> None:
     torch.testing.assert_close(plain(IDS), OUTPUTS[number])
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(12))
 def test_every_copy_in_a_checkpoint_of_any_layout_is_fused(seed: int):
     whole, places = nested(random.Random(seed))
     checkpoint = whole if isinstance(whole, Mapping) else {"all": whole}

@@ -22,10 +22,11 @@ from lightning_spectral import (
     SpectralMonitor,
     attach_scales,
     find_blocks,
-    fuse_scales,
 )
+from lightning_spectral.control.loading import lost_scales, restore_unsaved, saved_sites
 from lightning_spectral.control.optimizers import plain_order, with_fresh_scales
 from lightning_spectral.control.scales import ResidualScale
+from lightning_spectral.control.steering import Steering
 from lightning_spectral.monitor.framework import rank_zero_warn
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
@@ -76,31 +77,25 @@ def test_scales_that_the_users_code_leaves_out_come_back(tmp_path: Path, filtere
     assert all(log_scales(again))
 
 
-def test_a_checkpoint_that_only_names_its_scales_is_refused(tmp_path: Path, filtered: tuple[Path, LitGPT]):
+def test_a_checkpoint_that_only_names_its_scales_is_refused(filtered: tuple[Path, LitGPT]):
     saved = torch.load(filtered[0], weights_only=True)
     del saved["lightning_spectral"]["log_scales"]  # as earlier versions marked it
-    torch.save(saved, tmp_path / "old.ckpt")
     with pytest.raises(
         ConfigurationError,
         match=r"names 6 residual scales that it does not hold \(the first is at 'model\.blocks\.0\.attention'\)",
     ):
-        fit(tmp_path / "run", SpectralMonitor(2, True), module=SavesTrained(), ckpt_path=str(tmp_path / "old.ckpt"))
+        restore_unsaved(filtered[1], saved)
 
 
-def test_a_run_that_only_watches_refuses_them_too(tmp_path: Path, filtered: tuple[Path, LitGPT]):
-    with pytest.raises(ConfigurationError, match=r"has 6 residual scales, and the model has none.*fuse_scales"):
-        fit(tmp_path, SpectralMonitor(2), module=SavesTrained(), ckpt_path=str(filtered[0]))
-
-
-def test_a_dry_run_does_not_lose_them(tmp_path: Path):
-    attach_scales(module := unbalanced())
-    torch.save({"state_dict": module.state_dict(), "pytorch-lightning_version": "2.6.6"}, tmp_path / "bare.ckpt")
-    plain = unbalanced()
-    plain.strict_loading = False
-    trainer = fit(tmp_path / "run", [], max_steps=1)
-    trainer.callbacks.insert(0, SpectralMonitor(2, rescaler(dry_run=True)))
+def test_a_dry_run_does_not_lose_scales():
+    scaled, plain = unbalanced(), unbalanced()
+    attach_scales(scaled)
+    steering = Steering(rescaler(dry_run=True), (0.5, 2.0))
+    steering.attach(plain, None)
+    handle = steering.listen(plain)
     with pytest.raises(RuntimeError, match=r"has 6 residual scales, and the model has none.*attach_scales"):
-        trainer.validate(plain, loader(), ckpt_path=str(tmp_path / "bare.ckpt"), verbose=False)
+        plain.load_state_dict(scaled.state_dict(), strict=False)
+    handle.remove()
 
 
 def test_scales_on_branches_that_this_run_would_leave_alone_are_attached_for_them(tmp_path: Path):
@@ -127,9 +122,13 @@ def test_scales_on_branches_that_this_run_would_leave_alone_are_attached_for_the
     )
     assert log_scales(after)[:2] == log_scales(before)[:2]  # as they were: frozen, and moved no more
     assert log_scales(after)[2:] != log_scales(before)[2:]
-    few = SpectralMonitor(2, rescaler(), blocks=blocks[1:])
-    with pytest.raises(RuntimeError, match=r"has 6 residual scales, and the model has none at model\.blocks\.0\.att"):
-        fit(tmp_path / "few", few, module=partly_frozen(), batches=1, ckpt_path=str(saver.path), max_steps=8)
+    few = partly_frozen()
+    attach_scales(few, blocks[1:])
+    message = lost_scales(few, saved_sites(torch.load(saver.path, weights_only=True)))
+    assert message is not None
+    assert (
+        "has 6 residual scales, and the model has none at model.blocks.0.attention, model.blocks.0.mlp, so" in message
+    )
 
 
 def test_a_state_dict_of_a_part_leaves_the_scales_as_they_are_and_a_whole_one_is_plain():
@@ -254,22 +253,6 @@ def test_the_state_of_a_plain_optimizer_finds_its_weights_where_scales_have_move
 def test_states_that_are_not_understood_are_left_to_the_optimizer(state: dict[str, Any]):
     scale = nn.Parameter(torch.zeros(1))
     assert with_fresh_scales(torch.optim.SGD([nn.Parameter(torch.zeros(2)), scale]), state, [scale]) is None
-
-
-def test_fusing_an_averaged_checkpoint_of_a_run_fuses_both_models(tmp_path: Path):
-    from lightning.pytorch.callbacks import EMAWeightAveraging
-
-    module = unbalanced()
-    trainer = fit(tmp_path, [SpectralMonitor(2, rescaler()), EMAWeightAveraging(decay=0.5)], module=module)
-    trainer.save_checkpoint(tmp_path / "average.ckpt")
-    checkpoint = torch.load(tmp_path / "average.ckpt", weights_only=True)
-    fused = fuse_scales(checkpoint)
-    scaled = copy.deepcopy(module).eval()
-    for name in ("state_dict", "current_model_state"):
-        plain = LitGPT().eval()
-        plain.load_state_dict(fused[name], strict=True)
-        scaled.load_state_dict(checkpoint[name])
-        torch.testing.assert_close(plain(IDS), scaled(IDS), rtol=1e-4, atol=1e-5)
 
 
 def test_a_warning_of_this_package_is_heard_where_lightning_is_mute():

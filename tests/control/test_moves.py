@@ -130,7 +130,7 @@ def steered(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         monitor = SpectralMonitor(2, ResidualRescaler(patience=1, learnable=learnable), geometry=False)
-        fit(folder, [monitor, *flags.pop("callbacks", [])], module=module, max_steps=20, **flags)
+        fit(folder, [monitor, *flags.pop("callbacks", [])], module=module, **{"max_steps": 20, **flags})
     records = read_journal(folder / "spectral.jsonl")[1]
     largest = [max(layer["ratio"] for layer in record["layers"]) for record in records]
     steps = [action["step"] for action in read_actions(folder / "spectral.jsonl")]
@@ -154,7 +154,7 @@ def test_frozen_scales_that_an_optimizer_passes_over_stay_where_they_are(tmp_pat
 
 
 def test_a_copy_that_is_not_found_ends_the_steering_of_what_it_undoes(tmp_path: Path):
-    largest, steps, (told,) = steered(tmp_path, Flat)
+    largest, steps, (told,) = steered(tmp_path, Flat, max_steps=8)
     assert "6 residual scale(s) did not stay where the law had moved them (the first is at 'model.blocks.0.att" in told
     assert "The law leaves such scales alone from now on" in told
     assert set(steps) == {2}
@@ -181,14 +181,14 @@ def test_what_writes_weights_back_between_the_steps_is_noticed_too(tmp_path: Pat
                 self.kept = [parameter.detach().clone() for parameter in pl_module.parameters()]
             super().on_train_batch_start(trainer, pl_module)
 
-    _, steps, (told,) = steered(tmp_path, torch.optim.SGD, callbacks=[Once()])
+    _, steps, (told,) = steered(tmp_path, torch.optim.SGD, callbacks=[Once()], max_steps=8)
     assert "The law leaves such scales alone" in told
     assert set(steps) == {2}
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop])
 def test_what_training_does_to_a_scale_is_no_undoing(tmp_path: Path, kind: type):
-    *_, told = steered(tmp_path, kind, lr=3e-2)
+    *_, told = steered(tmp_path, kind, lr=3e-2, max_steps=10)
     assert told == []
 
 
