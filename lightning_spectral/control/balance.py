@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -68,7 +69,8 @@ def balance_init_(
     behind it; see :class:`~lightning_spectral.records.End`) are multiplied by √(target/ρ) and those of the attention
     branch are divided by it, so that the geometric mean of the two norms stays. The measured ratio is the target up to
     rounding, also that of the dtype of the weights; the true one up to the error of the solver, by default at most 1 %.
-    Blocks without a ratio (one branch, an unmeasured branch, weights that are not finite) are left alone.
+    Blocks without a ratio (one branch, an unmeasured branch, weights that are not finite) are left alone. So are blocks
+    that failed their self-check, because their weights may not be those of their branches; a warning names them.
 
     A trained model would lose what it has learned. It is recognized by its weights: those of a fresh model have
     constant norm gains, and matrices of independent or orthogonal entries, whose spectral norm lies at the edge
@@ -103,7 +105,9 @@ def balance_init_(
     if blocks is None:
         blocks = _found(model, batch)
     meter = Meter(model, list(dict.fromkeys(blocks)), linearization=linearization, solver=solver)
-    pairs = [(block, layer) for block, layer in zip(meter.blocks, meter.measure(), strict=True) if layer.ratio]
+    trusted = _trusted(meter.blocks)
+    layers = zip(meter.blocks, meter.measure(), strict=True)
+    pairs = [(block, layer) for block, layer in layers if layer.ratio and block in trusted]
     _check_ends(model, [block for block, _ in pairs])
     writes = [write for block, layer in pairs for write in _writes(model, block, layer, target, meter.linearization)]
     if not force:
@@ -119,6 +123,19 @@ def balance_init_(
 def _found(model: nn.Module, batch: Any) -> tuple[ResidualBlock, ...]:
     args, kwargs = arguments_of(batch)
     return find_blocks(model, *args, **kwargs)
+
+
+def _trusted(blocks: Sequence[ResidualBlock]) -> list[ResidualBlock]:
+    """Return the blocks that passed their self-check or were described by hints, and warn of the others."""
+    doubtful = [block for block in blocks if not block.verified and block.evidence != "hints"]
+    if doubtful:
+        names = "; ".join(f"{block.name} ({block.doubt})" for block in doubtful)
+        warnings.warn(
+            f"balance_init_ leaves {len(doubtful)} of {len(blocks)} blocks alone, because their self-check failed: {names}. "
+            "If their sites are right, pass dataclasses.replace(block, verified=True) in their place.",
+            stacklevel=3,
+        )
+    return [block for block in blocks if block not in doubtful]
 
 
 def _pair(block: ResidualBlock) -> Iterator[Branch]:

@@ -213,6 +213,19 @@ def test_chosen_blocks_are_balanced_and_the_others_are_not() -> None:
     assert all("h.2." in name for name in changed(model, before))
 
 
+def test_blocks_that_failed_their_self_check_are_left_alone_and_named() -> None:
+    """They have a ratio, and who knows better says so."""
+    model = example("refused_class_token").build()
+    args, kwargs = example("refused_class_token").inputs(model)
+    blocks, before = find_blocks(model, *args, **kwargs), state(model)
+    with pytest.warns(UserWarning, match=r"leaves 3 of 3 blocks alone.* body\.layers\.0 \(body\.layers\.0\.pool"):
+        left = balance_init_(model, blocks)
+    assert not changed(model, before)
+    assert all(layer.ratio and layer.doubt for layer in left)
+    result = balance_init_(model, [replace(block, verified=True) for block in blocks[1:]])
+    assert [layer.ratio for layer in result] == [pytest.approx(1.0, rel=1e-4)] * 2
+
+
 def test_blocks_are_found_from_a_batch() -> None:
     """A tensor, a tuple or a dict."""
     (ids,), _ = example("nanogpt").inputs(nn.Identity())
