@@ -31,7 +31,6 @@ from lightning_spectral.control.optimizers import (
 from lightning_spectral.control.scales import (
     ResidualScale,
     ResidualScales,
-    attach_scales,
     attach_to,
     attach_where_possible,
     trusted_branches,
@@ -87,30 +86,20 @@ class Steering:
             others: Objects that may hold copies of the model, such as callbacks.
 
         Raises:
-            ConfigurationError, BlocksNotFoundError, ExampleInputError: As :func:`attach_scales` does.
+            ConfigurationError, BlocksNotFoundError, ExampleInputError: As
+                :func:`~lightning_spectral.control.scales.attach_scales` does.
         """
         if self.scales is not None and self.scales.model is model:
             self._attached = 0
             return
-        before = _count(model)
-        if blocks is not None:
-            self._left_alone = []
-            if not self.rescaler.dry_run:
-                attach_scales(model, blocks, learnable=self.rescaler.learnable)
-        else:
-            blocks = find_blocks(model)
-            trusted = trusted_branches(blocks)
-            steered = [branch for branch in trusted if not is_frozen(model, branch)]
-            if trusted and not steered:
-                warnings.warn(
-                    "auto_rescale steers nothing: every branch is frozen. Pass blocks=find_blocks(model) to steer "
-                    "frozen branches",
-                    stacklevel=2,
-                )
-            known = set(steered)
-            self._left_alone = [branch for block in blocks for branch in block.branches if branch not in known]
-            if not self.rescaler.dry_run:
-                attach_where_possible(model, blocks, steered, learnable=self.rescaler.learnable, others=others)
+        before, passed = _count(model), blocks is not None
+        blocks = find_blocks(model) if blocks is None else blocks
+        steered = [item for block in blocks for item in block.branches] if passed else _trained(model, blocks)
+        known = set(steered)
+        self._left_alone = [branch for block in blocks for branch in block.branches if branch not in known]
+        if not self.rescaler.dry_run:
+            attach = attach_to if passed else attach_where_possible
+            attach(model, blocks, steered, learnable=self.rescaler.learnable, others=others)
         self._attached = _count(model) - before
         self._take(ResidualScales(model, with_scales(model, blocks)))
 
@@ -152,8 +141,8 @@ class Steering:
         Raises:
             ConfigurationError: One has nothing that it could be folded into.
         """
-        assert self.scales is not None
-        lost = [scale for scale in _scales_in(self.scales.model) if not scale.on_weight and not scale.ends]
+        scales = [] if self.scales is None else _scales_in(self.scales.model)
+        lost = [scale for scale in scales if not scale.on_weight and not scale.ends]
         if lost and self._attached:
             raise ConfigurationError(
                 f"{len(lost)} residual scale(s) would be lost: this strategy starts its processes from yours, which "
@@ -324,6 +313,19 @@ class Steering:
         sites = [] if self.scales is None else [site for site, _ in self.scales.named_parameters()]
         if sites:
             checkpoint[MARKER] = marked(sites, checkpoint.get("state_dict", {}))
+
+
+def _trained(model: nn.Module, blocks: Sequence[ResidualBlock]) -> list[Branch]:
+    """Return the branches of the blocks that passed their self-check, without frozen ones."""
+    trusted = trusted_branches(blocks)
+    trained = [branch for branch in trusted if not is_frozen(model, branch)]
+    if trusted and not trained:
+        warnings.warn(
+            "auto_rescale steers nothing: every branch is frozen. Pass blocks=find_blocks(model) to steer frozen "
+            "branches",
+            stacklevel=2,
+        )
+    return trained
 
 
 def _scales_in(model: nn.Module) -> list[ResidualScale]:
