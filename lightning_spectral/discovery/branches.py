@@ -29,7 +29,7 @@ from lightning_spectral.discovery.residual import Refusal, ResidualAdd, Term, go
 from lightning_spectral.discovery.sites import Site, choose_site, usable_modules
 from lightning_spectral.discovery.steps import Steps
 from lightning_spectral.discovery.tape import Operation, Tape
-from lightning_spectral.records import Branch, BranchKind
+from lightning_spectral.records import Branch, BranchKind, Factor
 
 __all__ = ["FoundBranch", "branches_of", "finished"]
 
@@ -184,10 +184,17 @@ def finished(
         found = chains(linear, prober, kind)
         paths = with_all_experts(modules, block, found, set(tape.names.values()))
         paths = agreed_paths(linear, prober, paths)
-        outer = tuple(multiplier_factors(tape, tuple(multiplier for _, multiplier in multipliers)))
+        outer = (*_written(tape, branch.add), *multiplier_factors(tape, [item for _, item in multipliers]))
     except UnmeasurableError as error:
         return replace(record, reason=str(error))
     return replace(record, paths=tuple(replace(path, factors=merged((*outer, *path.factors))) for path in paths))
+
+
+def _written(tape: Tape, add: ResidualAdd) -> Iterator[Factor]:
+    """Yield what multiplies a branch on its way to several streams: of many numbers, the root of their mean square."""
+    for factor in multiplier_factors(tape, add.stack.writers) if add.stack is not None else ():
+        many = factor.size is not None and factor.size > 1
+        yield replace(factor, layout=(*factor.layout, ("rms",)), size=None) if many else factor
 
 
 def _whole(tape: Tape, branch: FoundBranch) -> tuple[Region, tuple[tuple[int, Multiplier], ...]]:
