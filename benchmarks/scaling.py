@@ -213,9 +213,9 @@ def replicated_cost(shape: Shape, ranks: int, start: Start) -> Cost:
     return Cost(
         read=sum(bytes_read(item, t) for item in items),
         flops=sum(sum(flops(item, start, t)) for item in items),
-        contributed=vector + 2 * decision,
-        collectives=5,  # one gather; each of two decisions waits for all and adds up an integer
-        sent=(ranks - 1) * vector + 2 * 2 * decision * (ranks - 1) / ranks,
+        contributed=vector + 3 * decision,
+        collectives=7,  # one gather; each of three decisions waits for all and adds up an integer
+        sent=(ranks - 1) * vector + 3 * 2 * decision * (ranks - 1) / ranks,
     )
 
 

@@ -68,14 +68,14 @@ def test_a_run_in_two_processes_is_the_run_in_one(runs: Any, layout: str, name: 
     # The same in all processes, bit by bit, after every step.
     assert all(result["parameters"] == first["parameters"] for result in results)
     assert all(result["scales"] == first["scales"] for result in results)
-    assert list(ratios(first)) == list(ratios(one)) == ([0, 2, 4, 6, 8] if how == "fit" else [6, 8])
+    assert list(ratios(first)) == list(ratios(one)) == ([0, 2, 4, 6, 8] if how == "fit" else [4, 6, 8])
     # The first measurement is of equal weights; later ones follow training, which rounds in another order.
     if how == "fit":
         assert ratios(first)[0] == pytest.approx(ratios(one)[0], rel=1e-4)
     for step, found in ratios(first).items():
         assert found == pytest.approx(ratios(one)[step], rel=1e-3 if "32" in precision or "64" in precision else 0.05)
     if what == "steer":
-        assert {action["step"] for action in first["actions"]} >= {2 if how == "fit" else 6}
+        assert {action["step"] for action in first["actions"]} >= {2 if how == "fit" else 4}
         assert len(first["scales"]) == (STEPS if how == "fit" else STEPS - STOP)
         assert len(first["scales"][-1]) == 2 * BLOCKS
         distance = {step: max(abs(math.log(ratio)) for ratio in found) for step, found in ratios(first).items()}
@@ -117,7 +117,7 @@ def test_the_tokens_of_all_batches_are_seen(runs: Any, layout: str):
     (first, *_), (one,) = case(runs(layout), name), case(runs("single"), name)
     for mine, other in zip(first["records"], one["records"], strict=True):
         for layer, twin in zip(mine["layers"], other["layers"], strict=True):
-            if mine["step"] == 0:  # before the first batch
+            if mine["step"] == STEPS:  # no pass follows
                 assert layer["token_residual"] is twin["token_residual"] is layer["functional"] is None
                 continue
             assert layer["token_residual"] == pytest.approx(twin["token_residual"], rel=1e-3)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -281,12 +281,12 @@ class Noisy(Meter):
 class Failing(Meter):
     """Fails in the second process, as often as told."""
 
-    times = 0
+    times: ClassVar[list[None]] = []  # as many as are left; shared by the copies that a run makes of its meter
 
     def measure(self, step: int = 0, share: tuple[int, int] = (0, 1)) -> Measurement:
         found = super().measure(step, share)  # first, since other processes may wait in it
         if RANK and self.times:
-            self.times -= 1
+            self.times.pop()
             raise ArithmeticError("only here")
         return found
 
@@ -317,7 +317,7 @@ def failing(layout: str, folder: Path, times: int) -> dict[str, Any]:
     """Let measurements fail in one process."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        others: list[Callback] = [Replacing(Failing, times=times)]
+        others: list[Callback] = [Replacing(Failing, times=[None] * times)]
         module, _ = fit(layout, folder, "32-true", steer=False, monitor=SpectralMonitor(2), others=others)
     said = [str(warning.message) for warning in told if "SpectralMonitor" in str(warning.message)]
     return {"parameters": parameters(module), "told": said, **journal(folder)}
@@ -325,7 +325,7 @@ def failing(layout: str, folder: Path, times: int) -> dict[str, Any]:
 
 def raising(layout: str, folder: Path) -> dict[str, Any]:
     """Let a measurement fail in one process where that is to be raised."""
-    monitor, others = SpectralMonitor(2, on_error="raise"), [Replacing(Failing, times=1)]
+    monitor, others = SpectralMonitor(2, on_error="raise"), [Replacing(Failing, times=[None])]
     try:
         fit(layout, folder, "32-true", steer=False, monitor=monitor, others=others)
     except Exception as error:
