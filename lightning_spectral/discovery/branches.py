@@ -78,12 +78,10 @@ def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> tupl
                 )
                 refusals.append(Refusal(add.output, reason))
                 continue
-            site = site or _parameter_site(tape, add, terms)
-            if site is None:
-                reason = (
-                    f"a branch of shape {tape.shape(terms[0].start)} is carried by no module, and its last weight is "
-                    "used more than once (a recurrence)"
-                )
+            try:
+                site = site or _parameter_site(tape, add, terms)
+            except UnmeasurableError as error:
+                reason = f"a branch of shape {tape.shape(terms[0].start)} is carried by no module, and {error}"
                 refusals.append(Refusal(add.output, reason))
                 continue
             modules = tuple(dict.fromkeys(path for term in terms for path in _modules(tape, add, term)))
@@ -148,8 +146,12 @@ def _modules(tape: Tape, add: ResidualAdd, term: Term) -> Iterator[str]:
         yield tape.calls[operation.call].path if operation.call >= 0 else ""
 
 
-def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term]) -> Site | None:
-    """Name the last weight of a branch that no module carries: only the weight itself can be scaled, if used once."""
+def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term]) -> Site:
+    """Name the last weight of a branch that no module carries: only the weight itself can be scaled, if used once.
+
+    Raises:
+        UnmeasurableError: There is no such weight; the message goes on from "and".
+    """
     for value in reversed(tape.between(add.stream, terms[0].start)):
         operation = tape.producer(value)
         if operation is None or not is_product(tape, operation):
@@ -157,10 +159,12 @@ def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term]) -> Site
         weight = weight_operand(tape, operation)
         known = [] if weight is None else tape.parents_with_names(weight)
         paths = {attribute_path(tape.names[value]) for value in known}  # a parametrized weight has several parents
-        if len(paths) != 1 or any(_product_count(tape, value) > 1 for value in known):
-            return None
+        if len(paths) != 1:
+            raise UnmeasurableError(f"its last weight is made of {' and '.join(sorted(paths)) or 'no parameter'}")
+        if any(_product_count(tape, value) > 1 for value in known):
+            raise UnmeasurableError(f"its last weight {paths.pop()} is used more than once (a recurrence)")
         return Site(f"param:{paths.pop()}", None, terms[0].start)
-    return None
+    raise UnmeasurableError("no weight is in it")
 
 
 def _product_count(tape: Tape, parameter: int) -> int:

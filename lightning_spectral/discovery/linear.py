@@ -19,6 +19,7 @@ from lightning_spectral.discovery.layout import arranged
 from lightning_spectral.discovery.operations import (
     Divisor,
     base_name,
+    is_attention,
     is_norm,
     matrix_operands,
     norm_channels_second,
@@ -221,7 +222,7 @@ class LinearPart:
         if step.kind == "mixing":
             carrier = self.steps.carrier(value)
             dimension = _token_dim(operation, carrier)
-            if not self.mixes_tokens:
+            if not self.mixes_tokens and not is_attention(operation):
                 return made[carrier].sum(dimension, keepdim=True).expand(shape)
             return _spread(made[carrier], dimension, shape)
         if step.kind == "norm":

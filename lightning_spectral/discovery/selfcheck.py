@@ -14,12 +14,18 @@ from functools import partial
 import torch
 
 from lightning_spectral.discovery.branches import FoundBranch
-from lightning_spectral.discovery.operations import addends, is_attention, is_product, weight_operand
+from lightning_spectral.discovery.operations import (
+    addends,
+    is_attention,
+    is_contraction,
+    is_product,
+    weight_operand,
+)
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.replay import replay
 from lightning_spectral.discovery.residual import Refusal, ResidualAdd, stream_step, stream_values
 from lightning_spectral.discovery.sites import linked
-from lightning_spectral.discovery.tape import Call, Tape
+from lightning_spectral.discovery.tape import Call, Operation, Tape
 
 __all__ = ["SelfCheck"]
 
@@ -56,7 +62,7 @@ class SelfCheck:
 
     def _branch_problem(self, branch: FoundBranch, stream: int) -> str | None:
         tape = self.tape
-        if branch.kind == "mlp" and math.prod(tape.shape(stream)[1:-1]) == 1 and self._attends(branch):
+        if branch.kind == "mlp" and self._has_one_position(branch, stream) and self._could_mix(branch):
             return "one position cannot show whether a branch mixes positions: pass an example of two tokens or more"
         if not branch.site.path:
             return "no module or weight carries one of its branches"
@@ -66,9 +72,22 @@ class SelfCheck:
             return f"with {branch.site.path} at zero the stream is not passed on, or it is not linear in it"
         return None
 
-    def _attends(self, branch: FoundBranch) -> bool:
-        values = self.tape.between(branch.add.stream, branch.site.value)
-        return any((operation := self.tape.producer(value)) is not None and is_attention(operation) for value in values)
+    def _has_one_position(self, branch: FoundBranch, stream: int) -> bool:
+        shape = self.tape.shape(stream)
+        channel = self.prober.channel_dim(Region(self.tape, branch.add.stream, branch.added)) % len(shape)
+        return math.prod(size for dim, size in enumerate(shape) if dim not in (0, channel)) == 1
+
+    def _could_mix(self, branch: FoundBranch) -> bool:
+        """Whether a branch attends or convolves, which moves nothing where there is one position."""
+        operations = map(self.tape.producer, self.tape.between(branch.add.stream, branch.site.value))
+        return any(item is not None and (is_attention(item) or self._contracts(item)) for item in operations)
+
+    def _contracts(self, operation: Operation) -> bool:
+        """Whether an operation is a convolution over positions, or a product of data with data."""
+        if "convolution" not in operation.name:
+            return is_contraction(operation) and not is_product(self.tape, operation)
+        weight = weight_operand(self.tape, operation)
+        return weight is not None and any(size != 1 for size in self.tape.shape(weight)[2:])
 
     def _is_linear(self, branch: FoundBranch) -> bool:
         """Whether the sum is the stream alone with the site at 0, and proportional to the factor at the site."""
