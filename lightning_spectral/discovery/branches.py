@@ -29,9 +29,9 @@ from lightning_spectral.discovery.residual import Refusal, ResidualAdd, Term, go
 from lightning_spectral.discovery.sites import Site, choose_site, usable_modules
 from lightning_spectral.discovery.steps import Steps
 from lightning_spectral.discovery.tape import Operation, Tape
-from lightning_spectral.records import Branch, BranchKind
+from lightning_spectral.records import Branch, BranchKind, Factor, Path
 
-__all__ = ["FoundBranch", "branches_of", "finished"]
+__all__ = ["FoundBranch", "alike", "branches_of", "finished"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +194,26 @@ def finished(
     return replace(record, paths=tuple(replace(path, factors=merged((*outer, *path.factors))) for path in paths))
 
 
+def alike(records: Sequence[Branch]) -> Branch:
+    """Return the record of a branch that a model runs several times, as it is in every call.
+
+    Args:
+        records: The records of its calls, in the order of execution.
+    """
+    first, *others = records
+    if all(_rounded(other.paths) == _rounded(first.paths) for other in others):
+        return first
+    reason = f"it runs {len(records)} times, and what multiplies it or its matrices is not the same each time"
+    return replace(first, paths=(), reason=first.reason or reason)
+
+
+def _rounded(paths: Sequence[Path]) -> tuple[Path, ...]:
+    def chain(factors: Sequence[Factor]) -> tuple[Factor, ...]:
+        return tuple(replace(item, constant=round(item.constant, 6)) for item in factors)
+
+    return tuple(replace(path, factors=chain(path.factors)) for path in paths)
+
+
 def _whole(tape: Tape, branch: FoundBranch) -> tuple[Region, tuple[tuple[int, Multiplier], ...]]:
     """Return a branch from the stream to the value that is all of its terms, and what multiplies that value."""
     first, *rest = branch.terms
@@ -201,10 +221,9 @@ def _whole(tape: Tape, branch: FoundBranch) -> tuple[Region, tuple[tuple[int, Mu
         return Region(tape, branch.add.stream, first.start), first.outer
     together = min(set(first.spine).intersection(*(term.spine for term in rest)))
     outer = [tuple(item for item in term.multipliers if item[0] >= together) for term in branch.terms]
-    repeated = [multipliers for term, multipliers in zip(branch.terms, outer, strict=True) if term.start == together]
-    if len(repeated) > 1:  # one value, added several times
-        numbers = [[item for _, item in multipliers if isinstance(item, float)] for multipliers in repeated]
-        if list(map(len, numbers)) != list(map(len, repeated)):
+    if all(term.start >= together for term in branch.terms):  # one value, added several times
+        numbers = [[item for _, item in multipliers if isinstance(item, float)] for multipliers in outer]
+        if list(map(len, numbers)) != list(map(len, outer)):
             raise UnmeasurableError("it is added several times, each time with a learned multiplier")
-        return Region(tape, branch.add.stream, together), ((together, sum(map(math.prod, numbers))),)
+        return Region(tape, branch.add.stream, together), ((together, float(sum(map(math.prod, numbers)))),)
     return Region(tape, branch.add.stream, together), outer[0]

@@ -10,6 +10,7 @@ from lightning_spectral.discovery.linear import LinearPart
 from lightning_spectral.discovery.multipliers import multiplier_factors
 from lightning_spectral.discovery.operands import UnmeasurableError
 from lightning_spectral.discovery.operations import Divisor, is_norm, norm_channels_second, norm_gain
+from lightning_spectral.discovery.patterns import check_pattern
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.products import (
     Columns,
@@ -123,7 +124,10 @@ class _Walker:
 
     def _through(self, route: Route, operation: Operation, reader: Reader) -> Iterator[_Inner]:
         if route.kind == "mixing":
-            for inner in self.chains_to(self.router.steps.carrier(route.anchor), reader):
+            carrier = self.router.steps.carrier(route.anchor)
+            if self.linear.mixes_tokens:
+                check_pattern(self.tape, operation, carrier)
+            for inner in self.chains_to(carrier, reader):
                 yield inner if self.linear.mixes_tokens else inner._replace(selective=True)
         elif route.kind == "norm":
             yield from self._through_norm(route, operation, reader)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.discovery.layout import arranged
+from lightning_spectral.discovery.operands import UnmeasurableError
 from lightning_spectral.discovery.operations import (
     Divisor,
     base_name,
@@ -95,6 +96,8 @@ class LinearPart:
         """
         value, dimension = source
         ones = torch.ones_like(self.tape.wide(value))
+        if ones.is_complex():
+            raise UnmeasurableError("its matrices multiply complex numbers")
         count = ones.shape[dimension]
         numbers = torch.arange(1, count + 1, dtype=ones.dtype, device=ones.device)
         shape = [1] * ones.dim()

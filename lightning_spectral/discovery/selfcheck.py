@@ -62,8 +62,11 @@ class SelfCheck:
 
     def _branch_problem(self, branch: FoundBranch, stream: int) -> str | None:
         tape = self.tape
-        if branch.kind == "mlp" and self._has_one_position(branch, stream) and self._could_mix(branch):
-            return "one position cannot show whether a branch mixes positions: pass an example of two tokens or more"
+        if branch.kind == "mlp" and self._could_mix(branch):
+            if self._has_one_position(branch, stream):
+                return "one position cannot show whether a branch mixes positions: pass an example of two tokens or more"
+            if not bool(tape.wide(branch.site.value).isfinite().any()):
+                return f"{branch.site.path} is NaN on the example input, which cannot show whether it mixes positions"
         if not branch.site.path:
             return "no module or weight carries one of its branches"
         region = Region(tape, branch.add.skip.leaf, branch.add.output)
