@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lightning_spectral.discovery.linear import LinearPart
 from lightning_spectral.discovery.multipliers import multiplier_factors
 from lightning_spectral.discovery.operands import UnmeasurableError
-from lightning_spectral.discovery.operations import Divisor, is_norm, norm_channels_second, norm_gain
+from lightning_spectral.discovery.operations import Divisor, is_norm, norm_channels_second, norm_gain, norm_groups
 from lightning_spectral.discovery.patterns import check_pattern
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.products import (
@@ -180,9 +180,14 @@ class _Walker:
         order = self.linear.channels((route.anchor, channel), reader.target)
         if order is None or any(order.count(place) != order.count(0) for place in range(size)):
             raise UnmeasurableError("a norm is read in part, or its channels are mixed afterwards")
+        groups = norm_groups(operation) if fused else 1
         if order != tuple(range(size)) * (len(order) // size):
+            if groups > 1 or len(order) > size:
+                raise UnmeasurableError("channels are rearranged behind a norm of single heads or groups")
             factor = replace(factor, size=len(order))
             factor = factor if factor.parameter is None else replace(factor, rows=as_ranges(order))
+        elif groups > 1:
+            factor = replace(factor, size=size // groups)
         return (replace(factor, role="inner_norm"),)
 
     def _is_of_stream(self, value: int) -> bool:

@@ -119,7 +119,7 @@ class SelfCheck:
             return self._weight_outside(name, adds[0].skip.leaf)
         entry, output = self._ends(call, adds)
         if entry is None or output is None:
-            return self._weight_outside(name, adds[0].skip.leaf)
+            return self._weight_outside(name, adds[0].skip.leaf) or self._mixed_before(name, call, adds[0].skip.leaf)
         return self._refused(entry, output) or self._lost_on_the_way(entry, output) or self._weight_outside(name, entry)
 
     def _call_around(self, name: str, adds: Sequence[ResidualAdd]) -> Call | None:
@@ -176,6 +176,16 @@ class SelfCheck:
         terms = () if operation is None else addends(self.tape, operation)
         found = [set(stream_values(self.tape, term)) for term in terms if self.tape.depends(term, entry)]
         return max(set.intersection(*found), default=None) if found else None
+
+    def _mixed_before(self, name: str, call: Call, begin: int) -> str | None:
+        """Return an attention of a block before its stream begins: beside a stream of another length, say."""
+        tape = self.tape
+        before = {value for entry in call.inputs if tape.depends(begin, entry) for value in tape.between(entry, begin)}
+        operations = (operation for value in before if (operation := tape.producer(value)) is not None)
+        if not any(is_attention(operation) for operation in operations):
+            return None
+        weights = (weight for value, weight in self._outside if value in before and weight.startswith(f"{name}."))
+        return next((f"{weight} acts outside the branches that were found" for weight in weights), None)
 
     def _weight_outside(self, name: str, entry: int) -> str | None:
         for value, weight in self._outside:
