@@ -96,7 +96,9 @@ class _Chain:
         deviation = 0.0
         for place, groups in sorted(self.grouped.items(), reverse=True):
             if torch.is_grad_enabled():
-                raise ConfigurationError("a norm of single heads stands behind a matrix, through which no gradient goes")
+                raise ConfigurationError(
+                    "a norm of single heads stands behind a matrix, through which no gradient goes"
+                )
             right = Product(*self.operators[place:])
             probes, spread = _probes(right)
             generator = torch.Generator().manual_seed(0)

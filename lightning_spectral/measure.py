@@ -352,7 +352,9 @@ def _layer(
         if kind:
             return values[kind]
         owner = shared.get((block.name, word))
-        return _Value(reason=_left_out(block, word) if owner is None else f"it is that of {owner}, where it is measured")
+        return _Value(
+            reason=_left_out(block, word) if owner is None else f"it is that of {owner}, where it is measured"
+        )
 
     attention, mlp = value("attention", block.attention_branches), value("mlp", block.mlp_branches)
     bounds = [value.bound for value in (attention, mlp) if value.bound is not None]

@@ -188,7 +188,7 @@ def finished(
         found = chains(linear, prober, kind)
         paths = with_all_experts(modules, block, found, set(tape.names.values()))
         paths = agreed_paths(linear, prober, paths)
-        outer = tuple(multiplier_factors(tape, tuple(multiplier for _, multiplier in multipliers)))
+        outer = (*_written(tape, branch.add), *multiplier_factors(tape, [item for _, item in multipliers]))
     except UnmeasurableError as error:
         return replace(record, reason=str(error))
     return replace(record, paths=tuple(replace(path, factors=merged((*outer, *path.factors))) for path in paths))
@@ -212,6 +212,13 @@ def _rounded(paths: Sequence[Path]) -> tuple[Path, ...]:
         return tuple(replace(item, constant=round(item.constant, 6)) for item in factors)
 
     return tuple(replace(path, factors=chain(path.factors)) for path in paths)
+
+
+def _written(tape: Tape, add: ResidualAdd) -> Iterator[Factor]:
+    """Yield what multiplies a branch on its way to several streams: of many numbers, the root of their mean square."""
+    for factor in multiplier_factors(tape, add.stack.writers) if add.stack is not None else ():
+        many = factor.size is not None and factor.size > 1
+        yield replace(factor, layout=(*factor.layout, ("rms",)), size=None) if many else factor
 
 
 def _whole(tape: Tape, branch: FoundBranch) -> tuple[Region, tuple[tuple[int, Multiplier], ...]]:

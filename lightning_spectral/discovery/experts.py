@@ -138,8 +138,8 @@ def _matrix_names(chain: Chain) -> list[str]:
 def _levels(modules: Mapping[str, nn.Module], block: str, chosen: Sequence[Chain]) -> list[Level]:
     """Return where in the paths of their matrices the experts are numbered: several places where lists are nested.
 
-    The chains are of one make. Experts that ran differ in just these components. Where one expert ran alone, it is numbered by the outermost list
-    inside the block that holds all of its matrices under one key.
+    The chains are of one make. Experts that ran differ in just these components. Where one expert ran alone, it is
+    numbered by the outermost list inside the block that holds all of its matrices under one key.
     """
     split = [[name.split(".") for name in _matrix_names(chain)] for chain in chosen]
     if not split:

@@ -107,17 +107,20 @@ def _blocks_on(model: nn.Module, passes: Sequence[Pass], hints: Mapping[str, Any
     """Return the blocks on some tapes, each of them once."""
     found: dict[str, ResidualBlock] = {}
     refusals: list[str] = []
+    notes: list[str] = []
     for item in passes:
-        blocks, refused = blocks_of(item.tape, model)
-        refusals += refused
-        for block in blocks:
+        on_tape = blocks_of(item.tape, model)
+        refusals += on_tape.refused
+        notes += on_tape.notes
+        for block in on_tape.blocks:
             found.setdefault(block.name, block)
     numbered = [replace(block, index=index) for index, block in enumerate(found.values())]
     if hints:
         numbered = list(with_hints(model, numbered, hints))
     elif not numbered:
         raise BlocksNotFoundError(_nothing_found(model, [item.description for item in passes], refusals))
-    return Blocks(with_shapes(model, numbered), unseen(model, [item.tape for item in passes]))
+    notes += unseen(model, [item.tape for item in passes])
+    return Blocks(with_shapes(model, numbered), dict.fromkeys(notes))
 
 
 def _nothing_found(model: nn.Module, descriptions: Iterable[str], refusals: list[str]) -> str:

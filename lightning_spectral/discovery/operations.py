@@ -294,7 +294,7 @@ def norm_gain(operation: Operation) -> int | None:
 def norm_groups(operation: Operation) -> int:
     """Return the number of groups of channels that a fused norm takes one by one."""
     position = {"native_group_norm": 6, "group_norm": 1}.get(operation.name)
-    return 1 if position is None else int(operation.args[position])  # type: ignore[call-overload]
+    return 1 if position is None else int(operation.args[position])
 
 
 def norm_channels_second(operation: Operation) -> bool:

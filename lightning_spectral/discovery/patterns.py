@@ -42,7 +42,7 @@ def check_pattern(tape: Tape, operation: Operation, carrier: int) -> None:
     if learned:
         names = sorted(tape.names[value] for value in learned)
         raise UnmeasurableError(f"its attention pattern is multiplied by what is made of {' and '.join(names)}")
-    total = round(float(sums[0].flatten()[0]), 3)
+    total = round(float(sums[0].flatten()[0]), 3) + 0.0  # no minus in front of a zero
     if bool((sums[0] - total).abs().max() <= _TOLERANCE * max(1.0, abs(total))):
         raise UnmeasurableError(f"its attention pattern adds up to {total:g} at every token, and not to 1")
 

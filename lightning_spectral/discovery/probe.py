@@ -119,7 +119,8 @@ class Prober:
         before = replay(self.tape, {region.stream: stream}, region.leaf, held=held)
         sizes = stream.movedim(channel, -1).shape[:-1]
         scale = float(stream.abs().mean()) or 1.0
-        most, dims = 0, ()
+        most: int = 0
+        dims: tuple[int, ...] = ()
         # The first position may reach no other one: where tokens attend to later ones, or it is padding.
         for index in dict.fromkeys(tuple(int(share * (size - 1)) for size in sizes) for share in (0, 1, 0.5)):
             perturbed = stream.clone()

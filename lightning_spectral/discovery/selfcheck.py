@@ -64,7 +64,9 @@ class SelfCheck:
         tape = self.tape
         if branch.kind == "mlp" and self._could_mix(branch):
             if self._has_one_position(branch, stream):
-                return "one position cannot show whether a branch mixes positions: pass an example of two tokens or more"
+                return (
+                    "one position cannot show whether a branch mixes positions: pass an example of two tokens or more"
+                )
             if not bool(tape.wide(branch.site.value).isfinite().any()):
                 return f"{branch.site.path} is NaN on the example input, which cannot show whether it mixes positions"
         if not branch.site.path:
@@ -195,12 +197,15 @@ class SelfCheck:
 
 
 def _weights_outside(tape: Tape, branches: Sequence[FoundBranch]) -> Iterator[tuple[int, str]]:
-    """Yield the products that lie in no branch, each with the name of its weight."""
+    """Yield the products that lie in no branch and lead to what the pass returns, each with the name of its weight."""
+    returned = [value for call in tape.calls if call.parent < 0 for _, value in call.outputs]
     inside = 0
     for branch in branches:
         inside |= branch.add.interior
     for operation in tape.operations:
         if not is_product(tape, operation) or any(inside >> output & 1 for output in operation.outputs):
+            continue
+        if not any(tape.depends(value, output) for value in returned for output in operation.outputs):
             continue
         weight = weight_operand(tape, operation)
         names = [tape.names[item] for item in tape.parents_with_names(weight)] if weight is not None else []

@@ -106,7 +106,6 @@ def test_what_is_no_stack_of_branches_is_refused_or_unverified(name: str, found:
     [
         "refused_joined_stream",
         "refused_masked_add",
-        "refused_hyper_connections",
         "refused_mlp",
         "refused_cnn",
         "refused_recurrent",
