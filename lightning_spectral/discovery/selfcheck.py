@@ -19,6 +19,7 @@ from lightning_spectral.discovery.operations import (
     is_attention,
     is_contraction,
     is_product,
+    matrix_operands,
     weight_operand,
 )
 from lightning_spectral.discovery.probe import Prober, Region
@@ -184,10 +185,19 @@ class SelfCheck:
         tape = self.tape
         before = {value for entry in call.inputs if tape.depends(begin, entry) for value in tape.between(entry, begin)}
         operations = (operation for value in before if (operation := tape.producer(value)) is not None)
-        if not any(is_attention(operation) for operation in operations):
+        if not any(is_attention(operation) and self._asks_by_data(operation) for operation in operations):
             return None
         weights = (weight for value, weight in self._outside if value in before and weight.startswith(f"{name}."))
         return next((f"{weight} acts outside the branches that were found" for weight in weights), None)
+
+    def _asks_by_data(self, operation: Operation) -> bool:
+        """Whether the queries of an attention are made of data; a learned query pools a sequence."""
+        asked: Operation | None = operation
+        while asked is not None and not is_contraction(asked):
+            asked = self.tape.producer(asked.inputs[0])
+        if asked is None:
+            return False
+        return all(map(self.tape.is_data, asked.inputs[:2] if is_attention(asked) else matrix_operands(asked)))
 
     def _weight_outside(self, name: str, entry: int) -> str | None:
         for value, weight in self._outside:

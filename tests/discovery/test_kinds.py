@@ -202,6 +202,32 @@ def test_a_pattern_that_adds_up_to_1_passes_the_values_on(pattern: Forward) -> N
     assert found(block).attention_norm == pytest.approx(size(block.attention.matrix), rel=1e-5)
 
 
+def test_an_attention_that_shares_its_last_matrix_with_an_mlp_is_refused() -> None:
+    """What the matrix adds is neither: single-stream blocks that join both in front of it."""
+
+    class Joint(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.last = nn.Linear(WIDTH, HIDDEN), nn.Linear(WIDTH + HIDDEN, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.cat([super().forward(x), F.gelu(self.up(x))], -1))
+
+    layer = found(Block(lambda self, x: x, Joint()))
+    assert layer.attention_norm is None
+    assert "also that of an MLP" in str(layer.attention_reason)
+
+
+def test_a_shift_that_only_the_first_token_shows_is_refused() -> None:
+    """h + μ (shifted h − h) is h, but for the first token, in front of which there is nothing."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return x + self.mlp(x + self.share * (F.pad(x, (0, 0, 1, -1)) - x))
+
+    block = Block(forward, mlp=MLP(), share=nn.Parameter(0.5 + torch.rand(WIDTH)))
+    assert found(block).mlp_norm is None
+
+
 # Which positions a branch moves.
 
 
