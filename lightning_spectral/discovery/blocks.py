@@ -14,6 +14,7 @@ from lightning_spectral.discovery.groups import named_groups, settled_kinds
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.residual import residual_adds
 from lightning_spectral.discovery.selfcheck import SelfCheck
+from lightning_spectral.discovery.surprises import SURPRISES
 from lightning_spectral.discovery.tape import Tape
 from lightning_spectral.records import ResidualBlock
 
@@ -82,4 +83,7 @@ def _token_dims(tape: Tape, members: Sequence[FoundBranch], prober: Prober) -> t
     """Return the dimensions of the stream along which a block mixes positions."""
     ends = [branch.added if branch.add.stack is None else branch.add.stack.written for branch in members]
     regions = [Region(tape, branch.add.stream, end) for branch, end in zip(members, ends, strict=True)]
-    return tuple(sorted({dim for region in regions for dim in prober.mixed_dims(region)}))
+    try:
+        return tuple(sorted({dim for region in regions for dim in prober.mixed_dims(region)}))
+    except SURPRISES:
+        return ()

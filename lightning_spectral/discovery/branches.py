@@ -28,6 +28,7 @@ from lightning_spectral.discovery.recipes import attribute_path
 from lightning_spectral.discovery.residual import Refusal, ResidualAdd, Term, goes_on
 from lightning_spectral.discovery.sites import Site, choose_site, usable_modules
 from lightning_spectral.discovery.steps import Steps
+from lightning_spectral.discovery.surprises import SURPRISES, surprise
 from lightning_spectral.discovery.tape import Operation, Tape
 from lightning_spectral.records import Branch, BranchKind, Factor, Path
 
@@ -69,7 +70,13 @@ def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> tupl
     found: list[FoundBranch] = []
     refusals: list[Refusal] = []
     for add in adds:
-        for kind, terms, neighbours in _grouped(tape, add, prober, usable):
+        try:
+            grouped = list(_grouped(tape, add, prober, usable))
+        except SURPRISES as error:
+            what = f"what a sum of shape {tape.shape(add.output)} adds could not be told"
+            refusals.append(Refusal(add.output, surprise(what, error)))
+            continue
+        for kind, terms, neighbours in grouped:
             others = [term for term in (add.skip, *add.branches, *add.others) if term not in terms]
             site = choose_site(tape, add, terms, others, usable)
             if site is None and not goes_on(tape, add.output):
@@ -191,6 +198,8 @@ def finished(
         outer = (*_written(tape, branch.add), *multiplier_factors(tape, [item for _, item in multipliers]))
     except UnmeasurableError as error:
         return replace(record, reason=str(error))
+    except SURPRISES as error:
+        return replace(record, reason=surprise("its product could not be read", error))
     return replace(record, paths=tuple(replace(path, factors=merged((*outer, *path.factors))) for path in paths))
 
 

@@ -26,6 +26,7 @@ from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.replay import replay
 from lightning_spectral.discovery.residual import Refusal, ResidualAdd, stream_step, stream_values
 from lightning_spectral.discovery.sites import linked
+from lightning_spectral.discovery.surprises import SURPRISES, surprise
 from lightning_spectral.discovery.tape import Call, Operation, Tape
 
 __all__ = ["SelfCheck"]
@@ -54,6 +55,12 @@ class SelfCheck:
             name: Name of the block.
             branches: Its branches in the order of execution.
         """
+        try:
+            return self._problem(name, branches)
+        except SURPRISES as error:
+            return surprise("the self-check could not be made", error)
+
+    def _problem(self, name: str, branches: Sequence[FoundBranch]) -> str | None:
         adds = list({branch.add.output: branch.add for branch in branches}.values())
         for earlier, later in itertools.pairwise(adds):
             if not linked(self.tape, later, earlier):
