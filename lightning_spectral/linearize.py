@@ -37,6 +37,7 @@ from lightning_spectral.linalg import (
     Sharded,
     Sum,
     frobenius_norm,
+    frobenius_norms_of_groups,
 )
 from lightning_spectral.linalg.flattened import FlatShard
 from lightning_spectral.linalg.rows import rows_of
@@ -79,14 +80,33 @@ class _Chain:
     scalars: list[float | Tensor] = field(default_factory=list)
     norms: list[Factor] = field(default_factory=list)  # norms that wait for the matrix behind which they stand
     normalized_from: int | None = None
+    grouped: dict[int, int] = field(default_factory=dict)  # groups of channels that a norm takes one by one, by place
 
     def finished(self, adapters: Adapters = "sum") -> Linearized:
+        deviation = self._divide_groups()
         operator = Product(*self.operators) if adapters != "delta" else _difference(self.operators)
         for scalar in self.scalars:
             operator = Scaled(operator, scalar)
         if self.normalized_from is None:
-            return Linearized(operator)
-        return Linearized(operator, Product(*self.operators[self.normalized_from :]))
+            return Linearized(operator, None, deviation)
+        return Linearized(operator, Product(*self.operators[self.normalized_from :]), deviation)
+
+    def _divide_groups(self) -> float:
+        """Divide by the expected size of every group that a norm takes by itself: a head, a group of channels."""
+        deviation = 0.0
+        for place, groups in sorted(self.grouped.items(), reverse=True):
+            if torch.is_grad_enabled():
+                raise ConfigurationError(
+                    "a norm of single heads stands behind a matrix, through which no gradient goes"
+                )
+            right = Product(*self.operators[place:])
+            probes, spread = _probes(right)
+            generator = torch.Generator().manual_seed(0)
+            sizes = frobenius_norms_of_groups(right, groups, generator=generator, n_probes=probes)
+            factors = torch.where(sizes > 0, math.sqrt(right.shape[0] / groups) / sizes, 0.0)
+            self.operators.insert(place, Diagonal(factors.repeat_interleave(right.shape[0] // groups)))
+            deviation += spread
+        return deviation
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +222,8 @@ def linearize_sum(
     inner = _divided(build([replace(path, factors=path.factors[len(head) :]) for path in members]), differentiable)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         chain = _circuit(_Weights(model, small or {}), Path(head), inner.operator)
-        return replace(chain.finished(), deviation=inner.deviation)
+        whole = chain.finished()
+        return replace(whole, deviation=whole.deviation + inner.deviation)
 
 
 def _adapted(paths: Sequence[Path]) -> list[Path]:
@@ -233,11 +254,16 @@ def _divided(item: Linearized, differentiable: bool) -> Linearized:
         return item
     if differentiable:
         raise ConfigurationError("it is a sum of terms with norms of their own, through which no gradient goes")
-    exact = right.shape[1] <= EXACT_WIDTH
-    probes = max(PROBES, right.shape[1] if exact else 0)
+    probes, deviation = _probes(right)
     size = frobenius_norm(right, generator=torch.Generator().manual_seed(0), n_probes=probes)
-    deviation = 0.0 if exact else 1 / math.sqrt(2 * probes)
     return Linearized(Scaled(item.operator, math.sqrt(right.shape[0]) / float(size)), None, deviation + item.deviation)
+
+
+def _probes(operator: LinearOperator) -> tuple[int, float]:
+    """Return how many probes estimate a Frobenius norm, and the largest relative standard deviation that is left."""
+    exact = operator.shape[1] <= EXACT_WIDTH
+    probes = max(PROBES, operator.shape[1] if exact else 0)
+    return probes, 0.0 if exact else 1 / math.sqrt(2 * probes)
 
 
 def _circuit(weights: _Weights, path: Path, right: LinearOperator | None = None) -> _Chain:
@@ -293,7 +319,7 @@ def _parts(operator: LinearOperator) -> tuple[LinearOperator, ...]:
 
 def _append_gain(weights: _Weights, chain: _Chain, factor: Factor) -> None:
     """Append a norm's gain or a residual multiplier. Of a number right of a norm, nothing is left but its sign."""
-    void = chain.normalized_from is not None or bool(chain.norms)
+    void = chain.normalized_from is not None or bool(chain.grouped) or bool(chain.norms)
     if factor.parameter is None:
         if factor.constant != 1.0 and not (void and factor.constant > 0):
             chain.scalars.append(-1.0 if void else factor.constant)
@@ -316,7 +342,10 @@ def _append(weights: _Weights, chain: _Chain, operators: list[LinearOperator]) -
             channels = operators[place].shape[0]
             operators.insert(place, Diagonal(gain.repeat(channels // len(gain))))
             place += 1
-        if chain.normalized_from is None:
+        groups = operators[place].shape[0] // (norm.size or operators[place].shape[0])
+        if groups > 1:
+            chain.grouped[len(chain.operators) + place] = groups
+        elif chain.normalized_from is None:
             chain.normalized_from = len(chain.operators) + place
     chain.norms.clear()
     chain.operators += operators

@@ -337,6 +337,14 @@ def _shared(blocks: Sequence[ResidualBlock]) -> dict[tuple[str, str], str]:
     return found
 
 
+def _left_out(block: ResidualBlock, word: str) -> str | None:
+    """Say which branch is there in place of one that the block has not, ``None`` where there is none."""
+    kind = "mixer" if word == "mlp" else "cross_attention"
+    sites = [branch.site for branch in block.branches if branch.kind == kind and branch not in block.attention_branches]
+    what = "mixes tokens and is not attention" if word == "mlp" else "is cross-attention"
+    return f"{', '.join(sites)} {what}, which is not measured" if sites else None
+
+
 def _layer(
     block: ResidualBlock,
     values: Mapping[Kind, _Value],
@@ -347,7 +355,9 @@ def _layer(
         if kind:
             return values[kind]
         owner = shared.get((block.name, word))
-        return _Value(reason=None if owner is None else f"it is that of {owner}, where it is measured")
+        return _Value(
+            reason=_left_out(block, word) if owner is None else f"it is that of {owner}, where it is measured"
+        )
 
     attention, mlp = value("attention", block.attention_branches), value("mlp", block.mlp_branches)
     bounds = [value.bound for value in (attention, mlp) if value.bound is not None]

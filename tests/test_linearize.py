@@ -296,6 +296,8 @@ def circuit_by_hand(block: nn.Module, names: Names, kind: str) -> list[float]:
         product = rights[-1] * before
         if len(rights) > 1:
             product = rights[0] @ unit(product)
+        if kind == "attention" and hasattr(getattr(block, "self_attn", None), "v_norm"):  # of each head by itself
+            product = torch.cat([unit(head) for head in product.split(block.self_attn.head_dim)])  # type: ignore[union-attr, arg-type]
         inner = f"{('self_attn.attn', 'mlp.ffn')[which]}_sub_norm"
         if hasattr(getattr(block, inner.split(".")[0], None), inner.split(".")[1]):
             product = fetch(block, inner).view(-1, 1) * unit(product)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lightning_spectral.discovery.branches import FoundBranch, branches_of, finished
+from lightning_spectral.discovery.branches import FoundBranch, alike, branches_of, finished
 from lightning_spectral.discovery.ends import EndFinder
 from lightning_spectral.discovery.groups import named_groups, settled_kinds
 from lightning_spectral.discovery.probe import Prober, Region
@@ -47,10 +47,11 @@ def blocks_of(tape: Tape, model: nn.Module) -> Found:
     blocks = []
     for index, (name, members) in enumerate(named_groups(tape, modules, found).items()):
         kinds = settled_kinds(members)
-        records = [
-            finder.with_ends(finished(tape, modules, name, branch, kind, prober), branch, name)
-            for branch, kind in zip(members, kinds, strict=True)
-        ]
+        records = []
+        for branch, kind in zip(members, kinds, strict=True):
+            calls = [item for item in found if item.site.path == branch.site.path]
+            record = alike([finished(tape, modules, name, call, kind, prober) for call in calls])
+            records.append(finder.with_ends(record, branch, name))
         branches = tuple(replace(record, aliases=names.get(record.site, ())) for record in records)
         problem = check.problem(name, members)
         evidence = "trace" if problem is None else f"trace; not verified: {problem}"

@@ -30,9 +30,9 @@ from lightning_spectral.discovery.sites import Site, choose_site, usable_modules
 from lightning_spectral.discovery.steps import Steps
 from lightning_spectral.discovery.surprises import SURPRISES, surprise
 from lightning_spectral.discovery.tape import Operation, Tape
-from lightning_spectral.records import Branch, BranchKind, Factor
+from lightning_spectral.records import Branch, BranchKind, Factor, Path
 
-__all__ = ["FoundBranch", "branches_of", "finished"]
+__all__ = ["FoundBranch", "alike", "branches_of", "finished"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +85,10 @@ def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> tupl
                 )
                 refusals.append(Refusal(add.output, reason))
                 continue
-            site = site or _parameter_site(tape, add, terms)
-            if site is None:
-                reason = (
-                    f"a branch of shape {tape.shape(terms[0].start)} is carried by no module, and its last weight is "
-                    "used more than once (a recurrence)"
-                )
+            try:
+                site = site or _parameter_site(tape, add, terms)
+            except UnmeasurableError as error:
+                reason = f"a branch of shape {tape.shape(terms[0].start)} is carried by no module, and {error}"
                 refusals.append(Refusal(add.output, reason))
                 continue
             modules = tuple(dict.fromkeys(path for term in terms for path in _modules(tape, add, term)))
@@ -155,8 +153,12 @@ def _modules(tape: Tape, add: ResidualAdd, term: Term) -> Iterator[str]:
         yield tape.calls[operation.call].path if operation.call >= 0 else ""
 
 
-def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term]) -> Site | None:
-    """Name the last weight of a branch that no module carries: only the weight itself can be scaled, if used once."""
+def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term]) -> Site:
+    """Name the last weight of a branch that no module carries: only the weight itself can be scaled, if used once.
+
+    Raises:
+        UnmeasurableError: There is no such weight; the message goes on from "and".
+    """
     for value in reversed(tape.between(add.stream, terms[0].start)):
         operation = tape.producer(value)
         if operation is None or not is_product(tape, operation):
@@ -164,10 +166,12 @@ def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term]) -> Site
         weight = weight_operand(tape, operation)
         known = [] if weight is None else tape.parents_with_names(weight)
         paths = {attribute_path(tape.names[value]) for value in known}  # a parametrized weight has several parents
-        if len(paths) != 1 or any(_product_count(tape, value) > 1 for value in known):
-            return None
+        if len(paths) != 1:
+            raise UnmeasurableError(f"its last weight is made of {' and '.join(sorted(paths)) or 'no parameter'}")
+        if any(_product_count(tape, value) > 1 for value in known):
+            raise UnmeasurableError(f"its last weight {paths.pop()} is used more than once (a recurrence)")
         return Site(f"param:{paths.pop()}", None, terms[0].start)
-    return None
+    raise UnmeasurableError("no weight is in it")
 
 
 def _product_count(tape: Tape, parameter: int) -> int:
@@ -199,6 +203,26 @@ def finished(
     return replace(record, paths=tuple(replace(path, factors=merged((*outer, *path.factors))) for path in paths))
 
 
+def alike(records: Sequence[Branch]) -> Branch:
+    """Return the record of a branch that a model runs several times, as it is in every call.
+
+    Args:
+        records: The records of its calls, in the order of execution.
+    """
+    first, *others = records
+    if all(_rounded(other.paths) == _rounded(first.paths) for other in others):
+        return first
+    reason = f"it runs {len(records)} times, and what multiplies it or its matrices is not the same each time"
+    return replace(first, paths=(), reason=first.reason or reason)
+
+
+def _rounded(paths: Sequence[Path]) -> tuple[Path, ...]:
+    def chain(factors: Sequence[Factor]) -> tuple[Factor, ...]:
+        return tuple(replace(item, constant=round(item.constant, 6)) for item in factors)
+
+    return tuple(replace(path, factors=chain(path.factors)) for path in paths)
+
+
 def _written(tape: Tape, add: ResidualAdd) -> Iterator[Factor]:
     """Yield what multiplies a branch on its way to several streams: of many numbers, the root of their mean square."""
     for factor in multiplier_factors(tape, add.stack.writers) if add.stack is not None else ():
@@ -213,10 +237,9 @@ def _whole(tape: Tape, branch: FoundBranch) -> tuple[Region, tuple[tuple[int, Mu
         return Region(tape, branch.add.stream, first.start), first.outer
     together = min(set(first.spine).intersection(*(term.spine for term in rest)))
     outer = [tuple(item for item in term.multipliers if item[0] >= together) for term in branch.terms]
-    repeated = [multipliers for term, multipliers in zip(branch.terms, outer, strict=True) if term.start == together]
-    if len(repeated) > 1:  # one value, added several times
-        numbers = [[item for _, item in multipliers if isinstance(item, float)] for multipliers in repeated]
-        if list(map(len, numbers)) != list(map(len, repeated)):
+    if all(term.start >= together for term in branch.terms):  # one value, added several times
+        numbers = [[item for _, item in multipliers if isinstance(item, float)] for multipliers in outer]
+        if list(map(len, numbers)) != list(map(len, outer)):
             raise UnmeasurableError("it is added several times, each time with a learned multiplier")
-        return Region(tape, branch.add.stream, together), ((together, sum(map(math.prod, numbers))),)
+        return Region(tape, branch.add.stream, together), ((together, float(sum(map(math.prod, numbers)))),)
     return Region(tape, branch.add.stream, together), outer[0]

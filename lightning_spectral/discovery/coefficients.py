@@ -117,7 +117,7 @@ def _one_each(numbers: Tensor, chosen: Sequence[int]) -> list[float] | str:
     summed = [place for place in range(len(numbers)) if place not in chosen]
     if not all(bool(reached[place].any()) for place in summed):
         return "a part of it cancels when its activations and gates are left out"
-    # At the ends of a sequence a term may be missing; a token that none is missing at has to exist.
-    if summed and not bool(reached[summed].all(0).any()):
+    # At the ends of a sequence a term may be missing; at most tokens none is.
+    if summed and float(reached[summed].all(0).double().mean()) < 0.5:
         return "different tokens take different ways through it"
     return [number if abs(number) > _ZERO else 1.0 for number in largest]

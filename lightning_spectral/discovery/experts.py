@@ -17,7 +17,8 @@ from lightning_spectral.records import Factor, Path
 __all__ = ["with_all_experts"]
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-Level = tuple[int, ...]  # for each matrix of a chain, the component of its path that numbers the expert
+# For each matrix of a chain, the component of its path that numbers the expert; −1 for one that all experts share.
+Level = tuple[int, ...]
 
 
 def with_all_experts(
@@ -40,7 +41,10 @@ def with_all_experts(
         UnmeasurableError: Not all experts can be known.
     """
     chosen = [chain.factors for chain in chains if chain.selective]
-    levels = _levels(modules, block, chosen)
+    classes: dict[tuple[int, ...], list[Chain]] = {}
+    for factors in chosen:
+        classes.setdefault(_make(factors), []).append(factors)
+    levels = {make: _levels(modules, block, members) for make, members in classes.items()}
     found: dict[Path, None] = {}
     known: set[Chain] = set()
     shared: list[Path] = []
@@ -49,7 +53,7 @@ def with_all_experts(
             continue
         family = _stacked(modules, chain.factors)
         if chain.selective and not family:
-            family = _listed(modules, chain.factors, levels)
+            family = _listed(modules, chain.factors, levels[_make(chain.factors)])
         if chain.selective and family:
             found.update(dict.fromkeys(family))
             known.update(path.factors for path in family)
@@ -57,8 +61,33 @@ def with_all_experts(
             shared += [replace(path, expert=None) for path in family] or [Path(chain.factors)]
     if not found:
         return tuple(shared)
-    _check_complete(modules, [path.factors for path in (*found, *shared)], chosen, ran)
-    return (*found, *(replace(path, expert="shared") for path in shared))
+    experts = _as_they_ran(found, chosen)
+    _check_complete(modules, [path.factors for path in (*experts, *shared)], chosen, ran)
+    return (*experts, *(replace(path, expert="shared") for path in shared))
+
+
+def _as_they_ran(found: Iterable[Path], chosen: Sequence[Chain]) -> list[Path]:
+    """Drop chains that were made after another expert's, of experts that ran and are built otherwise.
+
+    Raises:
+        UnmeasurableError: There are some, and experts that did not run: how these are built is not known.
+    """
+    ran, seen = set(chosen), {_matrices(chain) for chain in chosen}
+    made = [path for path in found if path.factors not in ran]
+    if not any(_matrices(path.factors) in seen for path in made):
+        return list(found)
+    if any(_matrices(path.factors) not in seen for path in made):
+        raise UnmeasurableError("its experts are not built alike, and some of them did not run on the example input")
+    return [path for path in found if path.factors in ran]
+
+
+def _matrices(chain: Chain) -> tuple[Factor, ...]:
+    return tuple(factor for factor in chain if factor.role in MATRICES)
+
+
+def _make(chain: Chain) -> tuple[int, ...]:
+    """Return how deep in the model each matrix lies: the same for experts of one list."""
+    return tuple(name.count(".") for name in _matrix_names(chain))
 
 
 def _stacked(modules: Mapping[str, nn.Module], chain: Chain) -> list[Path]:
@@ -109,27 +138,27 @@ def _matrix_names(chain: Chain) -> list[str]:
 def _levels(modules: Mapping[str, nn.Module], block: str, chosen: Sequence[Chain]) -> list[Level]:
     """Return where in the paths of their matrices the experts are numbered: several places where lists are nested.
 
-    Experts that ran differ in just these components. Where one expert ran alone, it is numbered by the outermost list
-    inside the block that holds all of its matrices under one key.
+    The chains are of one make. Experts that ran differ in just these components. Where one expert ran alone, it is
+    numbered by the outermost list inside the block that holds all of its matrices under one key.
     """
     split = [[name.split(".") for name in _matrix_names(chain)] for chain in chosen]
     if not split:
         return []
     first = split[0]
-    alike = [parts for parts in split if list(map(len, parts)) == list(map(len, first))]
     differ = [
-        [depth for depth in range(len(path)) if len({parts[place][depth] for parts in alike}) > 1]
+        [depth for depth in range(len(path)) if len({parts[place][depth] for parts in split}) > 1]
         for place, path in enumerate(first)
     ]
-    if len({len(depths) for depths in differ}) == 1 and differ[0]:
-        return list(zip(*differ, strict=True))
+    count = max(map(len, differ))
+    if count and all(len(depths) in (0, count) for depths in differ):
+        return list(zip(*(depths or [-1] * count for depths in differ), strict=True))
     start = len(block.split(".")) if block else 0
     entries = [
         [depth for depth in range(start, len(path)) if isinstance(modules.get(".".join(path[:depth])), _CONTAINERS)]
         for path in first
     ]
-    for level in itertools.product(*entries):
-        if len({path[depth] for path, depth in zip(first, level, strict=True)}) == 1:
+    for level in itertools.product(*(depths or [-1] for depths in entries)):
+        if len({path[depth] for path, depth in zip(first, level, strict=True) if depth >= 0}) == 1:
             return [level]
     return []
 
@@ -151,7 +180,7 @@ def _listed(modules: Mapping[str, nn.Module], chain: Chain, levels: Sequence[Lev
 def _siblings(modules: Mapping[str, nn.Module], chain: Chain, level: Level) -> Iterator[tuple[str, Chain]]:
     """Yield the chain with every key that the lists at one level have in common."""
     split = [name.split(".") for name in _matrix_names(chain)]
-    heads = {".".join(path[:depth]): path[depth] for path, depth in zip(split, level, strict=True)}
+    heads = {".".join(path[:depth]): path[depth] for path, depth in zip(split, level, strict=True) if depth >= 0}
     keys = [_keys(modules.get(head)) for head in heads]
     for key in keys[0]:
         if all(key in others for others in keys):

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from lightning_spectral.discovery.linear import LinearPart
 from lightning_spectral.discovery.multipliers import multiplier_factors
 from lightning_spectral.discovery.operands import UnmeasurableError
-from lightning_spectral.discovery.operations import Divisor, is_norm, norm_channels_second, norm_gain
+from lightning_spectral.discovery.operations import Divisor, is_norm, norm_channels_second, norm_gain, norm_groups
+from lightning_spectral.discovery.patterns import check_pattern
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.products import (
     Columns,
@@ -62,6 +63,8 @@ def chains(linear: LinearPart, prober: Prober, kind: BranchKind) -> tuple[FoundC
     found: dict[FoundChain, None] = {}
     end = Reader(linear.region.leaf, linear.end_channel(prober.channel_dim(linear.region)))
     for inner in walker.chains_to(linear.region.leaf, end):
+        if linear.mixes_tokens and inner.bent and not inner.mixed:
+            raise UnmeasurableError("its last matrix is also that of an MLP, which acts on each token alone")
         if any(factor.role == "latent" for factor in inner.factors):
             found[FoundChain(merged(_with_roles(inner.factors, kind)), inner.selective)] = None
         if len(found) > _MAX_CHAINS:
@@ -77,11 +80,16 @@ def merged(chain: Chain) -> Chain:
 
 
 class _Inner(NamedTuple):
-    """A chain from the stream to a value, and the part of the reader's channels that it feeds (``None`` for all)."""
+    """A chain from the stream to a value, and the part of the reader's channels that it feeds (``None`` for all).
+
+    It may be mixed (an attention lies on it) and bent (by an activation or a gate).
+    """
 
     factors: Chain
     selective: bool = False
     columns: Columns | None = None
+    mixed: bool = False
+    bent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +109,14 @@ class _Walker:
 
     def _along(self, route: Route, reader: Reader) -> Iterator[_Inner]:
         if route.kind == "stream":
-            yield _Inner(self._multipliers(route, reader, None), route.selective)
+            yield _Inner(self._multipliers(route, reader, None), route.selective, bent=not route.is_linear)
             return
         operation = self.tape.producer(route.anchor)
         assert operation is not None
         for inner in self._through(route, operation, reader):
             before = self._multipliers(route, reader, inner.columns)
-            yield _Inner((*before, *inner.factors), inner.selective or route.selective, inner.columns)
+            selective, bent = inner.selective or route.selective, inner.bent or not route.is_linear
+            yield inner._replace(factors=(*before, *inner.factors), selective=selective, bent=bent)
 
     def _multipliers(self, route: Route, reader: Reader, columns: Columns | None) -> Chain:
         """Return the multipliers of a route as factors, gains in the order of the channels that are read next."""
@@ -123,8 +132,11 @@ class _Walker:
 
     def _through(self, route: Route, operation: Operation, reader: Reader) -> Iterator[_Inner]:
         if route.kind == "mixing":
-            for inner in self.chains_to(self.router.steps.carrier(route.anchor), reader):
-                yield inner if self.linear.mixes_tokens else inner._replace(selective=True)
+            carrier = self.router.steps.carrier(route.anchor)
+            if self.linear.mixes_tokens:
+                check_pattern(self.tape, operation, carrier)
+            for inner in self.chains_to(carrier, reader):
+                yield inner._replace(mixed=True, selective=inner.selective or not self.linear.mixes_tokens)
         elif route.kind == "norm":
             yield from self._through_norm(route, operation, reader)
         elif route.kind == "sum":
@@ -148,7 +160,7 @@ class _Walker:
         matrix = replace(matrix, rows=rows)
         for inner in self.chains_to(product.data, Reader.of(product)):
             whole = matrix if inner.columns is None else columns_read(matrix, inner.columns)
-            yield _Inner((whole, *inner.factors), inner.selective, columns)
+            yield inner._replace(factors=(whole, *inner.factors), columns=columns)
 
     def _through_norm(self, route: Route, operation: Operation, reader: Reader) -> Iterator[_Inner]:
         step = self.router.steps.step(route.anchor)
@@ -163,7 +175,7 @@ class _Walker:
         for inner in self.chains_to(source, reader):
             if inner.columns is not None:
                 raise UnmeasurableError("a norm acts on several matrices side by side")
-            yield _Inner((*norm, *inner.factors), inner.selective)
+            yield inner._replace(factors=(*norm, *inner.factors))
 
     def _norm(self, route: Route, operation: Operation, reader: Reader) -> Chain:
         """Return a norm as a factor, its gain in the order of the channels that are read next."""
@@ -176,9 +188,14 @@ class _Walker:
         order = self.linear.channels((route.anchor, channel), reader.target)
         if order is None or any(order.count(place) != order.count(0) for place in range(size)):
             raise UnmeasurableError("a norm is read in part, or its channels are mixed afterwards")
+        groups = norm_groups(operation) if fused else 1
         if order != tuple(range(size)) * (len(order) // size):
+            if groups > 1 or len(order) > size:
+                raise UnmeasurableError("channels are rearranged behind a norm of single heads or groups")
             factor = replace(factor, size=len(order))
             factor = factor if factor.parameter is None else replace(factor, rows=as_ranges(order))
+        elif groups > 1:
+            factor = replace(factor, size=size // groups)
         return (replace(factor, role="inner_norm"),)
 
     def _is_of_stream(self, value: int) -> bool:

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.discovery.layout import arranged
+from lightning_spectral.discovery.operands import UnmeasurableError
 from lightning_spectral.discovery.operations import (
     Divisor,
     base_name,
+    is_attention,
     is_norm,
     matrix_operands,
     norm_channels_second,
@@ -94,6 +96,8 @@ class LinearPart:
         """
         value, dimension = source
         ones = torch.ones_like(self.tape.wide(value))
+        if ones.is_complex():
+            raise UnmeasurableError("its matrices multiply complex numbers")
         count = ones.shape[dimension]
         numbers = torch.arange(1, count + 1, dtype=ones.dtype, device=ones.device)
         shape = [1] * ones.dim()
@@ -221,7 +225,7 @@ class LinearPart:
         if step.kind == "mixing":
             carrier = self.steps.carrier(value)
             dimension = _token_dim(operation, carrier)
-            if not self.mixes_tokens:
+            if not self.mixes_tokens and not is_attention(operation):
                 return made[carrier].sum(dimension, keepdim=True).expand(shape)
             return _spread(made[carrier], dimension, shape)
         if step.kind == "norm":

@@ -67,6 +67,8 @@ def value_operand(tape: Tape, operation: Operation) -> int:
     operands = matrix_operands(operation)
     weighted = [value for value in operands if _is_pattern(tape, value)]
     others = [value for value in operands if value not in weighted]
+    if not all(map(tape.is_data, others)):
+        raise UnmeasurableError("it is multiplied by a matrix that belongs to no parameter and no buffer")
     if len(others) != 1:
         raise UnmeasurableError(f"no value path: both operands of {operation.name!r} depend on the tokens alike")
     return others[0]

@@ -24,6 +24,7 @@ __all__ = [
     "multiplied_input",
     "norm_channels_second",
     "norm_gain",
+    "norm_groups",
     "parameter_of",
     "refs",
     "scattered_inputs",
@@ -288,6 +289,12 @@ def norm_gain(operation: Operation) -> int | None:
     """Return the gain of a fused norm, ``None`` where it has none."""
     found = refs(operation, _NORMS[operation.name][0])
     return found[0] if found else None
+
+
+def norm_groups(operation: Operation) -> int:
+    """Return the number of groups of channels that a fused norm takes one by one."""
+    position = {"native_group_norm": 6, "group_norm": 1}.get(operation.name)
+    return 1 if position is None else int(operation.args[position])
 
 
 def norm_channels_second(operation: Operation) -> bool:

@@ -117,19 +117,26 @@ class Prober:
         held = {**self.finite_around(region), **held}
         channel = self._channel_dim(region)
         before = replay(self.tape, {region.stream: stream}, region.leaf, held=held)
-        rows = stream.movedim(channel, -1)
-        index = (0,) * (rows.dim() - 1)
-        scale = float(rows.abs().mean()) or 1.0
-        rows[index] += 1e-3 * scale * _noise(rows[index])
-        after = replay(self.tape, {region.stream: stream}, region.leaf, held=held)
-        change = (after - before).movedim(channel, -1).abs().amax(-1)
-        largest = float(change.max())
-        if not 0 < largest < math.inf:
-            return 0, ()
-        moved = change > 1e-9 * largest
-        places = [dim for dim in range(after.dim()) if dim != channel % after.dim()]
-        dims = tuple(place for place, found in zip(places, moved.nonzero().amax(0).tolist(), strict=True) if found)
-        return int(moved.sum()) - 1, dims
+        sizes = stream.movedim(channel, -1).shape[:-1]
+        scale = float(stream.abs().mean()) or 1.0
+        most: int = 0
+        dims: tuple[int, ...] = ()
+        # The first position may reach no other one: where tokens attend to later ones, or it is padding.
+        for index in dict.fromkeys(tuple(int(share * (size - 1)) for size in sizes) for share in (0, 1, 0.5)):
+            perturbed = stream.clone()
+            row = perturbed.movedim(channel, -1)[index]
+            row += 1e-3 * scale * _noise(row)
+            after = replay(self.tape, {region.stream: perturbed}, region.leaf, held=held)
+            change = (after - before).movedim(channel, -1).abs().amax(-1)
+            change = torch.where(change.isfinite(), change, 0.0)  # tokens that attend to nothing are NaN
+            largest = float(change.max())
+            moved = (change > 1e-9 * largest).nonzero()
+            if len(moved) > 1:
+                places = [dim for dim in range(after.dim()) if dim != channel % after.dim()]
+                apart = (moved != moved[0]).any(0).tolist()
+                most, dims = len(moved) - 1, tuple(place for place, found in zip(places, apart, strict=True) if found)
+                break
+        return most, dims
 
     def made_up_weights(self, region: Region) -> dict[int, Tensor]:
         """Return content for the weights and gains of a region that show nothing as they are."""

@@ -246,10 +246,13 @@ def _terms(tape: Tape, whole: Operation, absorbed: set[int], above: tuple[int, .
     ]
     while stack:
         operation, spine, multipliers = stack.pop()
-        alpha = operation.kwargs.get("alpha", 1)  # add and sub multiply their second operand by it
+        # The second operand of add and sub, and the first of rsub, is multiplied.
+        name = base_name(operation)
+        alpha = float(operation.kwargs.get("alpha", 1)) * (-1 if name in ("sub", "rsub") else 1)
+        scaled = () if name == "sum" else refs(operation, 0 if name == "rsub" else 1)
         inner = []
         for start in _operands(tape, operation):
-            outer = (*multipliers, (start, float(alpha))) if alpha != 1 and start in refs(operation, 1) else multipliers
+            outer = (*multipliers, (start, alpha)) if alpha != 1 and start in scaled else multipliers
             value, path, factors = _followed(tape, start, spine, outer)
             producer = tape.producer(value)
             if producer is not None and len(addends(tape, producer)) > 1 and _is_private(tape, path[len(spine) :]):
@@ -300,6 +303,8 @@ def _gated(tape: Tape, leaf: int) -> Iterator[int]:
         producer = tape.producer(value)
         if producer is None or base_name(producer) not in ("mul", "multiply") or len(producer.inputs) != 2:
             return
+        if normalized_operand(tape, producer) is not None:
+            return  # a norm: scaling what stands behind it scales nothing
         size = tape.tensors[value].numel()
         whole = [item for item in producer.inputs if tape.tensors[item].numel() == size and tape.is_data(item)]
         if len(whole) == 2:

@@ -14,13 +14,20 @@ from functools import partial
 import torch
 
 from lightning_spectral.discovery.branches import FoundBranch
-from lightning_spectral.discovery.operations import addends, is_attention, is_product, weight_operand
+from lightning_spectral.discovery.operations import (
+    addends,
+    is_attention,
+    is_contraction,
+    is_product,
+    matrix_operands,
+    weight_operand,
+)
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.replay import replay
 from lightning_spectral.discovery.residual import Refusal, ResidualAdd, stream_step, stream_values
 from lightning_spectral.discovery.sites import linked
 from lightning_spectral.discovery.surprises import SURPRISES, surprise
-from lightning_spectral.discovery.tape import Call, Tape
+from lightning_spectral.discovery.tape import Call, Operation, Tape
 
 __all__ = ["SelfCheck"]
 
@@ -63,8 +70,13 @@ class SelfCheck:
 
     def _branch_problem(self, branch: FoundBranch, stream: int) -> str | None:
         tape = self.tape
-        if branch.kind == "mlp" and math.prod(tape.shape(stream)[1:-1]) == 1 and self._attends(branch):
-            return "one position cannot show whether a branch mixes positions: pass an example of two tokens or more"
+        if branch.kind == "mlp" and self._could_mix(branch):
+            if self._has_one_position(branch, stream):
+                return (
+                    "one position cannot show whether a branch mixes positions: pass an example of two tokens or more"
+                )
+            if not bool(tape.wide(branch.site.value).isfinite().any()):
+                return f"{branch.site.path} is NaN on the example input, which cannot show whether it mixes positions"
         if not branch.site.path:
             return "no module or weight carries one of its branches"
         region = Region(tape, branch.add.skip.leaf, branch.add.output)
@@ -73,9 +85,22 @@ class SelfCheck:
             return f"with {branch.site.path} at zero the stream is not passed on, or it is not linear in it"
         return None
 
-    def _attends(self, branch: FoundBranch) -> bool:
-        values = self.tape.between(branch.add.stream, branch.site.value)
-        return any((operation := self.tape.producer(value)) is not None and is_attention(operation) for value in values)
+    def _has_one_position(self, branch: FoundBranch, stream: int) -> bool:
+        shape = self.tape.shape(stream)
+        channel = self.prober.channel_dim(Region(self.tape, branch.add.stream, branch.added)) % len(shape)
+        return math.prod(size for dim, size in enumerate(shape) if dim not in (0, channel)) == 1
+
+    def _could_mix(self, branch: FoundBranch) -> bool:
+        """Whether a branch attends or convolves, which moves nothing where there is one position."""
+        operations = map(self.tape.producer, self.tape.between(branch.add.stream, branch.site.value))
+        return any(item is not None and (is_attention(item) or self._contracts(item)) for item in operations)
+
+    def _contracts(self, operation: Operation) -> bool:
+        """Whether an operation is a convolution over positions, or a product of data with data."""
+        if "convolution" not in operation.name:
+            return is_contraction(operation) and not is_product(self.tape, operation)
+        weight = weight_operand(self.tape, operation)
+        return weight is not None and any(size != 1 for size in self.tape.shape(weight)[2:])
 
     def _is_linear(self, branch: FoundBranch) -> bool:
         """Whether the sum is the stream alone with the site at 0, and proportional to the factor at the site."""
@@ -104,7 +129,7 @@ class SelfCheck:
             return self._weight_outside(name, adds[0].skip.leaf)
         entry, output = self._ends(call, adds)
         if entry is None or output is None:
-            return self._weight_outside(name, adds[0].skip.leaf)
+            return self._weight_outside(name, adds[0].skip.leaf) or self._mixed_before(name, call, adds[0].skip.leaf)
         return self._refused(entry, output) or self._lost_on_the_way(entry, output) or self._weight_outside(name, entry)
 
     def _call_around(self, name: str, adds: Sequence[ResidualAdd]) -> Call | None:
@@ -161,6 +186,25 @@ class SelfCheck:
         terms = () if operation is None else addends(self.tape, operation)
         found = [set(stream_values(self.tape, term)) for term in terms if self.tape.depends(term, entry)]
         return max(set.intersection(*found), default=None) if found else None
+
+    def _mixed_before(self, name: str, call: Call, begin: int) -> str | None:
+        """Return an attention of a block before its stream begins: beside a stream of another length, say."""
+        tape = self.tape
+        before = {value for entry in call.inputs if tape.depends(begin, entry) for value in tape.between(entry, begin)}
+        operations = (operation for value in before if (operation := tape.producer(value)) is not None)
+        if not any(is_attention(operation) and self._asks_by_data(operation) for operation in operations):
+            return None
+        weights = (weight for value, weight in self._outside if value in before and weight.startswith(f"{name}."))
+        return next((f"{weight} acts outside the branches that were found" for weight in weights), None)
+
+    def _asks_by_data(self, operation: Operation) -> bool:
+        """Whether the queries of an attention are made of data; a learned query pools a sequence."""
+        asked: Operation | None = operation
+        while asked is not None and not is_contraction(asked):
+            asked = self.tape.producer(asked.inputs[0])
+        if asked is None:
+            return False
+        return all(map(self.tape.is_data, asked.inputs[:2] if is_attention(asked) else matrix_operands(asked)))
 
     def _weight_outside(self, name: str, entry: int) -> str | None:
         for value, weight in self._outside:

@@ -1,7 +1,7 @@
 """Linear operators without matrices, and the solvers that measure their spectral norms. Knows no Transformer."""
 
 from lightning_spectral.linalg.exact import ExactSVD
-from lightning_spectral.linalg.frobenius import frobenius_norm
+from lightning_spectral.linalg.frobenius import frobenius_norm, frobenius_norms_of_groups
 from lightning_spectral.linalg.jacobian import Jacobian
 from lightning_spectral.linalg.matrix import Matrix
 from lightning_spectral.linalg.operators import Adjoint, Diagonal, Gather, LinearOperator, Product, Scaled
@@ -30,4 +30,5 @@ __all__ = [
     "Stacked",
     "Sum",
     "frobenius_norm",
+    "frobenius_norms_of_groups",
 ]
