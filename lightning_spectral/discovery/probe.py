@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_spectral.discovery.operations import base_name, is_product, matrix_operands
+from lightning_spectral.discovery.operations import base_name, is_attention, is_product, matrix_operands, refs
+from lightning_spectral.discovery.positions import moved_by_half, moved_by_one
 from lightning_spectral.discovery.programs import program_hash
 from lightning_spectral.discovery.replay import replay
 from lightning_spectral.discovery.tape import Tape, probe_device, probe_dtype
@@ -84,10 +85,10 @@ class Prober:
         return answer
 
     def moved_positions(self, region: Region) -> int:
-        """Return how many other positions of the branch output move when one position of the stream is perturbed.
+        """Return how many positions of the branch output move when others of the stream are perturbed.
 
-        A random direction is used, because a constant shift is invisible behind a LayerNorm; it is small, so that no
-        router changes its choice.
+        One position is perturbed or, where none other moves, every second one. A random direction is used, because a
+        constant shift is invisible behind a LayerNorm; it is small, so that no router changes its choice.
         """
         return self._moved(region)[0]
 
@@ -106,23 +107,51 @@ class Prober:
             return self._moved_with(region, {})
 
     def _moved_with(self, region: Region, held: Mapping[int, Tensor]) -> tuple[int, tuple[int, ...]]:
-        stream = self.finite(region.stream).clone()
         held = {**self.finite_around(region), **held}
         channel = self._channel_dim(region)
-        before = replay(self.tape, {region.stream: stream}, region.leaf, held=held)
+        rows = self.finite(region.stream).movedim(channel, -1)
+        count, dims = moved_by_one(self._change(region, channel, held), rows)
+        # The first position can be padding, which no other one attends to, or all can attend to themselves alone.
+        for patterns in (self._flat_patterns(region), {}) if not count else ():
+            try:
+                count, dims = moved_by_half(self._change(region, channel, {**held, **patterns}), rows)
+            except (RuntimeError, IndexError):  # a router without a preference
+                continue
+            if count or not patterns:
+                break
+        places = [dim for dim in range(rows.dim()) if dim != channel % rows.dim()]
+        return count, tuple(places[dim] for dim in dims)
+
+    def _change(self, region: Region, channel: int, held: Mapping[int, Tensor]) -> Callable[[Tensor, float], Tensor]:
+        """Return a function that perturbs the stream at some positions, and says how far each one moves."""
+        stream = self.finite(region.stream)
         rows = stream.movedim(channel, -1)
-        index = (0,) * (rows.dim() - 1)
-        scale = float(rows.abs().mean()) or 1.0
-        rows[index] += 1e-3 * scale * _noise(rows[index])
-        after = replay(self.tape, {region.stream: stream}, region.leaf, held=held)
-        change = (after - before).movedim(channel, -1).abs().amax(-1)
-        largest = float(change.max())
-        if not 0 < largest < math.inf:
-            return 0, ()
-        moved = change > 1e-9 * largest
-        places = [dim for dim in range(after.dim()) if dim != channel % after.dim()]
-        dims = tuple(place for place, found in zip(places, moved.nonzero().amax(0).tolist(), strict=True) if found)
-        return int(moved.sum()) - 1, dims
+        noise = _noise(rows) * (float(rows.abs().mean()) or 1.0)
+
+        def output(content: Tensor) -> Tensor:
+            return replay(self.tape, {region.stream: content}, region.leaf, held=held).movedim(channel, -1)
+
+        before = output(stream)
+
+        def change(places: Tensor, size: float) -> Tensor:
+            content = stream.clone()
+            content.movedim(channel, -1)[places] += size * noise[places]
+            return (output(content) - before).abs().amax(-1)
+
+        return change
+
+    def _flat_patterns(self, region: Region) -> dict[int, Tensor]:
+        """Return content with which attention attends to all alike: equal weights, or queries that are zero."""
+        content = {}
+        for value in region.values[1:]:
+            operation = self.tape.producer(value)
+            if operation is None or not is_attention(operation):
+                continue
+            if "softmax" in operation.name:
+                content[value] = torch.full_like(self.tape.wide(value), 1 / self.tape.shape(value)[operation.args[1]])
+            else:
+                content |= {query: torch.zeros_like(self.tape.wide(query)) for query in refs(operation, 0)}
+        return content
 
     def made_up_weights(self, region: Region) -> dict[int, Tensor]:
         """Return content for the weights and gains of a region that show nothing as they are."""

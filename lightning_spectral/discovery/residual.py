@@ -6,6 +6,7 @@ with a product with a weight in between.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -339,13 +340,26 @@ def _completed(tape: Tape, add: ResidualAdd) -> ResidualAdd:
     # What multiplies the stream before the branches leave it (an embedding's scale, the gain of a norm behind the
     # last sum) is the stream's, not theirs.
     leaves = [term.leaf for term in add.branches]
-    fork = next(value for value in add.skip.spine if all(tape.depends(leaf, value) for leaf in leaves))
-    add.skip = replace(add.skip, leaf=fork)
+    depth = next(i for i, value in enumerate(add.skip.spine) if all(tape.depends(leaf, value) for leaf in leaves))
+    add.skip = replace(add.skip, leaf=_first_view(tape, add.skip.spine[depth:], leaves))
     for term in add.branches:
         for value in tape.between(add.skip.leaf, term.start):
             if value != add.skip.leaf:
                 add.interior |= 1 << value
     return add
+
+
+def _first_view(tape: Tape, spine: Sequence[int], leaves: Sequence[int]) -> int:
+    """Return the first of several views of the stream that a branch reads: a view of a view can be an earlier one."""
+    fork = spine[0]
+    for view, value in itertools.pairwise(spine):
+        producer = tape.producer(view)
+        if producer is None or moved_input(producer) != value or tape.tensors[view].numel() != tape.tensors[value].numel():
+            break
+        outputs = (item for reader in set(tape.readers[value]) - {producer.index} for item in tape.operations[reader].outputs)
+        if any(tape.depends(leaf, item) for item in outputs for leaf in leaves):
+            fork = value
+    return fork
 
 
 def _outermost(tape: Tape, adds: list[ResidualAdd]) -> list[ResidualAdd]:
