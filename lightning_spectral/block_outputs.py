@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
+from lightning_spectral.discovery.listen import Listener, listen, stop_listening
+from lightning_spectral.discovery.passes import Passes
 from lightning_spectral.discovery.paths import module_at
-from lightning_spectral.geometry import effective_rank, token_residual
+from lightning_spectral.geometry import effective_rank, massive_activations, token_residual
 from lightning_spectral.records import Measurement, ResidualBlock
 
 __all__ = ["BlockOutputs", "Geometry", "as_sequences", "with_geometry"]
@@ -43,30 +44,33 @@ class BlockOutputs:
 
     def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
         shared = next((block.token_dims for block in blocks if block.token_dims), (1,))
-        found = [(block, module_at(model, block.name)) for block in blocks]
-        self._heard = [
-            (block.index, block.token_dims or shared, module) for block, module in found if module is not None
-        ]
-        self._handles: list[RemovableHandle] = []
-        self.measured: dict[int, Tensor] = {}
+        self._model = model
+        self._blocks = [(block.index, _end(block), block.token_dims or shared) for block in blocks]
+        self._listeners: list[Listener] = []
+        self.passes = Passes()
         self.error: Exception | None = None
 
-    def start(self) -> None:
-        """Begin to listen, unless it does already."""
-        if self._handles:
+    def start(self, passes: Passes | None = None, *, leave_out: Callable[[nn.Module], bool] | None = None) -> None:
+        """Begin to listen, unless it does already.
+
+        Args:
+            passes: Where what is heard is kept; by default the last pass counts.
+            leave_out: Says which modules not to listen to.
+        """
+        if self._listeners:
             return
-        self.measured = {}
-        for index, token_dims, module in self._heard:
-            self._handles.append(module.register_forward_hook(_Listener(self, index, token_dims)))
+        self.passes, self.error = Passes() if passes is None else passes, None
+        for index, name, token_dims in self._blocks:
+            module = None if name is None else module_at(self._model, name)
+            if module is not None and not (leave_out is not None and leave_out(module)):
+                self._listeners += listen([module], _Outputs(self, index, token_dims))
 
     def stop(self) -> None:
         """Leave the model as it was."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        stop_listening(self._listeners)
 
     def values(self) -> dict[int, Geometry]:
-        """Return what was measured in the last pass, by block index, once.
+        """Return what was measured in the pass that counts, by block index, once.
 
         A block that was not heard is absent.
 
@@ -76,7 +80,7 @@ class BlockOutputs:
         if self.error is not None:
             error, self.error = self.error, None
             raise error
-        measured, self.measured = self.measured, {}
+        measured, self.passes = self.passes.numbers, Passes()
         if not measured:
             return {}
         numbers = torch.stack([*measured.values()]).tolist()
@@ -84,35 +88,57 @@ class BlockOutputs:
         return {index: Geometry(*block) for index, block in zip(measured, known, strict=True)}
 
 
-class _Listener:
-    """A forward hook of one block. What goes wrong in it must not go wrong in the user's forward pass."""
+def _end(block: ResidualBlock) -> str | None:
+    """Return the path of the module that returns the stream behind a block, ``None`` where none does.
+
+    A block that no module is around ends with what is around its last branch, unless that is the branch itself.
+    """
+    *first, last = block.name.split(" + ")
+    return None if first and any(branch.site == last for branch in block.branches) else last
+
+
+class _Outputs:
+    """Hears one block. What goes wrong in it must not go wrong in the user's forward pass."""
 
     def __init__(self, outputs: BlockOutputs, index: int, token_dims: tuple[int, ...]) -> None:
         self._outputs, self._index, self._token_dims = outputs, index, token_dims
 
-    @torch.no_grad()
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        try:
-            for leaf in tree_leaves(output):
-                if (
-                    isinstance(leaf, Tensor)
-                    and leaf.is_floating_point()
-                    and _channel(leaf, self._token_dims) is not None
-                ):
-                    self._outputs.measured[self._index] = _geometry(leaf.detach(), self._token_dims)
-                    return
-        except Exception as error:
-            self._outputs.error = error
+    def __call__(
+        self, module: nn.Module, call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        output = call()
+        passes = self._outputs.passes
+        if passes.listens:
+            try:
+                for leaf in tree_leaves(output):
+                    if _is_stream(leaf, self._token_dims):
+                        passes.note(self._index, leaf, _geometry(leaf.detach(), self._token_dims))
+                        break
+            except Exception as error:
+                self._outputs.error = error
+        return output
 
 
+def _is_stream(leaf: Any, token_dims: tuple[int, ...]) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and _channel(leaf, token_dims) is not None
+
+
+@torch.no_grad()
 def _geometry(stream: Tensor, token_dims: Sequence[int]) -> Tensor:
+    if stream.is_nested:
+        raise TypeError("the stream is a nested tensor, and its tokens stand in no regular layout")
     with torch.autocast(stream.device.type, enabled=False):
         X = as_sequences(stream, token_dims)
+        if X.shape[1] < 2:  # one token is one vector, and that says nothing
+            return torch.full((3,), math.nan, device=stream.device)
         X = X[:: math.ceil(len(X) / _SEQUENCES)]
         stride = math.ceil(X.shape[1] / _RANK_TOKENS)
         rank = effective_rank(X[:_RANK_SEQUENCES, ::stride], power=2)
-        residuals = (token_residual(X), token_residual(X, massive=_MASSIVE))
-        return torch.stack([*(residual.nanmean() for residual in residuals), rank.nanmean()])
+        typical = token_residual(X, massive=_MASSIVE)
+        if X.shape[1] < 4:  # at most half of the tokens are massive, and here that may leave one
+            left = X.shape[1] - massive_activations(X, multiple=_MASSIVE)[0].sum(-1)
+            typical = torch.where(left > 1, typical, math.nan)
+        return torch.stack([token_residual(X).nanmean(), typical.nanmean(), rank.nanmean()])
 
 
 def _channel(stream: Tensor, token_dims: Sequence[int]) -> int | None:

@@ -108,7 +108,12 @@ def update_ratios(
 
 
 def watch_updates(
-    model: nn.Module, blocks: Sequence[ResidualBlock], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    blocks: Sequence[ResidualBlock],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    through: nn.Module | None = None,
 ) -> UpdateWatch:
     """Return a context that compares the updates of every block in the forward passes that run inside it.
 
@@ -121,6 +126,7 @@ def watch_updates(
         blocks: Its blocks.
         args: Positional arguments of the traced pass; guessed where there are no arguments.
         kwargs: Its keyword arguments.
+        through: The module of the model that takes them, by default the model or what it wraps.
 
     Returns:
         The watch; after a pass inside it, ``updates`` has the comparisons by the index of the block.
@@ -129,7 +135,7 @@ def watch_updates(
         ExampleInputError: The model could not be run.
     """
     with torch.inference_mode(False):
-        functions = _functions(model, blocks, args, kwargs)
+        functions = _functions(model, blocks, args, kwargs, through)
     constants = {
         branch: function.behind
         for branch, function in functions.items()
@@ -143,14 +149,18 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _functions(
-    model: nn.Module, blocks: Sequence[ResidualBlock], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    blocks: Sequence[ResidualBlock],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    through: nn.Module | None = None,
 ) -> dict[Branch, BranchFunction | str]:
     if not blocks:
         return {}
     # Tensors of inference mode cannot enter a graph, not even as constants.
     args, kwargs = tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
     try:
-        return branch_functions(model, blocks, args, kwargs)
+        return branch_functions(model, blocks, args, kwargs, through=through)
     except ExampleInputError as error:
         if args or kwargs:
             raise

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_spectral.alarms import Event, Memory, observe
 from lightning_spectral.records import LayerMeasurement, Linearization, Measurement
+from lightning_spectral.trends import Forecast
 
 __all__ = ["Series", "logged_values"]
 
@@ -17,32 +18,38 @@ __all__ = ["Series", "logged_values"]
 class Series:
     """The memory of a watched run, without the Trainer. All of it is plain values and tensors.
 
+    A measurement changes it only when it is acted on. So a state that is saved between the two is one before the
+    measurement, and a run that goes on from there takes it anew, from the same warm start.
+
     Attributes:
         linearization: The linearization of every measurement in the series.
+        run: Name of the run that the series belongs to, the same in the header of its file.
         scheduled_step: Optimizer step of the last measurement that the schedule asked for, whether or not it succeeded.
             The one at the end of fit is not in it, so that a run that goes on later keeps its schedule.
         measured_step: Optimizer step of the last measurement of any kind.
-        seen_step: Optimizer step at the end of the last batch.
-        batches: Batches so far in which an optimizer stepped. This is the loggers' axis: index k holds what belongs to
-            the weights after k stepping batches, which are the weights that the loss logged at k was computed with.
-            It equals the optimizer step wherever there is one optimizer.
+        counts_batches: Whether the run takes steps that the Trainer does not count, so that batches count as steps.
+        batches: Index at which the last measurement was logged: the loggers' axis. Index k holds what belongs to the
+            weights after k stepping batches, which are the weights that the loss logged at k was computed with.
         values: What was logged last.
         blocks: The blocks that are measured, as plain values: an audit of the checkpoint knows them by this.
         warm_start: State of the meter.
         law: State of the control law, one entry per block; empty without one.
         memory: What the alarms remember.
+        unanswered: Alarms that were told and not acted on yet, as plain values.
     """
 
     linearization: Linearization
+    run: str = ""
     scheduled_step: int | None = None
     measured_step: int | None = None
-    seen_step: int = 0
+    counts_batches: bool = False
     batches: int = 0
     values: dict[str, float] = field(default_factory=dict)
     blocks: dict[str, Any] = field(default_factory=dict)
     warm_start: dict[str, Any] = field(default_factory=dict)
     law: list[dict[str, Any]] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)
+    unanswered: list[dict[str, Any]] = field(default_factory=list)
 
     def reaches(self, step: int) -> bool:
         """Tell whether the series can go on from an optimizer step: it has begun, and not later than there."""
@@ -52,16 +59,17 @@ class Series:
         """Tell whether the schedule asks for a measurement: first at once, then whenever enough steps have passed."""
         return self.scheduled_step is None or step - self.scheduled_step >= every_n_steps
 
-    def end_batch(self, step: int) -> None:
-        """Note the optimizer step at the end of a batch; gradient accumulation leaves it where it was."""
-        if step > self.seen_step:
-            self.seen_step, self.batches = step, self.batches + 1
-
     def observe(self, measurement: Measurement) -> tuple[Event, ...]:
         """Note a measurement and return what is new in it."""
         self.measured_step = measurement.step
         events, self.memory = observe(self.memory, measurement)
+        self.unanswered += [asdict(event) for event in events if event.level == "alarm"]
         return events
+
+    def take_alarms(self) -> list[Event]:
+        """Return the alarms that were not acted on yet, once."""
+        alarms, self.unanswered = self.unanswered, []
+        return [_event(values) for values in alarms]
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of plain values and tensors."""
@@ -79,6 +87,12 @@ class Series:
             if known.name in state:
                 value = copy.deepcopy(state[known.name])
                 setattr(self, known.name, Memory.from_dict(value) if known.name == "memory" else value)
+
+
+def _event(values: Mapping[str, Any]) -> Event:
+    coming = values["forecast"]
+    forecast = None if coming is None else Forecast(**coming)
+    return Event(**{**values, "blocks": tuple(values["blocks"]), "forecast": forecast})
 
 
 def logged_values(

@@ -66,7 +66,7 @@ def test_an_alarm_can_stop_the_run(tmp_path: Path):
     with pytest.warns(UserWarning, match=ALARM):
         trainer = fit(tmp_path, SpectralMonitor(1, on_alarm="stop"), module=collapsing())
     (alarm,) = [event for event in read_events(tmp_path / "spectral.jsonl") if event["level"] == "alarm"]
-    assert trainer.global_step == alarm["step"] < 8
+    assert trainer.global_step == alarm["step"] + 1 < 8  # the step whose forward pass has shown the tokens
 
 
 def test_an_alarm_can_call_a_function_whose_errors_are_the_users(tmp_path: Path):
@@ -80,7 +80,7 @@ def test_an_alarm_can_call_a_function_whose_errors_are_the_users(tmp_path: Path)
     with pytest.warns(UserWarning, match=ALARM), pytest.raises(KeyError, match="mine"):
         fit(tmp_path, SpectralMonitor(1, on_alarm=answer), module=module)
     trainer, pl_module, event = heard
-    assert (pl_module, trainer.global_step, event.level, event.step) == (module, event.step, "alarm", event.step)
+    assert (pl_module, trainer.global_step, event.level) == (module, event.step + 1, "alarm")
 
 
 def test_what_on_alarm_cannot_be():
@@ -103,7 +103,8 @@ def test_a_resumed_run_remembers(tmp_path: Path):
     fit(
         folder, SpectralMonitor(1, geometry=True), module=collapsing(), ckpt_path=str(tmp_path / "last.ckpt"), batches=2
     )
-    assert [float(row["spectral/alarm"]) for row in rows(folder)] == [1, 1]  # and it is not said again
+    # Step 6 is measured again, now with tokens; the alarm is not said again.
+    assert [(row["step"], float(row["spectral/alarm"])) for row in rows(folder)] == [("6", 1), ("7", 1), ("8", 1)]
 
 
 # Updates
@@ -126,7 +127,7 @@ def test_the_updates_of_the_measured_batch_are_compared(tmp_path: Path):
                             float((mlp * attention).sum() / mlp.norm() / attention.norm()),
                         )
                     )
-            self.updates = {**getattr(self, "updates", {}), self.global_step + 1: found}
+            self.updates = {**getattr(self, "updates", {}), self.global_step: found}
             return super().training_step(batch, batch_idx)
 
     module = Remembering()
@@ -136,8 +137,8 @@ def test_the_updates_of_the_measured_batch_are_compared(tmp_path: Path):
         for record in read_journal(tmp_path / "spectral.jsonl")[1]
     }
     assert list(seen) == [0, 3, 6, 8]
-    assert seen[0] == seen[8] == [None] * BLOCKS  # before the first batch, and after the last
-    for step in (3, 6):
+    assert seen[8] == [None] * BLOCKS  # no pass uses the last weights
+    for step in (0, 3, 6):
         pairs = [(layer["update_ratio"], layer["update_cosine"]) for layer in seen[step]]
         assert pairs == [pytest.approx(pair, rel=1e-4, abs=1e-5) for pair in module.updates[step]]
     logged = {row["step"]: row["spectral/update_ratio/01"] for row in rows(tmp_path)}

@@ -131,8 +131,8 @@ def _trusted(blocks: Sequence[ResidualBlock]) -> list[ResidualBlock]:
     if doubtful:
         names = "; ".join(f"{block.name} ({block.doubt})" for block in doubtful)
         warnings.warn(
-            f"balance_init_ leaves {len(doubtful)} of {len(blocks)} blocks alone, because their self-check failed: {names}. "
-            "If their sites are right, pass dataclasses.replace(block, verified=True) in their place.",
+            f"balance_init_ leaves {len(doubtful)} of {len(blocks)} blocks alone, because their self-check failed: "
+            f"{names}. If their sites are right, pass dataclasses.replace(block, verified=True) in their place.",
             stacklevel=3,
         )
     return [block for block in blocks if block not in doubtful]

@@ -56,6 +56,10 @@ class Steering:
         """The blocks that have scales, ``None`` before any were attached."""
         return None if self.scales is None else self.scales.blocks
 
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether it steers a model, or nothing yet."""
+        return self.scales is None or self.scales.model is model
+
     def attach(self, model: nn.Module, blocks: Sequence[ResidualBlock] | None) -> None:
         """Attach the scales to a model, unless they are; a dry run attaches nothing.
 

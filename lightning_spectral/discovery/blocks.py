@@ -30,7 +30,7 @@ def blocks_of(tape: Tape, model: nn.Module) -> tuple[list[ResidualBlock], list[s
         The blocks in the order of execution, and what was refused on the way.
     """
     prober = Prober(tape)
-    adds, refused = residual_adds(tape)
+    adds, refused = residual_adds(tape, prober)
     found, homeless = branches_of(tape, adds, prober)
     refusals = [*refused, *homeless]
     modules = dict(model.named_modules())
@@ -63,5 +63,5 @@ def _names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _token_dims(tape: Tape, members: Sequence[FoundBranch], prober: Prober) -> tuple[int, ...]:
     """Return the dimensions of the stream along which a block mixes positions."""
-    regions = [Region(tape, branch.add.skip.leaf, branch.added) for branch in members]
+    regions = [Region(tape, branch.add.stream, branch.added) for branch in members]
     return tuple(sorted({dim for region in regions for dim in prober.mixed_dims(region)}))

@@ -117,7 +117,7 @@ def _grouped(
 
 
 def _kind(tape: Tape, add: ResidualAdd, term: Term, prober: Prober) -> tuple[BranchKind, int]:
-    region = Region(tape, add.skip.leaf, term.start)
+    region = Region(tape, add.stream, term.start)
     operations = [operation for value in region.values[1:] if (operation := tape.producer(value)) is not None]
     attends = any(is_attention(operation) for operation in operations)
     moved = prober.moved_positions(region)
@@ -125,7 +125,7 @@ def _kind(tape: Tape, add: ResidualAdd, term: Term, prober: Prober) -> tuple[Bra
         mixes = any(is_contraction(operation) and not is_product(tape, operation) for operation in operations)
         return ("attention" if attends and mixes else "mixer"), moved
     for operation in operations:
-        if any(tape.is_data(value) and not tape.depends(value, add.skip.leaf) for value in _looked_up(tape, operation)):
+        if any(tape.is_data(value) and not tape.depends(value, add.stream) for value in _looked_up(tape, operation)):
             return "cross_attention", 0
     return "mlp", 0
 
@@ -141,7 +141,7 @@ def _looked_up(tape: Tape, operation: Operation) -> tuple[int, ...]:
 
 def _modules(tape: Tape, add: ResidualAdd, term: Term) -> Iterator[str]:
     """Yield the paths of the calls that made the products of a branch (all of its calls where it has none)."""
-    inside = [value for value in tape.between(add.skip.leaf, term.start) if value not in add.skip.spine]
+    inside = [value for value in tape.between(add.stream, term.start) if value not in add.skip.spine]
     operations = [operation for value in inside if (operation := tape.producer(value)) is not None]
     products = [operation for operation in operations if is_product(tape, operation)] or operations
     for operation in products:
@@ -150,7 +150,7 @@ def _modules(tape: Tape, add: ResidualAdd, term: Term) -> Iterator[str]:
 
 def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term]) -> Site | None:
     """Name the last weight of a branch that no module carries: only the weight itself can be scaled, if used once."""
-    for value in reversed(tape.between(add.skip.leaf, terms[0].start)):
+    for value in reversed(tape.between(add.stream, terms[0].start)):
         operation = tape.producer(value)
         if operation is None or not is_product(tape, operation):
             continue
@@ -194,7 +194,7 @@ def _whole(tape: Tape, branch: FoundBranch) -> tuple[Region, tuple[tuple[int, Mu
     """Return a branch from the stream to the value that is all of its terms, and what multiplies that value."""
     first, *rest = branch.terms
     if not rest:
-        return Region(tape, branch.add.skip.leaf, first.start), first.outer
+        return Region(tape, branch.add.stream, first.start), first.outer
     together = min(set(first.spine).intersection(*(term.spine for term in rest)))
     outer = [tuple(item for item in term.multipliers if item[0] >= together) for term in branch.terms]
     repeated = [multipliers for term, multipliers in zip(branch.terms, outer, strict=True) if term.start == together]
@@ -202,5 +202,5 @@ def _whole(tape: Tape, branch: FoundBranch) -> tuple[Region, tuple[tuple[int, Mu
         numbers = [[item for _, item in multipliers if isinstance(item, float)] for multipliers in repeated]
         if list(map(len, numbers)) != list(map(len, repeated)):
             raise UnmeasurableError("it is added several times, each time with a learned multiplier")
-        return Region(tape, branch.add.skip.leaf, together), ((together, sum(map(math.prod, numbers))),)
-    return Region(tape, branch.add.skip.leaf, together), outer[0]
+        return Region(tape, branch.add.stream, together), ((together, sum(map(math.prod, numbers))),)
+    return Region(tape, branch.add.stream, together), outer[0]

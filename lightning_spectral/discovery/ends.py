@@ -41,7 +41,7 @@ class EndFinder:
         self._modules = dict(model.named_modules())
         self._places: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         for branch in found:
-            self._places[branch.site.path].append((branch.add.skip.leaf, branch.site.value))
+            self._places[branch.site.path].append((branch.add.stream, branch.site.value))
 
     @cached_property
     def _parameters(self) -> set[str]:
@@ -60,7 +60,7 @@ class EndFinder:
             branch: The branch on the tape.
             block: Module path of its block; containers above it hold blocks, not experts.
         """
-        region = Region(self.tape, branch.add.skip.leaf, branch.site.value)
+        region = Region(self.tape, branch.add.stream, branch.site.value)
         try:
             leaves = self._leaves(region, self._places[branch.site.path])
         except UnscalableError as error:

@@ -23,7 +23,7 @@ from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
 from lightning_spectral.linalg.flattened import is_flattened
 from lightning_spectral.records import Blocks, ResidualBlock
 
-__all__ = ["Pass", "attempted_calls", "blocks_in_calls", "find_blocks", "recorded"]
+__all__ = ["Pass", "attempted_calls", "blocks_in_calls", "find_blocks", "passed", "recorded"]
 
 _HATCH = """If the model has residual blocks, describe them (paths relative to the block, * for one path component):
 
@@ -99,16 +99,7 @@ def blocks_in_calls(
     _refuse_sharded(model)
     passes = []
     for module, args, kwargs in calls:
-        try:
-            tape = record(model, _call(module, args, dict(kwargs)), (args, dict(kwargs)))
-            passes.append(Pass(tape, "the first training batch"))
-        except ExampleInputError:
-            raise
-        except Exception as error:  # whatever the user's forward raises
-            raise ExampleInputError(
-                f"{type(module).__name__} cannot be run again on the input of its first pass: "
-                f"{type(error).__name__}: {_short(error)}"
-            ) from error
+        passes.append(passed(model, module, args, kwargs))
     return _blocks_on(model, passes, hints)
 
 
@@ -173,6 +164,24 @@ def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         "Tried:"
     )
     raise ExampleInputError("\n".join([advice, *(attempts or ["  nothing: the model gives no sign of what it takes"])]))
+
+
+def passed(model: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:
+    """Record a pass of a module of a model, under the names that the model has.
+
+    Raises:
+        ExampleInputError: It failed.
+    """
+    try:
+        tape = record(model, _call(module, args, dict(kwargs)), (args, dict(kwargs)))
+        return Pass(tape, "the first training batch")
+    except ExampleInputError:
+        raise
+    except Exception as error:  # whatever the user's forward raises
+        raise ExampleInputError(
+            f"{type(module).__name__} cannot be run again on the input of its first pass: "
+            f"{type(error).__name__}: {_short(error)}"
+        ) from error
 
 
 def _search(

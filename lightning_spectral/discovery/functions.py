@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_spectral.discovery.find import recorded
+from lightning_spectral.discovery.find import passed, recorded
+from lightning_spectral.discovery.probe import Prober
 from lightning_spectral.discovery.recipes import attribute_path
 from lightning_spectral.discovery.replay import execute
 from lightning_spectral.discovery.residual import ResidualAdd, Term, residual_adds
@@ -51,7 +52,7 @@ class BranchFunction:
     def __init__(self, tape: Tape, add: ResidualAdd, terms: Sequence[Term], site: int | None) -> None:
         """Take the terms of one residual add that form a branch; ``site`` is the value at its site."""
         self._tape, self._output = tape, add.output
-        self._source, self._starts = add.skip.leaf, tuple(dict.fromkeys(term.start for term in terms))
+        self._source, self._starts = add.stream, tuple(dict.fromkeys(term.start for term in terms))
         self._body = _plan(tape, (self._source,), self._starts)
         self._tail = _plan(tape, self._starts, (self._output,))
         self._constants: dict[int, Tensor] = {}
@@ -167,7 +168,12 @@ def _behind(term: Term, site: int | None) -> float | None:
 
 
 def branch_functions(
-    model: nn.Module, blocks: Iterable[ResidualBlock], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    blocks: Iterable[ResidualBlock],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    through: nn.Module | None = None,
 ) -> dict[Branch, BranchFunction | str]:
     """Run the model once and return the branches of its blocks as functions.
 
@@ -180,6 +186,7 @@ def branch_functions(
         blocks: The blocks.
         args: Positional arguments of the pass; with no arguments at all, guessed as :func:`find_blocks` does.
         kwargs: Its keyword arguments.
+        through: The module of the model that takes them, by default the model or what it wraps.
 
     Returns:
         For each branch the function, or the reason why there is none: no weight and no module of the branch reaches the
@@ -190,8 +197,8 @@ def branch_functions(
     """
     # Fused attention kernels can be differentiated once; plain arithmetic twice.
     with sdpa_kernel(SDPBackend.MATH):
-        passes = recorded(model, args, kwargs)
-    places = [_Places(item.tape, residual_adds(item.tape)[0]) for item in passes]
+        passes = recorded(model, args, kwargs) if through is None else [passed(model, through, args, kwargs)]
+    places = [_Places(item.tape, residual_adds(item.tape, Prober(item.tape))[0]) for item in passes]
     return {branch: _function(places, branch) for block in blocks for branch in block.branches}
 
 
@@ -247,6 +254,6 @@ class _Places:
         return [self._weights_of(add, term) for add, term in self._terms]
 
     def _weights_of(self, add: ResidualAdd, term: Term) -> set[str]:
-        tape, operations = self._tape, _plan(self._tape, (add.skip.leaf,), (term.start,))
+        tape, operations = self._tape, _plan(self._tape, (add.stream,), (term.start,))
         values = {value for operation in operations for value in operation.inputs if tape.made_of_parameters(value)}
         return {attribute_path(tape.names[name]) for value in values for name in tape.parents_with_names(value)}

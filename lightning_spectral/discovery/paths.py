@@ -7,7 +7,18 @@ from collections.abc import Iterable
 
 from torch import nn
 
-__all__ = ["absolute_path", "common_parts", "is_compiled", "module_at", "relative_path", "resolve"]
+from lightning_spectral.discovery.listen import compiled_call
+
+__all__ = [
+    "absolute_path",
+    "common_parts",
+    "compiled_entries",
+    "compiled_modules",
+    "is_compiled",
+    "module_at",
+    "relative_path",
+    "resolve",
+]
 
 
 def resolve(model: nn.Module, path: str) -> object:
@@ -61,10 +72,24 @@ def common_parts(paths: Iterable[str]) -> list[str]:
     return common
 
 
+def compiled_entries(model: nn.Module) -> list[nn.Module]:
+    """Return every module that was compiled: it runs compiled code when it is called."""
+    wrappers = _wrappers()
+    return [item for item in model.modules() if isinstance(item, wrappers) or compiled_call(item) is not None]
+
+
+def compiled_modules(model: nn.Module) -> set[nn.Module]:
+    """Return every module that is compiled or lies inside one that is: to listen there may compile code anew."""
+    return {inner for entry in compiled_entries(model) for inner in entry.modules()}
+
+
 def is_compiled(model: nn.Module, path: str) -> bool:
     """Whether the module at a path, or one around it, is compiled: hooks that come later are ignored there."""
-    names = path.split(".") if path else []
+    names, wrappers = path.split(".") if path else [], _wrappers()
     around = [module_at(model, ".".join(names[:depth])) for depth in range(len(names) + 1)]
+    return any(isinstance(item, wrappers) or compiled_call(item) is not None for item in around if item is not None)
+
+
+def _wrappers() -> tuple[type, ...]:
     dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds, and what is compiled has imported it
-    wrappers = () if dynamo is None else (dynamo.OptimizedModule,)
-    return any(isinstance(item, wrappers) or getattr(item, "_compiled_call_impl", None) is not None for item in around)
+    return () if dynamo is None else (dynamo.OptimizedModule,)

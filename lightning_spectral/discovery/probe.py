@@ -55,6 +55,13 @@ class Region:
                 found, value = (self._gateways[found], value) if found > value else (found, self._gateways[value])
         return found
 
+    def gateways(self) -> list[int]:
+        """Return the values between stream and output that every way leads through, both included, in order."""
+        found = [self.leaf]
+        while found[-1] != self.stream:
+            found.append(self._gateways[found[-1]])
+        return found[::-1]
+
     @cached_property
     def _gateways(self) -> dict[int, int]:
         """For each value the last one before it that every way from the stream leads through (immediate dominator)."""
@@ -221,6 +228,21 @@ class Prober:
             return False
         chord = (ends[0] + ends[1]) / 2
         return bool((ends[2] - chord).abs().max() <= _TOLERANCE * (chord.abs().max() + 1e-30))
+
+    def is_bounded(self, region: Region, sources: Iterable[int], target: int) -> bool:
+        """Whether a value stays as it is while all that it is made of grows: a gate, not a path."""
+        sources = sorted(sources)
+        question = ("bounded", *map(region.local, sources), region.local(target))
+        return self.once(region, question, lambda: self._is_bounded(sources, target))
+
+    def _is_bounded(self, sources: Iterable[int], target: int) -> bool:
+        contents = {value: 1e3 * _noise(self.tape.tensors[value], seed=18) for value in sources}
+        larger = {value: 1e3 * content for value, content in contents.items()}
+        try:
+            once, grown = (replay(self.tape, part, target).abs().max() for part in (contents, larger))
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return False
+        return bool((grown - once).abs() <= 1e-2 * grown)
 
     def is_elementwise(self, region: Region, source: int, target: int) -> bool:
         """Whether every entry of ``target`` is a function of the same entry of ``source``, which has the same shape."""

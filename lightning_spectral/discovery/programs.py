@@ -80,5 +80,6 @@ class _Reader:
 
 
 def _content(tensor: Tensor) -> int:
-    tensor = tensor.detach().cpu().contiguous()
+    # A tensor of one entry counts as contiguous whatever its strides are, and could not be read as bytes.
+    tensor = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return hash(tensor.view(-1).view(torch.uint8).numpy().tobytes()) if tensor.numel() else 0

@@ -22,6 +22,8 @@ from lightning_spectral.discovery.operations import (
     multiplied_input,
     refs,
 )
+from lightning_spectral.discovery.probe import Prober
+from lightning_spectral.discovery.stacks import Stack, stack_at
 from lightning_spectral.discovery.tape import Operation, Tape, bits
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "residual_adds",
     "stream_source",
     "stream_step",
+    "stream_values",
 ]
 
 
@@ -75,6 +78,7 @@ class ResidualAdd:
         branches: The terms that were computed from it.
         others: What else is added: nothing in a plain block.
         interior: Bit set of the values strictly between the skip and the sum.
+        stack: The streams that the sum writes to, where there are several side by side.
     """
 
     output: int
@@ -82,6 +86,12 @@ class ResidualAdd:
     branches: tuple[Term, ...]
     others: tuple[Term, ...] = ()
     interior: int = 0
+    stack: Stack | None = None
+
+    @property
+    def stream(self) -> int:
+        """What the branches read: the stream, or the one that was read from a stack of streams."""
+        return self.skip.leaf if self.stack is None else self.stack.read
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,31 +107,19 @@ class Refusal:
     reason: str
 
 
-def residual_adds(tape: Tape) -> tuple[list[ResidualAdd], list[Refusal]]:
+def residual_adds(tape: Tape, prober: Prober) -> tuple[list[ResidualAdd], list[Refusal]]:
     """Find the residual adds of the outermost level.
 
     Args:
         tape: The recorded forward pass.
+        prober: Remembers what maps of several streams are.
 
     Returns:
         The adds in the order of execution, and the sums that look like one and were refused.
     """
     _begin_streams(tape)
-    products = 0
-    for operation in tape.operations:
-        if is_product(tape, operation) or is_mixing_without_weights(operation):
-            for output in operation.outputs:
-                products |= 1 << output
-    absorbed: set[int] = set()
-    found = []
-    for operation in reversed(tape.operations):
-        if len(addends(tape, operation)) < 2 or operation.index in absorbed:
-            continue
-        add = _as_residual(tape, operation.outputs[0], _terms(tape, operation, absorbed), products)
-        if add is not None:
-            found.append(add)
     adds, refusals = [], []
-    for add in _outermost(tape, found[::-1]):
+    for add in _outermost(tape, _candidates(tape, prober)):
         if _reads_second_stream(tape, add):
             reason = (
                 f"a sum of shape {tape.shape(add.output)} adds a branch that reads a second stream (reversible or "
@@ -131,6 +129,28 @@ def residual_adds(tape: Tape) -> tuple[list[ResidualAdd], list[Refusal]]:
         else:
             adds.append(add)
     return adds, refusals
+
+
+def _candidates(tape: Tape, prober: Prober) -> list[ResidualAdd]:
+    """Return every sum that adds a branch to a stream, in the order of execution."""
+    products = 0
+    for operation in tape.operations:
+        if is_product(tape, operation) or is_mixing_without_weights(operation):
+            for output in operation.outputs:
+                products |= 1 << output
+    absorbed: set[int] = set()
+    found = []
+    for operation in reversed(tape.operations):
+        if operation.index in absorbed:
+            continue
+        stack = stack_at(tape, prober, operation)
+        if stack is not None:
+            found.append(_on_stack(tape, operation, stack, absorbed))
+        elif len(addends(tape, operation)) > 1:
+            add = _as_residual(tape, operation.outputs[0], _terms(tape, operation, absorbed), products)
+            if add is not None:
+                found.append(add)
+    return found[::-1]
 
 
 def _begin_streams(tape: Tape) -> None:
@@ -153,7 +173,7 @@ def _reads_second_stream(tape: Tape, add: ResidualAdd) -> bool:
 
     Positions or the first stream may be added inside of a branch: nobody but the branch reads such a sum.
     """
-    size = tape.shape(add.output)
+    size = tape.shape(add.output if add.stack is None else add.stack.read)
     for value in bits(add.interior):
         operation = tape.producer(value)
         if operation is None or tape.shape(value) != size:
@@ -201,12 +221,31 @@ def leads_only_to(tape: Tape, value: int, output: int) -> bool:
     return True
 
 
-def _terms(tape: Tape, whole: Operation, absorbed: set[int]) -> list[Term]:
+def _on_stack(tape: Tape, operation: Operation, stack: Stack, absorbed: set[int]) -> ResidualAdd:
+    """Return a sum that writes to a stack of streams as a residual add of the branches that it writes."""
+    output, written = operation.outputs[0], stack.written
+    value, path, _ = _followed(tape, written, stack.spine[:-1], ())
+    producer = tape.producer(value)
+    if producer is not None and len(addends(tape, producer)) > 1:
+        absorbed.add(producer.index)
+        branches = _terms(tape, producer, absorbed, path)
+    else:
+        branches = [Term(written, value, path, gated=tuple(_gated(tape, value)))]
+    writers = tuple((written, multiplier) for multiplier in stack.writers or ())
+    branches = [replace(term, outer=(*writers, *term.outer)) for term in branches]
+    add = ResidualAdd(output, Term(stack.kept, stack.before, (output, stack.kept)), tuple(branches), stack=stack)
+    for value in tape.between(stack.before, output):
+        if value not in (stack.before, output):
+            add.interior |= 1 << value
+    return add
+
+
+def _terms(tape: Tape, whole: Operation, absorbed: set[int], above: tuple[int, ...] = ()) -> list[Term]:
     """Flatten a sum into its terms; a partial sum that only this sum reads is part of it."""
     found = []
     # A sum over hundreds of experts is as deep: a stack of our own has no limit.
     stack: list[tuple[Operation, tuple[int, ...], tuple[tuple[int, Multiplier], ...]]] = [
-        (whole, (whole.outputs[0],), ())
+        (whole, above or (whole.outputs[0],), ())
     ]
     while stack:
         operation, spine, multipliers = stack.pop()
@@ -384,13 +423,16 @@ def _outermost(tape: Tape, adds: list[ResidualAdd]) -> list[ResidualAdd]:
 
 def stream_source(tape: Tape, value: int, outputs: set[int]) -> int | None:
     """Walk from a value up the residual stream, through norms and constants, to one of the given sums."""
-    while value not in outputs:
-        producer = tape.producer(value)
+    return next((item for item in stream_values(tape, value) if item in outputs), None)
+
+
+def stream_values(tape: Tape, value: int) -> Iterator[int]:
+    """Yield a value and what it was passed on from as a stream, through norms and constants, the nearest first."""
+    source: int | None = value
+    while source is not None:
+        yield source
+        producer = tape.producer(source)
         source = None if producer is None else stream_step(tape, producer)
-        if source is None:
-            return None
-        value = source
-    return value
 
 
 def stream_step(tape: Tape, operation: Operation) -> int | None:

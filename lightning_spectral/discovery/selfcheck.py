@@ -17,7 +17,7 @@ from lightning_spectral.discovery.branches import FoundBranch
 from lightning_spectral.discovery.operations import addends, is_attention, is_product, weight_operand
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.replay import replay
-from lightning_spectral.discovery.residual import Refusal, ResidualAdd, stream_step
+from lightning_spectral.discovery.residual import Refusal, ResidualAdd, stream_step, stream_values
 from lightning_spectral.discovery.sites import linked
 from lightning_spectral.discovery.tape import Call, Tape
 
@@ -67,7 +67,7 @@ class SelfCheck:
         return None
 
     def _attends(self, branch: FoundBranch) -> bool:
-        values = self.tape.between(branch.add.skip.leaf, branch.site.value)
+        values = self.tape.between(branch.add.stream, branch.site.value)
         return any((operation := self.tape.producer(value)) is not None and is_attention(operation) for value in values)
 
     def _is_linear(self, branch: FoundBranch) -> bool:
@@ -140,20 +140,20 @@ class SelfCheck:
             operation = tape.producer(value)
             if operation is None or value < entry:
                 return None  # it begins inside, or the entry was another view of the stream
-            step = stream_step(tape, operation) if add is None else add.skip.start
+            step = stream_step(tape, operation) if add is None else add.skip.leaf if add.stack else add.skip.start
             if step is None:
-                step = self._only_term(entry, value)
+                step = self._one_stream(entry, value)
             if step is None:
                 return f"with every site at zero, something is left of the operation {operation.name!r} on the stream"
             value = step
         return None
 
-    def _only_term(self, entry: int, value: int) -> int | None:
-        """Return the one term of a sum that comes from the entry, where the others do not."""
+    def _one_stream(self, entry: int, value: int) -> int | None:
+        """Return the stream that all terms of a sum carry which come from the entry."""
         operation = self.tape.producer(value)
         terms = () if operation is None else addends(self.tape, operation)
-        found = [term for term in terms if self.tape.depends(term, entry)]
-        return found[0] if len(found) == 1 else None
+        found = [set(stream_values(self.tape, term)) for term in terms if self.tape.depends(term, entry)]
+        return max(set.intersection(*found), default=None) if found else None
 
     def _weight_outside(self, name: str, entry: int) -> str | None:
         for value, weight in self._outside:

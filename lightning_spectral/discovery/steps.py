@@ -174,8 +174,8 @@ class Steps:
     def _multiplied(self, operation: Operation, value: int, inputs: tuple[int, ...]) -> Step:
         """Follow the linear operand of a gate; two operands that are functions of one value make an activation."""
         if len(inputs) == 1:  # gated by data of another origin, such as a conditioning vector
-            if self._is_narrow(inputs[0], operation):
-                raise UnmeasurableError("the stream acts in it as a gate of something else, and gates are left out")
+            if self._is_narrow(inputs[0], operation) or self._is_bounded(inputs[0]):
+                return Step("none")  # it gates what is not of the stream, such as a value embedding
             return Step("gate", inputs, selective=self._is_narrow_beside(operation, inputs[0]))
         first, second = inputs
         narrow = [item for item in inputs if self._is_narrow(item, operation)]
@@ -200,6 +200,9 @@ class Steps:
 
     def _is_affine(self, value: int) -> bool:
         return self.prober.is_affine(self.region, self._anchors(value), value)
+
+    def _is_bounded(self, value: int) -> bool:
+        return self.prober.is_bounded(self.region, self._anchors(value), value)
 
     def _anchors(self, value: int) -> set[int]:
         """Return the products, mixings and norms from which a value is made by elementwise operations."""

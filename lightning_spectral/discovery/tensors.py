@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_spectral.discovery.aside import kept
 from lightning_spectral.discovery.aside.memento import of_library
@@ -66,17 +70,19 @@ def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
     """Fetch a parameter by attribute path without side effects.
 
     Reading a ``spectral_norm``-parametrized weight in training mode advances its power iteration, so parametrizations
-    are in evaluation mode meanwhile.
+    are in evaluation mode meanwhile. A weight that a hook makes anew for every forward pass (pruning, and the norms of
+    ``torch.nn.utils`` that are no parametrizations) is made of its parts as they are now: the attribute is the weight
+    of the last pass, before the last step.
 
     Args:
         model: The model.
-        path: Attribute path of a parameter, a buffer or a parametrized weight.
+        path: Attribute path of a parameter, a buffer or a computed weight.
 
     Yields:
         The tensor.
 
     Raises:
-        ConfigurationError: The parameter belongs to a lazy layer that has not run yet.
+        ConfigurationError: A hook makes it of the input of a pass, or it belongs to a lazy layer that has not run yet.
     """
     owner, _, attribute = path.rpartition(".")
     module = resolve(model, owner) if owner else model
@@ -87,7 +93,8 @@ def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
     for item in inner:
         item.training = False
     try:
-        tensor = _computed(module, attribute, inner)
+        tensor: object = _made_by_hook(module, attribute, path)
+        tensor = _computed(module, attribute, inner) if tensor is None else tensor
         assert isinstance(tensor, Tensor)
         if is_lazy(tensor):
             raise ConfigurationError(f"{path} has no content before the first forward pass, because its layer is lazy")
@@ -95,6 +102,33 @@ def reading(model: nn.Module, path: str) -> Iterator[Tensor]:
     finally:
         for item, training in modes:
             item.training = training
+
+
+def _made_by_hook(module: nn.Module, attribute: str, path: str) -> Tensor | None:
+    """Return the weight that hooks would make for a forward pass in evaluation mode, ``None`` where none makes it."""
+    before = vars(module).get(attribute)
+    if not isinstance(before, Tensor) or not module._forward_pre_hooks:
+        return None  # it is a parameter, a buffer, or made by a property
+    hook: Any
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == attribute:
+            return hook.apply_mask(module)  # type: ignore[no-any-return, no-untyped-call]
+        if isinstance(hook, WeightNorm) and hook.name == attribute:
+            return hook.compute_weight(module)  # type: ignore[no-any-return]
+        if isinstance(hook, SpectralNorm) and hook.name == attribute:
+            return hook.compute_weight(module, do_power_iteration=False)
+    with kept(module):
+        module.training = False
+        try:
+            for key, hook in module._forward_pre_hooks.items():
+                hook(module, (), {}) if key in module._forward_pre_hooks_with_kwargs else hook(module, ())
+        except Exception as error:  # whatever a hook raises that wants to see the input
+            raise ConfigurationError(
+                f"{path} may be made by a hook in every forward pass, which needs the input of the pass "
+                f"({type(error).__name__}): expected a parameter, or a weight that torch.nn.utils.parametrize makes"
+            ) from error
+        made = vars(module).get(attribute)
+    return made if isinstance(made, Tensor) and made is not before else None
 
 
 def refuse_lazy(model: nn.Module) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from lightning_spectral.discovery.listen import Listener, listen, stop_listening
+from lightning_spectral.discovery.passes import Passes
 from lightning_spectral.discovery.paths import module_at
 from lightning_spectral.records import Branch, ResidualBlock
 
@@ -50,69 +51,96 @@ def _norms(mlp: Tensor, attention: Tensor) -> Tensor:
     return torch.stack([m, a, inner / m / a])
 
 
-@dataclass(eq=False)
 class UpdateWatch:
     """Compares what the branches of each block add, in whatever forward passes run while it listens.
 
-    It costs no pass of its own: hooks see the outputs of the sites, residual scales included, and keep one copy of one
-    branch per block until the other one comes. Use it as a context around a training step; the last pass counts.
+    It costs no pass of its own: it sees the outputs of the sites, residual scales included, and keeps one copy of one
+    branch per block until the other one comes. Use it as a context around a training step.
 
     Attributes:
         model: The model that the blocks were found in.
         blocks: The blocks.
         behind: For each branch the constant that follows its site (see :attr:`BranchFunction.behind`); a block with
             a branch that is not here is left out, because the output of its site is not what is added.
-        error: What went wrong in the last pass, ``None`` where nothing did.
+        error: What went wrong since it began to listen, ``None`` where nothing did.
     """
 
-    model: nn.Module
-    blocks: Sequence[ResidualBlock]
-    behind: Mapping[Branch, float]
-    error: Exception | None = field(default=None, init=False)
-    _seen: dict[int, Tensor] = field(default_factory=dict, init=False)
-    _handles: list[RemovableHandle] = field(default_factory=list, init=False)
+    def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock], behind: Mapping[Branch, float]) -> None:
+        self.model, self.blocks, self.behind = model, blocks, behind
+        self.passes = Passes()
+        self.error: Exception | None = None
+        self._listeners: list[Listener] = []
+        self._fused = True
 
     def __enter__(self) -> UpdateWatch:
-        """Begin to listen."""
-        self._seen, self.error = {}, None
-        for block in self.blocks:
-            attention, mlp = block.attention, block.mlp
-            if attention in self.behind and mlp in self.behind:
-                held: dict[Branch, Tensor] = {}
-                for branch in (attention, mlp):
-                    assert branch is not None
-                    module = module_at(self.model, branch.site)
-                    if module is not None:  # else the user has taken the block out of the model
-                        self._handles.append(module.register_forward_hook(self._noting(block, branch, held)))
+        """Begin to listen; the last pass counts. Sites are run as modules meanwhile, and not by a fused kernel."""
+        self._fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Leave the model as it was."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.stop()
+        torch.backends.mha.set_fastpath_enabled(self._fused)
+
+    def start(self, passes: Passes | None = None, *, leave_out: Callable[[nn.Module], bool] | None = None) -> None:
+        """Begin to listen, unless it does already.
+
+        Args:
+            passes: Where what is heard is kept; by default the last pass counts.
+            leave_out: Says which modules not to listen to.
+        """
+        if self._listeners:
+            return
+        self.passes, self.error = Passes() if passes is None else passes, None
+        for block in self.blocks:
+            pair = [branch for branch in (block.attention, block.mlp) if branch is not None and branch in self.behind]
+            sites = [module_at(self.model, branch.site) for branch in pair]
+            found = [site for site in sites if site is not None and not (leave_out is not None and leave_out(site))]
+            if len(found) == 2:  # else a branch has no constant, or the user has taken it out of the model
+                held: dict[Branch, Tensor] = {}
+                for branch, site in zip(pair, found, strict=True):
+                    self._listeners += listen([site], _Site(self, block, branch, held))
+
+    def stop(self) -> None:
+        """Leave the model as it was."""
+        stop_listening(self._listeners)
 
     @property
     def updates(self) -> dict[int, Update]:
-        """The comparisons of the last pass by the index of the block, read in one transfer from the device."""
-        if not self._seen:
+        """The comparisons of the pass that counts, by the index of the block, read in one transfer from the device."""
+        seen = self.passes.numbers
+        if not seen:
             return {}
-        numbers = torch.stack([*self._seen.values()]).tolist()
-        return {index: Update.from_norms(*norms) for index, norms in zip(self._seen, numbers, strict=True)}
+        numbers = torch.stack([*seen.values()]).tolist()
+        return {index: Update.from_norms(*norms) for index, norms in zip(seen, numbers, strict=True)}
 
-    def _noting(self, block: ResidualBlock, branch: Branch, held: dict[Branch, Tensor]) -> Callable[..., None]:
-        @torch.no_grad()
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+
+class _Site:
+    """Hears one branch of a block. What goes wrong in it must not go wrong in the user's forward pass."""
+
+    def __init__(self, watch: UpdateWatch, block: ResidualBlock, branch: Branch, held: dict[Branch, Tensor]) -> None:
+        self._watch, self._block, self._branch, self._held = watch, block, branch, held
+
+    def __call__(
+        self, module: nn.Module, call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        output = call()
+        if self._watch.passes.listens:
             try:
-                part = output if branch.output_index is None else output[branch.output_index]
-                # A copy: the model may add the stream to this very tensor before the other branch has run.
-                held[branch] = part * self.behind[branch]
-                if block.attention in held and block.mlp in held:
-                    assert block.attention is not None
-                    assert block.mlp is not None
-                    self._seen[block.index] = _norms(held[block.mlp], held[block.attention])
-                    held.clear()
-            except Exception as error:  # what goes wrong here must not go wrong in the user's forward pass
-                self.error = error
+                self._note(output if self._branch.output_index is None else output[self._branch.output_index])
+            except Exception as error:
+                self._watch.error = error
+        return output
 
-        return hook
+    def _note(self, part: Tensor) -> None:
+        attention, mlp = self._block.attention, self._block.mlp
+        assert attention is not None
+        assert mlp is not None
+        with torch.no_grad():
+            # A copy: the model may add the stream to this very tensor before the other branch has run.
+            self._held[self._branch] = part * self._watch.behind[self._branch]
+            if len(self._held) == 2:
+                self._watch.passes.note(self._block.index, part, _norms(self._held[mlp], self._held[attention]))
+                self._held.clear()

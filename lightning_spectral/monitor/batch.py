@@ -1,70 +1,73 @@
-"""What is measured on the training batch of a measured step: token geometry, and how the branches' updates compare."""
+"""What is seen of the training batch of a measured step: token geometry, and how the branches' updates compare."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
 from lightning_spectral.block_outputs import BlockOutputs, with_geometry
+from lightning_spectral.discovery.passes import Passes
+from lightning_spectral.discovery.paths import compiled_modules, is_compiled
 from lightning_spectral.discovery.updates import UpdateWatch
 from lightning_spectral.errors import ExampleInputError
+from lightning_spectral.first_forward import Call
 from lightning_spectral.functional import watch_updates
 from lightning_spectral.records import FunctionalMeasurement, Measurement, ResidualBlock
 
-__all__ = ["BatchWatch"]
+__all__ = ["BatchWatch", "unheard"]
 
 
 class BatchWatch:
-    """Listens to the forward passes between :meth:`start` and :meth:`stop`; at other times the model has no hook of it.
+    """Listens to the forward passes between :meth:`start` and :meth:`stop`; of several, the last that trained counts.
 
     Args:
         model: The model that the blocks were found in.
-        blocks: The blocks.
-        args: Positional arguments of one forward pass, guessed where there are no arguments. It is traced once, to see
-            which constants follow the branches.
-        kwargs: Its keyword arguments.
+        blocks: The blocks. What is compiled is not listened to.
+        calls: The calls of modules of the model that show the blocks; a call of the model is guessed where there are
+            none. They are traced once, to see which constants follow the branches.
     """
 
-    def __init__(
-        self, model: nn.Module, blocks: Sequence[ResidualBlock], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock], calls: Sequence[Call] = ()) -> None:
+        self._model, self._indices = model, [block.index for block in blocks]
         self._outputs = BlockOutputs(model, blocks)
-        self._updates: UpdateWatch | None = None
-        try:
-            self._updates = watch_updates(model, blocks, args, kwargs)
-        except ExampleInputError:  # the blocks were given: no input is needed for anything else
-            self._updates = None
-        self._listening: ExitStack | None = None
-        self._heard = False  # a pass that no measurement has been given yet
+        self._updates = _update_watch(model, blocks, calls)
+        self._listens = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block has been seen in a pass that trained."""
+        return all(map(self._outputs.passes.trained, self._indices))
+
+    @property
+    def heard(self) -> bool:
+        """Whether any block has run in a pass that counts."""
+        return bool(self._outputs.passes.numbers) or self._outputs.error is not None
 
     def start(self) -> None:
-        """Begin to listen, unless it does already (gradient accumulation): the last pass counts."""
-        if self._listening is None:
-            self._listening, self._heard = ExitStack(), True
-            self._listening.callback(self._outputs.stop)
-            self._outputs.start()
-            if self._updates is not None:
-                self._listening.enter_context(self._updates)
+        """Begin to listen, unless it does already (gradient accumulation)."""
+        if self._listens:
+            return
+        self._listens, compiled = True, compiled_modules(self._model)
+        self._outputs.start(Passes(training=True), leave_out=compiled.__contains__)
+        if self._updates is not None:
+            self._updates.start(Passes(training=True), leave_out=compiled.__contains__)
 
     def stop(self) -> None:
         """Leave the model as it was."""
-        if self._listening is not None:
-            self._listening.close()
-            self._listening = None
+        self._listens = False
+        self._outputs.stop()
+        if self._updates is not None:
+            self._updates.stop()
 
     def add_to(self, measurement: Measurement) -> Measurement:
-        """Add what was heard to the layers of a measurement, once.
+        """Stop, and add what was heard to the layers of a measurement.
 
         Raises:
             Exception: What went wrong while listening.
         """
-        if not self._heard:
-            return measurement
-        self._heard = False
+        self.stop()
         measurement = with_geometry(measurement, self._outputs.values())
         if self._updates is None:
             return measurement
@@ -76,3 +79,25 @@ class BatchWatch:
         }
         layers = (replace(layer, functional=known.get(layer.index)) for layer in measurement)
         return replace(measurement, layers=tuple(layers))
+
+
+def _update_watch(model: nn.Module, blocks: Sequence[ResidualBlock], calls: Sequence[Call]) -> UpdateWatch | None:
+    """Return what listens to the branches; ``None`` where the blocks were given, and no input is known."""
+    try:
+        if not calls:
+            return watch_updates(model, blocks, (), {})
+        watches = [watch_updates(model, blocks, call.args, call.kwargs, through=call.module) for call in calls]
+    except ExampleInputError:
+        return None
+    return UpdateWatch(model, blocks, {branch: c for watch in watches for branch, c in watch.behind.items()})
+
+
+def unheard(model: nn.Module, blocks: Sequence[ResidualBlock]) -> str | None:
+    """Say what is not measured of the tokens because it is compiled, ``None`` where nothing is."""
+    whole = [block.name for block in blocks if is_compiled(model, block.name)]
+    sites = [branch.site for block in blocks for branch in block.branches if is_compiled(model, branch.site)]
+    if not whole and not sites:
+        return None
+    what, name = ("token geometry", whole[0]) if whole else ("update ratio", sites[0])
+    part = "" if len(whole) in (0, len(blocks)) else f" of {len(whole)} of {len(blocks)} blocks"
+    return f"no {what}{part}, because {name or 'the model'} is compiled"

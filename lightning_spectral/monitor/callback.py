@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.utils.hooks import RemovableHandle
@@ -15,8 +16,11 @@ from lightning_spectral.control.steering import Steering
 from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError
 from lightning_spectral.linalg import Solver
 from lightning_spectral.monitor.framework import Callback, overrides, rank_zero_info
+from lightning_spectral.monitor.late import AfterHook
 from lightning_spectral.monitor.order import check_order
-from lightning_spectral.monitor.session import Session, blocks_of
+from lightning_spectral.monitor.runs import new_series, remember, remembered
+from lightning_spectral.monitor.search import blocks_of
+from lightning_spectral.monitor.session import Session
 from lightning_spectral.monitor.strategies import check_strategy, is_tensor_parallel, will_shard
 from lightning_spectral.records import ResidualBlock
 from lightning_spectral.series import Series
@@ -128,9 +132,13 @@ class SpectralMonitor(Callback):
         self.on_error = settings.choice("on_error", on_error, ("warn", "raise"))
         self.prefix = settings.name("prefix", prefix)
         self._series = Series(self.linearization)
+        self._restored: Series | None = None  # from the checkpoint that a fit goes on from
+        self._stage: str | None = None
         self._load_hook: RemovableHandle | None = None
+        self._late: list[AfterHook] = []
+        self._modules: set[int] = set()  # those that the model had when scales were attached
         self._early: tuple[ResidualBlock, ...] | None = None  # found before the model was sharded
-        self._session: Session | None = None  # between on_train_start and on_train_end
+        self._session: Session | None = None  # between on_train_start and on_fit_end
 
     @property
     def state_key(self) -> str:
@@ -147,23 +155,42 @@ class SpectralMonitor(Callback):
                 copies the model comes before this one, or weights cannot be read under the Trainer's strategy.
             ExampleInputError, BlocksNotFoundError: The blocks to steer cannot be found.
         """
+        self._stage, self._early = stage, None
+        if stage == "fit":  # what is saved before the first measurement is not of an earlier run
+            self._series = remembered(trainer, pl_module, self.state_key) or Series(self.linearization)
+        if self._steering is not None and not self._steering.is_of(pl_module):
+            self._steering = Steering(self._steering.rescaler, self.safe_zone)  # another model, another run
         check_strategy(trainer.strategy)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not declared
         self._check_rivals([other for other in callbacks if isinstance(other, SpectralMonitor) and other is not self])
+        shards = will_shard(trainer.strategy)
         if self._steering is None:
             hook = pl_module.register_load_state_dict_pre_hook(refuse_lost_scales)  # type: ignore[no-untyped-call]
             self._load_hook = hook
-            if stage == "fit" and will_shard(trainer.strategy):
+            if stage == "fit" and shards:
                 self._early = _found(pl_module, self.blocks)
             return
         check_order(callbacks, self)
         if is_tensor_parallel(trainer.strategy):
             return
+        # A model may be built in hooks that come later. What is sharded there is never attached to: see on_fit_start.
+        hooks = [hook for hook in ("setup", "configure_model") if overrides(pl_module, hook)]
+        later = [hook for hook in hooks if hook == "setup" or not shards]
+        self._attach(self._steering, pl_module, may_fail=bool(hooks))
+        for hook in later:
+            attach = partial(self._attach, self._steering, pl_module, may_fail=hook != hooks[-1])
+            self._late.append(AfterHook(pl_module, hook, attach))
+
+    def _attach(self, steering: Steering, pl_module: LightningModule, *, may_fail: bool) -> None:
+        """Attach the scales, also to what was built since the last time."""
+        if self._modules != set(map(id, pl_module.modules())):
+            steering.scales = None
         try:
-            self._steering.attach(pl_module, None if self.blocks is None else blocks_of(pl_module, self.blocks))
-        except (BlocksNotFoundError, ExampleInputError):
-            if not overrides(pl_module, "configure_model"):
+            steering.attach(pl_module, None if self.blocks is None else blocks_of(pl_module, self.blocks))
+        except (BlocksNotFoundError, ExampleInputError, ConfigurationError):
+            if not may_fail:
                 raise
+        self._modules = set(map(id, pl_module.modules()))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the optimizers train the scales.
@@ -184,44 +211,70 @@ class SpectralMonitor(Callback):
         if trainer.barebones:
             rank_zero_info("SpectralMonitor is off, because the Trainer is barebones")
             return
-        step = trainer.global_step
-        resume_step = step if self._series.reaches(step) else None
-        if resume_step is None:  # a new run, even if this object has watched another one before
-            batches = step // max(len(trainer.optimizers), 1)
-            self._series = Series(self.linearization, seen_step=step, batches=batches)
+        restored, self._restored = self._restored, None
+        known = restored or remembered(trainer, pl_module, self.state_key)
+        goes_on = known is not None and (known.measured_step is None or known.reaches(trainer.global_step))
+        self._series = known if known is not None and goes_on else new_series(trainer, self.linearization)
+        remember(trainer, pl_module, self.state_key, self._series)
         blocks = self._early if self._steering is None else self._steering.blocks
-        self._session = Session(self, self._series, self._steering, blocks, trainer, pl_module, resume_step)
+        self._session = Session(self, self._series, self._steering, blocks, trainer, pl_module, goes_on=goes_on)
         self._session.begin()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Listen to the forward pass, if it is the first one or one whose tokens are to be measured."""
+        """Have measured the weights that the batch will use, and listen to its forward pass if they were."""
         if self._session is not None:
             self._session.begin_batch(batch)
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """See whether the weights that the forward pass has used are those that were measured."""
+        # Behind a forward pass some sharded weights are whole for a while. Before the step they are shards again.
+        if self._session is not None and not will_shard(trainer.strategy):
+            self._session.in_use()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check once that every scale is alive."""
         if self._steering is not None:
             self._steering.check_gradients()
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Write the measurement of the weights that the optimizer is about to change, and steer."""
+        if self._session is not None:
+            self._session.before_step()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure if it is due, steer, and bring the progress bar up to date."""
+        """Measure if it is due, and bring the progress bar up to date."""
         if self._session is not None:
             self._session.end_batch()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Publish what is true of the weights that are validated, unless they are averaged ones."""
+        if self._session is not None:
+            self._session.refresh()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Publish what is true of the weights, for callbacks that save or stop by it at the end of an epoch."""
+        if self._session is not None:
+            self._session.refresh()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the final weights, draw the run and print the last measurement."""
+        """Measure the final weights."""
         if self._session is not None:
             self._session.end()
-            self._session.release()
-            self._session = None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See whether the final weights have been exchanged; draw the run and print the last measurement."""
+        if self._session is not None:
+            session, self._session = self._session, None
+            session.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook of the monitor behind in the model."""
+        """Leave nothing of the monitor behind in the model."""
         if self._session is not None:
-            self._session.release()
-            self._session = None
+            session, self._session = self._session, None
+            session.abandon()
+        self._restored = None
         self._remove_hooks()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -248,14 +301,14 @@ class SpectralMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an exact resume needs, as copies of plain values and tensors."""
-        if self._session is not None:
-            self._session.keep_warm_start()
         return self._series.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up an earlier state; what is unknown or missing in it does no harm."""
         self._series = Series(self.linearization)
         self._series.load_state_dict(state_dict)
+        # A test loads a checkpoint too, perhaps an older one, and a fit after it does not go on from there.
+        self._restored = self._series if self._stage in (None, "fit") else None
 
     def _check_rivals(self, rivals: Sequence[SpectralMonitor]) -> None:
         if any(other.prefix == self.prefix for other in rivals):
@@ -272,6 +325,9 @@ class SpectralMonitor(Callback):
         if self._load_hook is not None:
             self._load_hook.remove()
             self._load_hook = None
+        while self._late:
+            self._late.pop().remove()
+        self._stage = None
         if self._steering is not None:
             self._steering.release()
 

@@ -1,29 +1,37 @@
-"""One call of fit: find the blocks, measure when it is due, act on it. What fails here does no harm to the run."""
+"""One call of fit: find the blocks, measure when it is due, act on it. What fails here does no harm to the run.
+
+The weights of step k are measured when step k is done, and looked at again when they are next about to be used: the
+module's own hooks and other callbacks may have changed them meanwhile. Nothing follows from a measurement before the
+forward pass that uses these weights has run: its tokens belong to them too. Then, before the optimizer steps, the
+measurement is written, and the law acts. So a checkpoint between two batches is one of a run that has not measured yet,
+wherever the callback stands that saves it, and a run that goes on from there measures and acts first thing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from lightning_spectral.alarms import Event, falling_tokens
+from lightning_spectral.alarms import Event, Memory, falling_tokens, observe
 from lightning_spectral.control.actions import news
 from lightning_spectral.control.law import Action
 from lightning_spectral.control.steering import Steering
-from lightning_spectral.discovery import find_blocks
-from lightning_spectral.discovery.paths import is_compiled
 from lightning_spectral.discovery.plain import to_plain
-from lightning_spectral.errors import ExampleInputError, SpectralError
-from lightning_spectral.first_forward import FirstForward
+from lightning_spectral.errors import SpectralError
+from lightning_spectral.first_forward import Call, FirstForward
 from lightning_spectral.journal import described
 from lightning_spectral.measure import Meter
-from lightning_spectral.monitor.batch import BatchWatch
+from lightning_spectral.monitor.batch import BatchWatch, unheard
+from lightning_spectral.monitor.fingerprint import fingerprint, same_weights
 from lightning_spectral.monitor.framework import rank_zero_info, rank_zero_warn, warn
 from lightning_spectral.monitor.outlets import Outlets
 from lightning_spectral.monitor.peers import Peers
-from lightning_spectral.monitor.strategies import outermost
+from lightning_spectral.monitor.search import guessed_blocks, shown_blocks, trained_parameters
+from lightning_spectral.monitor.steps import Steps
+from lightning_spectral.monitor.strategies import outermost, will_shard
 from lightning_spectral.records import Measurement, ResidualBlock
 from lightning_spectral.series import Series, logged_values
 
@@ -32,9 +40,26 @@ if TYPE_CHECKING:
 
     from lightning_spectral.monitor.callback import SpectralMonitor
 
-__all__ = ["Session", "blocks_of"]
+__all__ = ["Session"]
 
 PATIENCE = 3  # failures in a row after which the monitor switches itself off
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """A measurement that nothing has followed from yet.
+
+    Attributes:
+        measurement: Of all processes.
+        index: Where loggers will put it.
+        meter: The meter before it, to take it anew from there.
+        settled: Whether the weights have come to be used.
+    """
+
+    measurement: Measurement
+    index: int
+    meter: Meter
+    settled: bool = False
 
 
 class Session:
@@ -47,7 +72,7 @@ class Session:
         blocks: The blocks, ``None`` where they are to be found.
         trainer: The trainer.
         pl_module: The module that it trains.
-        resume_step: Optimizer step from which a run goes on, ``None`` for a new run.
+        goes_on: Whether the series was begun by an earlier session.
     """
 
     def __init__(
@@ -58,10 +83,11 @@ class Session:
         blocks: tuple[ResidualBlock, ...] | None,
         trainer: Trainer,
         pl_module: LightningModule,
-        resume_step: int | None,
+        *,
+        goes_on: bool,
     ) -> None:
         self._monitor, self.series, self._steering, self._blocks = monitor, series, steering, blocks
-        self._trainer, self._module, self._resume_step = trainer, pl_module, resume_step
+        self._trainer, self._module, self._goes_on = trainer, pl_module, goes_on
         self._rehearses = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # public, but not declared
         self.peers, self.outlets = Peers(trainer, pl_module), Outlets(monitor.prefix)
         self.meter: Meter | None = None
@@ -69,64 +95,118 @@ class Session:
         self._awaits_forward = False  # no input could be guessed: the first real forward pass will show one
         self._first_forward: FirstForward | None = None
         self._share: Measurement | None = None  # of this process
+        self._look: _Look | None = None
         self._latest: Measurement | None = None  # of all processes
-        self._alarms: list[Event] = []  # not acted on yet
+        self._weights: dict[str, tuple[bool, int]] = {}  # fingerprint of those that were measured last
+        self._weights_step = 0  # and what the Trainer had counted then
+        self._unseen = False  # whether weights may have been changed up to the forward pass of this batch
+        self._steps = Steps(trainer, pl_module, series)
         self._failures = 0  # in a row
-        self._step = trainer.global_step  # before the batch
-        self._stride = len(trainer.optimizers)  # the most steps that one batch has made
+        self._told: set[str] = set()
 
     # When.
 
     def begin(self) -> None:
         """Find the blocks and measure for the first time; on resume, publish what was measured last."""
-        if self._resume_step is not None:
+        if self.series.measured_step is not None:
             self.outlets.publish(self._trainer, self._module, self.series.values)
         self._search(self._find)
-        self._measure_if_due()
+        self._look_if_due(self._steps.now())
+        if self.meter is not None and self._look is None and not self._module.automatic_optimization:
+            self._mark(self.meter)
+        self._answer(self.series.take_alarms())
 
     def begin_batch(self, batch: Any) -> None:
-        """Listen to the forward passes of a batch, if they are the first or their tokens are to be measured."""
-        self._step = self._trainer.global_step
+        """Have measured the weights that the batch will use, and listen to how it uses them."""
+        self._unseen = self._module.automatic_optimization
+        if not self._unseen:  # by hand, weights may be changed within the batch in ways that Lightning does not see
+            self._look_again()
+        self._look_if_due(self._steps.now())
+        if self._look is not None:
+            self._look = replace(self._labelled(self._look), settled=True)
+            if self._batch_watch is not None:
+                self._batch_watch.start()
         if self._awaits_forward:
             self._awaits_forward, self._first_forward = False, FirstForward(self._module, batch)
-        # After this batch, if it steps. To listen in vain costs a few hooks.
-        if self._batch_watch is not None and self.series.due(self._step + self._stride, self._monitor.every_n_steps):
-            self._batch_watch.start()
+
+    def in_use(self) -> None:
+        """Look whether the weights that the forward pass has used are those that were measured."""
+        if self._unseen and self._look is not None and self._look.settled:
+            self._unseen = False
+            self._look_again()
+
+    def before_step(self) -> None:
+        """Act on the measurement of the weights that the optimizer is about to change."""
+        self.in_use()
+        if self._look is None or not self._look.settled:
+            return
+        # By hand, another model may step first, and this one has not even run yet.
+        watch = None if self._module.automatic_optimization else self._batch_watch
+        if watch is None or self.peers.agree(watch.complete):
+            self._conclude()
 
     def end_batch(self) -> None:
-        """Measure if it is due, and act on it."""
-        step = self._trainer.global_step
-        self.series.end_batch(step)
-        self._stride = max(self._stride, step - self._step)
-        if self._batch_watch is not None:
-            self._batch_watch.stop()
+        """Measure if it is due, and do what an alarm asks for."""
+        self._notice_uncounted()
+        step = self._steps.now(done=1)
+        if self._look is not None and self._look.settled and self._look.measurement.step != step:
+            self._conclude()  # the optimizer is one that Lightning does not see
         if self._first_forward is not None:
             self._search(self._find_late, self._first_forward)
             self._first_forward = None
-        self._measure_if_due(steer=True)
-        self._answer()
+        self._look_if_due(step, done=1)
+        self._answer(self.series.take_alarms())
         self.outlets.show(self._module, self.series.values)
 
+    def refresh(self) -> None:
+        """Publish what is true of the weights now, for callbacks that save or stop by it."""
+        self._look_again()
+
     def end(self) -> None:
-        """Measure the final weights, draw the run and print the last measurement."""
-        if not self._rehearses and self.series.measured_step != self._trainer.global_step:
-            self._measure()
+        """Measure the final weights, while they are where they were trained."""
+        self._look_at_last(also=self._latest is None or self._latest.step != self._steps.now())
+        self._stop_listening()
+
+    def close(self) -> None:
+        """Look whether others have put other weights into their place; write, draw and print the last measurement."""
+        if not will_shard(self._trainer.strategy):  # those can no longer be read then, and nobody averages them
+            self._look_at_last()
+        if self._look is not None:
+            look, self._look = self._look, None
+            events, memory = observe(self.series.memory, look.measurement)
+            # A run that goes on takes this measurement anew, with its tokens: nothing else follows from it now.
+            if self._guard("writing", self._write, look, memory, events):
+                self.series.measured_step = look.measurement.step
+            if callable(self._monitor.on_alarm):
+                self._answer([event for event in events if event.level == "alarm"])
         self.outlets.draw(self._trainer, self.series.batches)
         if self._latest is not None:
             self.outlets.print(self._latest)
 
-    def release(self) -> None:
-        """Leave no hook in the model, and the warm start in the series."""
+    def abandon(self) -> None:
+        """Write down what was measured last of a run that breaks off, and leave no listener in the model."""
+        if self._look is not None and not self._rehearses:
+            look, self._look = self._look, None
+            with suppress(Exception):  # each process for itself: the others may be somewhere else
+                self._write(look, self.series.memory, ())
         self.outlets.close()
-        self.keep_warm_start()
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
         for listener in (self._first_forward, self._batch_watch):
             if listener is not None:
                 listener.stop()
 
-    def keep_warm_start(self) -> None:
-        """Let the series know where the next measurement would start from."""
-        if self.meter is not None:
-            self.series.warm_start = self.meter.state_dict()
+    def _notice_uncounted(self) -> None:
+        """See whether weights change although the Trainer counts no step; then batches count as steps."""
+        self._steps.end_batch()
+        doubtful = self._steps.doubtful(self._monitor.every_n_steps) and self._weights_step == self._steps.counted
+        if self.meter is None or not doubtful or self._unchanged(self.meter):
+            return
+        self.series.counts_batches = True
+        if self._look is not None:  # taken before the first batch of which this can be known
+            step = max(self._steps.counted, self._look.index)
+            self._look = replace(self._look, measurement=replace(self._look.measurement, step=step))
 
     # Finding the blocks.
 
@@ -135,53 +215,88 @@ class Session:
             self.meter = None  # in all processes, if one of them has found none
 
     def _find(self) -> None:
-        if self._blocks is not None:
-            self._watch(self._module, self._blocks)
-            return
-        try:
-            self._watch(self._module, blocks_of(self._module, self._monitor.blocks))
-        except ExampleInputError:
+        blocks = self._blocks
+        if blocks is None:
+            trained = trained_parameters(self._trainer, self._module)
+            blocks = guessed_blocks(self._module, self._monitor.blocks, trained)
+        if blocks is None:
             self._awaits_forward = True
+        else:
+            self._watch(blocks)
 
     def _find_late(self, first_forward: FirstForward) -> None:
         first_forward.stop()
-        call = first_forward.call()
-        short, wanted = call.shortened(), self._monitor.blocks
-        try:
-            blocks = blocks_of(call.module, wanted, *short.args, **short.kwargs)
-        except ExampleInputError:  # a model that wants its batch whole
-            blocks = blocks_of(call.module, wanted, *call.args, **call.kwargs)
-        self._watch(call.module, blocks, *call.args, **call.kwargs)
+        trained = trained_parameters(self._trainer, self._module)
+        calls = first_forward.calls(trained)
+        self._watch(*shown_blocks(self._module, self._monitor.blocks, calls, trained))
 
-    def _watch(self, model: nn.Module, blocks: tuple[ResidualBlock, ...], *args: Any, **kwargs: Any) -> None:
-        monitor, zone = self._monitor, self._monitor.safe_zone
+    def _watch(self, blocks: tuple[ResidualBlock, ...], calls: Sequence[Call] = ()) -> None:
+        monitor, zone, model = self._monitor, self._monitor.safe_zone, self._module
         rule = monitor.linearization
         read = outermost(self._trainer.strategy, model)
         self.meter = Meter(read, blocks, linearization=rule, solver=monitor.solver, safe_zone=zone)
         self.series.blocks = to_plain(blocks)
+        for note in getattr(blocks, "notes", ()):
+            rank_zero_info(f"SpectralMonitor: {note}")
         if monitor.geometry:
-            self._batch_watch = _listening(model, blocks, args, kwargs)
+            self._batch_watch = BatchWatch(model, blocks, calls)
+            if told := unheard(model, blocks):
+                rank_zero_info(f"SpectralMonitor: {told}")
         if self.series.warm_start:
             self.meter.load_state_dict(self.series.warm_start)
         if not self._rehearses:
             header = {"linearization": rule, "safe_zone": zone, "every_n_steps": monitor.every_n_steps}
+            header |= {"run": self.series.run}
             header["rescaler"] = None if self._steering is None else asdict(self._steering.rescaler)
             header["blocks"] = [described(block) for block in blocks]
-            self.outlets.open(self._trainer, header, self._resume_step)
+            step = self._steps.now()
+            # What is due is measured now, also if the file has it already: it was written at the end of a fit.
+            kept = step - 1 if self.series.due(step, monitor.every_n_steps) else step
+            self.outlets.open(self._trainer, header, kept if self._goes_on else None)
 
     # Measuring.
 
-    def _measure_if_due(self, *, steer: bool = False) -> None:
-        step = self._trainer.global_step
-        if self.meter is None or (self._rehearses and self._latest is not None):
+    def _look_if_due(self, step: int, *, done: int = 0) -> None:
+        rehearsed = self._rehearses and self._latest is not None
+        if self.meter is None or self._look is not None or rehearsed:
             return
         if self.series.due(step, self._monitor.every_n_steps):
-            self.series.scheduled_step = step
-            self._measure(steer=steer)
+            self._measure(self.meter, step, self._steps.index(done=done))
 
-    def _measure(self, *, steer: bool = False) -> None:
-        """Measure, together with the other processes, and act on it; called at the same steps in all of them."""
-        if self.meter is None or not self._guard("measuring", self._take_part, self.meter):
+    def _look_again(self) -> None:
+        """Measure again, from where the last measurement began, if the weights are others by now."""
+        if self._look is not None and self.meter is not None and not self._unchanged(self.meter):
+            look, self._look = self._look, None
+            self._measure(look.meter, look.measurement.step, look.index, settled=look.settled)
+
+    def _labelled(self, look: _Look) -> _Look:
+        """Label a measurement anew: a Trainer that resumes brings its counts up to date only when it begins a batch."""
+        measurement = replace(look.measurement, step=self._steps.now())
+        return replace(look, measurement=measurement, index=self._steps.index())
+
+    def _look_at_last(self, *, also: bool = False) -> None:
+        """Measure the weights that the user will get if they are not those that were measured last, or if told to."""
+        if self._rehearses or self.meter is None:
+            return
+        if self._look is not None:
+            self._look_again()
+            if self._look is not None:
+                self._look = self._labelled(self._look)
+        elif also or (self._latest is not None and not self._unchanged(self.meter)):
+            self._measure(self.meter, self._steps.now(), self._steps.index())
+
+    def _mark(self, meter: Meter) -> None:
+        self._weights, self._weights_step = fingerprint(meter.model, meter.blocks), self._trainer.global_step
+
+    def _unchanged(self, meter: Meter) -> bool:
+        """Whether no process sees other weights than those that were measured last."""
+        return self.peers.agree(same_weights(self._weights, fingerprint(meter.model, meter.blocks)))
+
+    def _measure(self, meter: Meter, step: int, index: int, *, settled: bool = False) -> None:
+        """Measure, together with the other processes, and publish it; called at the same steps in all of them."""
+        self.meter = copy.copy(meter)  # what a meter remembers is replaced and never changed
+        if not self._guard("measuring", self._take_part, self.meter, step):
+            self.meter, self.series.scheduled_step = meter, step
             return
         assert self._share is not None
         measurement, alike = self.peers.combined(self._share)
@@ -191,43 +306,83 @@ class Session:
                 f"SpectralMonitor found residual scales that differ between processes at step {measurement.step}: "
                 "something else has changed them in one process. It steers no more in this run"
             )
-        if self._guard("writing", self._note, measurement, steer):
+        self._look, self._latest = _Look(measurement, index, meter, settled), measurement
+        _, memory = observe(self.series.memory, measurement)
+        self.outlets.publish(self._trainer, self._module, self._values(measurement, memory))
+
+    def _take_part(self, meter: Meter, step: int) -> None:
+        """Measure the share of this process."""
+        self._share = meter.measure(step, (self.peers.rank, self.peers.count))
+        self._mark(meter)
+
+    # What follows from a measurement.
+
+    def _conclude(self) -> None:
+        """Draw the consequences of a measurement that all processes have."""
+        assert self._look is not None
+        assert self.meter is not None
+        look, self._look = self._look, None
+        if self._batch_watch is not None:
+            look = replace(look, measurement=self._with_tokens(self._batch_watch, look.measurement))
+        first, self.series.scheduled_step = self.series.scheduled_step is None, look.measurement.step
+        self.series.warm_start = self.meter.state_dict()
+        if self._guard("writing", self._note, look, not first):  # nothing is steered before the first step
             self._failures = 0
 
-    def _take_part(self, meter: Meter) -> None:
-        """Measure the share of this process."""
-        measurement = meter.measure(self._trainer.global_step, (self.peers.rank, self.peers.count))
-        self._share = measurement if self._batch_watch is None else self._batch_watch.add_to(measurement)
+    def _with_tokens(self, watch: BatchWatch, measurement: Measurement) -> Measurement:
+        """Add what was heard. What goes wrong with it costs the tokens, and is told once."""
+        if not watch.heard and "heard" not in self._told:
+            self._told.add("heard")
+            rank_zero_info(
+                f"SpectralMonitor: no token geometry at step {measurement.step}, because no block ran in a pass that "
+                "trained; compiled code and passes in evaluation are not heard"
+            )
+        try:
+            measurement = watch.add_to(measurement)
+        except Exception as error:
+            if self._monitor.on_error == "raise":
+                raise
+            self._tell_once(f"no token geometry at step {measurement.step} ({type(error).__name__}: {error})")
+        return self.peers.combined(measurement)[0]
 
-    def _note(self, measurement: Measurement, steer: bool) -> None:
-        """Draw the consequences of a measurement that all processes have."""
-        events = self.series.observe(measurement)
-        memory, rescaled = self.series.memory, None
+    def _note(self, look: _Look, steer: bool) -> None:
+        measurement = look.measurement
         actions: tuple[Action, ...] = ()
-        if self._steering is not None:
-            if steer:
-                law, optimizers = self.series.law, self._trainer.optimizers
-                if rounding := self._steering.check_rounding(optimizers):
-                    rank_zero_warn(f"SpectralMonitor, step {measurement.step}: {rounding}")
-                actions, self.series.law = self._steering.act(measurement, law, optimizers, falling_tokens(memory))
-            rescaled = sum(action.moves for action in actions)
-        self._latest = measurement
-        self._alarms += [event for event in events if event.level == "alarm"]
-        self.series.values = logged_values(
-            measurement, memory, self._monitor.prefix, per_layer=self._monitor.per_layer, rescaled=rescaled
-        )
-        self.outlets.write(self._trainer, self._module, self.series, measurement, events, actions)
+        events = self.series.observe(measurement)
+        if self._steering is not None and steer:
+            law, optimizers = self.series.law, self._trainer.optimizers
+            if rounding := self._steering.check_rounding(optimizers):
+                rank_zero_warn(f"SpectralMonitor, step {measurement.step}: {rounding}")
+            falling = falling_tokens(self.series.memory)
+            actions, self.series.law = self._steering.act(measurement, law, optimizers, falling)
+        self._write(look, self.series.memory, events, actions)
         if self._steering is not None and (told := news(actions, measurement, self._steering.rescaler)):
             rank_zero_info(told)
 
-    def _answer(self) -> None:
+    def _write(self, look: _Look, memory: Memory, events: Sequence[Event], actions: Sequence[Action] = ()) -> None:
+        self._latest, self.series.batches = look.measurement, look.index
+        self.series.values = self._values(look.measurement, memory, sum(action.moves for action in actions))
+        self.outlets.write(self._trainer, self._module, self.series, look.measurement, events, actions)
+
+    def _values(self, measurement: Measurement, memory: Memory, moved: int = 0) -> dict[str, float]:
+        rescaled = None if self._steering is None else moved
+        prefix, per_layer = self._monitor.prefix, self._monitor.per_layer
+        return logged_values(measurement, memory, prefix, per_layer=per_layer, rescaled=rescaled)
+
+    def _answer(self, alarms: Sequence[Event]) -> None:
         """Do at an alarm what the user asked for; what the user's own function raises is no telemetry that failed."""
-        alarms, self._alarms = self._alarms, []
         for event in alarms:
             if callable(self._monitor.on_alarm):
                 self._monitor.on_alarm(self._trainer, self._module, event)
             elif self._monitor.on_alarm == "stop":
                 self._trainer.should_stop = True
+
+    # Failures.
+
+    def _tell_once(self, message: str) -> None:
+        if message.partition(" at step")[0] not in self._told:
+            self._told.add(message.partition(" at step")[0])
+            rank_zero_warn(f"SpectralMonitor: {message}; training goes on, and so do the other measurements")
 
     def _guard(self, what: str, action: Callable[..., None], *args: Any) -> bool:
         """Run one piece of telemetry and return whether it went well, in all processes.
@@ -260,29 +415,3 @@ def _error_of(action: Callable[..., None], *args: Any) -> Exception | None:
     except Exception as error:
         return error
     return None
-
-
-def blocks_of(
-    model: nn.Module, blocks: Sequence[ResidualBlock] | Mapping[str, Any] | None, *args: Any, **kwargs: Any
-) -> tuple[ResidualBlock, ...]:
-    """Return the blocks that a user has named, by hints or in the module's ``spectral_blocks``; else find them.
-
-    Raises:
-        ExampleInputError, BlocksNotFoundError, ConfigurationError: As :func:`find_blocks` does.
-    """
-    own: Sequence[ResidualBlock] | None = getattr(model, "spectral_blocks", None)
-    if blocks is None and own is not None:
-        return tuple(own)
-    if blocks is None or isinstance(blocks, Mapping):
-        return find_blocks(model, *args, hints=blocks, **kwargs)
-    return tuple(blocks)
-
-
-def _listening(
-    model: nn.Module, blocks: Sequence[ResidualBlock], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> BatchWatch | None:
-    compiled = [block.name for block in blocks if is_compiled(model, block.name)]
-    if compiled:
-        rank_zero_info(f"SpectralMonitor: no token geometry, because {compiled[0] or 'the model'} is compiled")
-        return None
-    return BatchWatch(model, blocks, args, kwargs)

@@ -222,7 +222,7 @@ def test_blocks_that_failed_their_self_check_are_left_alone_and_named() -> None:
         left = balance_init_(model, blocks)
     assert not changed(model, before)
     assert all(layer.ratio and layer.doubt for layer in left)
-    result = balance_init_(model, [replace(block, verified=True) for block in blocks[1:]])
+    result = balance_init_(model, [replace(block, verified=True) for block in blocks[1:]], force=True)
     assert [layer.ratio for layer in result] == [pytest.approx(1.0, rel=1e-4)] * 2
 
 

@@ -19,7 +19,6 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from lightning_spectral import (
-    ConfigurationError,
     ExampleInputError,
     ResidualRescaler,
     SpectralMonitor,
@@ -158,7 +157,7 @@ KINDS = {
     partly_frozen: None,
     spectrally_normed: None,
     weight_normed: None,
-    spectrally_normed_by_hooks: "cannot be read: it is computed by the operation 'div'",
+    spectrally_normed_by_hooks: None,
     recomputed: None,
     dropped_layers: None,
 }
@@ -195,7 +194,10 @@ def test_every_kind_of_model_is_steered_where_it_is_measured_and_its_scales_lear
     assert len(scales(module)) == (2 if kind is shared else 2 * BLOCKS)
     assert all(value.item() != 0.0 for value in scales(module).values())
     acted = {action["block"] for action in read_actions(tmp_path / "spectral.jsonl")}
-    normed = kind is spectrally_normed  # every matrix has norm 1: nothing is out of balance
+    normed = kind in (
+        spectrally_normed,
+        spectrally_normed_by_hooks,
+    )  # every matrix has norm 1: nothing is out of balance
     assert acted == (set() if KINDS[kind] or normed else {layer["index"] for layer in layers(tmp_path)})
 
 
@@ -300,12 +302,10 @@ def test_a_model_from_the_meta_device_is_measured_when_it_has_numbers(tmp_path: 
 
 
 def test_a_model_from_the_meta_device_attaches_its_scales_when_it_has_numbers(tmp_path: Path):
-    with pytest.raises(ConfigurationError, match=r"OnMeta .*configure_model.*attach_scales\(self\)"):
-        fit(tmp_path / "without", SpectralMonitor(2, True), module=OnMeta())
-    module = OnMetaWithScales()
-    fit(tmp_path / "with", SpectralMonitor(2, True, on_error="raise"), module=module)
-    assert len(scales(module)) == 2 * BLOCKS
-    assert all(value.item() != 0.0 for value in scales(module).values())
+    for module in (OnMeta(), OnMetaWithScales()):
+        fit(tmp_path / type(module).__name__, SpectralMonitor(2, True, on_error="raise"), module=module)
+        assert len(scales(module)) == 2 * BLOCKS
+        assert all(value.item() != 0.0 for value in scales(module).values())
     with pytest.raises(
         ExampleInputError, match="has parameters on the meta device, which hold no numbers: materialize"
     ):

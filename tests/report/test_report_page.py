@@ -197,7 +197,7 @@ class Draw(Callback):
 
 
 def test_a_real_run_is_drawn_while_it_goes_and_afterwards(tmp_path: Path):
-    module, draw = LitGPT(), Draw(tmp_path, 4)
+    module, draw = LitGPT(), Draw(tmp_path, 5)
     with torch.no_grad():
         for block in module.model.blocks:
             block.attention.proj.weight.mul_(30)

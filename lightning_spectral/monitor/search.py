@@ -1,0 +1,101 @@
+"""Which blocks are watched: those that the user names, else those of what the run trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lightning_spectral.discovery import find_blocks
+from lightning_spectral.discovery.find import blocks_in_calls
+from lightning_spectral.discovery.paths import module_at
+from lightning_spectral.errors import ExampleInputError
+from lightning_spectral.first_forward import Call, holds_any, trained_blocks
+from lightning_spectral.monitor.framework import overrides
+from lightning_spectral.records import ResidualBlock
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["blocks_of", "guessed_blocks", "shown_blocks", "trained_parameters"]
+
+Wanted = Sequence[ResidualBlock] | Mapping[str, Any] | None
+
+
+def blocks_of(model: nn.Module, wanted: Wanted, *args: Any, **kwargs: Any) -> tuple[ResidualBlock, ...]:
+    """Return the blocks that a user has named, by hints or in the module's ``spectral_blocks``; else find them.
+
+    Raises:
+        ExampleInputError, BlocksNotFoundError, ConfigurationError: As :func:`find_blocks` does.
+    """
+    named = _named(model, wanted)
+    return find_blocks(model, *args, hints=wanted, **kwargs) if named is None else named  # type: ignore[arg-type]
+
+
+def _named(model: nn.Module, wanted: Wanted) -> tuple[ResidualBlock, ...] | None:
+    own: Sequence[ResidualBlock] | None = getattr(model, "spectral_blocks", None)
+    chosen = own if wanted is None else wanted
+    return None if chosen is None or isinstance(chosen, Mapping) else tuple(chosen)
+
+
+def trained_parameters(trainer: Trainer, pl_module: LightningModule) -> list[Tensor]:
+    """Return what the optimizers of a run hold of a module or, where they hold nothing of it, what needs gradients."""
+    own = {id(parameter): parameter for parameter in pl_module.parameters() if parameter.requires_grad}
+    groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    held = [own[id(item)] for group in groups for item in group["params"] if id(item) in own]
+    return [*(held or own.values())]
+
+
+def guessed_blocks(
+    pl_module: LightningModule, wanted: Wanted, trained: Sequence[Tensor]
+) -> tuple[ResidualBlock, ...] | None:
+    """Return the blocks before anything has run; ``None`` where the first real forward pass has to show them.
+
+    Raises:
+        BlocksNotFoundError, ConfigurationError: As :func:`find_blocks` does.
+    """
+    named = _named(pl_module, wanted)
+    if named is not None:
+        return named
+    try:
+        blocks = blocks_of(pl_module, wanted)
+    except ExampleInputError:
+        return None
+    if wanted is not None:
+        return blocks
+    if not overrides(pl_module, "forward") and not _trains_any(pl_module, blocks, trained):
+        return None  # some part of the module could be run, and the run may train another one
+    return trained_blocks(pl_module, blocks, trained)
+
+
+def shown_blocks(
+    pl_module: LightningModule, wanted: Wanted, calls: Sequence[Call], trained: Sequence[Tensor]
+) -> tuple[tuple[ResidualBlock, ...], Sequence[Call]]:
+    """Return the blocks that the calls of a real training step show, and the calls as short as they can be.
+
+    Raises:
+        ExampleInputError, BlocksNotFoundError, ConfigurationError: As :func:`blocks_in_calls` does.
+    """
+    hints = wanted if isinstance(wanted, Mapping) else None
+    try:
+        used: Sequence[Call] = [call.shortened() for call in calls]
+        blocks = _in_calls(pl_module, used, hints)
+    except ExampleInputError:  # a model that wants its batch whole
+        used = calls
+        blocks = _in_calls(pl_module, used, hints)
+    return blocks if wanted is not None else trained_blocks(pl_module, blocks, trained), used
+
+
+def _in_calls(
+    pl_module: LightningModule, calls: Sequence[Call], hints: Mapping[str, Any] | None
+) -> tuple[ResidualBlock, ...]:
+    return blocks_in_calls(pl_module, [(call.module, call.args, call.kwargs) for call in calls], hints)
+
+
+def _trains_any(model: nn.Module, blocks: Sequence[ResidualBlock], trained: Sequence[Tensor]) -> bool:
+    names = {factor.parameter for block in blocks for branch in block.branches for factor in branch.factors}
+    held = set(map(id, trained))
+    owners = {name.rpartition(".")[0].partition(".parametrizations")[0] for name in names if name is not None}
+    modules = (module_at(model, owner) for owner in owners)
+    return any(module is not None and holds_any(module, held) for module in modules)
