@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from lightning_spectral.discovery.linear import LinearPart
 from lightning_spectral.discovery.multipliers import multiplier_factors
-from lightning_spectral.discovery.operands import UnmeasurableError
-from lightning_spectral.discovery.operations import Divisor, is_norm, norm_channels_second, norm_gain
+from lightning_spectral.discovery.operands import UnmeasurableError, norm_channel
+from lightning_spectral.discovery.operations import Divisor, is_norm, norm_gain
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.products import (
     Columns,
@@ -168,11 +168,10 @@ class _Walker:
     def _norm(self, route: Route, operation: Operation, reader: Reader) -> Chain:
         """Return a norm as a factor, its gain in the order of the channels that are read next."""
         gain = norm_gain(operation) if is_norm(operation) else None
-        fused = is_norm(operation)
-        size = self.tape.shape(route.anchor if gain is None else gain)[-1]
+        channel = norm_channel(self.tape, operation)
+        size = self.tape.shape(route.anchor)[channel]
         found = tuple(multiplier_factors(self.tape, () if gain is None else (gain,)))
         factor = replace(found[0], size=size) if found else Factor("scale", None, size=size)
-        channel = 1 if fused and norm_channels_second(operation) else -1
         order = self.linear.channels((route.anchor, channel), reader.target)
         if order is None or any(order.count(place) != order.count(0) for place in range(size)):
             raise UnmeasurableError("a norm is read in part, or its channels are mixed afterwards")

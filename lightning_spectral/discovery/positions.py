@@ -30,7 +30,8 @@ def moved_by_one(change: Change, rows: Tensor) -> tuple[int, tuple[int, ...]]:
     places = _nowhere(rows)
     places[(0,) * places.dim()] = True
     moved = _moved(change(places, _ONE), places)
-    dims = tuple(dim for dim, place in enumerate(moved.nonzero().amax(0).tolist()) if place) if moved.any() else ()
+    whole = moved.shape == places.shape and bool(moved.any())
+    dims = tuple(dim for dim, place in enumerate(moved.nonzero().amax(0).tolist()) if place) if whole else ()
     return max(int(moved.sum()) - 1, 0), dims
 
 

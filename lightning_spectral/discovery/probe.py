@@ -199,16 +199,22 @@ class Prober:
         between = (self.tape.producer(value) for value in self.tape.between(region.stream, first.inputs[0])[1:])
         if any(operation is not None and is_product(self.tape, operation) for operation in between):
             return -1  # it reads channels of the branch
+        # A channel can have a gain of nearly zero.
+        return 1 if any(self._keeps_channel(region, first.inputs[0], place) for place in {0, shape[1] // 2}) else -1
+
+    def _keeps_channel(self, region: Region, target: int, place: int) -> bool:
+        """Whether what an entry of dimension 1 of the stream holds stands at the same entry of a later value."""
         stream = _noise(self.tape.tensors[region.stream], seed=14)
         other = stream.clone()
-        other.select(1, 0).add_(1.0)
+        other.select(1, place).add_(1.0)
         try:
-            ends = [replay(self.tape, {region.stream: part}, first.inputs[0]) for part in (stream, other)]
+            ends = [replay(self.tape, {region.stream: part}, target) for part in (stream, other)]
         except (RuntimeError, IndexError, ValueError, TypeError):
-            return -1
+            return False
         change = (ends[1] - ends[0]).abs().movedim(1, 0).flatten(1).sum(1)
         # Norms over channels spread a change of one channel thinly over the others.
-        return 1 if int(change.argmax()) == 0 and float(change[0]) > 2 * float(change[1:].amax(0)) else -1
+        others = torch.cat([change[:place], change[place + 1 :]])
+        return place < len(change) and len(others) > 0 and float(change[place]) > 2 * float(others.amax())
 
     def is_affine(self, region: Region, sources: Iterable[int], target: int) -> bool:
         """Whether ``target`` is an affine function of all the sources together (midpoint test)."""
