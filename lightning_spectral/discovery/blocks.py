@@ -41,11 +41,14 @@ def blocks_of(tape: Tape, model: nn.Module) -> tuple[list[ResidualBlock], list[s
     for index, (name, members) in enumerate(named_groups(tape, modules, found).items()):
         kinds = settled_kinds(members)
         records = [
-            finder.with_ends(finished(tape, modules, name, branch, kind, prober), branch, name)
+            finder.with_ends(record, branch, name)
             for branch, kind in zip(members, kinds, strict=True)
+            for record in finished(tape, modules, name, branch, kind, prober)
         ]
         branches = tuple(replace(record, aliases=names.get(record.site, ())) for record in records)
         problem = check.problem(name, members)
+        if problem is None and len(branches) > len(members):
+            problem = "attention and an MLP share one site, so neither can be scaled by itself"
         evidence = "trace" if problem is None else f"trace; not verified: {problem}"
         blocks.append(
             ResidualBlock(index, name, branches, problem is None, evidence, _token_dims(tape, members, prober))

@@ -26,7 +26,7 @@ from lightning_spectral.discovery.sums import summed_matrix
 from lightning_spectral.discovery.tape import Operation, Tape
 from lightning_spectral.records import BranchKind, Factor, FactorRole
 
-__all__ = ["Chain", "FoundChain", "chains", "merged"]
+__all__ = ["Chain", "FoundChain", "chains", "kind_of", "merged"]
 
 Chain = tuple[Factor, ...]
 _MAX_CHAINS = 4096
@@ -38,10 +38,14 @@ class FoundChain(NamedTuple):
     Attributes:
         factors: The chain.
         selective: Whether the data chooses what goes this way: the chain of an expert.
+        mixes: Whether it leads through an attention pattern.
+        bends: Whether an activation or a gate stands between two of its matrices.
     """
 
     factors: Chain
     selective: bool
+    mixes: bool = False
+    bends: bool = False
 
 
 def chains(linear: LinearPart, prober: Prober, kind: BranchKind) -> tuple[FoundChain, ...]:
@@ -63,12 +67,18 @@ def chains(linear: LinearPart, prober: Prober, kind: BranchKind) -> tuple[FoundC
     end = Reader(linear.region.leaf, linear.end_channel(prober.channel_dim(linear.region)))
     for inner in walker.chains_to(linear.region.leaf, end):
         if any(factor.role == "latent" for factor in inner.factors):
-            found[FoundChain(merged(_with_roles(inner.factors, kind)), inner.selective)] = None
+            chain = merged(_with_roles(inner.factors, kind_of(inner, kind)))
+            found[FoundChain(chain, inner.selective, inner.mixes, inner.bends)] = None
         if len(found) > _MAX_CHAINS:
             raise UnmeasurableError(f"more than {_MAX_CHAINS} ways lead through the branch")
     if not found:
         raise UnmeasurableError("no weight matrix lies on a linear path through the branch")
     return tuple(found)
+
+
+def kind_of(chain: FoundChain | _Inner, kind: BranchKind) -> BranchKind:
+    """Return the kind of one chain of a branch: an MLP can lie beside attention, in front of one output matrix."""
+    return "mlp" if kind == "attention" and chain.bends and not chain.mixes else kind
 
 
 def merged(chain: Chain) -> Chain:
@@ -77,11 +87,18 @@ def merged(chain: Chain) -> Chain:
 
 
 class _Inner(NamedTuple):
-    """A chain from the stream to a value, and the part of the reader's channels that it feeds (``None`` for all)."""
+    """A chain from the stream to a value, and the part of the reader's channels that it feeds (``None`` for all).
+
+    ``bent`` tells whether an activation or a gate stands behind its last matrix, ``bends`` whether one did further
+    inside.
+    """
 
     factors: Chain
     selective: bool = False
     columns: Columns | None = None
+    mixes: bool = False
+    bends: bool = False
+    bent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +124,9 @@ class _Walker:
         assert operation is not None
         for inner in self._through(route, operation, reader):
             before = self._multipliers(route, reader, inner.columns)
-            yield _Inner((*before, *inner.factors), inner.selective or route.selective, inner.columns)
+            bent = inner.bent or (not route.is_linear and route.kind in ("product", "sum"))
+            selective = inner.selective or route.selective
+            yield inner._replace(factors=(*before, *inner.factors), selective=selective, bent=bent)
 
     def _multipliers(self, route: Route, reader: Reader, columns: Columns | None) -> Chain:
         """Return the multipliers of a route as factors, gains in the order of the channels that are read next."""
@@ -124,7 +143,7 @@ class _Walker:
     def _through(self, route: Route, operation: Operation, reader: Reader) -> Iterator[_Inner]:
         if route.kind == "mixing":
             for inner in self.chains_to(self.router.steps.carrier(route.anchor), reader):
-                yield inner if self.linear.mixes_tokens else inner._replace(selective=True)
+                yield inner._replace(mixes=True) if self.linear.mixes_tokens else inner._replace(selective=True)
         elif route.kind == "norm":
             yield from self._through_norm(route, operation, reader)
         elif route.kind == "sum":
@@ -148,7 +167,8 @@ class _Walker:
         matrix = replace(matrix, rows=rows)
         for inner in self.chains_to(product.data, Reader.of(product)):
             whole = matrix if inner.columns is None else columns_read(matrix, inner.columns)
-            yield _Inner((whole, *inner.factors), inner.selective, columns)
+            bends = inner.bends or inner.bent
+            yield _Inner((whole, *inner.factors), inner.selective, columns, inner.mixes, bends)
 
     def _through_norm(self, route: Route, operation: Operation, reader: Reader) -> Iterator[_Inner]:
         step = self.router.steps.step(route.anchor)
@@ -163,7 +183,7 @@ class _Walker:
         for inner in self.chains_to(source, reader):
             if inner.columns is not None:
                 raise UnmeasurableError("a norm acts on several matrices side by side")
-            yield _Inner((*norm, *inner.factors), inner.selective)
+            yield inner._replace(factors=(*norm, *inner.factors))
 
     def _norm(self, route: Route, operation: Operation, reader: Reader) -> Chain:
         """Return a norm as a factor, its gain in the order of the channels that are read next."""

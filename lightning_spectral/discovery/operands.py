@@ -82,8 +82,8 @@ def value_operand(tape: Tape, operation: Operation) -> int:
             return found[0]
     operands = matrix_operands(operation)
     # Talking heads multiply the pattern by a weight that mixes heads.
-    found = ([value for value in operands if _is_pattern(tape, value, through)] for through in (False, True))
-    weighted = next(filter(None, found), [])
+    patterns = ([value for value in operands if _is_pattern(tape, value, through)] for through in (False, True))
+    weighted: list[int] = next(filter(None, patterns), [])
     others = [value for value in operands if value not in weighted]
     if len(others) != 1:
         raise UnmeasurableError(f"no value path: both operands of {operation.name!r} depend on the tokens alike")

@@ -213,8 +213,9 @@ def _values(recorder: _Recorder, output: Any) -> Iterator[tuple[int | str | None
     if isinstance(output, Tensor):
         yield None, recorder.lookup(output)
         return
-    items = output.items() if isinstance(output, Mapping) else enumerate(output) if isinstance(output, tuple | list) else ()
-    for key, part in items:
+    if not isinstance(output, Mapping | tuple | list):
+        return
+    for key, part in output.items() if isinstance(output, Mapping) else enumerate(output):
         for leaf in _tensors(part):
             yield key, recorder.lookup(leaf)
 

@@ -390,12 +390,13 @@ def _completed(tape: Tape, add: ResidualAdd) -> ResidualAdd:
 
 def _first_view(tape: Tape, spine: Sequence[int], leaves: Sequence[int]) -> int:
     """Return the first of several views of the stream that a branch reads: a view of a view can be an earlier one."""
-    fork = spine[0]
+    fork, size = spine[0], tape.tensors[spine[0]].numel()
     for view, value in itertools.pairwise(spine):
         producer = tape.producer(view)
-        if producer is None or moved_input(producer) != value or tape.tensors[view].numel() != tape.tensors[value].numel():
+        if producer is None or moved_input(producer) != value or tape.tensors[value].numel() != size:
             break
-        outputs = (item for reader in set(tape.readers[value]) - {producer.index} for item in tape.operations[reader].outputs)
+        readers = set(tape.readers[value]) - {producer.index}
+        outputs = (item for reader in readers for item in tape.operations[reader].outputs)
         if any(tape.depends(leaf, item) for item in outputs for leaf in leaves):
             fork = value
     return fork

@@ -14,12 +14,20 @@ from functools import partial
 import torch
 
 from lightning_spectral.discovery.branches import FoundBranch
-from lightning_spectral.discovery.operations import addends, is_attention, is_product, weight_operand
+from lightning_spectral.discovery.operations import (
+    addends,
+    attended,
+    is_attention,
+    is_contraction,
+    is_product,
+    is_wide_convolution,
+    weight_operand,
+)
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.replay import replay
 from lightning_spectral.discovery.residual import Refusal, ResidualAdd, stream_step, stream_values
 from lightning_spectral.discovery.sites import linked
-from lightning_spectral.discovery.tape import Call, Tape
+from lightning_spectral.discovery.tape import Call, Operation, Tape
 
 __all__ = ["SelfCheck"]
 
@@ -56,7 +64,7 @@ class SelfCheck:
 
     def _branch_problem(self, branch: FoundBranch, stream: int) -> str | None:
         tape = self.tape
-        if branch.kind == "mlp" and math.prod(tape.shape(stream)[1:-1]) == 1 and self._attends(branch):
+        if branch.kind == "mlp" and self._hides_mixing(branch):
             return "one position cannot show whether a branch mixes positions: pass an example of two tokens or more"
         if not branch.site.path:
             return "no module or weight carries one of its branches"
@@ -66,9 +74,31 @@ class SelfCheck:
             return f"with {branch.site.path} at zero the stream is not passed on, or it is not linear in it"
         return None
 
-    def _attends(self, branch: FoundBranch) -> bool:
-        values = self.tape.between(branch.add.stream, branch.site.value)
-        return any((operation := self.tape.producer(value)) is not None and is_attention(operation) for value in values)
+    def _positions(self, branch: FoundBranch) -> int:
+        """Return the number of positions in each sequence, or in each picture, of the stream that a branch reads."""
+        shape = self.tape.shape(branch.add.stream)
+        channel = self.prober.channel_dim(Region(self.tape, branch.add.stream, branch.terms[0].start))
+        return math.prod(size for dim, size in enumerate(shape) if dim not in (0, channel % len(shape)))
+
+    def _hides_mixing(self, branch: FoundBranch) -> bool:
+        """Whether it would mix more positions: attention over one, or a padded convolution of one."""
+        tape, one = self.tape, self._positions(branch) == 1
+        values = tape.between(branch.add.stream, branch.site.value)
+        operations = [item for value in values if (item := tape.producer(value)) is not None]
+        return any(
+            (is_attention(item) and (one or self._attends_to_one(branch, item)))
+            or (one and is_wide_convolution(tape, item))
+            for item in operations
+        )
+
+    def _attends_to_one(self, branch: FoundBranch, operation: Operation) -> bool:
+        """Whether attention has a single key: in a window of one position. A router's softmax is no attention."""
+        tape = self.tape
+        compares = "attention" in operation.name or any(
+            (item := tape.producer(value)) is not None and is_contraction(item) and not is_product(tape, item)
+            for value in tape.between(branch.add.stream, operation.inputs[0])
+        )
+        return compares and attended(tape, operation) == 1
 
     def _is_linear(self, branch: FoundBranch) -> bool:
         """Whether the sum is the stream alone with the site at 0, and proportional to the factor at the site."""
