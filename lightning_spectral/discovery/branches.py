@@ -82,7 +82,7 @@ def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> tupl
             if site is None:
                 reason = (
                     f"a branch of shape {tape.shape(terms[0].start)} is carried by no module, and its last weight is "
-                    "used more than once (a recurrence)"
+                    "used more than once (by a recurrence, or by a second branch)"
                 )
                 refusals.append(Refusal(add.output, reason))
                 continue
@@ -135,8 +135,15 @@ def _kind(tape: Tape, add: ResidualAdd, term: Term, prober: Prober) -> tuple[Bra
 def _reads_beside(tape: Tape, operation: Operation, stream: int) -> bool:
     """Whether attention looks up something in a row of other positions that the stream was put in."""
     rows = (value for item in _looked_up(tape, operation) for value in tape.between(stream, item)[1:])
-    joins = (join for value in rows if (join := tape.producer(value)) is not None and join.name == "cat")
+    joins = (join for value in rows if (join := tape.producer(value)) is not None and _joins_positions(tape, join))
     return any(tape.is_data(item) and not tape.depends(item, stream) for join in joins for item in join.inputs)
+
+
+def _joins_positions(tape: Tape, operation: Operation) -> bool:
+    """Whether values are put side by side along a dimension that is neither the first, of the batch, nor the last."""
+    rank = len(tape.shape(operation.outputs[0]))
+    dim = operation.args[1] if len(operation.args) > 1 else 0
+    return operation.name == "cat" and isinstance(dim, int) and 0 < dim % rank < rank - 1
 
 
 def _looked_up(tape: Tape, operation: Operation) -> tuple[int, ...]:
@@ -166,7 +173,8 @@ def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term]) -> Site
         weight = weight_operand(tape, operation)
         known = [] if weight is None else tape.parents_with_names(weight)
         paths = {attribute_path(tape.names[value]) for value in known}  # a parametrized weight has several parents
-        if len(paths) != 1 or any(_product_count(tape, value) > 1 for value in known):
+        beside = any(tape.depends(term.leaf, value) for term in add.branches if term not in terms)
+        if beside or len(paths) != 1 or any(_product_count(tape, value) > 1 for value in known):
             return None
         return Site(f"param:{paths.pop()}", None, terms[0].start)
     return None

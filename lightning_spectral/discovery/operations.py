@@ -234,7 +234,9 @@ def matrix_operands(operation: Operation) -> tuple[int, ...]:
 
 def weight_operand(tape: Tape, operation: Operation) -> int | None:
     """Return the operand of a matrix product that comes from a parameter of at least two dimensions."""
-    operands = [value for value in matrix_operands(operation) if len(tape.shape(value)) >= 2]
+    # Learned queries and latents, with which a stream begins, are data.
+    found = (value for value in matrix_operands(operation) if not tape.is_data(value))
+    operands = [value for value in found if len(tape.shape(value)) >= 2]
     for value in operands:
         if parameter_of(tape, value) is not None:
             return value

@@ -15,6 +15,7 @@ from lightning_spectral.discovery.operations import (
     Multiplier,
     addends,
     base_name,
+    is_attention,
     is_mixing_without_weights,
     is_norm,
     is_product,
@@ -156,16 +157,34 @@ def _candidates(tape: Tape, prober: Prober) -> list[ResidualAdd]:
 def _begin_streams(tape: Tape) -> None:
     """Count parameters as data that a stream begins with: learned queries, latents, a class token.
 
-    Such a parameter is added to something that was computed from it, in its own shape, by products with other weights.
+    Such a parameter is added to something that was computed from it, in its own shape, by products with other weights:
+    of data, or by attention before any data comes in (the object queries of DETR, whose stream begins at zero).
     """
     for operation in tape.operations:
         if base_name(operation) != "add" or len(operation.inputs) != 2:
             continue
         for begin, other in (operation.inputs, operation.inputs[::-1]):
             size = tape.shape(operation.outputs[0])
-            alike = tape.made_of_parameters(begin) and tape.is_data(other) and tape.shape(begin) == size
-            if alike and tape.depends(other, begin):
+            if tape.is_data(begin) or not tape.depends(other, begin) or tape.shape(begin) != size:
+                continue
+            learned = tape.made_of_parameters(begin) if tape.is_data(other) else _attends(tape, begin, other)
+            if learned and not _is_stream(tape, other):
                 tape.count_as_data(begin)
+
+
+def _is_stream(tape: Tape, value: int) -> bool:
+    """Whether a value is a residual sum, up to norms: positions are added to it, and no stream begins with them."""
+    sums = (operation for item in stream_values(tape, value) if (operation := tape.producer(item)) is not None)
+    return any(
+        base_name(operation) == "add" and tape.depends(one, other) and tape.shape(one) == tape.shape(other)
+        for operation in sums
+        for one, other in itertools.permutations(operation.inputs, 2)
+    )
+
+
+def _attends(tape: Tape, start: int, end: int) -> bool:
+    operations = (tape.producer(value) for value in tape.between(start, end))
+    return tape.made_of_parameters(end) and any(item is not None and is_attention(item) for item in operations)
 
 
 def _reads_second_stream(tape: Tape, add: ResidualAdd) -> bool:

@@ -14,11 +14,13 @@ from functools import partial
 import torch
 
 from lightning_spectral.discovery.branches import FoundBranch
+from lightning_spectral.discovery.operands import norm_channel
 from lightning_spectral.discovery.operations import (
     addends,
     attended,
     is_attention,
     is_contraction,
+    is_norm,
     is_product,
     is_wide_convolution,
     weight_operand,
@@ -128,7 +130,8 @@ class SelfCheck:
         entry, output = self._ends(call, adds)
         if entry is None or output is None:
             return self._weight_outside(name, adds[0].skip.leaf)
-        return self._refused(entry, output) or self._lost_on_the_way(entry, output) or self._weight_outside(name, entry)
+        lost = self._lost_on_the_way(adds, entry, output)
+        return self._refused(entry, output) or lost or self._weight_outside(name, entry)
 
     def _call_around(self, name: str, adds: Sequence[ResidualAdd]) -> Call | None:
         """Return the call of the block that made its first residual add; ``None`` for a list that is never called."""
@@ -162,7 +165,15 @@ class SelfCheck:
         )
         return next(refused, None)
 
-    def _lost_on_the_way(self, entry: int, output: int) -> str | None:
+    def _keeps_tokens_apart(self, operation: Operation, add: ResidualAdd) -> bool:
+        """Whether a norm on the stream that is written out takes its statistics over channels, not over positions."""
+        channel, rank = norm_channel(self.tape, operation), len(self.tape.shape(operation.outputs[0]))
+        if is_norm(operation) or channel == -1 or not operation.inputs:
+            return True
+        region = Region(self.tape, add.stream, add.branches[0].start)
+        return channel % rank == self.prober.channel_dim(region) % len(self.tape.shape(region.stream))
+
+    def _lost_on_the_way(self, adds: Sequence[ResidualAdd], entry: int, output: int) -> str | None:
         """Walk from what leaves a block back to what enters it, through residual adds, norms and constants."""
         tape, value = self.tape, output
         while value != entry:
@@ -170,7 +181,10 @@ class SelfCheck:
             operation = tape.producer(value)
             if operation is None or value < entry:
                 return None  # it begins inside, or the entry was another view of the stream
-            step = stream_step(tape, operation) if add is None else add.skip.leaf if add.stack else add.skip.start
+            if add is None:
+                step = stream_step(tape, operation) if self._keeps_tokens_apart(operation, adds[0]) else None
+            else:
+                step = add.skip.leaf if add.stack else add.skip.start
             if step is None:
                 step = self._one_stream(entry, value)
             if step is None:
@@ -182,6 +196,8 @@ class SelfCheck:
         """Return the stream that all terms of a sum carry which come from the entry."""
         operation = self.tape.producer(value)
         terms = () if operation is None else addends(self.tape, operation)
+        if operation is not None and any(self.tape.depends(item, entry) for item in {*operation.inputs}.difference(terms)):
+            return None  # what has one entry for all channels, or for all positions
         found = [set(stream_values(self.tape, term)) for term in terms if self.tape.depends(term, entry)]
         return max(set.intersection(*found), default=None) if found else None
 
