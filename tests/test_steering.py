@@ -21,6 +21,7 @@ from lightning_spectral import (
     ConfigurationError,
     ExactSVD,
     ExampleInputError,
+    ResidualBlock,
     ResidualRescaler,
     SpectralMonitor,
     attach_scales,
@@ -215,14 +216,14 @@ def test_blocks_that_cannot_be_measured_are_held_still(tmp_path: Path):
 
 
 class OneBranch(nn.Module):
-    """Attention blocks and MLP blocks in turn: no block has both branches."""
+    """Attention blocks alone: no block has both branches."""
 
     def __init__(self) -> None:
         super().__init__()
         whole = TinyGPT()
         self.tokens, self.head = whole.tokens, whole.head
         self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(4))
-        self.parts = nn.ModuleList([whole.blocks[0].attention, whole.blocks[0].mlp, whole.blocks[1].attention])
+        self.parts = nn.ModuleList(block.attention for block in whole.blocks)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.tokens(ids)
@@ -245,7 +246,8 @@ def test_blocks_with_one_branch_have_a_scale_and_are_held_still(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt2", "llama", "gemma2", "olmo2", "gpt_neox", "mixtral", "albert", "dinov2", "xlnet"]
+    "name",
+    ["gpt2", "llama", "gemma2", "olmo2", "gpt_neox", "mixtral", "albert", "dinov2", "xlnet", "macaron", "conformer"],
 )
 def test_with_fixed_weights_the_error_shrinks_by_one_minus_gain(name: str):
     member = example(name)
@@ -275,6 +277,38 @@ def test_with_fixed_weights_the_error_shrinks_by_one_minus_gain(name: str):
                 assert math.log(new.mlp_scale * new.attention_scale) == pytest.approx(kept, abs=1e-6)
         assert acting
         before = after
+
+
+def macaron(*, frozen: bool) -> tuple[Steering, ResidualBlock]:
+    """A model with two MLPs a block, the first much too strong, the second frozen or not; and its steering."""
+    member = example("macaron")
+    model = member.build()
+    model.example_input_array = member.inputs(model)[0]
+    block = find_blocks(model, *model.example_input_array)[0]
+    first, second = block.mlp_branches
+    model.get_submodule(second.site).requires_grad_(not frozen)
+    with torch.no_grad():
+        for end in first.ends:
+            model.get_parameter(end.parameter).mul_(50.0)
+    steering = Steering(ResidualRescaler(patience=1, learnable=False), ZONE)
+    steering.attach(model, None)
+    return steering, block
+
+
+def test_all_branches_of_a_kind_move_alike():
+    steering, block = macaron(frozen=False)
+    (action, *_), _ = steering.act(Meter(steering.scales.model, steering.blocks).measure(1), [], [])
+    moved = dict(steering.scales.named_parameters())
+    assert action.mlp == pytest.approx(-0.2)
+    assert [moved[branch.site].item() for branch in block.mlp_branches] == pytest.approx([-0.2, -0.2])
+    assert steering.held_still() is None
+
+
+def test_a_kind_with_a_frozen_branch_does_not_move():
+    steering, block = macaron(frozen=True)
+    assert block.mlp_branches[1].site not in dict(steering.scales.named_parameters())
+    assert steering.act(Meter(steering.scales.model, steering.blocks).measure(1), [], [])[0] == ()
+    assert "block(s) are held still, because one of their two kinds of branches is frozen" in steering.held_still()
 
 
 # Checkpoints

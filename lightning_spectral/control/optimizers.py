@@ -1,22 +1,34 @@
-"""What scales need of an optimizer: to be in it, no momentum when moved, none in old states, steps that count."""
+"""What scales need of an optimizer: to be in it, to be moved in it, old states without them, steps that count."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_spectral.control.scales import ResidualScales
 from lightning_spectral.errors import ConfigurationError
 
-__all__ = ["Lost", "check_optimized", "forget_momentum", "held", "lost_steps", "with_fresh_scales"]
+__all__ = [
+    "Lost",
+    "check_optimized",
+    "forget_momentum",
+    "held",
+    "lost_steps",
+    "own_copies",
+    "plain_order",
+    "with_fresh_scales",
+]
 
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg", "prev")
+# A copy of weights is recognized by this many other weights of at least this size, at half their norm or less from it.
+_WITNESSES, _ENOUGH, _NEAR = 4, 8, 0.5
 
 
 class Lost(NamedTuple):
@@ -65,6 +77,66 @@ def forget_momentum(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor
                     value.zero_()
 
 
+def own_copies(optimizer: Optimizer, scale: Tensor) -> list[Tensor]:
+    """Return the copies of a scale that an optimizer keeps: master weights, slow weights, averages.
+
+    What is near to the weights themselves wherever a few other weights are looked up in it is a copy of weights; a
+    moment is not.
+
+    Args:
+        optimizer: The optimizer.
+        scale: One of its parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    large = [item for item in parameters if item.numel() >= _ENOUGH and item.is_floating_point() and item.any()]
+    # Matrices first: a bias that begins at 0 is far from its own past.
+    witnesses = sorted(large, key=lambda item: (item.ndim < 2, item.numel()))[:_WITNESSES]
+    found: dict[int, Tensor] = {}  # by where they lie: one copy may be reached in two ways
+    for look_up in _look_ups(optimizer, parameters):
+        copy = look_up(scale)
+        if not isinstance(copy, Tensor) or copy.shape != scale.shape or copy is scale or not witnesses:
+            continue
+        if all(_is_copy(look_up(witness), witness) for witness in witnesses):
+            found[copy.data_ptr()] = copy
+    return list(found.values())
+
+
+def _is_copy(value: object, weight: Tensor) -> bool:
+    if not isinstance(value, Tensor) or value.shape != weight.shape or value.data_ptr() == weight.data_ptr():
+        return False
+    weight = weight.detach().float()
+    return bool((value.detach().float() - weight).norm() <= _NEAR * weight.norm())
+
+
+def _look_ups(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Iterator[Callable[[Tensor], object]]:
+    """Yield the ways in which an optimizer, or one inside it, may find something that belongs to a parameter."""
+    for key in dict.fromkeys(key for state in optimizer.state.values() for key in state):
+        yield partial(_in_state, optimizer, key)
+    places = {id(parameter): place for place, parameter in enumerate(parameters)}
+    for value in vars(optimizer).values():
+        if isinstance(value, Optimizer):
+            yield from _look_ups(value, parameters)
+        elif isinstance(value, dict) and value is not optimizer.state:
+            # By id: to look a tensor up among numbers, or a number among tensors, may compare the two.
+            yield partial(_in_dict, {id(key) if isinstance(key, Tensor) else key: item for key, item in value.items()})
+        elif isinstance(value, list | tuple):
+            listed = [item for part in value for item in (part if isinstance(part, list | tuple) else [part])]
+            if len(listed) == len(parameters):
+                yield partial(_in_list, listed, places)
+
+
+def _in_state(optimizer: Optimizer, key: str, parameter: Tensor) -> object:
+    return optimizer.state.get(parameter, {}).get(key)
+
+
+def _in_dict(values: Mapping[Any, object], parameter: Tensor) -> object:
+    return values.get(id(parameter))
+
+
+def _in_list(values: Sequence[object], places: Mapping[int, int], parameter: Tensor) -> object:
+    return values[places[id(parameter)]] if id(parameter) in places else None
+
+
 def held(scale: Tensor) -> Tensor:
     """Return what this process holds of a scale: ``(1,)``, or ``(0,)`` where another process has it."""
     scale = scale.detach()
@@ -106,8 +178,26 @@ def lost_steps(
     return lost
 
 
+def plain_order(model: nn.Module) -> dict[int, tuple[int, int]]:
+    """Return what sorts the parameters of a model as they were without scales, by their ids.
+
+    A scale on a weight makes the weight a parameter of another module, which comes later.
+    """
+    order: dict[int, tuple[int, int]] = {}
+    for number, module in enumerate(model.modules()):
+        own: dict[str, Any] = dict(module._parameters)
+        names = list(own)
+        for name, applied in getattr(module, "parametrizations", {}).items():
+            own[name] = getattr(applied, "original", None)
+            names = max(names, *(list(getattr(item, "order", ())) for item in applied), key=len)
+        ranks = {name: rank for rank, name in enumerate(names)}
+        for name, parameter in own.items():
+            order.setdefault(id(parameter), (number, ranks.get(name, len(ranks))))
+    return order
+
+
 def with_fresh_scales(
-    optimizer: Optimizer, state: Mapping[str, Any], scales: Iterable[Tensor]
+    optimizer: Optimizer, state: Mapping[str, Any], scales: Iterable[Tensor], order: Mapping[int, Any] | None = None
 ) -> dict[str, Any] | None:
     """Make room for the scales in the state of an optimizer that was saved without them.
 
@@ -115,14 +205,16 @@ def with_fresh_scales(
         optimizer: The optimizer, whose groups hold the scales.
         state: The state dict that it shall load.
         scales: The scales.
+        order: What sorts the other parameters as they were without scales, by their ids (see
+            :func:`plain_order`); by default as they are now.
 
     Returns:
-        The completed state dict, in which the scales have no state yet; ``None`` where the state dict does not differ
-        from the optimizer by exactly the scales.
+        The completed state dict, in which the scales have no state yet, and names, if it has any, are those of the
+        optimizer's own groups; ``None`` where the state dict does not differ from the optimizer by exactly the scales.
     """
     own = {id(scale) for scale in scales}
-    saved, number = list(state["param_groups"]), 0
-    numbers: dict[int, int] = {}
+    saved, number = list(state.get("param_groups", ())), 0
+    numbers: dict[Any, int] = {}
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         is_scale = [id(parameter) in own for parameter in group["params"]]
@@ -134,12 +226,15 @@ def with_fresh_scales(
         )
         if len(old["params"]) != len(is_scale) - sum(is_scale):
             return None
-        rest = iter(old["params"])
-        for place, scale in enumerate(is_scale, start=number):
-            if not scale:
-                numbers[next(rest)] = place
-        groups.append({**old, "params": list(range(number, number + len(is_scale)))})
+        places = [number + place for place, scale in enumerate(is_scale) if not scale]
+        before = [(order or {}).get(id(group["params"][place - number]), place) for place in places]
+        numbers |= dict(
+            zip(old["params"], (place for _, place in sorted(zip(before, places, strict=True))), strict=True)
+        )
+        names = {"param_names": group["param_names"]} if "param_names" in group else {}
+        groups.append({**old, "params": list(range(number, number + len(is_scale))), **names})
         number += len(is_scale)
-    if saved or not own:
+    if saved or not own or any(isinstance(key, int) and key not in numbers for key in state.get("state", ())):
         return None
-    return {**state, "state": {numbers[key]: value for key, value in state["state"].items()}, "param_groups": groups}
+    own_state = {numbers.get(key, key): value for key, value in state.get("state", {}).items()}
+    return {**state, "state": own_state, "param_groups": groups}

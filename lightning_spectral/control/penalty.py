@@ -47,8 +47,8 @@ from lightning_spectral.linalg import (
     SolverState,
     Sum,
 )
-from lightning_spectral.linearize import Linearized, WeightLinearization, linearize
-from lightning_spectral.records import Branch, Path, ResidualBlock
+from lightning_spectral.linearize import Linearized, WeightLinearization, linearize_sum
+from lightning_spectral.records import Branch, Path, ResidualBlock, alternatives
 
 __all__ = ["balance_penalty"]
 
@@ -60,13 +60,17 @@ _ZERO = "the branch is zero"
 _SOLVER = RandomizedSVD(n_components=4, n_oversamples=4, tolerance=1e-6, warm_tolerance=1e-6)
 
 
+_Kind = tuple[Branch, ...]  # the branches of one kind in a block, which are added up
+_Terms = tuple[Path, ...]  # the paths that one operator adds up
+
+
 @dataclass(slots=True, eq=False)
 class _Memory:
     """What is kept of a model between calls, but no weight: ``solver`` made ``state`` for the operators ``paths``."""
 
     found: tuple[ResidualBlock, ...] | None = None
     solver: Solver | None = None
-    paths: tuple[tuple[WeightLinearization, Path], ...] = ()
+    paths: tuple[tuple[WeightLinearization, _Terms], ...] = ()
     state: SolverState | None = None
 
 
@@ -159,17 +163,17 @@ def _log_ratios(
     memory: _Memory,
 ) -> list[Tensor]:
     """Return ln ρ of every measurable block, with a graph; raise if there is none."""
-    branches = dict.fromkeys(item for block in blocks for item in (block.attention, block.mlp) if item is not None)
-    built = {branch: _linearized(model, branch, linearization) for branch in branches}
+    kinds = dict.fromkeys(kind for block in blocks for kind in (block.attention_branches, block.mlp_branches) if kind)
+    built = {kind: _linearized(model, kind, linearization) for kind in kinds}
     items = [item for linearized in built.values() if not isinstance(linearized, str) for item in linearized]
     norms = iter(_log_norms(items, linearization, solver, memory))
-    values: dict[Branch | None, Tensor | str] = {None: "the block has no such branch"}
-    for branch, linearized in built.items():
-        values[branch] = linearized if isinstance(linearized, str) else _largest([next(norms) for _ in linearized])
+    values: dict[_Kind, Tensor | str] = {(): "the block has no such branch"}
+    for kind, linearized in built.items():
+        values[kind] = linearized if isinstance(linearized, str) else _largest([next(norms) for _ in linearized])
     ratios: list[Tensor] = []
     reasons: list[str] = []
     for block in blocks:
-        over, under = values[block.mlp], values[block.attention]
+        over, under = values[block.mlp_branches], values[block.attention_branches]
         if isinstance(over, Tensor) and isinstance(under, Tensor):
             ratios.append(over - under.to(over.device))
         both = (("mlp", over), ("attention", under))
@@ -184,22 +188,25 @@ def _log_ratios(
 
 
 def _linearized(
-    model: nn.Module, branch: Branch, linearization: WeightLinearization
-) -> list[tuple[Path, Linearized]] | str:
-    """Return the operators of a branch, or why there are none."""
+    model: nn.Module, kind: _Kind, linearization: WeightLinearization
+) -> list[tuple[_Terms, Linearized]] | str:
+    """Return the operators of a kind, each the sum over its branches, or why there are none."""
+    reason = next((branch.reason for branch in kind if branch.reason is not None), None)
+    if reason is not None or not all(branch.paths for branch in kind):
+        return reason or "the branch has no factors"
     try:
-        items = [(path, linearize(model, path, linearization, differentiable=True)) for path in branch.paths]
-    except (ConfigurationError, AttributeError) as error:
+        terms = [item.paths for item in alternatives(kind)]
+        return [(paths, linearize_sum(model, paths, linearization, differentiable=True)) for paths in terms]
+    except (ConfigurationError, AttributeError, ValueError) as error:
         return str(error)
-    return items or branch.reason or "the branch has no factors"
 
 
 def _log_norms(
-    items: Sequence[tuple[Path, Linearized]], linearization: WeightLinearization, solver: Solver, memory: _Memory
+    items: Sequence[tuple[_Terms, Linearized]], linearization: WeightLinearization, solver: Solver, memory: _Memory
 ) -> list[Tensor | str]:
     """Return ln ‖A‖₂ of every operator with a graph, or why there is none; warm if they are the operators of before."""
     operators = [item.operator for _, item in items]
-    paths = tuple((linearization, path) for path, _ in items)
+    paths = tuple((linearization, terms) for terms, _ in items)
     with torch.no_grad():
         if memory.state is None or memory.paths != paths or memory.solver != solver:
             memory.paths, memory.solver, memory.state = paths, solver, solver.init(operators)
@@ -211,7 +218,7 @@ def _log_norms(
 
 
 def _largest(norms: Sequence[Tensor | str]) -> Tensor | str:
-    """Return the largest norm over the paths of a branch (the experts of a mixture), or why one is missing."""
+    """Return the largest norm of a kind (over the experts of a mixture), or why one is missing."""
     known = [norm for norm in norms if isinstance(norm, Tensor)]
     failed = [norm for norm in norms if isinstance(norm, str) and norm != _ZERO]
     if not all(norm.isfinite() for norm in known):

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,25 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.utils import parametrize
 
+from lightning_spectral.control.carriers import is_frozen, parameters_of, why_not, why_taken
+from lightning_spectral.control.copies import branches_of_copies, complete_averages
+from lightning_spectral.control.loading import fill_in, hook_loading, rename_weight
+from lightning_spectral.control.placement import place, remove
 from lightning_spectral.discovery import find_blocks
-from lightning_spectral.discovery.paths import relative_path, resolve
+from lightning_spectral.discovery.paths import relative_path
 from lightning_spectral.discovery.scaled import CHILD, log_scale_tensor, with_scales
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import Branch, ResidualBlock
 
-__all__ = ["ResidualScale", "ResidualScales", "attach_scales", "detach_scale"]
+__all__ = [
+    "ResidualScale",
+    "ResidualScales",
+    "attach_scales",
+    "attach_to",
+    "attach_where_possible",
+    "detach_scale",
+    "trusted_branches",
+]
 
 
 class ResidualScale(nn.Module):
@@ -40,6 +52,7 @@ class ResidualScale(nn.Module):
     """
 
     on_weight = False  # whether it multiplies a weight, and not the output of a module
+    fired = False  # whether it has multiplied anything outside of compiled code
 
     def __init__(
         self,
@@ -58,7 +71,7 @@ class ResidualScale(nn.Module):
         # Never 0-dim (sharding needs a dimension), and a module of its own (see `reset_parameters`).
         self.log_scale = nn.Parameter(zero, requires_grad=learnable)
         self.output_index, self.ends, self.reason = output_index, tuple(ends), reason
-        self.register_load_state_dict_pre_hook(_fill_in)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(fill_in)  # type: ignore[no-untyped-call]
 
     def reset_parameters(self) -> None:
         """Become the identity."""
@@ -81,13 +94,18 @@ class ResidualScale(nn.Module):
         return result
 
     def _times(self, x: Tensor) -> Tensor:
-        # In the dtype of the branch, which autocast must not widen; a factor of exactly 1 costs no rounding.
-        return x * self.log_scale.exp().to(x.dtype)
+        # In the dtype of the branch, which autocast must not widen; a factor of exactly 1 costs no rounding. Without a
+        # dimension, because nested tensors can be multiplied by nothing else.
+        return x * self.log_scale.exp().to(x.dtype).squeeze(0)
 
     def get_extra_state(self) -> Tensor:
-        """Return how to fold the scale away, as bytes: a tensor, because some formats store nothing else."""
+        """Return how to fold the scale away, as bytes in a tensor, because some formats store nothing else.
+
+        The tensor is of floats, which hold bytes exactly in any dtype: code that averages state dicts by name averages
+        this entry too.
+        """
         text = json.dumps({"ends": self.ends, "reason": self.reason})
-        return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
+        return torch.tensor(list(text.encode()), dtype=torch.float32, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Ignore what a checkpoint says: the model knows better."""
@@ -112,6 +130,7 @@ class _WeightScale(ResidualScale):
     """The scale of a branch that no module carries: a parametrization of its last weight."""
 
     on_weight = True
+    order: tuple[str, ...] = ()  # of the parameters of its module, before it came
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply the weight."""
@@ -121,21 +140,9 @@ class _WeightScale(ResidualScale):
 def _scale_output(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of a site. At the top level of a module and without a closure, so that copies use their own."""
     scale: ResidualScale = getattr(module, CHILD)
+    if not torch.compiler.is_compiling():
+        vars(scale)["fired"] = True
     return scale.scaled(output)
-
-
-def _fill_in(module: ResidualScale, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Read a checkpoint without this scale as one where it is the identity, which it is."""
-    if f"{prefix}log_scale" not in state_dict:
-        state_dict[f"{prefix}log_scale"] = torch.zeros_like(module.log_scale)
-    state_dict.setdefault(f"{prefix}_extra_state", module.get_extra_state())
-
-
-def _rename_weight(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Read a weight from a checkpoint that was written before it was parametrized."""
-    for name in getattr(module, "parametrizations", ()):
-        if f"{prefix}{name}" in state_dict:
-            state_dict[f"{prefix}parametrizations.{name}.original"] = state_dict.pop(f"{prefix}{name}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,35 +185,35 @@ def attach_scales(
     forward hook. Outputs are bitwise unchanged at first. A second call changes nothing. Call it before the model is
     compiled or sharded by ``fully_shard``, after layers are made tensor-parallel, and before the optimizer is made.
 
+    A copy of the scaled modules elsewhere in the model, such as a momentum teacher, gets scales at the same places, so
+    that code that walks over both side by side, or by names, still does.
+
     Args:
-        model: The model. It is changed in place: each site gets a child module ``residual_scale``.
-        blocks: The blocks; found in the model by default. Found blocks whose self-check failed get no scale, and a
-            warning says so; blocks that are passed, or described by hints, get one.
+        model: The model. It is changed in place: each site gets a module ``residual_scale``, which torch sees and
+            ``children()``, ``len(site)``, ``site[-1]`` do not show.
+        blocks: The blocks; found in the model by default. Found blocks whose self-check failed, and found branches that
+            cannot carry a scale, get none, and a warning says so; blocks that are passed, or described by hints, do.
         learnable: Whether the scales require gradients. The scale of a branch whose weights are all frozen never does.
 
     Returns:
         The scales, with the blocks that they belong to.
 
     Raises:
-        ConfigurationError: The model is sharded already, or a site has another child of that name.
+        ConfigurationError: The model is sharded already, or a branch of blocks that are passed cannot carry a scale.
+            Nothing has been changed then.
         BlocksNotFoundError: The model has no residual block.
         ExampleInputError: The model could not be run on any example input.
     """
-    chosen = blocks
     if blocks is None:
         blocks = find_blocks(model)
-        chosen = _trusted(blocks)
-    missing = [branch for block in chosen or () for branch in block.branches if log_scale_tensor(model, branch) is None]
-    if missing:
-        _refuse_sharded(model)
-        _forget_compiled_code()
-    for branch in missing:
-        if log_scale_tensor(model, branch) is None:  # not attached through another block that shares the site
-            _attach(model, branch, learnable=learnable)
+        attach_where_possible(model, blocks, trusted_branches(blocks), learnable=learnable)
+    else:
+        attach_to(model, blocks, [branch for block in blocks for branch in block.branches], learnable=learnable)
     return ResidualScales(model, with_scales(model, blocks))
 
 
-def _trusted(blocks: Sequence[ResidualBlock]) -> list[ResidualBlock]:
+def trusted_branches(blocks: Sequence[ResidualBlock]) -> list[Branch]:
+    """Return the branches of the blocks that passed their self-check, and warn of the others."""
     doubtful = [f"{block.name} ({block.evidence})" for block in blocks if not block.verified]
     if doubtful:
         warnings.warn(
@@ -214,7 +221,75 @@ def _trusted(blocks: Sequence[ResidualBlock]) -> list[ResidualBlock]:
             "Pass them as blocks=find_blocks(model) if you know that their sites are right.",
             stacklevel=3,
         )
-    return [block for block in blocks if block.verified]
+    return [branch for block in blocks if block.verified for branch in block.branches]
+
+
+def attach_where_possible(
+    model: nn.Module,
+    blocks: Sequence[ResidualBlock],
+    branches: Iterable[Branch],
+    *,
+    learnable: bool,
+    others: Iterable[object] = (),
+) -> None:
+    """Attach scales to those branches that can carry one, and warn of the others.
+
+    Args:
+        model: The model.
+        blocks: All blocks that were found in it.
+        branches: The branches to scale.
+        learnable: As in :func:`attach_scales`.
+        others: Objects that may hold copies of the model, such as callbacks.
+
+    Raises:
+        ConfigurationError: The model is sharded already.
+    """
+    able, problems = [], []
+    for branch in branches:
+        problem = why_not(model, branch)
+        if problem is None:
+            able.append(branch)
+        else:
+            problems.append(problem)
+    if problems:
+        warnings.warn(
+            f"{len(problems)} branch(es) get no residual scale: {'; '.join(problems)}. The others are scaled.",
+            stacklevel=3,
+        )
+    attach_to(model, blocks, able, learnable=learnable, others=others)
+
+
+def attach_to(
+    model: nn.Module,
+    blocks: Sequence[ResidualBlock],
+    branches: Sequence[Branch],
+    *,
+    learnable: bool,
+    others: Iterable[object] = (),
+) -> None:
+    """Attach scales to branches that have none, and to the copies of them; as :func:`attach_where_possible` does.
+
+    Raises:
+        ConfigurationError: The model is sharded already, or a branch cannot carry a scale. Nothing was changed then.
+    """
+    problems = (why_taken(model, branch) or why_not(model, branch) for branch in branches)
+    problem = next(filter(None, problems), None)
+    if problem is not None:
+        raise ConfigurationError(problem)
+    copied = [
+        (twin, at_home)
+        for twin, at_home in branches_of_copies(model, blocks, branches, others)
+        if log_scale_tensor(twin, at_home) is None and why_not(twin, at_home) is None
+    ]
+    missing = [branch for branch in branches if log_scale_tensor(model, branch) is None]
+    if missing or copied:
+        _refuse_sharded(model)
+        _forget_compiled_code()
+    for home, branch in [*((model, branch) for branch in missing), *copied]:
+        if log_scale_tensor(home, branch) is None:  # not attached through another block that shares the site
+            _attach(home, branch, learnable=learnable)
+    if missing:
+        complete_averages(model, blocks, branches, others)
 
 
 def _refuse_sharded(model: nn.Module) -> None:
@@ -233,41 +308,24 @@ def _forget_compiled_code() -> None:
 
 
 def _attach(model: nn.Module, branch: Branch, *, learnable: bool) -> None:
-    by_weight = branch.site.startswith("param:")
-    owner, _, name = branch.site.removeprefix("param:").rpartition(".") if by_weight else (branch.site, "", "")
-    try:
-        module = resolve(model, owner) if owner else model
-    except AttributeError:
-        raise ConfigurationError(
-            f"the model has no {branch.site!r}: pass blocks that were found in this very model, find_blocks(model)"
-        ) from None
-    assert isinstance(module, nn.Module)
-    parameters = [resolve(model, end.parameter) for end in branch.ends] or list(module.parameters())
-    tensors = [parameter for parameter in parameters if isinstance(parameter, Tensor)]
-    frozen = bool(tensors) and not any(tensor.requires_grad for tensor in tensors)
-    like = next((tensor for tensor in tensors if tensor.is_floating_point()), next(model.parameters(), None))
-    ends = [(relative_path(branch.site, end.parameter), end.offset) for end in branch.ends]
-    if by_weight:
-        others = [end.parameter for end in branch.ends if f"param:{end.parameter}" != branch.site]
-        if others:
-            raise ConfigurationError(
-                f"no module carries the branch of {branch.site!r}, and its end is more than that parameter "
-                f"({', '.join(others)}): compute the branch in a module of its own"
-            )
-        if parametrize.is_parametrized(module, name):
-            raise ConfigurationError(
-                f"{branch.site.removeprefix('param:')} is parametrized, and no module carries its branch: compute the "
-                "branch in a module of its own"
-            )
-        on_weight = _WeightScale(None, [(".original", 0.0)], learnable=learnable and not frozen, like=like)
-        parametrize.register_parametrization(module, name, on_weight)
-        module.register_load_state_dict_pre_hook(_rename_weight)  # type: ignore[no-untyped-call]
+    parameters = parameters_of(model, branch)
+    like = next((tensor for tensor in parameters if tensor.dtype.is_floating_point), next(model.parameters(), None))
+    settings: Any = {"learnable": learnable and not is_frozen(model, branch), "like": like}
+    if branch.site.startswith("param:"):
+        owner, _, name = branch.site.removeprefix("param:").rpartition(".")
+        module, scale = model.get_submodule(owner), _WeightScale(None, [(".original", 0.0)], **settings)
+        scale.order = tuple(module._parameters)
+        parametrize.register_parametrization(module, name, scale)
+        module.register_load_state_dict_pre_hook(rename_weight)  # type: ignore[no-untyped-call]
         return
-    if hasattr(module, CHILD):
-        raise ConfigurationError(f"{branch.site}.{CHILD} exists already and is no residual scale: rename it")
-    scale = ResidualScale(branch.output_index, ends, branch.ends_reason, learnable=learnable and not frozen, like=like)
-    module.add_module(CHILD, scale)
+    module = model.get_submodule(branch.site)
+    ends = [(relative_path(branch.site, end.parameter), end.offset) for end in branch.ends]
+    place(module, ResidualScale(branch.output_index, ends, branch.ends_reason, **settings))
     module.register_forward_hook(_scale_output)
+    weights = [end.parameter for end in branch.ends] or [
+        factor.parameter for factor in branch.factors if factor.parameter is not None
+    ]
+    hook_loading(model, f"{branch.site}.{CHILD}".lstrip("."), weights)
 
 
 def detach_scale(model: nn.Module, name: str) -> None:
@@ -277,16 +335,13 @@ def detach_scale(model: nn.Module, name: str) -> None:
         model: The model.
         name: Module path of the scale. The scale of a weight is multiplied into the weight.
     """
-    owner, _, child = name.rpartition(".")
-    module = resolve(model, owner) if owner else model
+    owner, _, _ = name.rpartition(".")
+    module = model.get_submodule(owner)
     if isinstance(module, parametrize.ParametrizationList):
         owner, _, weight = f".{owner}".rpartition(".parametrizations.")
-        holder = resolve(model, owner[1:]) if owner else model
-        assert isinstance(holder, nn.Module)
-        parametrize.remove_parametrizations(holder, weight, leave_parametrized=True)
+        parametrize.remove_parametrizations(model.get_submodule(owner[1:]), weight, leave_parametrized=True)
         return
-    assert isinstance(module, nn.Module)
-    delattr(module, child)
+    remove(module)
     # torch gives out a hook's handle only once, and a handle does not survive copying the module.
     for key in [key for key, hook in module._forward_hooks.items() if hook is _scale_output]:
         del module._forward_hooks[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,20 +14,35 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_spectral.control.fuse import MARKER
+from lightning_spectral.control.carriers import is_frozen, parameters_of
+from lightning_spectral.control.fuse import fuse_scales
 from lightning_spectral.control.law import Action, BlockState, Reading, ResidualRescaler, check_zones, decide
-from lightning_spectral.control.optimizers import check_optimized, forget_momentum, held, lost_steps, with_fresh_scales
-from lightning_spectral.control.scales import ResidualScale, ResidualScales, attach_scales
+from lightning_spectral.control.liveness import Liveness
+from lightning_spectral.control.loading import MARKER, marked, refuse_lost_scales, saved_sites
+from lightning_spectral.control.moves import Moves
+from lightning_spectral.control.optimizers import (
+    check_optimized,
+    forget_momentum,
+    held,
+    lost_steps,
+    plain_order,
+    with_fresh_scales,
+)
+from lightning_spectral.control.scales import (
+    ResidualScale,
+    ResidualScales,
+    attach_to,
+    attach_where_possible,
+    trusted_branches,
+)
 from lightning_spectral.discovery import find_blocks
-from lightning_spectral.discovery.paths import is_compiled, resolve
-from lightning_spectral.discovery.scaled import log_scale_tensor, scale_module, with_scales
+from lightning_spectral.discovery.scaled import scale_module, with_scales
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import Branch, LayerMeasurement, Measurement, ResidualBlock
 
 __all__ = ["Steering"]
 
-_Pair = tuple[nn.Module | None, nn.Module | None]
-_MATRICES = {"output", "value", "latent", "down", "up"}
+_Pair = tuple[list[nn.Module], list[nn.Module]]
 
 
 class Steering:
@@ -45,8 +61,14 @@ class Steering:
         self.rescaler, self.safe_zone = rescaler, safe_zone
         self.scales: ResidualScales | None = None
         self.disarmed = False  # the scales of several processes have come apart
-        self._pairs: list[_Pair] = []  # of MLP and attention, by block
-        self._unseen: list[Branch] = []
+        self._attached = 0  # scales that the model did not have before the run
+        self._left_alone: list[Branch] = []  # found, and without scales
+        self._found = False  # the blocks, and not passed
+        self._unsteered: set[str] = set()  # the sites of what the law leaves alone
+        self._pairs: list[_Pair] = []  # the scales of MLP and attention, by block
+        self._sites: dict[int, str] = {}  # by the ids of the scales' modules
+        self._liveness: Liveness | None = None
+        self._moves = Moves()
         self._before: dict[str, Tensor] = {}  # the scales after the last action
         self._told_rounding = False
         self._handles: list[RemovableHandle] = []
@@ -60,22 +82,37 @@ class Steering:
         """Whether it steers a model, or nothing yet."""
         return self.scales is None or self.scales.model is model
 
-    def attach(self, model: nn.Module, blocks: Sequence[ResidualBlock] | None) -> None:
+    def set_up(self) -> None:
+        """Begin a run: what the model has by now, it had before."""
+        self._attached = 0
+
+    def attach(self, model: nn.Module, blocks: Sequence[ResidualBlock] | None, others: Iterable[object] = ()) -> None:
         """Attach the scales to a model, unless they are; a dry run attaches nothing.
 
         Args:
             model: The model.
-            blocks: Its blocks; found in it by default.
+            blocks: Its blocks, all of whose branches get scales; found in it by default. Branches of found blocks that
+                are frozen, or whose self-check failed, are left alone.
+            others: Objects that may hold copies of the model, such as callbacks.
 
         Raises:
-            ConfigurationError, BlocksNotFoundError, ExampleInputError: As :func:`attach_scales` does.
+            ConfigurationError, BlocksNotFoundError, ExampleInputError: As
+                :func:`~lightning_spectral.control.scales.attach_scales` does.
         """
         if self.scales is not None and self.scales.model is model:
             return
-        if self.rescaler.dry_run:
-            self._take(ResidualScales(model, with_scales(model, find_blocks(model) if blocks is None else blocks)))
-        else:
-            self._take(attach_scales(model, blocks, learnable=self.rescaler.learnable))
+        before, passed = _count(model), blocks is not None
+        blocks = find_blocks(model) if blocks is None else blocks
+        steered = [item for block in blocks for item in block.branches] if passed else _trained(model, blocks)
+        known = set(steered)
+        self._found = not passed
+        self._left_alone = [branch for block in blocks for branch in block.branches if branch not in known]
+        self._unsteered = {branch.site for branch in self._left_alone}
+        if not self.rescaler.dry_run:
+            attach = attach_to if passed else attach_where_possible
+            attach(model, blocks, steered, learnable=self.rescaler.learnable, others=others)
+        self._attached += _count(model) - before
+        self._take(ResidualScales(model, with_scales(model, blocks)))
 
     def adopt(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
         """Take over the scales that the user attached to a model that was built late.
@@ -93,8 +130,52 @@ class Steering:
 
     def _take(self, scales: ResidualScales) -> None:
         self.scales = scales
-        find = partial(scale_module, scales.model)
-        self._pairs = [(find(block.mlp), find(block.attention)) for block in scales.blocks]
+        self._pairs = [
+            (self._steered(block.mlp_branches), self._steered(block.attention_branches)) for block in scales.blocks
+        ]
+        branches = (branch for block in scales.blocks for branch in block.branches)
+        self._sites = {id(scale_module(scales.model, branch)): branch.site for branch in branches}
+
+    def _steered(self, branches: Sequence[Branch]) -> list[nn.Module]:
+        """Return the scales of a kind, none where one of its branches is left alone: their sum would not follow."""
+        assert self.scales is not None
+        found = [scale_module(self.scales.model, branch) for branch in branches if branch.site not in self._unsteered]
+        whole = [module for module in found if module is not None]
+        return whole if len(whole) == len(branches) else []
+
+    # In the life of a run
+
+    def check_foldable(self) -> None:
+        """Check that :meth:`fold` will be able to fold the scales, whatever becomes of them.
+
+        Raises:
+            ConfigurationError: One has nothing that it could be folded into.
+        """
+        scales = [] if self.scales is None else _scales_in(self.scales.model)
+        lost = [scale for scale in scales if not scale.on_weight and not scale.ends]
+        if lost and self._attached:
+            raise ConfigurationError(
+                f"{len(lost)} residual scale(s) would be lost: this strategy starts its processes from yours, which "
+                "gets back only weights that its module has already, and these scales cannot be folded into weights "
+                f"({lost[0].reason}). Call attach_scales(module) before trainer.fit(module)"
+            )
+
+    def fold(self) -> int:
+        """Fold the scales into the weights if the model had none before; return how many were folded."""
+        if self.scales is None or not self._attached:
+            return 0
+        count = _count(self.scales.model)
+        fuse_scales(self.scales.model)
+        return count
+
+    def listen(self, model: nn.Module) -> RemovableHandle:
+        """Hook a model until it has loaded its checkpoint: no scale is lost, also none that this run would not attach.
+
+        Branches that are left alone may have got scales in the run that saved the checkpoint.
+        """
+        hook = partial(_take_in, tuple(self._left_alone), self.rescaler.dry_run)
+        handle: RemovableHandle = model.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+        return handle
 
     def begin(self, optimizers: Sequence[Optimizer]) -> None:
         """Check that the optimizers train the scales; until :meth:`release`, let them load states without scales.
@@ -104,16 +185,57 @@ class Steering:
         """
         if self.scales is None:
             return
+        if self._found:
+            self._unsteered = {branch.site for branch in self._left_alone}
+            self._unsteered |= _untrained(self.scales.model, self.scales.blocks, optimizers)
+        self._take(ResidualScales(self.scales.model, with_scales(self.scales.model, self.scales.blocks)))
         check_optimized(optimizers, self.scales)
-        self._unseen = [branch for block in self.scales.blocks for branch in block.branches]
-        completed = partial(with_fresh_scales, scales=self.scales.parameters())
-        self._handles += [optimizer.register_load_state_dict_pre_hook(completed) for optimizer in optimizers]
+        every = [item.log_scale for item in _scales_in(self.scales.model)]
+        completed = partial(with_fresh_scales, scales=every, order=plain_order(self.scales.model))
+        self._handles += [
+            optimizer.register_load_state_dict_pre_hook(completed)
+            for optimizer in optimizers
+            if isinstance(optimizer, Optimizer)
+        ]
+
+    def held_still(self) -> str | None:
+        """Say which blocks the law will not move because one of their kinds is left alone; ``None`` for none."""
+        still = [
+            block.name
+            for block, (mlp, attention) in zip(self.blocks or (), self._pairs, strict=True)
+            if block.mlp and block.attention and bool(mlp) is not bool(attention)
+        ]
+        if not still or self.rescaler.mode != "both" or self.rescaler.dry_run:
+            return None
+        return (
+            f"residual scales: {len(still)} block(s) are held still, because one of their two kinds of branches is "
+            f"frozen or cannot carry a scale (the first is {still[0]}). ResidualRescaler(mode=...) moves one kind alone"
+        )
+
+    def start(self, optimizers: Sequence[Optimizer]) -> None:
+        """Watch from the first step on whether every scale multiplies its branch, and whether moves stay."""
+        if self.scales is not None and not self.rescaler.dry_run:
+            self._liveness = Liveness(self.scales.model, self.scales.blocks)
+            self._moves.start(optimizers)
 
     def release(self) -> None:
-        """Remove the hooks from the optimizers. The scales stay: the model shall go on computing what it did."""
+        """Remove all hooks. The scales stay: the model shall go on computing what it did."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._moves.stop()
+        if self._liveness is not None:
+            self._liveness.release()
+            self._liveness = None
+
+    def check_gradients(self) -> None:
+        """Check after a backward pass that every scale multiplies its branch.
+
+        Raises:
+            ConfigurationError: One does not (see :class:`Liveness`).
+        """
+        if self._liveness is not None:
+            self._liveness.check()
 
     def act(
         self,
@@ -144,63 +266,45 @@ class Steering:
         states = [BlockState.from_dict(values) for values in law] if len(law) == len(readings) else []
         actions, after = decide(self.rescaler, self.safe_zone, measurement.step, readings, states)
         if not self.rescaler.dry_run:
-            forget_momentum(optimizers, self._moved(actions))
+            self._move(actions, list(optimizers))
             self._before = {site: held(scale).clone() for site, scale in self.scales.named_parameters()}
         return actions, [state.to_dict() for state in after]
 
     def _reading(self, layer: LayerMeasurement, block: ResidualBlock, pair: _Pair) -> Reading:
-        dry = self.rescaler.dry_run
-        has_mlp = pair[0] is not None or (dry and block.mlp is not None)
-        has_attention = pair[1] is not None or (dry and block.attention is not None)
+        mlp, attention = map(self._follows, pair, (block.mlp_branches, block.attention_branches))
         return Reading(
             layer.log_ratio,
-            math.log(layer.mlp_scale) if has_mlp else None,
-            math.log(layer.attention_scale) if has_attention else None,
+            math.log(layer.mlp_scale) if mlp else None,
+            math.log(layer.attention_scale) if attention else None,
         )
 
+    def _follows(self, scales: Sequence[nn.Module], branches: Sequence[Branch]) -> bool:
+        """Whether the norm of a kind follows the law."""
+        if self.rescaler.dry_run:
+            return bool(branches) and not any(branch.site in self._unsteered for branch in branches)
+        return bool(scales) and not any(self._sites[id(scale)] in self._moves.given_up for scale in scales)
+
     @torch.no_grad()
-    def _moved(self, actions: Iterable[Action]) -> list[Tensor]:
-        """Move the scales and return those that moved."""
-        moved = []
+    def _move(self, actions: Iterable[Action], optimizers: Sequence[Optimizer]) -> None:
+        """Move the scales, those of all branches of a kind alike, and with them the copies that optimizers keep."""
+        moved: dict[str, tuple[nn.Parameter, float]] = {}
         for action in actions:
-            for module, change in zip(self._pairs[action.block], (action.mlp, action.attention), strict=True):
-                if change and module is not None:
-                    scale = getattr(module, "log_scale")  # noqa: B009  # a Module knows no such attribute
-                    moved.append(scale.add_(change))
-        return moved
+            for modules, change in zip(self._pairs[action.block], (action.mlp, action.attention), strict=True):
+                for module in modules if change else ():
+                    scale = module.get_parameter("log_scale")
+                    for tensor in (scale, *self._moves.copies(scale, optimizers)):
+                        tensor.add_(change)
+                    moved[self._sites[id(module)]] = scale, change
+        forget_momentum(optimizers, [scale for scale, _ in moved.values()])
+        self._moves.note(moved, optimizers)
 
-    def check_gradients(self) -> None:
-        """Check after a backward pass that every trainable scale received a gradient.
+    def notices(self, optimizers: Sequence[Optimizer]) -> list[str]:
+        """Return what to tell of the steps since the last action. Call it before :meth:`act`."""
+        found = (self._check_rounding(optimizers), self._moves.notice(optimizers))
+        return [notice for notice in found if notice is not None]
 
-        A scale whose branch had no part in this pass (a dropped layer) is checked again after the next one.
-
-        Raises:
-            ConfigurationError: The weights of a branch received gradients and its scale did not: the scale multiplies
-                nothing. The message names the site and says why.
-        """
-        if not self._unseen or self.scales is None:
-            return
-        model = self.scales.model
-        waiting: list[Branch] = []
-        dead: list[Branch] = []
-        for branch in self._unseen:
-            scale = log_scale_tensor(model, branch)
-            if scale is None or not scale.requires_grad or scale.grad is not None or not scale.numel():
-                continue  # an empty one belongs to another process, which checks it
-            (dead if _ran(model, branch) else waiting).append(branch)
-        if dead:
-            told = "; ".join(f"{branch.site} ({_cause_of_death(model, branch)})" for branch in dead)
-            raise ConfigurationError(
-                f"{len(dead)} residual scale(s) received no gradient although the weights of their branches did, so "
-                f"they multiply nothing: {told}"
-            )
-        self._unseen = waiting
-
-    def check_rounding(self, optimizers: Iterable[Optimizer]) -> str | None:
-        """Return what to tell if rounding swallows the steps of scales of 16 bits; it is found out once.
-
-        Call it before :meth:`act`, while the gradients of the last step are there.
-        """
+    def _check_rounding(self, optimizers: Iterable[Optimizer]) -> str | None:
+        """Find out once whether rounding swallows the steps of scales of 16 bits."""
         if self.scales is None or self._told_rounding:
             return None
         scales = dict(self.scales.named_parameters())
@@ -217,31 +321,51 @@ class Steering:
         )
 
     def mark(self, checkpoint: dict[str, Any]) -> None:
-        """Say in a checkpoint that its model has residual scales."""
+        """Say in a checkpoint that its model has residual scales, and which values they have."""
         sites = [] if self.scales is None else [site for site, _ in self.scales.named_parameters()]
         if sites:
-            checkpoint[MARKER] = {"version": 1, "scales": sites}
+            checkpoint[MARKER] = marked(sites, checkpoint.get("state_dict", {}))
 
 
-def _ran(model: nn.Module, branch: Branch) -> bool:
-    """Whether a matrix of the branch received a gradient; a gain may get one from another branch that shares it."""
-    matrices = [factor.parameter for factor in branch.factors if factor.role in _MATRICES and factor.parameter]
-    return any(
-        isinstance(weight := resolve(model, path), nn.Parameter) and weight.grad is not None for path in matrices
-    )
-
-
-def _cause_of_death(model: nn.Module, branch: Branch) -> str:
-    site = resolve(model, branch.site) if branch.site else model
-    assert isinstance(site, nn.Module)
-    if not any(hook.__module__ == ResidualScale.__module__ for hook in site._forward_hooks.values()):
-        return "its forward hook was removed; attach_scales puts it back only on a fresh model"
-    if is_compiled(model, branch.site):
-        return (
-            "the model was compiled and run before the scale was attached, and compiled code ignores later hooks; "
-            "attach first, or call torch._dynamo.reset()"
+def _trained(model: nn.Module, blocks: Sequence[ResidualBlock]) -> list[Branch]:
+    """Return the branches of the blocks that passed their self-check, without frozen ones."""
+    trusted = trusted_branches(blocks)
+    trained = [branch for branch in trusted if not is_frozen(model, branch)]
+    if trusted and not trained:
+        warnings.warn(
+            "auto_rescale steers nothing: every branch is frozen. Pass blocks=find_blocks(model) to steer frozen "
+            "branches",
+            stacklevel=2,
         )
-    return (
-        "its forward is never called, because something reads its weights directly; name another site in the hints "
-        "for find_blocks"
-    )
+    return trained
+
+
+def _untrained(model: nn.Module, blocks: Sequence[ResidualBlock], optimizers: Iterable[Optimizer]) -> set[str]:
+    """Return the sites of whole blocks that no optimizer trains, where there are others: teachers, averages."""
+    trained = {id(item) for optimizer in optimizers for group in optimizer.param_groups for item in group["params"]}
+    groups = [[(branch.site, parameters_of(model, branch)) for branch in block.branches] for block in blocks]
+    idle = [group for group in groups if not any(id(item) in trained for _, items in group for item in items)]
+    return set() if len(idle) == len(groups) else {site for group in idle for site, _ in group}
+
+
+def _scales_in(model: nn.Module) -> list[ResidualScale]:
+    return [module for module in model.modules() if isinstance(module, ResidualScale)]
+
+
+def _count(model: nn.Module) -> int:
+    return len(_scales_in(model))
+
+
+def _take_in(
+    left_alone: tuple[Branch, ...],
+    dry_run: bool,
+    module: nn.Module,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    *rest: Any,
+) -> None:
+    """Load pre-hook of a model. At the top level of a module, and with plain values only: copies may be pickled."""
+    if not dry_run:
+        sites = saved_sites({"state_dict": {key.removeprefix(prefix): value for key, value in state_dict.items()}})
+        attach_to(module, (), [branch for branch in left_alone if branch.site in sites], learnable=False)
+    refuse_lost_scales(module, state_dict, prefix, *rest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -11,10 +12,39 @@ from torch import Tensor, nn
 from lightning_spectral.discovery.paths import module_at
 from lightning_spectral.records import Branch, Factor, Path, ResidualBlock
 
-__all__ = ["CHILD", "common_scale", "log_scale_path", "log_scale_tensor", "scale_module", "with_scales"]
+__all__ = [
+    "CHILD",
+    "common_scale",
+    "log_scale_path",
+    "log_scale_tensor",
+    "scale_keys",
+    "scale_module",
+    "site_of",
+    "unwrapped_key",
+    "with_scales",
+]
 
 CHILD = "residual_scale"
 """Name of the child module of a site that holds its scale."""
+
+_KEY = re.compile(rf"(?:.*\.|)(?:{CHILD}|parametrizations\.\w+\.\d+)\.log_scale")
+_ON_WEIGHT = re.compile(r"(.*\.|)parametrizations\.(\w+)\.\d+\.log_scale")
+_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def scale_keys(keys: Iterable[str]) -> list[str]:
+    """Return those keys of a state dict that hold a residual scale."""
+    return [key for key in keys if _KEY.fullmatch(key)]
+
+
+def site_of(key: str) -> str:
+    """Return the site of a residual scale by its key in a state dict."""
+    return _ON_WEIGHT.sub(r"param:\1\2", key).removesuffix("log_scale").rstrip(".").removesuffix(CHILD).rstrip(".")
+
+
+def unwrapped_key(key: str) -> str:
+    """Return a key of a state dict without the names that wrappers of modules put into it."""
+    return _WRAPPERS.sub("", key)
 
 
 def log_scale_path(model: nn.Module, branch: Branch) -> str | None:

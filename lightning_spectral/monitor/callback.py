@@ -10,8 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral import settings
 from lightning_spectral.alarms import Event
-from lightning_spectral.control.fuse import MARKER, lost_scales, refuse_lost_scales, scale_keys
 from lightning_spectral.control.law import ResidualRescaler
+from lightning_spectral.control.loading import lost_scales, refuse_lost_scales, restore_unsaved, saved_sites
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError
 from lightning_spectral.linalg import Solver
@@ -21,7 +21,12 @@ from lightning_spectral.monitor.order import check_order
 from lightning_spectral.monitor.runs import new_series, remember, remembered
 from lightning_spectral.monitor.search import blocks_of
 from lightning_spectral.monitor.session import Session
-from lightning_spectral.monitor.strategies import check_strategy, is_tensor_parallel, will_shard
+from lightning_spectral.monitor.strategies import (
+    brings_back_own_weights,
+    check_strategy,
+    is_tensor_parallel,
+    will_shard,
+)
 from lightning_spectral.records import ResidualBlock
 from lightning_spectral.series import Series
 
@@ -171,26 +176,33 @@ class SpectralMonitor(Callback):
                 self._early = _found(pl_module, self.blocks)
             return
         check_order(callbacks, self)
+        self._steering.set_up()
         if is_tensor_parallel(trainer.strategy):
+            self._load_hook = self._steering.listen(pl_module)
             return
         # A model may be built in hooks that come later. What is sharded there is never attached to: see on_fit_start.
         hooks = [hook for hook in ("setup", "configure_model") if overrides(pl_module, hook)]
         later = [hook for hook in hooks if hook == "setup" or not shards]
-        self._attach(self._steering, pl_module, may_fail=bool(hooks))
+        attach = partial(self._attach, self._steering, pl_module, [item for item in callbacks if item is not self])
+        attach(may_fail=bool(hooks))
         for hook in later:
-            attach = partial(self._attach, self._steering, pl_module, may_fail=hook != hooks[-1])
-            self._late.append(AfterHook(pl_module, hook, attach))
+            self._late.append(AfterHook(pl_module, hook, partial(attach, may_fail=hook != hooks[-1])))
 
-    def _attach(self, steering: Steering, pl_module: LightningModule, *, may_fail: bool) -> None:
+    def _attach(
+        self, steering: Steering, pl_module: LightningModule, others: Sequence[Callback], *, may_fail: bool
+    ) -> None:
         """Attach the scales, also to what was built since the last time."""
         if self._modules != set(map(id, pl_module.modules())):
             steering.scales = None
         try:
-            steering.attach(pl_module, None if self.blocks is None else blocks_of(pl_module, self.blocks))
+            steering.attach(pl_module, None if self.blocks is None else blocks_of(pl_module, self.blocks), others)
         except (BlocksNotFoundError, ExampleInputError, ConfigurationError):
             if not may_fail:
                 raise
         self._modules = set(map(id, pl_module.modules()))
+        if self._load_hook is not None:
+            self._load_hook.remove()
+        self._load_hook = steering.listen(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the optimizers train the scales.
@@ -202,12 +214,18 @@ class SpectralMonitor(Callback):
             return
         if self._steering.scales is None:
             self._steering.adopt(pl_module, blocks_of(pl_module, self.blocks))
+        if brings_back_own_weights(trainer.strategy):
+            self._steering.check_foldable()
         self._steering.begin(trainer.optimizers)
+        if told := self._steering.held_still():
+            rank_zero_info(told)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks and measure them for the first time; on resume, publish what was measured last."""
         self._session = None
         self._remove_hooks()
+        if self._steering is not None:
+            self._steering.start(trainer.optimizers)
         if trainer.barebones:
             rank_zero_info("SpectralMonitor is off, because the Trainer is barebones")
             return
@@ -278,8 +296,19 @@ class SpectralMonitor(Callback):
         self._remove_hooks()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hook of the monitor behind; the scales stay, since the model shall go on computing what it did."""
+        """Leave no hook of the monitor behind; the scales stay, since the model shall go on computing what it did.
+
+        Where the main process gets nothing but weights that its module has already, they are folded into these.
+        """
         self._remove_hooks()
+        if self._steering is None or stage != "fit" or not brings_back_own_weights(trainer.strategy):
+            return
+        if count := self._steering.fold():
+            rank_zero_info(
+                f"SpectralMonitor folded {count} residual scales into the weights, because the main process gets back "
+                "only weights that its module has. To keep them as scales, call attach_scales(module) before "
+                "trainer.fit(module)"
+            )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Mark a checkpoint that has residual scales."""
@@ -289,14 +318,17 @@ class SpectralMonitor(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse to lose scales (a sharded checkpoint is loaded without a word); say where there were none.
 
+        Scales that the checkpoint names and the user's code has left out of it get the values that they had.
+
         Raises:
-            ConfigurationError: The checkpoint has scales and the model has none.
+            ConfigurationError: The checkpoint has scales that the model does not have, or names some without values.
         """
-        message = lost_scales(pl_module, checkpoint.get(MARKER, {}).get("scales", []))
+        sites = saved_sites(checkpoint)
+        message = lost_scales(pl_module, sites)
         if message is not None:
             raise ConfigurationError(message)
-        steers = self._steering is not None and not self._steering.rescaler.dry_run
-        if steers and MARKER not in checkpoint and not scale_keys(checkpoint.get("state_dict", {})):
+        restore_unsaved(pl_module, checkpoint)
+        if not sites and self._steering is not None and not self._steering.rescaler.dry_run:
             rank_zero_info("SpectralMonitor: the checkpoint has no residual scales; they start at 1")
 
     def state_dict(self) -> dict[str, Any]:

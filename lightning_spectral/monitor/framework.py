@@ -56,7 +56,7 @@ def warn(message: str) -> None:
     Raises:
         UserWarning: Warnings are errors in this run.
     """
-    if not LOG.isEnabledFor(logging.WARNING):
+    if LOG.level > logging.WARNING:  # of its own: many set Lightning's to ERROR, to be spared its information
         return
     try:
         warnings.warn(message, stacklevel=4)

@@ -351,8 +351,8 @@ class Session:
         events = self.series.observe(measurement)
         if self._steering is not None and steer:
             law, optimizers = self.series.law, self._trainer.optimizers
-            if rounding := self._steering.check_rounding(optimizers):
-                rank_zero_warn(f"SpectralMonitor, step {measurement.step}: {rounding}")
+            for notice in self._steering.notices(optimizers):
+                rank_zero_warn(f"SpectralMonitor, step {measurement.step}: {notice}")
             falling = falling_tokens(self.series.memory)
             actions, self.series.law = self._steering.act(measurement, law, optimizers, falling)
         self._write(look, self.series.memory, events, actions)

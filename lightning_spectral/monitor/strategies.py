@@ -12,7 +12,7 @@ from lightning_spectral.linalg.flattened import is_flattened
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
-__all__ = ["check_strategy", "is_tensor_parallel", "outermost", "will_shard"]
+__all__ = ["brings_back_own_weights", "check_strategy", "is_tensor_parallel", "outermost", "will_shard"]
 
 # By name, because there are two copies of each class, and because some need packages that may not be installed.
 _UNREADABLE = {
@@ -50,5 +50,13 @@ def is_tensor_parallel(strategy: Strategy) -> bool:
     return mesh is not None and "tensor_parallel" in mesh.mesh_dim_names and mesh["tensor_parallel"].size() > 1
 
 
-def _names(strategy: Strategy) -> list[str]:
-    return [base.__name__ for base in type(strategy).__mro__]
+def brings_back_own_weights(strategy: Strategy) -> bool:
+    """Whether the processes that train are started from the process of the user, which gets the weights of its module.
+
+    What the module got in the other processes is left behind without a word.
+    """
+    return bool({"_MultiProcessingLauncher", "_XLALauncher"} & set(_names(strategy.launcher)))
+
+
+def _names(item: object) -> list[str]:
+    return [base.__name__ for base in type(item).__mro__]

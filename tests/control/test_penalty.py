@@ -33,7 +33,7 @@ from lightning_spectral import (
 from lightning_spectral.control import penalty as room
 from lightning_spectral.control.penalty import balance_penalty
 from lightning_spectral.control.scales import attach_scales
-from lightning_spectral.records import Factor, Path
+from lightning_spectral.records import Factor, Path, alternatives
 
 Kind = Literal["circuit", "paper"]
 NARROW = (0.99, 1.01)  # a zone that no random block hits
@@ -56,6 +56,8 @@ NAMES = {
     "post-norm": "olmo2",
     "norm inside": "latent_attention_norm",
     "Conv1D": "gpt2",
+    "two MLPs": "macaron",
+    "two MLPs, and a norm behind": "conformer",
     "parallel": "plain_parallel",
     "parallel, one norm": "plain_parallel_one_norm",
     "weight_norm": "weight_norm_weights",
@@ -137,12 +139,12 @@ def twin(
     rule = circuit if linearization == "circuit" else paper
     low, high = map(math.log, zone)
 
-    def log_norm(branch: Branch | None) -> Tensor:
-        assert branch is not None
-        norms = [torch.linalg.matrix_norm(rule(model, path), ord=2) for path in branch.paths]
+    def log_norm(kind: Sequence[Branch]) -> Tensor:
+        sums = [torch.stack([rule(model, path) for path in item.paths]).sum(0) for item in alternatives(kind)]
+        norms = [torch.linalg.matrix_norm(matrix, ord=2) for matrix in sums]
         return max(norms, key=lambda norm: float(norm.detach())).log()
 
-    ratios = torch.stack([log_norm(block.mlp) - log_norm(block.attention) for block in blocks])
+    ratios = torch.stack([log_norm(block.mlp_branches) - log_norm(block.attention_branches) for block in blocks])
     return torch.maximum(low - ratios, ratios - high).clamp(min=0).square().mean()
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_run import TinyGPT
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map_only
 from zoo import Example, example, examples
 
@@ -355,6 +356,33 @@ def test_blocks_whose_self_check_failed_get_no_scale_unless_they_are_passed():
         not {block.name for block in scales.blocks for branch in block.branches if has_scale(model, branch)} & doubtful
     )
     assert len(attach_scales(model, blocks)) > len(doubtful)
+
+
+class ByFunction(nn.Module):
+    """A block whose MLP is no module, and ends in a weight and a bias: nothing there can be multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(16), TinyGPT().blocks[0].attention
+        self.up, self.down = (nn.Parameter(torch.randn(*shape) / 4) for shape in ((32, 16), (16, 32)))
+        self.bias = nn.Parameter(torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm(x))
+        return x + functional.linear(functional.gelu(functional.linear(self.norm(x), self.up)), self.down, self.bias)
+
+
+def test_found_branches_that_cannot_be_scaled_are_left_out_and_named_and_passed_ones_are_refused():
+    torch.manual_seed(0)
+    model = nn.Sequential(ByFunction(), ByFunction())
+    model.example_input_array = torch.randn(2, 5, 16)
+    before = list(model.state_dict())
+    with pytest.raises(ConfigurationError, match=r"no module carries the branch of 'param:0\.down'.*\(0\.bias\)"):
+        attach_scales(model, find_blocks(model))
+    assert list(model.state_dict()) == before
+    with pytest.warns(UserWarning, match=r"2 branch\(es\) get no residual scale: no module carries.*0\.bias.*1\.bias"):
+        scales = attach_scales(model)
+    assert dict(scales.named_parameters()).keys() == {"0.attention", "1.attention"}
 
 
 def has_scale(model: nn.Module, branch: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from lightning_spectral import (
     ResidualRescaler,
     SpectralMonitor,
     attach_scales,
+    find_blocks,
     measure,
     read_actions,
     read_journal,
@@ -191,19 +193,38 @@ def test_every_kind_of_model_is_steered_where_it_is_measured_and_its_scales_lear
     fit(tmp_path, SpectralMonitor(2, ResidualRescaler(patience=1), on_error="raise"), module=module)
     after = dict(module.named_parameters())
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert len(scales(module)) == (2 if kind is shared else 2 * BLOCKS)
+    assert len(scales(module)) == {shared: 2, partly_frozen: 2 * BLOCKS - 3}.get(kind, 2 * BLOCKS)
     assert all(value.item() != 0.0 for value in scales(module).values())
     acted = {action["block"] for action in read_actions(tmp_path / "spectral.jsonl")}
-    normed = kind in (
-        spectrally_normed,
-        spectrally_normed_by_hooks,
-    )  # every matrix has norm 1: nothing is out of balance
-    assert acted == (set() if KINDS[kind] or normed else {layer["index"] for layer in layers(tmp_path)})
+    normed = kind in (spectrally_normed, spectrally_normed_by_hooks)  # every matrix has norm 1: all is in balance
+    moved = {2} if kind is partly_frozen else {layer["index"] for layer in layers(tmp_path)}
+    assert acted == (set() if KINDS[kind] or normed else moved)
 
 
-def test_scales_of_frozen_branches_are_moved_by_the_law_alone(tmp_path: Path):
+def test_frozen_branches_are_left_alone_and_a_block_that_has_one_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
     module = built(partly_frozen)
     fit(tmp_path, SpectralMonitor(2, ResidualRescaler(patience=1)), module=module)
+    found = {name.rpartition(".residual")[0].removeprefix("model.blocks.") for name in scales(module)}
+    assert found == {"1.mlp", "2.attention", "2.mlp"}
+    assert "1 block(s) are held still" in caplog.text
+    assert "(the first is model.blocks.1)" in caplog.text
+    assert {action["block"] for action in read_actions(tmp_path / "spectral.jsonl")} == {2}
+
+
+def test_a_run_whose_branches_are_all_frozen_steers_nothing_and_says_so(tmp_path: Path):
+    module = built(lambda module: module.model.blocks.requires_grad_(False))
+    with pytest.warns(UserWarning, match=r"auto_rescale steers nothing: every branch is frozen\. Pass blocks=find_bl"):
+        fit(tmp_path, SpectralMonitor(2, True), module=module, max_steps=2)
+    assert not scales(module)
+
+
+def test_scales_of_frozen_branches_that_are_passed_are_moved_by_the_law_alone(tmp_path: Path):
+    module = built(partly_frozen)
+    monitor = SpectralMonitor(2, ResidualRescaler(patience=1), blocks=find_blocks(module))
+    fit(tmp_path, monitor, module=module)
     learnable = {name.rpartition(".residual")[0]: value.requires_grad for name, value in scales(module).items()}
     assert learnable == {
         "model.blocks.0.attention": False, "model.blocks.0.mlp": False, "model.blocks.1.attention": False,

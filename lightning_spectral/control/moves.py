@@ -1,0 +1,151 @@
+"""Whether the moves of scales stay: optimizers that keep weights of their own write them back, and undo the moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_spectral.control.optimizers import own_copies
+
+__all__ = ["Moves"]
+
+_PART = 0.25  # of a move: what has to be undone before it is told
+
+
+class Moves:
+    """Watches, after every step of the optimizers, the scales that were moved last.
+
+    A move is undone by what changes a scale against the move and is too large for a step of gradient descent. What
+    undid it is looked for in the optimizers: copies of the weights are moved along from then on, else the scale is left
+    alone.
+
+    Attributes:
+        given_up: The sites of the scales that are left alone.
+    """
+
+    def __init__(self) -> None:
+        self.given_up: set[str] = set()
+        self._copies = False  # whether optimizers keep copies of the weights
+        self._told: set[str] = set()
+        self._handles: list[RemovableHandle] = []
+        self._sites: list[str] = []
+        self._scales: list[nn.Parameter] = []
+        self._groups: list[Mapping[str, Any] | None] = []
+        self._changes = self._last = self._undone = torch.zeros(0, device="cpu")
+
+    def start(self, optimizers: Iterable[Optimizer]) -> None:
+        """Listen to the optimizers."""
+        self._handles += [
+            optimizer.register_step_post_hook(self._look)
+            for optimizer in optimizers
+            if isinstance(optimizer, Optimizer)
+        ]
+
+    def stop(self) -> None:
+        """Leave no hook in the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def note(self, moved: Mapping[str, tuple[nn.Parameter, float]], optimizers: Iterable[Optimizer]) -> None:
+        """Watch scales from now on, in place of others.
+
+        Args:
+            moved: By their sites the scales, as they are after a move, and the changes of their logarithms. A scale
+                that is cut over several processes is not watched.
+            optimizers: The optimizers.
+        """
+        groups = {
+            id(parameter): group
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        whole = {
+            site: item for site, item in moved.items() if not isinstance(item[0], DTensor) and item[0].numel() == 1
+        }
+        self._sites = list(whole)
+        self._scales = [scale for scale, _ in whole.values()]
+        self._groups = [groups.get(id(scale)) for scale in self._scales]
+        self._last = self._values()
+        self._changes = self._last.new_tensor([change for _, change in whole.values()])
+        self._undone = torch.zeros_like(self._last)
+
+    def copies(self, scale: nn.Parameter, optimizers: Iterable[Optimizer]) -> list[Tensor]:
+        """Return what has to be moved with a scale."""
+        return [copy for optimizer in optimizers for copy in own_copies(optimizer, scale)] if self._copies else []
+
+    def notice(self, optimizers: Sequence[Optimizer]) -> str | None:
+        """Draw the consequences where moves were undone, and return what to tell; each is told once."""
+        undone = {site: scale for site, scale in self._undone_scales().items() if site not in self.given_up}
+        if not undone:
+            return None
+        copied = all(any(own_copies(optimizer, scale) for optimizer in optimizers) for scale in undone.values())
+        if copied and not self._copies:
+            self._copies, what = True, "From now on the law moves the copies too"
+        else:
+            self.given_up |= set(undone)
+            what = "The law leaves such scales alone from now on"
+        if what in self._told:
+            return None
+        self._told.add(what)
+        return (
+            f"{len(undone)} residual scale(s) did not stay where the law had moved them (the first is at "
+            f"{min(undone)!r}): an optimizer or an average that keeps weights of its own writes them back. {what}. To "
+            "keep the scales out of the optimizer, set auto_rescale=ResidualRescaler(learnable=False), and give the "
+            "optimizer only parameters that require gradients"
+        )
+
+    def _undone_scales(self) -> dict[str, nn.Parameter]:
+        """Return the scales of which a quarter of the last move or more was undone."""
+        parts = (self._undone / self._changes.abs()).tolist()
+        watched = zip(self._sites, self._scales, parts, strict=True)
+        return {site: scale for site, scale, part in watched if part >= _PART}
+
+    @torch.no_grad()
+    def _look(self, *_: Any) -> None:
+        if not self._sites or torch.compiler.is_compiling():
+            return
+        now = self._values()
+        jump, self._last = now - self._last, now
+        against = (jump * self._changes < 0) & (jump.abs() > self._allowed(now))
+        self._undone = self._undone + torch.where(against, jump.abs(), 0.0)
+
+    def _allowed(self, now: Tensor) -> Tensor:
+        """Return how far one step of gradient descent may move each scale, if its rule is one of the usual ones."""
+        gradients = [
+            torch.zeros_like(scale).float() if scale.grad is None else scale.grad.float() for scale in self._scales
+        ]
+        sizes = torch.cat([gradient.to(now.device) for gradient in gradients]).abs()
+        rate, least, slope, decay = now.new_tensor([_settings(group) for group in self._groups]).unbind(1)
+        steps = rate * (torch.where(sizes > 0, least + slope * sizes, 0.0) + decay * now.abs())
+        return steps + 2 * torch.finfo(self._scales[0].dtype).eps * (1 + now.abs())
+
+    def _values(self) -> Tensor:
+        values = [scale.detach().float() for scale in self._scales]
+        return torch.cat([value.to(values[0].device) for value in values]) if values else torch.zeros(0, device="cpu")
+
+
+def _settings(group: Mapping[str, Any] | None) -> tuple[float, float, float, float]:
+    """Return the rate and the decay of a parameter group, and how long a step of its rule may be: least and slope.
+
+    In units of the rate, a step is at most ``least + slope · |gradient|``: of Adam and its kin 3.2, of other rules that
+    divide by the size of the gradient 10 at first; of gradient descent with momentum its sum, here with a margin.
+    """
+    if group is None:
+        return 0.0, 0.0, 0.0, 0.0
+    if "betas" in group:
+        bound = 4.0, 0.0
+    elif "eps" in group:
+        bound = 10.0, 0.0
+    elif "momentum" in group:
+        bound = 0.0, 3.0 / (1.0 - min(float(group["momentum"]), 0.99))
+    else:
+        bound = 3.0, 3.0
+    return float(group.get("lr", 1.0)), *bound, float(group.get("weight_decay", 0.0))
