@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -113,8 +113,21 @@ class _Walker:
 
     def chains_to(self, value: int, reader: Reader) -> Iterator[_Inner]:
         """Yield the chains of factors that end at a value, the last factor first."""
-        for route in self.router.routes(value):
-            yield from self._along(route, reader)
+        routes = self.router.routes(value)
+        apart = len({route.kind == "mixing" for route in routes}) > 1 and self.linear.mixes_tokens
+        for route in routes:
+            own = replace(reader, held=(*reader.held, *self._beside(route, routes, value))) if apart else reader
+            yield from self._along(route, own)
+
+    def _beside(self, route: Route, routes: Sequence[Route], value: int) -> Iterator[int]:
+        """Yield values on other ways to a value: attention and an MLP can share the matrix at their beginning."""
+        if route.kind != "mixing":
+            yield from (other.anchor for other in routes if other.kind == "mixing")
+            return
+        for item in self.region.values[1:]:
+            related = self.tape.depends(item, route.anchor) or self.tape.depends(route.anchor, item)
+            if not related and self.tape.depends(value, item):
+                yield item
 
     def _along(self, route: Route, reader: Reader) -> Iterator[_Inner]:
         if route.kind == "stream":

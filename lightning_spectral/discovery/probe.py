@@ -18,7 +18,7 @@ from lightning_spectral.discovery.operations import base_name, is_attention, is_
 from lightning_spectral.discovery.positions import moved_by_half, moved_by_one
 from lightning_spectral.discovery.programs import program_hash
 from lightning_spectral.discovery.replay import replay
-from lightning_spectral.discovery.tape import Tape, probe_device, probe_dtype
+from lightning_spectral.discovery.tape import Operation, Tape, probe_device, probe_dtype
 
 __all__ = ["Prober", "Region", "is_mute", "made_up"]
 
@@ -161,7 +161,7 @@ class Prober:
         return content
 
     def made_up_weights(self, region: Region) -> dict[int, Tensor]:
-        """Return content for the weights and gains of a region that show nothing as they are."""
+        """Return content for the weights, gains and gates of a region that show nothing as they are."""
         content = {}
         for value in region.values[1:]:
             operation = self.tape.producer(value)
@@ -169,9 +169,15 @@ class Prober:
                 continue
             for item in matrix_operands(operation) if is_product(self.tape, operation) else operation.inputs:
                 like = self.tape.tensors[item]
-                if self.tape.made_of_parameters(item) and like.is_floating_point() and is_mute(like):
+                mute = like.is_floating_point() and is_mute(like) and self.tape.made_of_parameters(item)
+                if mute or self._is_gate_at_zero(region, operation, item):
                     content[item] = made_up(like)
         return content
+
+    def _is_gate_at_zero(self, region: Region, operation: Operation, value: int) -> bool:
+        """Whether the branch is multiplied by zeros of another origin: by the gate of a conditioning vector."""
+        gate = base_name(operation) in ("mul", "multiply") and not self.tape.depends(value, region.stream)
+        return gate and self.tape.is_data(value) and not bool(self.tape.tensors[value].any())
 
     def finite(self, value: int) -> Tensor:
         """Return the recorded content of a value, or noise where it holds NaN: a run diverges, its program does not."""

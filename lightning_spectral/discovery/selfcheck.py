@@ -196,7 +196,8 @@ class SelfCheck:
         """Return the stream that all terms of a sum carry which come from the entry."""
         operation = self.tape.producer(value)
         terms = () if operation is None else addends(self.tape, operation)
-        if operation is not None and any(self.tape.depends(item, entry) for item in {*operation.inputs}.difference(terms)):
+        others = () if operation is None else set(operation.inputs).difference(terms)
+        if any(self.tape.depends(item, entry) for item in others):
             return None  # what has one entry for all channels, or for all positions
         found = [set(stream_values(self.tape, term)) for term in terms if self.tape.depends(term, entry)]
         return max(set.intersection(*found), default=None) if found else None
