@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 from zoo import example, examples
 from zoo.gpt import MLP, Block, CausalSelfAttention, NanoGPT
+from zoo.vision import DiT, SingleStream, dit_operators, timed
 
 from lightning_spectral import ExactSVD, find_blocks, measure
 
@@ -40,6 +41,34 @@ def test_the_norms_are_those_of_the_operators_by_hand(name: str, training: bool)
     for layer in measured:
         assert layer.attention_norm == pytest.approx(norm(known[layer.name]["attention"]), rel=1e-5)
         assert layer.mlp_norm == pytest.approx(norm(known[layer.name]["mlp"]), rel=1e-5)
+
+
+def test_gates_at_zero_hide_no_branch() -> None:
+    """With adaLN-zero nothing is added at the start of training."""
+    model = DiT().eval()
+    args, _ = timed(model)
+    blocks = find_blocks(model, *args)
+    assert [block.doubt for block in blocks] == [None, None]
+    for layer, known in zip(
+        measure(model, blocks, solver=ExactSVD()).layers, dit_operators(model).values(), strict=True
+    ):
+        assert layer.attention_norm == pytest.approx(norm(known["attention"]), rel=1e-5)
+        assert layer.mlp_norm == pytest.approx(norm(known["mlp"]), rel=1e-5)
+
+
+def test_attention_and_an_mlp_between_two_shared_matrices_are_told_apart() -> None:
+    """Each has its rows and columns; their one site scales both, so no law may move it."""
+    model = SingleStream().eval()
+    args, _ = timed(model)
+    blocks = find_blocks(model, *args)
+    for own, block, layer in zip(model.blocks, blocks, measure(model, blocks, solver=ExactSVD()).layers, strict=True):
+        assert [(branch.kind, branch.site) for branch in block.branches] == [
+            ("attention", f"{block.name}.out"),
+            ("mlp", f"{block.name}.out"),
+        ]
+        assert block.doubt == "attention and an MLP share one site, so neither can be scaled by itself"
+        assert layer.attention_norm == pytest.approx(norm(own.operators()["attention"]), rel=1e-5)
+        assert layer.mlp_norm == pytest.approx(norm(own.operators()["mlp"]), rel=1e-5)
 
 
 class RowNorm(nn.Module):
@@ -116,7 +145,7 @@ class RoundTrip(Block):
         self.q, self.kv, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        again = x.mT.unflatten(2, (3, 4)).flatten(2).mT
+        again = x.mT.contiguous().mT
         k, v = self.kv(self.ln_1(x)).chunk(2, -1)
         again = again + self.out(F.scaled_dot_product_attention(self.q(self.ln_1(again)), k, v))
         return again + self.mlp(self.ln_2(again))
