@@ -9,7 +9,7 @@ from torch import nn
 from lightning_spectral.discovery.operations import refs
 from lightning_spectral.discovery.tape import Tape
 
-__all__ = ["attends_to_one", "idle_parts", "parts", "unseen"]
+__all__ = ["attends_to_one", "has_lists", "idle_parts", "parts", "unseen"]
 
 
 def parts(module: nn.Module) -> list[nn.Module]:
@@ -19,6 +19,11 @@ def parts(module: nn.Module) -> list[nn.Module]:
     the like are left out, unless all is frozen.
     """
     return _trained(child for child in module.children() if not isinstance(child, nn.ModuleList | nn.ModuleDict))
+
+
+def has_lists(module: nn.Module) -> bool:
+    """Whether a module calls the entries of a list itself: its layers, most of the time."""
+    return any(isinstance(child, nn.ModuleList | nn.ModuleDict) for child in module.children())
 
 
 def _trained(modules: Iterable[nn.Module]) -> list[nn.Module]:
