@@ -322,6 +322,8 @@ def _gated(tape: Tape, leaf: int) -> Iterator[int]:
         producer = tape.producer(value)
         if producer is None or base_name(producer) not in ("mul", "multiply") or len(producer.inputs) != 2:
             return
+        if normalized_operand(tape, producer) is not None:
+            return  # a norm takes back what scales its input
         size = tape.tensors[value].numel()
         whole = [item for item in producer.inputs if tape.tensors[item].numel() == size and tape.is_data(item)]
         if len(whole) == 2:

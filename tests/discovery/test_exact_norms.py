@@ -306,3 +306,35 @@ class Nested(Block):
 def test_an_mlp_behind_attention_in_one_branch_is_neither() -> None:
     for block in find_blocks(NanoGPT(Nested, layers=2).eval()):
         assert [branch.reason for branch in block.branches] == ["attention and an MLP behind it lie in one branch"]
+
+
+class RMSNorm(nn.Module):
+    """Written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.gain
+
+
+class GatedSandwich(Block):
+    """A norm behind each branch, and a gate of a conditioning vector behind that (Lumina 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.post_1, self.post_2, self.gate = RMSNorm(), RMSNorm(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        gate = self.gate(c)[:, None].tanh()
+        x = x + gate * self.post_1(self.attn(self.ln_1(x)))
+        return x + gate * self.post_2(self.mlp(self.ln_2(x)))
+
+
+def test_a_norm_is_no_gate_of_what_it_normalizes() -> None:
+    """Nothing can be scaled in front of a norm: the norm is the site, whatever gates it."""
+    model = GatedSandwich().eval()
+    (block,) = find_blocks(model, torch.randn(2, 9, WIDTH), torch.randn(2, WIDTH))
+    assert [branch.site for branch in block.branches] == ["post_1", "post_2"]
+    assert block.verified, block.evidence
