@@ -59,7 +59,8 @@ def norm_channel(tape: Tape, operation: Operation) -> int:
     """Return the dimension of the channels of a norm: the last, or the second of feature maps."""
     if is_norm(operation):
         return 1 if norm_channels_second(operation) else -1
-    found = (_reduced(tape, statistic, operation.outputs[0]) for statistic in operation.inputs)
+    statistics = (value for value in operation.inputs if tape.is_data(value))  # a gain is none
+    found = (_reduced(tape, statistic, operation.outputs[0]) for statistic in statistics)
     return next((dim for dim in found if dim is not None), -1)
 
 
