@@ -250,8 +250,6 @@ def _on_stack(tape: Tape, operation: Operation, stack: Stack, absorbed: set[int]
         branches = _terms(tape, producer, absorbed, path)
     else:
         branches = [Term(written, value, path, gated=tuple(_gated(tape, value)))]
-    writers = tuple((written, multiplier) for multiplier in stack.writers or ())
-    branches = [replace(term, outer=(*writers, *term.outer)) for term in branches]
     add = ResidualAdd(output, Term(stack.kept, stack.before, (output, stack.kept)), tuple(branches), stack=stack)
     for value in tape.between(stack.before, output):
         if value not in (stack.before, output):
