@@ -136,7 +136,7 @@ class SelfCheck:
             return self._weight_outside(name, adds[0].skip.leaf)
         entry, output = self._ends(call, adds)
         if entry is None or output is None:
-            return self._weight_outside(name, adds[0].skip.leaf)
+            return self._begins_projected(call, adds[0].skip.leaf) or self._weight_outside(name, adds[0].skip.leaf)
         lost = self._lost_on_the_way(adds, entry, output)
         return self._refused(entry, output) or lost or self._weight_outside(name, entry)
 
@@ -171,6 +171,18 @@ class SelfCheck:
             if self.tape.depends(output, refusal.output) and self.tape.depends(refusal.output, entry)
         )
         return next(refused, None)
+
+    def _begins_projected(self, call: Call, stream: int) -> str | None:
+        """Return whether a stream begins in a call with a sum of attention and a projection: a stage that widens it."""
+        tape = self.tape
+        for value in stream_values(tape, stream):
+            operation = tape.producer(value)
+            terms = () if operation is None or value in call.inputs else addends(tape, operation)
+            ways = [tape.between(item, term) for term in terms for item in call.inputs if tape.depends(term, item)]
+            inside = (item for way in ways for place in way[1:] if (item := tape.producer(place)) is not None)
+            if len(ways) > 1 and any(is_attention(item) for item in inside):
+                return "its first sum passes nothing on of what enters: the skip is projected, too"
+        return None
 
     def _keeps_tokens_apart(self, operation: Operation, add: ResidualAdd) -> bool:
         """Whether a norm on the stream that is written out takes its statistics over channels, not over positions."""

@@ -280,6 +280,29 @@ def test_a_norm_on_the_stream_takes_its_mean_over_channels(dim: int, doubt: str 
         assert (block.doubt is None) if doubt is None else doubt in str(block.doubt)
 
 
+class Widening(nn.Module):
+    """Attention is added to a projection of what enters, and not to itself (Hiera, MViT)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(2 * width)
+        self.skip, self.qkv, self.out = (
+            nn.Linear(*size) for size in ((width, 2 * width), (width, 6 * width), (2 * width,) * 2)
+        )
+        self.mlp = nn.Sequential(nn.Linear(2 * width, 48), nn.GELU(), nn.Linear(48, 2 * width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = self.skip(y) + self.out(F.scaled_dot_product_attention(*self.qkv(y).chunk(3, -1)))
+        return x + self.mlp(self.norm2(x))
+
+
+def test_attention_beside_a_projected_skip_is_told() -> None:
+    for block in find_blocks(nn.Sequential(Widening(8), Widening(16)).eval(), torch.randn(2, 9, 8)):
+        assert [branch.kind for branch in block.branches] == ["mlp"]
+        assert block.doubt == "its first sum passes nothing on of what enters: the skip is projected, too"
+
+
 class Orthogonal(Block):
     """What lies along the stream is taken off each branch."""
 
