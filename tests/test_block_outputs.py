@@ -19,8 +19,10 @@ MEMBERS = [
     for member in examples()
     if not member.expected_refusal and not member.needs_process_group and member.callable and not member.compiled
 ]
-# In these the blocks are no modules that are called, or one is a head on a pooled token: no stream comes out of them.
-WITHOUT = {"pairs_in_the_parent": 3, "pre_norm_wrappers": 3, "siglip_vision": 1}
+# In these the blocks are no modules that are called, or two streams come out of them, or one is a head on a pooled
+# token: no stream comes out of them.
+WITHOUT = {"pairs_in_the_parent": 3, "pre_norm_wrappers": 3, "siglip_vision": 1, "mmdit": 4}
+ONE_TOKEN = {"vit_cait": 2}  # blocks of a class token alone
 TOKENS_FIRST = {
     "tokens_first",
     "bare_encoder_pre_tokens_first",
@@ -46,7 +48,9 @@ def test_every_block_of_every_architecture_is_heard(name: str):
     outputs.stop()
     found = outputs.values()
     assert len(found) == len(blocks) - WITHOUT.get(name, 0)
-    assert all(0 < r <= 1 and 0 < typical <= 1 and rank >= 1 for r, typical, rank in found.values())
+    known = [values for values in found.values() if None not in values]
+    assert len(known) == len(found) - ONE_TOKEN.get(name, 0)
+    assert all(0 < r <= 1 and 0 < typical <= 1 and rank >= 1 for r, typical, rank in known)
     assert not any(module._forward_hooks for module in model.modules())
 
 

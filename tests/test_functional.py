@@ -291,8 +291,10 @@ ONE_BRANCH = {
     "siglip_vision": 1,
 }
 # What is missing beside the ratio where one branch of a block reads the stream flat, tokens and sequences in one
-# dimension: its gains (and the other's where they are not told apart there either), and perhaps the angle.
+# dimension: its gains (and the other's where they are not told apart there either), and perhaps the angle. So it is
+# where a class token is alone.
 FLAT = {
+    "vit_cait": {"mlp_gain_mean", "mlp_gain_deviation", "attention_gain_mean", "attention_gain_deviation"},
     "electra": {"mlp_gain_mean", "mlp_gain_deviation", "attention_gain_mean", "attention_gain_deviation"},
     "opt": {"update_cosine", "mlp_gain_mean", "mlp_gain_deviation"},
     "opt_350m_style": {"update_cosine", "mlp_gain_mean", "mlp_gain_deviation"},

@@ -45,6 +45,7 @@ HEADINGS = {
     "experts": "Mixtures of experts",
     "adapters": "Low-rank adapters",
     "arrangements": "Arrangements",
+    "vision": "Pictures and latents",
     "wrappers": "Wrappers",
     "refused": "Refused",
 }

@@ -16,7 +16,7 @@ from lightning_spectral.discovery.residual import residual_adds
 from lightning_spectral.discovery.selfcheck import SelfCheck
 from lightning_spectral.discovery.surprises import SURPRISES
 from lightning_spectral.discovery.tape import Tape
-from lightning_spectral.records import ResidualBlock
+from lightning_spectral.records import Branch, ResidualBlock
 
 __all__ = ["Found", "blocks_of"]
 
@@ -47,13 +47,17 @@ def blocks_of(tape: Tape, model: nn.Module) -> Found:
     blocks = []
     for index, (name, members) in enumerate(named_groups(tape, modules, found).items()):
         kinds = settled_kinds(members)
-        records = []
+        records: list[Branch] = []
         for branch, kind in zip(members, kinds, strict=True):
             calls = [item for item in found if item.site.path == branch.site.path]
-            record = alike([finished(tape, modules, name, call, kind, prober) for call in calls])
-            records.append(finder.with_ends(record, branch, name))
+            ways = [finished(tape, modules, name, call, kind, prober) for call in calls]
+            for place in range(max(map(len, ways))):
+                record = alike([way[min(place, len(way) - 1)] for way in ways])
+                records.append(finder.with_ends(record, branch, name))
         branches = tuple(replace(record, aliases=names.get(record.site, ())) for record in records)
         problem = check.problem(name, members)
+        if problem is None and len(branches) > len(members):
+            problem = "attention and an MLP share one site, so neither can be scaled by itself"
         evidence = "trace" if problem is None else f"trace; not verified: {problem}"
         blocks.append(
             ResidualBlock(index, name, branches, problem is None, evidence, _token_dims(tape, members, prober))

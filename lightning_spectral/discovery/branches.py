@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_spectral.discovery.coefficients import agreed_paths
 from lightning_spectral.discovery.experts import with_all_experts
-from lightning_spectral.discovery.factors import chains, merged
+from lightning_spectral.discovery.factors import FoundChain, chains, kind_of, merged
 from lightning_spectral.discovery.linear import LinearPart
 from lightning_spectral.discovery.multipliers import multiplier_factors
 from lightning_spectral.discovery.operands import UnmeasurableError
@@ -126,6 +126,8 @@ def _kind(tape: Tape, add: ResidualAdd, term: Term, prober: Prober) -> tuple[Bra
     operations = [operation for value in region.values[1:] if (operation := tape.producer(value)) is not None]
     attends = any(is_attention(operation) for operation in operations)
     moved = prober.moved_positions(region)
+    if not moved and attends and any(_reads_beside(tape, operation, add.stream) for operation in operations):
+        return "attention", 0  # a class token that attends to itself and to the patches
     if moved > 0:
         mixes = any(is_contraction(operation) and not is_product(tape, operation) for operation in operations)
         return ("attention" if attends and mixes else "mixer"), moved
@@ -133,6 +135,20 @@ def _kind(tape: Tape, add: ResidualAdd, term: Term, prober: Prober) -> tuple[Bra
         if any(tape.is_data(value) and not tape.depends(value, add.stream) for value in _looked_up(tape, operation)):
             return "cross_attention", 0
     return "mlp", 0
+
+
+def _reads_beside(tape: Tape, operation: Operation, stream: int) -> bool:
+    """Whether attention looks up something in a row of other positions that the stream was put in."""
+    rows = (value for item in _looked_up(tape, operation) for value in tape.between(stream, item)[1:])
+    joins = (join for value in rows if (join := tape.producer(value)) is not None and _joins_positions(tape, join))
+    return any(tape.is_data(item) and not tape.depends(item, stream) for join in joins for item in join.inputs)
+
+
+def _joins_positions(tape: Tape, operation: Operation) -> bool:
+    """Whether values are put side by side along a dimension that is neither the first, of the batch, nor the last."""
+    rank = len(tape.shape(operation.outputs[0]))
+    dim = operation.args[1] if len(operation.args) > 1 else 0
+    return operation.name == "cat" and isinstance(dim, int) and 0 < dim % rank < rank - 1
 
 
 def _looked_up(tape: Tape, operation: Operation) -> tuple[int, ...]:
@@ -168,8 +184,11 @@ def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term]) -> Site
         paths = {attribute_path(tape.names[value]) for value in known}  # a parametrized weight has several parents
         if len(paths) != 1:
             raise UnmeasurableError(f"its last weight is made of {' and '.join(sorted(paths)) or 'no parameter'}")
-        if any(_product_count(tape, value) > 1 for value in known):
-            raise UnmeasurableError(f"its last weight {paths.pop()} is used more than once (a recurrence)")
+        beside = any(tape.depends(term.leaf, value) for term in add.branches if term not in terms)
+        if beside or any(_product_count(tape, value) > 1 for value in known):
+            raise UnmeasurableError(
+                f"its last weight {paths.pop()} is used more than once (by a recurrence, or by a second branch)"
+            )
         return Site(f"param:{paths.pop()}", None, terms[0].start)
     raise UnmeasurableError("no weight is in it")
 
@@ -181,26 +200,51 @@ def _product_count(tape: Tape, parameter: int) -> int:
 
 def finished(
     tape: Tape, modules: Mapping[str, nn.Module], block: str, branch: FoundBranch, kind: BranchKind, prober: Prober
-) -> Branch:
-    """Return the record of a branch, with the factors of its weight linearizations or the reason for their absence."""
+) -> tuple[Branch, ...]:
+    """Return the record of a branch, with the factors of its weight linearizations or the reason for their absence.
+
+    Returns:
+        One record; two of one site where attention and an MLP are added up by the matrix at their common end.
+    """
     site = branch.site
     record = Branch(kind, site.path, site.output_index)
     if kind == "mixer":
-        return replace(record, reason="a token mixer that is not attention has no weight linearization")
+        return (replace(record, reason="a token mixer that is not attention has no weight linearization"),)
     if kind == "cross_attention":
-        return replace(record, reason="cross-attention reads another sequence and is not part of the ratio")
+        return (replace(record, reason="cross-attention reads another sequence and is not part of the ratio"),)
     try:
         region, multipliers = _whole(tape, branch)
         linear = LinearPart(Steps(tape, region, prober), mixes_tokens=kind == "attention")
         found = chains(linear, prober, kind)
+        kinds = _kinds(found, kind)
         paths = with_all_experts(modules, block, found, set(tape.names.values()))
         paths = agreed_paths(linear, prober, paths)
+        if len(set(kinds)) > 1 and len(paths) != len(kinds):
+            raise UnmeasurableError("attention and an MLP lie in one branch, with several matrices side by side")
         outer = (*_written(tape, branch.add), *multiplier_factors(tape, [item for _, item in multipliers]))
     except UnmeasurableError as error:
-        return replace(record, reason=str(error))
+        return (replace(record, reason=str(error)),)
     except SURPRISES as error:
-        return replace(record, reason=surprise("its product could not be read", error))
-    return replace(record, paths=tuple(replace(path, factors=merged((*outer, *path.factors))) for path in paths))
+        return (replace(record, reason=surprise("its product could not be read", error)),)
+    paths = tuple(replace(path, factors=merged((*outer, *path.factors))) for path in paths)
+    if len(set(kinds)) == 1:
+        return (replace(record, paths=paths),)
+    pairs = tuple(zip(kinds, paths, strict=True))
+    return tuple(
+        replace(record, kind=kind, paths=tuple(path for own, path in pairs if own == kind))
+        for kind in dict.fromkeys((kind, *kinds))
+    )
+
+
+def _kinds(found: Sequence[FoundChain], kind: BranchKind) -> list[BranchKind]:
+    """Return the kind of every chain of a branch."""
+    kinds = [kind_of(chain, kind) for chain in found]
+    if "mlp" in kinds and kind == "attention":
+        if any(chain.mixes and chain.bends for chain in found):
+            raise UnmeasurableError("attention and an MLP behind it lie in one branch")
+        if any(chain.selective for chain in found):
+            raise UnmeasurableError("attention and an MLP lie in one branch, and the data chooses between its ways")
+    return kinds
 
 
 def alike(records: Sequence[Branch]) -> Branch:

@@ -220,26 +220,20 @@ def _check_complete(
     covered = {item.parameter for chain in known for factor in chain for item in factor.flat() if item.parameter}
     inside = {tuple(name.split(".")[:depth]) for name in covered for depth in range(1, name.count(".") + 2)}
     for name, weight in owner.named_parameters(head):
-        if weight.ndim > 1 and name not in ran and name not in covered and not _is_gate(modules, name, inside, ran):
+        if weight.ndim > 1 and name not in ran and name not in covered and not _is_beside(modules, head, name, inside):
             raise UnmeasurableError(
                 f"its weight {name} did not take part in the forward pass on the example input, and belongs to no "
                 "expert that is built as those that did"
             )
 
 
-def _is_gate(
-    modules: Mapping[str, nn.Module], name: str, known: Collection[tuple[str, ...]], ran: Collection[str]
-) -> bool:
-    """Whether a weight of an expert that is known and did not run has a counterpart in one that did: its gate."""
-    parts = name.split(".")
-    for depth, key in enumerate(parts):
-        if (*parts[:depth], key) not in known:
-            return False
-        for other in _keys(modules.get(".".join(parts[:depth]))) if depth else ():
-            counterpart = ".".join([*parts[:depth], other, *parts[depth + 1 :]])
-            if other != key and counterpart in ran and (*parts[:depth], other) in known:
-                return True
-    return False
+def _is_beside(modules: Mapping[str, nn.Module], head: str, name: str, known: Collection[tuple[str, ...]]) -> bool:
+    """Whether a weight stands beside known ones and is no expert: the gate of an expert that did not run."""
+    parts, start = name.split("."), len(head.split(".")) if head else 0
+    depth = next(depth for depth in range(start, len(parts)) if tuple(parts[: depth + 1]) not in known)
+    single = depth == len(parts) - 2  # a layer
+    listed = isinstance(modules.get(".".join(parts[:depth])), _CONTAINERS)
+    return not listed and (depth > start or single)
 
 
 def _exists(model: nn.Module, factor: Factor) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lightning_spectral.discovery.linear import LinearPart
 from lightning_spectral.discovery.multipliers import multiplier_factors
-from lightning_spectral.discovery.operands import UnmeasurableError
-from lightning_spectral.discovery.operations import Divisor, is_norm, norm_channels_second, norm_gain, norm_groups
+from lightning_spectral.discovery.operands import UnmeasurableError, norm_channel
+from lightning_spectral.discovery.operations import Divisor, is_norm, norm_gain, norm_groups
 from lightning_spectral.discovery.patterns import check_pattern
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.products import (
@@ -27,7 +27,7 @@ from lightning_spectral.discovery.sums import summed_matrix
 from lightning_spectral.discovery.tape import Operation, Tape
 from lightning_spectral.records import BranchKind, Factor, FactorRole
 
-__all__ = ["Chain", "FoundChain", "chains", "merged"]
+__all__ = ["Chain", "FoundChain", "chains", "kind_of", "merged"]
 
 Chain = tuple[Factor, ...]
 _MAX_CHAINS = 4096
@@ -39,10 +39,14 @@ class FoundChain(NamedTuple):
     Attributes:
         factors: The chain.
         selective: Whether the data chooses what goes this way: the chain of an expert.
+        mixes: Whether it leads through an attention pattern.
+        bends: Whether an activation or a gate stands between two of its matrices.
     """
 
     factors: Chain
     selective: bool
+    mixes: bool = False
+    bends: bool = False
 
 
 def chains(linear: LinearPart, prober: Prober, kind: BranchKind) -> tuple[FoundChain, ...]:
@@ -63,15 +67,19 @@ def chains(linear: LinearPart, prober: Prober, kind: BranchKind) -> tuple[FoundC
     found: dict[FoundChain, None] = {}
     end = Reader(linear.region.leaf, linear.end_channel(prober.channel_dim(linear.region)))
     for inner in walker.chains_to(linear.region.leaf, end):
-        if linear.mixes_tokens and inner.bent and not inner.mixed:
-            raise UnmeasurableError("its last matrix is also that of an MLP, which acts on each token alone")
         if any(factor.role == "latent" for factor in inner.factors):
-            found[FoundChain(merged(_with_roles(inner.factors, kind)), inner.selective)] = None
+            chain = merged(_with_roles(inner.factors, kind_of(inner, kind)))
+            found[FoundChain(chain, inner.selective, inner.mixes, inner.bends)] = None
         if len(found) > _MAX_CHAINS:
             raise UnmeasurableError(f"more than {_MAX_CHAINS} ways lead through the branch")
     if not found:
         raise UnmeasurableError("no weight matrix lies on a linear path through the branch")
     return tuple(found)
+
+
+def kind_of(chain: FoundChain | _Inner, kind: BranchKind) -> BranchKind:
+    """Return the kind of one chain of a branch: an MLP can lie beside attention, in front of one output matrix."""
+    return "mlp" if kind == "attention" and chain.bends and not chain.mixes else kind
 
 
 def merged(chain: Chain) -> Chain:
@@ -82,13 +90,15 @@ def merged(chain: Chain) -> Chain:
 class _Inner(NamedTuple):
     """A chain from the stream to a value, and the part of the reader's channels that it feeds (``None`` for all).
 
-    It may be mixed (an attention lies on it) and bent (by an activation or a gate).
+    ``bent`` tells whether an activation or a gate stands behind its last matrix, ``bends`` whether one did further
+    inside.
     """
 
     factors: Chain
     selective: bool = False
     columns: Columns | None = None
-    mixed: bool = False
+    mixes: bool = False
+    bends: bool = False
     bent: bool = False
 
 
@@ -104,8 +114,21 @@ class _Walker:
 
     def chains_to(self, value: int, reader: Reader) -> Iterator[_Inner]:
         """Yield the chains of factors that end at a value, the last factor first."""
-        for route in self.router.routes(value):
-            yield from self._along(route, reader)
+        routes = self.router.routes(value)
+        apart = len({route.kind == "mixing" for route in routes}) > 1 and self.linear.mixes_tokens
+        for route in routes:
+            own = replace(reader, held=(*reader.held, *self._beside(route, routes, value))) if apart else reader
+            yield from self._along(route, own)
+
+    def _beside(self, route: Route, routes: Sequence[Route], value: int) -> Iterator[int]:
+        """Yield values on other ways to a value: attention and an MLP can share the matrix at their beginning."""
+        if route.kind != "mixing":
+            yield from (other.anchor for other in routes if other.kind == "mixing")
+            return
+        for item in self.region.values[1:]:
+            related = self.tape.depends(item, route.anchor) or self.tape.depends(route.anchor, item)
+            if not related and self.tape.depends(value, item):
+                yield item
 
     def _along(self, route: Route, reader: Reader) -> Iterator[_Inner]:
         if route.kind == "stream":
@@ -115,7 +138,8 @@ class _Walker:
         assert operation is not None
         for inner in self._through(route, operation, reader):
             before = self._multipliers(route, reader, inner.columns)
-            selective, bent = inner.selective or route.selective, inner.bent or not route.is_linear
+            bent = inner.bent or (not route.is_linear and route.kind in ("product", "sum"))
+            selective = inner.selective or route.selective
             yield inner._replace(factors=(*before, *inner.factors), selective=selective, bent=bent)
 
     def _multipliers(self, route: Route, reader: Reader, columns: Columns | None) -> Chain:
@@ -136,7 +160,7 @@ class _Walker:
             if self.linear.mixes_tokens:
                 check_pattern(self.tape, operation, carrier)
             for inner in self.chains_to(carrier, reader):
-                yield inner._replace(mixed=True, selective=inner.selective or not self.linear.mixes_tokens)
+                yield inner._replace(mixes=True) if self.linear.mixes_tokens else inner._replace(selective=True)
         elif route.kind == "norm":
             yield from self._through_norm(route, operation, reader)
         elif route.kind == "sum":
@@ -160,7 +184,9 @@ class _Walker:
         matrix = replace(matrix, rows=rows)
         for inner in self.chains_to(product.data, Reader.of(product)):
             whole = matrix if inner.columns is None else columns_read(matrix, inner.columns)
-            yield inner._replace(factors=(whole, *inner.factors), columns=columns)
+            bends = inner.bends or inner.bent
+            factors = (whole, *inner.factors)
+            yield inner._replace(factors=factors, columns=columns, bends=bends, bent=False)
 
     def _through_norm(self, route: Route, operation: Operation, reader: Reader) -> Iterator[_Inner]:
         step = self.router.steps.step(route.anchor)
@@ -180,15 +206,14 @@ class _Walker:
     def _norm(self, route: Route, operation: Operation, reader: Reader) -> Chain:
         """Return a norm as a factor, its gain in the order of the channels that are read next."""
         gain = norm_gain(operation) if is_norm(operation) else None
-        fused = is_norm(operation)
-        size = self.tape.shape(route.anchor if gain is None else gain)[-1]
+        channel = norm_channel(self.tape, operation)
+        size = self.tape.shape(route.anchor)[channel]
         found = tuple(multiplier_factors(self.tape, () if gain is None else (gain,)))
         factor = replace(found[0], size=size) if found else Factor("scale", None, size=size)
-        channel = 1 if fused and norm_channels_second(operation) else -1
         order = self.linear.channels((route.anchor, channel), reader.target)
         if order is None or any(order.count(place) != order.count(0) for place in range(size)):
             raise UnmeasurableError("a norm is read in part, or its channels are mixed afterwards")
-        groups = norm_groups(operation) if fused else 1
+        groups = norm_groups(operation) if is_norm(operation) else 1
         if order != tuple(range(size)) * (len(order) // size):
             if groups > 1 or len(order) > size:
                 raise UnmeasurableError("channels are rearranged behind a norm of single heads or groups")

@@ -15,7 +15,7 @@ from lightning_spectral.discovery.aside import kept
 from lightning_spectral.discovery.blocks import blocks_of
 from lightning_spectral.discovery.hints import with_hints
 from lightning_spectral.discovery.inputs import guesses
-from lightning_spectral.discovery.parts import attends_to_one, idle_parts, parts, unseen
+from lightning_spectral.discovery.parts import attends_to_one, has_lists, idle_parts, parts, unseen
 from lightning_spectral.discovery.recorder import record
 from lightning_spectral.discovery.shapes import with_shapes
 from lightning_spectral.discovery.surprises import SURPRISES, surprise
@@ -223,8 +223,8 @@ def _search(
     if poor:
         return poor
     below = parts(module)
-    if runs_itself and len(below) > 1:
-        return []  # its parts are not the model that its own forward makes of them
+    if runs_itself and (len(below) > 1 or has_lists(module)):
+        return []  # its parts are not the model that its own forward makes of them, nor is a stem before its layers
     whole = [_search(model, args, kwargs, attempts, part) for part in below]
     return [item for passes in whole for item in passes] if all(whole) else []  # half of a model is none
 

@@ -28,6 +28,8 @@ def named_groups(tape: Tape, modules: Mapping[str, nn.Module], branches: Sequenc
     innermost entry around its modules, or around its site where the modules lie in several lists; where there is no
     container at all, to the module around them. A block that is called several times is listed once.
 
+    A group that does the same to several streams is a block for each of them.
+
     A group with attention alone and one with an MLP alone, one behind the other on one stream, are one block.
 
     Args:
@@ -38,7 +40,26 @@ def named_groups(tape: Tape, modules: Mapping[str, nn.Module], branches: Sequenc
     Returns:
         The branches of each block by its name, in the order of execution.
     """
-    return _paired(tape, _by_container(modules, branches))
+    return _paired(tape, _stream_by_stream(tape, _by_container(modules, branches)))
+
+
+def _stream_by_stream(tape: Tape, groups: Groups) -> Groups:
+    """Split a group that does the same to several streams, each by branches of its own: those of text and picture."""
+    result: Groups = {}
+    for name, members in groups.items():
+        streams: list[list[FoundBranch]] = []
+        for branch in members:
+            own = next((stream for stream in streams if _follows(tape, stream, [branch])), None)
+            if own is None:
+                streams.append([branch])
+            else:
+                own.append(branch)
+        alike = len({tuple(sorted(branch.kind for branch in stream)) for stream in streams}) == 1
+        if len(streams) > 1 and alike and len(streams[0]) > 1:
+            result |= {" + ".join(branch.site.path for branch in stream): stream for stream in streams}
+        else:
+            result[name] = members
+    return result
 
 
 def _by_container(modules: Mapping[str, nn.Module], branches: Sequence[FoundBranch]) -> Groups:

@@ -81,7 +81,9 @@ class LinearPart:
             return content
         return torch.empty_like(like, dtype=content.dtype, requires_grad=False).copy_(content)
 
-    def channels(self, source: tuple[int, int], target: tuple[int, ...]) -> tuple[int, ...] | None:
+    def channels(
+        self, source: tuple[int, int], target: tuple[int, ...], held: Iterable[int] = ()
+    ) -> tuple[int, ...] | None:
         """Find which channel of one value each channel of another one comes from.
 
         Channel j of the source holds the number j + 1, and then 1: the quotient is the number, whatever multiplies it.
@@ -89,6 +91,7 @@ class LinearPart:
         Args:
             source: Value and channel dimension.
             target: Value and channel dimension (several dimensions together form the channels).
+            held: Values on other ways to the target, which count as zero.
 
         Returns:
             For each target channel the number of its source channel, −1 where none feeds it; ``None`` where channels
@@ -104,7 +107,8 @@ class LinearPart:
         shape[dimension] = count
         # Roots of the numbers, too: a mixture of channels can hit one number by chance, not both.
         contents = (ones, ones * numbers.view(shape), ones * numbers.sqrt().view(shape))
-        plain, numbered, rooted = (self._columns({value: content}, target) for content in contents)
+        silent = {item: torch.zeros_like(self.tape.wide(item)) for item in held}
+        plain, numbered, rooted = (self._columns({**silent, value: content}, target) for content in contents)
         fed = plain != 0
         quotients = torch.where(fed, numbered / plain, 0.0)
         roots = torch.where(fed, rooted / plain, 0.0)

@@ -6,13 +6,15 @@ from lightning_spectral.discovery.operations import (
     base_name,
     is_attention,
     is_contraction,
+    is_norm,
     is_product,
     matrix_operands,
+    norm_channels_second,
     refs,
 )
 from lightning_spectral.discovery.tape import Operation, Tape
 
-__all__ = ["UnmeasurableError", "is_statistic", "normalized_operand", "value_operand"]
+__all__ = ["UnmeasurableError", "is_statistic", "norm_channel", "normalized_operand", "value_operand"]
 
 
 class UnmeasurableError(Exception):
@@ -41,10 +43,25 @@ def normalized_operand(tape: Tape, operation: Operation) -> int | None:
 
 
 def is_statistic(tape: Tape, statistic: int, value: int) -> bool:
-    """Whether something has one entry for all channels of a value, which stand last, or second in feature maps."""
+    """Whether something has one entry for all channels of a value."""
+    return _reduced(tape, statistic, value) is not None
+
+
+def _reduced(tape: Tape, statistic: int, value: int) -> int | None:
+    """Return the dimension of the channels of a value, last or second, along which something has one entry."""
     shape = tape.shape(value)
     whole = (1,) * (len(shape) - len(tape.shape(statistic))) + tape.shape(statistic)
-    return any(whole[dim] == 1 and shape[dim] > 1 for dim in ((-1, 1) if len(shape) == 4 else (-1,)) if shape)
+    dims = (-1, 1) if len(shape) > 2 else (-1,) * len(shape[:1])
+    return next((dim for dim in dims if whole[dim] == 1 and shape[dim] > 1), None)
+
+
+def norm_channel(tape: Tape, operation: Operation) -> int:
+    """Return the dimension of the channels of a norm: the last, or the second of feature maps."""
+    if is_norm(operation):
+        return 1 if norm_channels_second(operation) else -1
+    statistics = (value for value in operation.inputs if tape.is_data(value))  # a gain is none
+    found = (_reduced(tape, statistic, operation.outputs[0]) for statistic in statistics)
+    return next((dim for dim in found if dim is not None), -1)
 
 
 def _centred(tape: Tape, value: int) -> int:
@@ -65,7 +82,9 @@ def value_operand(tape: Tape, operation: Operation) -> int:
         if found:
             return found[0]
     operands = matrix_operands(operation)
-    weighted = [value for value in operands if _is_pattern(tape, value)]
+    # Talking heads multiply the pattern by a weight that mixes heads.
+    patterns = ([value for value in operands if _is_pattern(tape, value, through)] for through in (False, True))
+    weighted: list[int] = next(filter(None, patterns), [])
     others = [value for value in operands if value not in weighted]
     if not all(map(tape.is_data, others)):
         raise UnmeasurableError("it is multiplied by a matrix that belongs to no parameter and no buffer")
@@ -74,12 +93,20 @@ def value_operand(tape: Tape, operation: Operation) -> int:
     return others[0]
 
 
-def _is_pattern(tape: Tape, value: int) -> bool:
-    """Whether the value was made by a softmax, read backwards through everything but another product."""
+def _is_pattern(tape: Tape, value: int, through: bool) -> bool:
+    """Whether the value was made by a softmax, read backwards through everything but another product of data.
+
+    Args:
+        tape: The recorded forward pass.
+        value: The value.
+        through: Whether products with weights are passed, too.
+    """
     seen, queue = set(), [value]
     while queue:
         operation = tape.producer(queue.pop())
-        if operation is None or operation.index in seen or is_contraction(operation):
+        if operation is None or operation.index in seen:
+            continue
+        if is_contraction(operation) and not (through and is_product(tape, operation)):
             continue
         if "softmax" in operation.name:
             return True

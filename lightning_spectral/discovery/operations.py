@@ -12,12 +12,14 @@ __all__ = [
     "Multiplier",
     "added_operand",
     "addends",
+    "attended",
     "base_name",
     "is_attention",
     "is_contraction",
     "is_mixing_without_weights",
     "is_norm",
     "is_product",
+    "is_wide_convolution",
     "matrix_operands",
     "moved_input",
     "moved_values",
@@ -233,7 +235,9 @@ def matrix_operands(operation: Operation) -> tuple[int, ...]:
 
 def weight_operand(tape: Tape, operation: Operation) -> int | None:
     """Return the operand of a matrix product that comes from a parameter of at least two dimensions."""
-    operands = [value for value in matrix_operands(operation) if len(tape.shape(value)) >= 2]
+    # Learned queries and latents, with which a stream begins, are data.
+    found = (value for value in matrix_operands(operation) if not tape.is_data(value))
+    operands = [value for value in found if len(tape.shape(value)) >= 2]
     for value in operands:
         if parameter_of(tape, value) is not None:
             return value
@@ -262,9 +266,23 @@ def is_attention(operation: Operation) -> bool:
     return "softmax" in operation.name or "attention" in operation.name
 
 
+def attended(tape: Tape, operation: Operation) -> int:
+    """Return to how many positions attention attends: over how many the softmax goes."""
+    if "softmax" in operation.name:
+        dim = operation.args[1]
+        return tape.shape(operation.inputs[0])[dim] if isinstance(dim, int) else 0
+    keys = refs(operation, 1)
+    return tape.shape(keys[0])[-2] if keys else 0
+
+
 def is_contraction(operation: Operation) -> bool:
     """Whether the operation is a product of two tensors or a fused attention kernel."""
     return base_name(operation) in _PRODUCTS or "attention" in operation.name
+
+
+def is_wide_convolution(tape: Tape, operation: Operation) -> bool:
+    """Whether the operation is a convolution with a kernel of more than one entry."""
+    return "convolution" in operation.name and max(tape.shape(operation.inputs[1])[2:], default=1) > 1
 
 
 def is_mixing_without_weights(operation: Operation) -> bool:

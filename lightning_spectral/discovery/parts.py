@@ -10,7 +10,7 @@ from lightning_spectral.discovery.operations import refs
 from lightning_spectral.discovery.tape import Tape
 from lightning_spectral.records import ResidualBlock
 
-__all__ = ["attends_to_one", "idle_parts", "parts", "unseen"]
+__all__ = ["attends_to_one", "has_lists", "idle_parts", "parts", "unseen"]
 
 
 def parts(module: nn.Module) -> list[nn.Module]:
@@ -20,6 +20,11 @@ def parts(module: nn.Module) -> list[nn.Module]:
     the like are left out, unless all is frozen.
     """
     return _trained(child for child in module.children() if not isinstance(child, nn.ModuleList | nn.ModuleDict))
+
+
+def has_lists(module: nn.Module) -> bool:
+    """Whether a module calls the entries of a list itself: its layers, most of the time."""
+    return any(isinstance(child, nn.ModuleList | nn.ModuleDict) for child in module.children())
 
 
 def _trained(modules: Iterable[nn.Module]) -> list[nn.Module]:

@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_spectral.discovery.operations import base_name, is_product, matrix_operands
+from lightning_spectral.discovery.operations import base_name, is_attention, is_product, matrix_operands, refs
+from lightning_spectral.discovery.positions import moved_by_half, moved_by_one
 from lightning_spectral.discovery.programs import program_hash
 from lightning_spectral.discovery.replay import replay
-from lightning_spectral.discovery.tape import Tape, probe_device, probe_dtype
+from lightning_spectral.discovery.tape import Operation, Tape, probe_device, probe_dtype
 
 __all__ = ["Prober", "Region", "is_mute", "made_up"]
 
@@ -91,10 +92,10 @@ class Prober:
         return answer
 
     def moved_positions(self, region: Region) -> int:
-        """Return how many other positions of the branch output move when one position of the stream is perturbed.
+        """Return how many positions of the branch output move when others of the stream are perturbed.
 
-        A random direction is used, because a constant shift is invisible behind a LayerNorm; it is small, so that no
-        router changes its choice.
+        One position is perturbed or, where none other moves, every second one. A random direction is used, because a
+        constant shift is invisible behind a LayerNorm; it is small, so that no router changes its choice.
         """
         return self._moved(region)[0]
 
@@ -113,33 +114,55 @@ class Prober:
             return self._moved_with(region, {})
 
     def _moved_with(self, region: Region, held: Mapping[int, Tensor]) -> tuple[int, tuple[int, ...]]:
-        stream = self.finite(region.stream).clone()
         held = {**self.finite_around(region), **held}
         channel = self._channel_dim(region)
-        before = replay(self.tape, {region.stream: stream}, region.leaf, held=held)
-        sizes = stream.movedim(channel, -1).shape[:-1]
-        scale = float(stream.abs().mean()) or 1.0
-        most: int = 0
-        dims: tuple[int, ...] = ()
-        # The first position may reach no other one: where tokens attend to later ones, or it is padding.
-        for index in dict.fromkeys(tuple(int(share * (size - 1)) for size in sizes) for share in (0, 1, 0.5)):
-            perturbed = stream.clone()
-            row = perturbed.movedim(channel, -1)[index]
-            row += 1e-3 * scale * _noise(row)
-            after = replay(self.tape, {region.stream: perturbed}, region.leaf, held=held)
-            change = (after - before).movedim(channel, -1).abs().amax(-1)
-            change = torch.where(change.isfinite(), change, 0.0)  # tokens that attend to nothing are NaN
-            largest = float(change.max())
-            moved = (change > 1e-9 * largest).nonzero()
-            if len(moved) > 1:
-                places = [dim for dim in range(after.dim()) if dim != channel % after.dim()]
-                apart = (moved != moved[0]).any(0).tolist()
-                most, dims = len(moved) - 1, tuple(place for place, found in zip(places, apart, strict=True) if found)
+        rows = self.finite(region.stream).movedim(channel, -1)
+        count, dims = moved_by_one(self._change(region, channel, held), rows)
+        # The first position can be padding, which no other one attends to, or all can attend to themselves alone.
+        for patterns in (self._flat_patterns(region), {}) if not count else ():
+            try:
+                count, dims = moved_by_half(self._change(region, channel, {**held, **patterns}), rows)
+            except (RuntimeError, IndexError):  # a router without a preference
+                continue
+            if count or not patterns:
                 break
-        return most, dims
+        places = [dim for dim in range(rows.dim()) if dim != channel % rows.dim()]
+        return count, tuple(places[dim] for dim in dims)
+
+    def _change(self, region: Region, channel: int, held: Mapping[int, Tensor]) -> Callable[[Tensor, float], Tensor]:
+        """Return a function that perturbs the stream at some positions, and says how far each one moves."""
+        stream = self.finite(region.stream)
+        rows = stream.movedim(channel, -1)
+        noise = _noise(rows) * (float(rows.abs().mean()) or 1.0)
+
+        def output(content: Tensor) -> Tensor:
+            return replay(self.tape, {region.stream: content}, region.leaf, held=held).movedim(channel, -1)
+
+        before = output(stream)
+
+        def change(places: Tensor, size: float) -> Tensor:
+            content = stream.clone()
+            content.movedim(channel, -1)[places] += size * noise[places]
+            moved = (output(content) - before).abs().amax(-1)
+            return torch.where(moved.isfinite(), moved, 0.0)  # tokens that attend to nothing are NaN
+
+        return change
+
+    def _flat_patterns(self, region: Region) -> dict[int, Tensor]:
+        """Return content with which attention attends to all alike: equal weights, or queries that are zero."""
+        content = {}
+        for value in region.values[1:]:
+            operation = self.tape.producer(value)
+            if operation is None or not is_attention(operation):
+                continue
+            if "softmax" in operation.name:
+                content[value] = torch.full_like(self.tape.wide(value), 1 / self.tape.shape(value)[operation.args[1]])
+            else:
+                content |= {query: torch.zeros_like(self.tape.wide(query)) for query in refs(operation, 0)}
+        return content
 
     def made_up_weights(self, region: Region) -> dict[int, Tensor]:
-        """Return content for the weights and gains of a region that show nothing as they are."""
+        """Return content for the weights, gains and gates of a region that show nothing as they are."""
         content = {}
         for value in region.values[1:]:
             operation = self.tape.producer(value)
@@ -147,9 +170,15 @@ class Prober:
                 continue
             for item in matrix_operands(operation) if is_product(self.tape, operation) else operation.inputs:
                 like = self.tape.tensors[item]
-                if self.tape.made_of_parameters(item) and like.is_floating_point() and is_mute(like):
+                mute = like.is_floating_point() and is_mute(like) and self.tape.made_of_parameters(item)
+                if mute or self._is_gate_at_zero(region, operation, item):
                     content[item] = made_up(like)
         return content
+
+    def _is_gate_at_zero(self, region: Region, operation: Operation, value: int) -> bool:
+        """Whether the branch is multiplied by zeros of another origin: by the gate of a conditioning vector."""
+        gate = base_name(operation) in ("mul", "multiply") and not self.tape.depends(value, region.stream)
+        return gate and self.tape.is_data(value) and not bool(self.tape.tensors[value].any())
 
     def finite(self, value: int) -> Tensor:
         """Return the recorded content of a value, or noise where it holds NaN: a run diverges, its program does not."""
@@ -177,16 +206,22 @@ class Prober:
         between = (self.tape.producer(value) for value in self.tape.between(region.stream, first.inputs[0])[1:])
         if any(operation is not None and is_product(self.tape, operation) for operation in between):
             return -1  # it reads channels of the branch
+        # A channel can have a gain of nearly zero.
+        return 1 if any(self._keeps_channel(region, first.inputs[0], place) for place in {0, shape[1] // 2}) else -1
+
+    def _keeps_channel(self, region: Region, target: int, place: int) -> bool:
+        """Whether what an entry of dimension 1 of the stream holds stands at the same entry of a later value."""
         stream = _noise(self.tape.tensors[region.stream], seed=14)
         other = stream.clone()
-        other.select(1, 0).add_(1.0)
+        other.select(1, place).add_(1.0)
         try:
-            ends = [replay(self.tape, {region.stream: part}, first.inputs[0]) for part in (stream, other)]
+            ends = [replay(self.tape, {region.stream: part}, target) for part in (stream, other)]
         except (RuntimeError, IndexError, ValueError, TypeError):
-            return -1
+            return False
         change = (ends[1] - ends[0]).abs().movedim(1, 0).flatten(1).sum(1)
         # Norms over channels spread a change of one channel thinly over the others.
-        return 1 if int(change.argmax()) == 0 and float(change[0]) > 2 * float(change[1:].amax(0)) else -1
+        others = torch.cat([change[:place], change[place + 1 :]])
+        return place < len(change) and len(others) > 0 and float(change[place]) > 2 * float(others.amax())
 
     def is_affine(self, region: Region, sources: Iterable[int], target: int) -> bool:
         """Whether ``target`` is an affine function of all the sources together (midpoint test)."""

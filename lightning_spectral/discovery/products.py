@@ -65,11 +65,13 @@ class Reader:
         value: The value that is read.
         channel: The dimension of its channels.
         product: The product, ``None`` at the end of the branch.
+        held: Values on other ways to it, which count as zero.
     """
 
     value: int
     channel: int
     product: WeightProduct | None = None
+    held: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, product: WeightProduct) -> Reader:
@@ -163,7 +165,7 @@ def rows_read(
     tape, read = linear.tape, reader.product
     joined = read is not None and read.stacked and not (product.stacked and tape.shape(product.weight)[0] > 1)
     target = (reader.value, 0, reader.channel) if joined else reader.target
-    found = linear.channels((result, product.channel), target)
+    found = linear.channels((result, product.channel), target, reader.held)
     if found is None:
         raise UnmeasurableError("channels are mixed between two of its matrices, so they do not form a product")
     fed = tuple(place for place, number in enumerate(found) if number >= 0)

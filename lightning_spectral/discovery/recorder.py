@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path
+from torch.utils._pytree import tree_leaves
 
 from lightning_spectral.discovery.aside import undisturbed
 from lightning_spectral.discovery.aside.writes import whole_storage
@@ -209,14 +209,25 @@ def _watch_calls(model: nn.Module, recorder: _Recorder, stack: ExitStack) -> Non
 
 
 def _values(recorder: _Recorder, output: Any) -> Iterator[tuple[int | str | None, int]]:
-    """Yield the place in a returned structure (index, key or field) and the value there, for every tensor in it."""
+    """Yield the place in a returned structure (index or key) and the value there, for every tensor in it."""
     if isinstance(output, Tensor):
         yield None, recorder.lookup(output)
         return
-    for path, leaf in tree_flatten_with_path(output)[0]:
-        if isinstance(leaf, Tensor) and path:
-            key = next((getattr(path[0], name) for name in ("idx", "key", "name") if hasattr(path[0], name)), None)
+    if not isinstance(output, Mapping | tuple | list):
+        return
+    for key, part in output.items() if isinstance(output, Mapping) else enumerate(output):
+        for leaf in _tensors(part):
             yield key, recorder.lookup(leaf)
+
+
+def _tensors(structure: Any, around: tuple[int, ...] = ()) -> Iterator[Tensor]:
+    """Yield the tensors in a structure. Data classes that nobody registered with torch are structures, too."""
+    for leaf in tree_leaves(structure):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf) and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in around:
+            for item in fields(leaf):
+                yield from _tensors(getattr(leaf, item.name, None), (*around, id(leaf)))
 
 
 def record(model: nn.Module, run: Callable[[], Any], inputs: Any) -> Tape:
@@ -242,9 +253,8 @@ def record(model: nn.Module, run: Callable[[], Any], inputs: Any) -> Tape:
             run()  # a pass of its own gives lazy layers their weights, for as long as the model is disturbed
         tensors = [*model.named_parameters(), *model.named_buffers()]
         recorder = _Recorder(tape, {_place(tensor): name for name, tensor in reversed(tensors)})
-        for leaf in tree_flatten(inputs)[0]:
-            if isinstance(leaf, Tensor):
-                recorder.lookup(leaf, data=True)
+        for leaf in _tensors(inputs):
+            recorder.lookup(leaf, data=True)
         _watch_calls(model, recorder, stack)
         with recorder:
             run()

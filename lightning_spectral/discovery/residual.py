@@ -6,6 +6,7 @@ with a product with a weight in between.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from lightning_spectral.discovery.operations import (
     Multiplier,
     addends,
     base_name,
+    is_attention,
     is_mixing_without_weights,
     is_norm,
     is_product,
@@ -155,16 +157,34 @@ def _candidates(tape: Tape, prober: Prober) -> list[ResidualAdd]:
 def _begin_streams(tape: Tape) -> None:
     """Count parameters as data that a stream begins with: learned queries, latents, a class token.
 
-    Such a parameter is added to something that was computed from it, in its own shape, by products with other weights.
+    Such a parameter is added to something that was computed from it, in its own shape, by products with other weights:
+    of data, or by attention before any data comes in (the object queries of DETR, whose stream begins at zero).
     """
     for operation in tape.operations:
         if base_name(operation) != "add" or len(operation.inputs) != 2:
             continue
         for begin, other in (operation.inputs, operation.inputs[::-1]):
             size = tape.shape(operation.outputs[0])
-            alike = tape.made_of_parameters(begin) and tape.is_data(other) and tape.shape(begin) == size
-            if alike and tape.depends(other, begin):
+            if tape.is_data(begin) or not tape.depends(other, begin) or tape.shape(begin) != size:
+                continue
+            learned = tape.made_of_parameters(begin) if tape.is_data(other) else _attends(tape, begin, other)
+            if learned and not _is_stream(tape, other):
                 tape.count_as_data(begin)
+
+
+def _is_stream(tape: Tape, value: int) -> bool:
+    """Whether a value is a residual sum, up to norms: positions are added to it, and no stream begins with them."""
+    sums = (operation for item in stream_values(tape, value) if (operation := tape.producer(item)) is not None)
+    return any(
+        base_name(operation) == "add" and tape.depends(one, other) and tape.shape(one) == tape.shape(other)
+        for operation in sums
+        for one, other in itertools.permutations(operation.inputs, 2)
+    )
+
+
+def _attends(tape: Tape, start: int, end: int) -> bool:
+    operations = (tape.producer(value) for value in tape.between(start, end))
+    return tape.made_of_parameters(end) and any(item is not None and is_attention(item) for item in operations)
 
 
 def _reads_second_stream(tape: Tape, add: ResidualAdd) -> bool:
@@ -304,7 +324,7 @@ def _gated(tape: Tape, leaf: int) -> Iterator[int]:
         if producer is None or base_name(producer) not in ("mul", "multiply") or len(producer.inputs) != 2:
             return
         if normalized_operand(tape, producer) is not None:
-            return  # a norm: scaling what stands behind it scales nothing
+            return  # a norm takes back what scales its input
         size = tape.tensors[value].numel()
         whole = [item for item in producer.inputs if tape.tensors[item].numel() == size and tape.is_data(item)]
         if len(whole) == 2:
@@ -381,13 +401,27 @@ def _completed(tape: Tape, add: ResidualAdd) -> ResidualAdd:
     # What multiplies the stream before the branches leave it (an embedding's scale, the gain of a norm behind the
     # last sum) is the stream's, not theirs.
     leaves = [term.leaf for term in add.branches]
-    fork = next(value for value in add.skip.spine if all(tape.depends(leaf, value) for leaf in leaves))
-    add.skip = replace(add.skip, leaf=fork)
+    depth = next(i for i, value in enumerate(add.skip.spine) if all(tape.depends(leaf, value) for leaf in leaves))
+    add.skip = replace(add.skip, leaf=_first_view(tape, add.skip.spine[depth:], leaves))
     for term in add.branches:
         for value in tape.between(add.skip.leaf, term.start):
             if value != add.skip.leaf:
                 add.interior |= 1 << value
     return add
+
+
+def _first_view(tape: Tape, spine: Sequence[int], leaves: Sequence[int]) -> int:
+    """Return the first of several views of the stream that a branch reads: a view of a view can be an earlier one."""
+    fork, size = spine[0], tape.tensors[spine[0]].numel()
+    for view, value in itertools.pairwise(spine):
+        producer = tape.producer(view)
+        if producer is None or moved_input(producer) != value or tape.tensors[value].numel() != size:
+            break
+        readers = set(tape.readers[value]) - {producer.index}
+        outputs = (item for reader in readers for item in tape.operations[reader].outputs)
+        if any(tape.depends(leaf, item) for item in outputs for leaf in leaves):
+            fork = value
+    return fork
 
 
 def _outermost(tape: Tape, adds: list[ResidualAdd]) -> list[ResidualAdd]:

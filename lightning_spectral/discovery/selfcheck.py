@@ -14,11 +14,15 @@ from functools import partial
 import torch
 
 from lightning_spectral.discovery.branches import FoundBranch
+from lightning_spectral.discovery.operands import norm_channel
 from lightning_spectral.discovery.operations import (
     addends,
+    attended,
     is_attention,
     is_contraction,
+    is_norm,
     is_product,
+    is_wide_convolution,
     matrix_operands,
     weight_operand,
 )
@@ -70,13 +74,10 @@ class SelfCheck:
 
     def _branch_problem(self, branch: FoundBranch, stream: int) -> str | None:
         tape = self.tape
-        if branch.kind == "mlp" and self._could_mix(branch):
-            if self._has_one_position(branch, stream):
-                return (
-                    "one position cannot show whether a branch mixes positions: pass an example of two tokens or more"
-                )
-            if not bool(tape.wide(branch.site.value).isfinite().any()):
-                return f"{branch.site.path} is NaN on the example input, which cannot show whether it mixes positions"
+        if branch.kind == "mlp" and self._hides_mixing(branch):
+            return "one position cannot show whether a branch mixes positions: pass an example of two tokens or more"
+        if branch.kind == "mlp" and not bool(tape.wide(branch.site.value).isfinite().any()):
+            return f"{branch.site.path} is NaN on the example input, which cannot show whether it mixes positions"
         if not branch.site.path:
             return "no module or weight carries one of its branches"
         region = Region(tape, branch.add.skip.leaf, branch.add.output)
@@ -85,22 +86,31 @@ class SelfCheck:
             return f"with {branch.site.path} at zero the stream is not passed on, or it is not linear in it"
         return None
 
-    def _has_one_position(self, branch: FoundBranch, stream: int) -> bool:
-        shape = self.tape.shape(stream)
-        channel = self.prober.channel_dim(Region(self.tape, branch.add.stream, branch.added)) % len(shape)
-        return math.prod(size for dim, size in enumerate(shape) if dim not in (0, channel)) == 1
+    def _positions(self, branch: FoundBranch) -> int:
+        """Return the number of positions in each sequence, or in each picture, of the stream that a branch reads."""
+        shape = self.tape.shape(branch.add.stream)
+        channel = self.prober.channel_dim(Region(self.tape, branch.add.stream, branch.terms[0].start))
+        return math.prod(size for dim, size in enumerate(shape) if dim not in (0, channel % len(shape)))
 
-    def _could_mix(self, branch: FoundBranch) -> bool:
-        """Whether a branch attends or convolves, which moves nothing where there is one position."""
-        operations = map(self.tape.producer, self.tape.between(branch.add.stream, branch.site.value))
-        return any(item is not None and (is_attention(item) or self._contracts(item)) for item in operations)
+    def _hides_mixing(self, branch: FoundBranch) -> bool:
+        """Whether it would mix more positions: attention over one, or a padded convolution of one."""
+        tape, one = self.tape, self._positions(branch) == 1
+        values = tape.between(branch.add.stream, branch.site.value)
+        operations = [item for value in values if (item := tape.producer(value)) is not None]
+        return any(
+            (is_attention(item) and (one or self._attends_to_one(branch, item)))
+            or (one and (is_wide_convolution(tape, item) or (is_contraction(item) and not is_product(tape, item))))
+            for item in operations
+        )
 
-    def _contracts(self, operation: Operation) -> bool:
-        """Whether an operation is a convolution over positions, or a product of data with data."""
-        if "convolution" not in operation.name:
-            return is_contraction(operation) and not is_product(self.tape, operation)
-        weight = weight_operand(self.tape, operation)
-        return weight is not None and any(size != 1 for size in self.tape.shape(weight)[2:])
+    def _attends_to_one(self, branch: FoundBranch, operation: Operation) -> bool:
+        """Whether attention has a single key: in a window of one position. A router's softmax is no attention."""
+        tape = self.tape
+        compares = "attention" in operation.name or any(
+            (item := tape.producer(value)) is not None and is_contraction(item) and not is_product(tape, item)
+            for value in tape.between(branch.add.stream, operation.inputs[0])
+        )
+        return compares and attended(tape, operation) == 1
 
     def _is_linear(self, branch: FoundBranch) -> bool:
         """Whether the sum is the stream alone with the site at 0, and proportional to the factor at the site."""
@@ -129,8 +139,11 @@ class SelfCheck:
             return self._weight_outside(name, adds[0].skip.leaf)
         entry, output = self._ends(call, adds)
         if entry is None or output is None:
-            return self._weight_outside(name, adds[0].skip.leaf) or self._mixed_before(name, call, adds[0].skip.leaf)
-        return self._refused(entry, output) or self._lost_on_the_way(entry, output) or self._weight_outside(name, entry)
+            leaf = adds[0].skip.leaf
+            outside = self._weight_outside(name, leaf)
+            return self._begins_projected(call, leaf) or outside or self._mixed_before(name, call, leaf)
+        lost = self._lost_on_the_way(adds, entry, output)
+        return self._refused(entry, output) or lost or self._weight_outside(name, entry)
 
     def _call_around(self, name: str, adds: Sequence[ResidualAdd]) -> Call | None:
         """Return the call of the block that made its first residual add; ``None`` for a list that is never called."""
@@ -164,7 +177,27 @@ class SelfCheck:
         )
         return next(refused, None)
 
-    def _lost_on_the_way(self, entry: int, output: int) -> str | None:
+    def _begins_projected(self, call: Call, stream: int) -> str | None:
+        """Return whether a stream begins in a call with a sum of attention and a projection: a stage that widens it."""
+        tape = self.tape
+        for value in stream_values(tape, stream):
+            operation = tape.producer(value)
+            terms = () if operation is None or value in call.inputs else addends(tape, operation)
+            ways = [tape.between(item, term) for term in terms for item in call.inputs if tape.depends(term, item)]
+            inside = (item for way in ways for place in way[1:] if (item := tape.producer(place)) is not None)
+            if len(ways) > 1 and any(is_attention(item) for item in inside):
+                return "its first sum passes nothing on of what enters: the skip is projected, too"
+        return None
+
+    def _keeps_tokens_apart(self, operation: Operation, add: ResidualAdd) -> bool:
+        """Whether a norm on the stream that is written out takes its statistics over channels, not over positions."""
+        channel, rank = norm_channel(self.tape, operation), len(self.tape.shape(operation.outputs[0]))
+        if is_norm(operation) or channel == -1 or not operation.inputs:
+            return True
+        region = Region(self.tape, add.stream, add.branches[0].start)
+        return channel % rank == self.prober.channel_dim(region) % len(self.tape.shape(region.stream))
+
+    def _lost_on_the_way(self, adds: Sequence[ResidualAdd], entry: int, output: int) -> str | None:
         """Walk from what leaves a block back to what enters it, through residual adds, norms and constants."""
         tape, value = self.tape, output
         while value != entry:
@@ -172,7 +205,10 @@ class SelfCheck:
             operation = tape.producer(value)
             if operation is None or value < entry:
                 return None  # it begins inside, or the entry was another view of the stream
-            step = stream_step(tape, operation) if add is None else add.skip.leaf if add.stack else add.skip.start
+            if add is None:
+                step = stream_step(tape, operation) if self._keeps_tokens_apart(operation, adds[0]) else None
+            else:
+                step = add.skip.leaf if add.stack else add.skip.start
             if step is None:
                 step = self._one_stream(entry, value)
             if step is None:
@@ -184,6 +220,9 @@ class SelfCheck:
         """Return the stream that all terms of a sum carry which come from the entry."""
         operation = self.tape.producer(value)
         terms = () if operation is None else addends(self.tape, operation)
+        others = () if operation is None else set(operation.inputs).difference(terms)
+        if any(self.tape.depends(item, entry) for item in others):
+            return None  # what has one entry for all channels, or for all positions
         found = [set(stream_values(self.tape, term)) for term in terms if self.tape.depends(term, entry)]
         return max(set.intersection(*found), default=None) if found else None
 

@@ -202,8 +202,8 @@ def test_a_pattern_that_adds_up_to_1_passes_the_values_on(pattern: Forward) -> N
     assert found(block).attention_norm == pytest.approx(size(block.attention.matrix), rel=1e-5)
 
 
-def test_an_attention_that_shares_its_last_matrix_with_an_mlp_is_refused() -> None:
-    """What the matrix adds is neither: single-stream blocks that join both in front of it."""
+def test_an_attention_that_shares_its_last_matrix_with_an_mlp_has_its_own_columns() -> None:
+    """Single-stream blocks that join both in front of it: no scale can tell them apart, their norms can."""
 
     class Joint(Attention):
         def __init__(self) -> None:
@@ -213,9 +213,12 @@ def test_an_attention_that_shares_its_last_matrix_with_an_mlp_is_refused() -> No
         def forward(self, x: Tensor) -> Tensor:
             return self.last(torch.cat([super().forward(x), F.gelu(self.up(x))], -1))
 
-    layer = found(Block(lambda self, x: x, Joint()))
-    assert layer.attention_norm is None
-    assert "also that of an MLP" in str(layer.attention_reason)
+    block = Block(lambda self, x: x, Joint())
+    layer, joint = found(block), block.attention
+    left, right = joint.last.weight.split([WIDTH, HIDDEN], dim=1)
+    assert layer.attention_norm == pytest.approx(size(left @ joint.matrix), rel=1e-5)
+    assert layer.mlp_norm == pytest.approx(size(right @ joint.up.weight), rel=1e-5)
+    assert "share one site" in str(layer.doubt)
 
 
 def test_a_shift_that_only_the_first_token_shows_is_refused() -> None:
@@ -308,7 +311,9 @@ class Pooled(Block):
 
 def test_attention_before_the_stream_of_a_block_is_told() -> None:
     """The block has an attention, which is part of no residual branch."""
-    assert "acts outside the branches" in str(found(Pooled(), tokens=6).doubt)
+    assert "its first sum passes nothing on of what enters: the skip is projected" in str(
+        found(Pooled(), tokens=6).doubt
+    )
 
 
 # Norms of single heads and groups.

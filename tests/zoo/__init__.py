@@ -16,6 +16,7 @@ from . import (
     survey,
     torch_layers,
     unseen,
+    vision,
     wrappers,
 )
 from .example import Example, ExpectedBlock
@@ -25,7 +26,7 @@ __all__ = ["Example", "ExpectedBlock", "example", "examples", "survey"]
 
 @functools.cache
 def _by_name() -> dict[str, Example]:
-    origins = (plain, torch_layers, fused, experts, arrangements, adapters, wrappers, refused, unseen, streams)
+    origins = (plain, torch_layers, fused, experts, arrangements, adapters, wrappers, refused, unseen, streams, vision)
     members = [*hugging_face.surveyed(), *(member for origin in origins for member in origin.members())]
     names = [member.name for member in members]
     assert len(names) == len(set(names)), "two examples share a name"
