@@ -254,7 +254,8 @@ def _terms(tape: Tape, whole: Operation, absorbed: set[int], above: tuple[int, .
             outer = (*multipliers, (start, float(alpha))) if alpha != 1 and start in refs(operation, 1) else multipliers
             value, path, factors = _followed(tape, start, spine, outer)
             producer = tape.producer(value)
-            if producer is not None and len(addends(tape, producer)) > 1 and _is_private(tape, path[len(spine) :]):
+            private = _is_private(tape, path[len(spine) :]) and _has_channels(tape, value, whole.outputs[0])
+            if producer is not None and len(addends(tape, producer)) > 1 and private:
                 absorbed.add(producer.index)
                 inner.append((producer, path, factors))
             else:
@@ -290,6 +291,12 @@ def _followed(
 
 def _is_private(tape: Tape, values: Sequence[int]) -> bool:
     return all(len(set(tape.readers[value])) == 1 for value in values)
+
+
+def _has_channels(tape: Tape, value: int, whole: int) -> bool:
+    """Whether a value has the channels of a sum, last or second, in a dimension of their own."""
+    shape = tape.shape(whole)
+    return not shape or not {shape[-1], *shape[1:2]}.isdisjoint(tape.shape(value))
 
 
 def _gated(tape: Tape, leaf: int) -> Iterator[int]:
@@ -348,7 +355,7 @@ def _transparent(tape: Tape, operation: Operation) -> tuple[int, Multiplier | No
 
 
 def _as_residual(tape: Tape, output: int, terms: list[Term], products: int) -> ResidualAdd | None:
-    best: ResidualAdd | None = None
+    found = []
     for skip in terms:
         branches = []
         for term in terms:
@@ -357,19 +364,26 @@ def _as_residual(tape: Tape, output: int, terms: list[Term], products: int) -> R
             inside = tape.ancestors[term.leaf] & products & ~((1 << skip.leaf) - 1)
             if any(tape.depends(value, skip.leaf) and value != skip.leaf for value in bits(inside)):
                 branches.append(term)
-        # Of several skips (a long skip joins the stream) the latest is the stream.
-        if branches and (best is None or skip.leaf > best.skip.leaf):
+        if branches:
             others = tuple(term for term in terms if term is not skip and term not in branches)
-            best = ResidualAdd(output, skip, tuple(branches), others)
+            found.append(ResidualAdd(output, skip, tuple(branches), others))
+    # Of several skips (a long skip joins the stream) the latest is the stream; where the stream itself is added once
+    # more behind the sum, the first.
+    best = max(found, key=lambda add: (add.skip.leaf, -_partial_sum(add)), default=None)
     return None if best is None else _completed(tape, _smallest(best))
 
 
+def _partial_sum(add: ResidualAdd) -> int:
+    """Return the smallest partial sum that has the stream and all branches."""
+    return min(set(add.skip.spine).intersection(*(term.spine for term in add.branches)))
+
+
 def _smallest(add: ResidualAdd) -> ResidualAdd:
-    """Return the smallest partial sum that has the stream and all branches.
+    """Return the smallest partial sum that has the stream and all branches, as a sum.
 
     What multiplies or joins this sum afterwards happens to the whole stream, and belongs to no branch.
     """
-    total = min(set(add.skip.spine).intersection(*(term.spine for term in add.branches)))
+    total = _partial_sum(add)
     others = tuple(term.inside(total) for term in add.others if total in term.spine)
     return ResidualAdd(total, add.skip.inside(total), tuple(term.inside(total) for term in add.branches), others)
 
@@ -400,6 +414,8 @@ def _outermost(tape: Tape, adds: list[ResidualAdd]) -> list[ResidualAdd]:
         ]
         outputs = {other.output for other in inner}
         chained = any(stream_source(tape, other.skip.leaf, outputs) is not None for other in inner)
+        # The first stream added again behind one block: what is added to it is the stream, and no branch.
+        chained |= any(term.leaf in outputs for term in add.branches)
         if chained:
             dropped.add(add.output)
         else:
