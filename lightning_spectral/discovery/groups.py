@@ -28,7 +28,8 @@ def named_groups(tape: Tape, modules: Mapping[str, nn.Module], branches: Sequenc
     innermost entry around its modules, or around its site where the modules lie in several lists; where there is no
     container at all, to the module around them. A block that is called several times is listed once.
 
-    A group with attention alone and one with an MLP alone, one behind the other on one stream, are one block.
+    A group with attention alone and one with an MLP alone, one behind the other on one stream, are one block. Where
+    all blocks that begin with an MLP have one more MLP behind them, it is theirs: half an MLP on each side.
 
     Args:
         tape: The recorded forward pass.
@@ -82,7 +83,28 @@ def _paired(tape: Tape, groups: Groups) -> Groups:
             result[-1][1].extend(members)
         else:
             result.append(([name], list(members)))
-    return {" + ".join(names): members for names, members in result}
+    return {" + ".join(names): members for names, members in _with_second_halves(tape, result)}
+
+
+def _with_second_halves(
+    tape: Tape, groups: list[tuple[list[str], list[FoundBranch]]]
+) -> list[tuple[list[str], list[FoundBranch]]]:
+    """Join an MLP alone with the pair in front of it, if all pairs that begin with an MLP have such a neighbour."""
+    firsts = [place for place, (names, members) in enumerate(groups) if len(names) > 1 and members[0].kind == "mlp"]
+    if not all(_has_second_half(tape, groups[place : place + 2]) for place in firsts):
+        return groups
+    seconds = {place + 1 for place in firsts}
+    for place in seconds:
+        for mine, joined in zip(groups[place - 1], groups[place], strict=True):
+            mine.extend(joined)  # type: ignore[arg-type]
+    return [group for place, group in enumerate(groups) if place not in seconds]
+
+
+def _has_second_half(tape: Tape, groups: Sequence[tuple[list[str], list[FoundBranch]]]) -> bool:
+    if len(groups) < 2:
+        return False
+    (_, members), (_, second) = groups
+    return {branch.kind for branch in second} == {"mlp"} and _follows(tape, members, second)
 
 
 def _complement(first: Sequence[FoundBranch], second: Sequence[FoundBranch]) -> bool:
