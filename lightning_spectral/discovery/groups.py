@@ -75,15 +75,26 @@ def _around(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[str]
 
 
 def _paired(tape: Tape, groups: Groups) -> Groups:
-    """Join groups of one kind with their neighbours of the other kind."""
+    """Join groups of one kind with their neighbours of the other kind, so that the fewest are left alone.
+
+    Blocks that begin with an MLP are rare: one behind a sum that was not understood would begin a chain of them.
+    """
+    ways = (_joined(tape, groups, mlp_first=False), _with_second_halves(tape, _joined(tape, groups, mlp_first=True)))
+    best = min(ways, key=lambda way: sum(len(names) == 1 for names, _ in way))
+    return {" + ".join(names): members for names, members in best}
+
+
+def _joined(tape: Tape, groups: Groups, *, mlp_first: bool) -> list[tuple[list[str], list[FoundBranch]]]:
+    """Join each group with the one in front of it, where that lacks what it has."""
     result: list[tuple[list[str], list[FoundBranch]]] = []
     for name, members in groups.items():
-        if result and _complement(result[-1][1], members) and _follows(tape, result[-1][1], members):
+        begins = bool(result) and (mlp_first or result[-1][1][0].kind != "mlp")
+        if begins and _complement(result[-1][1], members) and _follows(tape, result[-1][1], members):
             result[-1][0].append(name)
             result[-1][1].extend(members)
         else:
             result.append(([name], list(members)))
-    return {" + ".join(names): members for names, members in _with_second_halves(tape, result)}
+    return result
 
 
 def _with_second_halves(
