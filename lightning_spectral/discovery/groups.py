@@ -106,8 +106,9 @@ def _with_second_halves(
         return groups
     seconds = {place + 1 for place in firsts}
     for place in seconds:
-        for mine, joined in zip(groups[place - 1], groups[place], strict=True):
-            mine.extend(joined)  # type: ignore[arg-type]
+        names, members = groups[place - 1]
+        names.extend(groups[place][0])
+        members.extend(groups[place][1])
     return [group for place, group in enumerate(groups) if place not in seconds]
 
 

@@ -312,8 +312,8 @@ def _gated(tape: Tape, leaf: int) -> Iterator[int]:
         size = tape.tensors[value].numel()
         whole = [item for item in producer.inputs if tape.tensors[item].numel() == size and tape.is_data(item)]
         if len(whole) == 2:
-            latest = max(whole, key=lambda item: tape.ancestors[item].bit_count())
-            whole = [latest] if not _share_history(tape, *whole) else []
+            gate, latest = sorted(whole, key=lambda item: tape.ancestors[item].bit_count())
+            whole = [] if gate == latest or tape.depends(gate, latest) else [latest]
         if len(whole) != 1:
             return
         (value,) = whole
@@ -329,13 +329,6 @@ def _next(tape: Tape, value: int) -> int | None:
         return None
     step = _transparent(tape, producer)
     return None if step is None else step[0]
-
-
-def _share_history(tape: Tape, first: int, second: int) -> bool:
-    """Whether two values were computed from one product or sum of data."""
-    common = tape.ancestors[first] & tape.ancestors[second] & tape.data
-    producers = (tape.producer(value) for value in bits(common))
-    return any(item is not None and (is_product(tape, item) or len(addends(tape, item)) > 1) for item in producers)
 
 
 def _transparent(tape: Tape, operation: Operation) -> tuple[int, Multiplier | None] | None:

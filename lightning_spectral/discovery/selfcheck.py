@@ -58,7 +58,7 @@ class SelfCheck:
         tape = self.tape
         if branch.kind == "mlp" and math.prod(tape.shape(stream)[1:-1]) == 1 and self._attends(branch):
             return "one position cannot show whether a branch mixes positions: pass an example of two tokens or more"
-        if not branch.site.path:
+        if not branch.site.path or not branch.site.carries:
             return "no module or weight carries one of its branches"
         region = Region(tape, branch.add.skip.leaf, branch.add.output)
         question = ("linear", region.local(branch.site.value))
