@@ -127,7 +127,33 @@ def residual_adds(tape: Tape, prober: Prober) -> tuple[list[ResidualAdd], list[R
             refusals.append(Refusal(add.output, reason))
         else:
             adds.append(add)
-    return adds, refusals
+    return adds, refusals or ([] if adds else list(_gated_streams(tape)))
+
+
+def _gated_streams(tape: Tape) -> Iterator[Refusal]:
+    """Yield the sums of which one term is a stream times a gate: highways, and gates as in a GRU."""
+    for operation in tape.operations:
+        parts = addends(tape, operation)
+        for part in parts:
+            producer = tape.producer(part)
+            if producer is None or base_name(producer) != "mul" or len(producer.inputs) != 2:
+                continue
+            others = [other for other in parts if other != part]
+            if any(_leads_through_weight(tape, value, other) for value in producer.inputs for other in others):
+                yield Refusal(
+                    operation.outputs[0],
+                    f"a sum of shape {tape.shape(part)} multiplies its stream by a gate that the data makes (a highway, a "
+                    "GRU): it is not of the form x + f(x)",
+                )
+                break
+
+
+def _leads_through_weight(tape: Tape, value: int, end: int) -> bool:
+    """Whether data of one shape leads to a value through a product with a weight."""
+    if not tape.is_data(value) or tape.shape(value) != tape.shape(end) or not tape.depends(end, value):
+        return False
+    between = (tape.producer(item) for item in tape.between(value, end)[1:])
+    return any(operation is not None and is_product(tape, operation) for operation in between)
 
 
 def _candidates(tape: Tape, prober: Prober) -> list[ResidualAdd]:
