@@ -140,11 +140,11 @@ def _gated_streams(tape: Tape) -> Iterator[Refusal]:
                 continue
             others = [other for other in parts if other != part]
             if any(_leads_through_weight(tape, value, other) for value in producer.inputs for other in others):
-                yield Refusal(
-                    operation.outputs[0],
-                    f"a sum of shape {tape.shape(part)} multiplies its stream by a gate that the data makes (a highway, a "
-                    "GRU): it is not of the form x + f(x)",
+                reason = (
+                    f"a sum of shape {tape.shape(part)} multiplies its stream by a gate that the data makes (a highway, "
+                    "a GRU): it is not of the form x + f(x)"
                 )
+                yield Refusal(operation.outputs[0], reason)
                 break
 
 
