@@ -19,6 +19,7 @@ from lightning_spectral.discovery.flattened import flattened
 from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.discovery.paths import module_at, resolve
 from lightning_spectral.discovery.scaled import common_scale, log_scale_path, with_scales
+from lightning_spectral.discovery.surprises import SURPRISES, surprise
 from lightning_spectral.discovery.tensors import small_tensors
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.functional import measure_functions
@@ -180,6 +181,8 @@ class Meter:
             return [_Part(item.expert, _key(item.paths), build(item.paths)) for item in chosen], None
         except (ConfigurationError, AttributeError, ValueError) as error:
             return [], str(error)
+        except SURPRISES as error:
+            return [], surprise("its matrices could not be read", error)
 
     def _solve(self, items: Sequence[Linearized], keys: tuple[str, ...]) -> list[SpectralNorm]:
         """Return the spectral norms of the normalized operators, warm-started if they are the ones of last time."""

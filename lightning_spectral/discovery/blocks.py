@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import nn
 
@@ -13,21 +14,27 @@ from lightning_spectral.discovery.groups import named_groups, settled_kinds
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.residual import residual_adds
 from lightning_spectral.discovery.selfcheck import SelfCheck
+from lightning_spectral.discovery.surprises import SURPRISES
 from lightning_spectral.discovery.tape import Tape
 from lightning_spectral.records import ResidualBlock
 
-__all__ = ["blocks_of"]
+__all__ = ["Found", "blocks_of"]
 
 
-def blocks_of(tape: Tape, model: nn.Module) -> tuple[list[ResidualBlock], list[str]]:
+class Found(NamedTuple):
+    """The blocks in the order of execution, what was refused on the way, and what is left out of the norms."""
+
+    blocks: list[ResidualBlock]
+    refused: list[str]
+    notes: list[str]
+
+
+def blocks_of(tape: Tape, model: nn.Module) -> Found:
     """Find the residual blocks of a recorded forward pass.
 
     Args:
         tape: The recorded forward pass.
         model: The model that was recorded.
-
-    Returns:
-        The blocks in the order of execution, and what was refused on the way.
     """
     prober = Prober(tape)
     adds, refused = residual_adds(tape, prober)
@@ -50,7 +57,17 @@ def blocks_of(tape: Tape, model: nn.Module) -> tuple[list[ResidualBlock], list[s
         blocks.append(
             ResidualBlock(index, name, branches, problem is None, evidence, _token_dims(tape, members, prober))
         )
-    return blocks, [refusal.reason for refusal in refusals]
+    return Found(blocks, [refusal.reason for refusal in refusals], list(dict.fromkeys(_notes(found))))
+
+
+def _notes(found: Sequence[FoundBranch]) -> Iterator[str]:
+    for branch in found:
+        stack = branch.add.stack
+        if stack is not None and stack.depends:
+            yield (
+                f"the model keeps {stack.count} streams side by side, and maps that depend on its data read, mix or "
+                "write them: those maps are left out of the norms"
+            )
 
 
 def _names(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -63,5 +80,9 @@ def _names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _token_dims(tape: Tape, members: Sequence[FoundBranch], prober: Prober) -> tuple[int, ...]:
     """Return the dimensions of the stream along which a block mixes positions."""
-    regions = [Region(tape, branch.add.stream, branch.added) for branch in members]
-    return tuple(sorted({dim for region in regions for dim in prober.mixed_dims(region)}))
+    ends = [branch.added if branch.add.stack is None else branch.add.stack.written for branch in members]
+    regions = [Region(tape, branch.add.stream, end) for branch, end in zip(members, ends, strict=True)]
+    try:
+        return tuple(sorted({dim for region in regions for dim in prober.mixed_dims(region)}))
+    except SURPRISES:
+        return ()

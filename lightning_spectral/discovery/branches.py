@@ -29,8 +29,9 @@ from lightning_spectral.discovery.replay import replay
 from lightning_spectral.discovery.residual import Refusal, ResidualAdd, Term, goes_on
 from lightning_spectral.discovery.sites import Site, choose_site, usable_modules
 from lightning_spectral.discovery.steps import Steps
+from lightning_spectral.discovery.surprises import SURPRISES, surprise
 from lightning_spectral.discovery.tape import Operation, Tape
-from lightning_spectral.records import Branch, BranchKind
+from lightning_spectral.records import Branch, BranchKind, Factor
 
 __all__ = ["FoundBranch", "branches_of", "finished"]
 
@@ -70,7 +71,13 @@ def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> tupl
     found: list[FoundBranch] = []
     refusals: list[Refusal] = []
     for add in adds:
-        for kind, terms, neighbours in _grouped(tape, add, prober, usable):
+        try:
+            grouped = list(_grouped(tape, add, prober, usable))
+        except SURPRISES as error:
+            what = f"what a sum of shape {tape.shape(add.output)} adds could not be told"
+            refusals.append(Refusal(add.output, surprise(what, error)))
+            continue
+        for kind, terms, neighbours in grouped:
             others = [term for term in (add.skip, *add.branches, *add.others) if term not in terms]
             site = choose_site(tape, add, terms, others, usable)
             if site is None and not goes_on(tape, add.output):
@@ -206,10 +213,19 @@ def finished(
         found = chains(linear, prober, kind)
         paths = with_all_experts(modules, block, found, set(tape.names.values()))
         paths = agreed_paths(linear, prober, paths)
-        outer = tuple(multiplier_factors(tape, tuple(multiplier for _, multiplier in multipliers)))
+        outer = (*_written(tape, branch.add), *multiplier_factors(tape, [item for _, item in multipliers]))
     except UnmeasurableError as error:
         return replace(record, reason=str(error))
+    except SURPRISES as error:
+        return replace(record, reason=surprise("its product could not be read", error))
     return replace(record, paths=tuple(replace(path, factors=merged((*outer, *path.factors))) for path in paths))
+
+
+def _written(tape: Tape, add: ResidualAdd) -> Iterator[Factor]:
+    """Yield what multiplies a branch on its way to several streams: of many numbers, the root of their mean square."""
+    for factor in multiplier_factors(tape, add.stack.writers) if add.stack is not None else ():
+        many = factor.size is not None and factor.size > 1
+        yield replace(factor, layout=(*factor.layout, ("rms",)), size=None) if many else factor
 
 
 def _whole(tape: Tape, branch: FoundBranch) -> tuple[Region, tuple[tuple[int, Multiplier], ...]]:

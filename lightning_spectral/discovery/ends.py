@@ -16,6 +16,7 @@ from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.replay import replay
 from lightning_spectral.discovery.scaling import PARAMETRIZED, Scaling, ScalingWalk, UnscalableError
+from lightning_spectral.discovery.surprises import SURPRISES, surprise
 from lightning_spectral.discovery.tape import Tape
 from lightning_spectral.records import Branch, End
 
@@ -65,6 +66,8 @@ class EndFinder:
             leaves = self._leaves(region, self._places[branch.site.path])
         except UnscalableError as error:
             return replace(record, ends_reason=str(error))
+        except SURPRISES as error:
+            return replace(record, ends_reason=surprise("its ends could not be read", error))
         ends = [End(self.tape.names[leaf], offset) for leaf, offset in leaves.items()]
         return replace(record, ends=tuple(dict.fromkeys(item for end in ends for item in self._siblings(end, block))))
 

@@ -19,6 +19,7 @@ from lightning_spectral.discovery.inputs import guesses
 from lightning_spectral.discovery.parts import attends_to_one, idle_parts, parts, unseen
 from lightning_spectral.discovery.recorder import record
 from lightning_spectral.discovery.shapes import with_shapes
+from lightning_spectral.discovery.surprises import SURPRISES, surprise
 from lightning_spectral.discovery.tape import Tape
 from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
 from lightning_spectral.linalg.flattened import is_flattened
@@ -26,6 +27,7 @@ from lightning_spectral.records import Blocks, ResidualBlock
 
 __all__ = ["Pass", "attempted_calls", "blocks_in_calls", "find_blocks", "passed", "recorded"]
 
+_TOLD = 4  # sums that are no residual adds: further ones are counted
 _HATCH = """If the model has residual blocks, describe them (paths relative to the block, * for one path component):
 
     find_blocks(model, hints={
@@ -59,7 +61,8 @@ def find_blocks(
 
     Returns:
         The blocks in the order of execution. Their ``verified`` says whether the self-check passed, ``evidence`` how
-        they were found and what failed. ``notes`` names the parts of the model that no pass has looked at.
+        they were found and what failed. ``notes`` names the parts of the model that no pass has looked at, sums that
+        look like residual adds and are none, and what is left out of the norms.
 
     Raises:
         ExampleInputError: No example input could be run, or the model is sharded or on the meta device.
@@ -108,17 +111,27 @@ def _blocks_on(model: nn.Module, passes: Sequence[Pass], hints: Mapping[str, Any
     """Return the blocks on some tapes, each of them once."""
     found: dict[str, ResidualBlock] = {}
     refusals: list[str] = []
+    notes: list[str] = []
     for item in passes:
-        blocks, refused = blocks_of(item.tape, model)
-        refusals += refused
-        for block in blocks:
+        try:
+            on_tape = blocks_of(item.tape, model)
+        except SURPRISES as error:
+            refusals.append(surprise("the pass could not be read", error))
+            continue
+        refusals += on_tape.refused
+        notes += on_tape.notes
+        for block in on_tape.blocks:
             found.setdefault(block.name, block)
     numbered = [replace(block, index=index) for index, block in enumerate(found.values())]
     if hints:
         numbered = list(with_hints(model, numbered, hints))
     elif not numbered:
         raise BlocksNotFoundError(_nothing_found(model, [item.description for item in passes], refusals))
-    return Blocks(with_shapes(model, numbered), unseen(model, [item.tape for item in passes]))
+    several = list(dict.fromkeys(refusals))
+    notes += [f"no branch of a block: {reason}" for reason in several[:_TOLD]]
+    notes += [f"and {len(several) - _TOLD} more such sums"] if len(several) > _TOLD else []
+    notes += unseen(model, [item.tape for item in passes])
+    return Blocks(with_shapes(model, numbered), dict.fromkeys(notes))
 
 
 def _nothing_found(model: nn.Module, descriptions: Iterable[str], refusals: list[str]) -> str:

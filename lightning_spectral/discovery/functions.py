@@ -51,16 +51,17 @@ class BranchFunction:
 
     def __init__(self, tape: Tape, add: ResidualAdd, terms: Sequence[Term], site: int | None) -> None:
         """Take the terms of one residual add that form a branch; ``site`` is the value at its site."""
-        self._tape, self._output = tape, add.output
+        self._tape, self._output = tape, add.output if add.stack is None else add.stack.written
+        self._size = 1.0 if add.stack is None else add.stack.size(tape)
         self._source, self._starts = add.stream, tuple(dict.fromkeys(term.start for term in terms))
         self._body = _plan(tape, (self._source,), self._starts)
         self._tail = _plan(tape, self._starts, (self._output,))
         self._constants: dict[int, Tensor] = {}
         self.stream = tape.wide(self._source).clone()
-        self.behind = _behind(terms[0], site)
+        self.behind = None if add.stack is not None and add.stack.writers else _behind(terms[0], site)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what the branch adds when it reads ``x``, in the shape of the sum."""
+        """Return what the branch adds when it reads ``x``, in the shape of the sum; of several streams, to each."""
         return self._added(self._run(self._body, {self._source: x}))
 
     def forget(self) -> None:
@@ -79,7 +80,7 @@ class BranchFunction:
         with_branch = {start: values[start] for start in self._starts}
         without = {start: torch.zeros_like(value) for start, value in with_branch.items()}
         ends = [self._run(self._tail, sources)[self._output] for sources in (with_branch, without)]
-        return ends[0] - ends[1]
+        return self._size * (ends[0] - ends[1])
 
     def _run(self, plan: Iterable[Operation], sources: Mapping[int, Tensor]) -> dict[int, Tensor]:
         environment = dict(sources)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["ARITHMETIC", "UNARY", "VIEWS", "arranged", "is_arithmetic"]
+__all__ = ["ARITHMETIC", "REDUCTIONS", "UNARY", "VIEWS", "arranged", "is_arithmetic"]
 
 Step = tuple[Any, ...]
 
@@ -49,6 +49,10 @@ ARITHMETIC: Mapping[str, Callable[..., Tensor]] = {
 """All steps that compute each entry from itself and numbers."""
 
 
+REDUCTIONS: Mapping[str, Callable[..., Tensor]] = {"rms": lambda tensor: tensor.square().mean().sqrt()}
+"""Steps that make one number of all entries: the root of their mean square, where a branch is written to streams."""
+
+
 def is_arithmetic(step: Step) -> bool:
     """Whether a step computes entries, and does not only move them."""
     return step[0] in ARITHMETIC
@@ -65,7 +69,7 @@ def arranged(tensor: Tensor, layout: Iterable[Step]) -> Tensor:
         RuntimeError, IndexError: The parameter has another shape than the one that the layout was made for.
     """
     for name, *arguments in layout:
-        if name in ARITHMETIC and tensor.dtype in (torch.float16, torch.bfloat16):
+        if name not in VIEWS and tensor.dtype in (torch.float16, torch.bfloat16):
             tensor = tensor.float()  # 1 + w in 16 bits would forget most of w
-        tensor = (VIEWS.get(name) or ARITHMETIC[name])(tensor, *arguments)
+        tensor = (VIEWS.get(name) or ARITHMETIC.get(name) or REDUCTIONS[name])(tensor, *arguments)
     return tensor

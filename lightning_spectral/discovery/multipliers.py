@@ -15,6 +15,10 @@ from lightning_spectral.records import Factor
 __all__ = ["multiplier_factors"]
 
 
+_RESHAPING = frozenset({"expand", "unsqueeze", "squeeze", "reshape"})
+_TURNING = frozenset({"permute", "transpose", "movedim", "t"})
+
+
 def multiplier_factors(tape: Tape, multipliers: Sequence[Multiplier], *, by_head: bool = False) -> Iterator[Factor]:
     """Yield the multipliers of a path as factors.
 
@@ -53,5 +57,8 @@ def _gain(tape: Tape, value: int, by_head: bool) -> Factor:
     shape = [size for size in tape.shape(value) if size != 1]
     if len(shape) > 1 and not by_head:
         raise UnmeasurableError("a multiplier on the path differs between tokens")
-    steps = tuple(step for step in steps if step[0] not in ("expand", "unsqueeze", "squeeze", "reshape"))
+    # What a gain is multiplied with does not matter here, only the order of its entries.
+    vector = all(sum(size > 1 for size in tape.shape(parent)) < 2 for parent in tape.parents_with_names(value))
+    idle = _RESHAPING | (_TURNING if vector else frozenset())
+    steps = tuple(step for step in steps if step[0] not in idle)
     return Factor("scale", name, layout=steps, size=math.prod(shape) if shape else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, get_args
 
-from lightning_spectral.discovery.layout import ARITHMETIC, VIEWS
+from lightning_spectral.discovery.layout import ARITHMETIC, REDUCTIONS, VIEWS
 from lightning_spectral.records import Branch, BranchKind, End, Factor, FactorRole, Path, ResidualBlock
 
 __all__ = ["FORMAT", "from_plain", "to_plain"]
@@ -141,7 +141,7 @@ def _adapter(chain: list[Any]) -> tuple[Factor, ...]:
 
 def _step(step: list[Any]) -> tuple[Any, ...]:
     name, *arguments = step
-    _one_of(name, {*VIEWS, *ARITHMETIC})  # tensors have methods that write files, too
+    _one_of(name, {*VIEWS, *ARITHMETIC, *REDUCTIONS})  # tensors have methods that write files, too
     return (name, *(_argument(item) for item in arguments))
 
 

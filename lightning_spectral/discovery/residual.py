@@ -141,7 +141,7 @@ def _gated_streams(tape: Tape) -> Iterator[Refusal]:
             others = [other for other in parts if other != part]
             if any(_leads_through_weight(tape, value, other) for value in producer.inputs for other in others):
                 reason = (
-                    f"a sum of shape {tape.shape(part)} multiplies its stream by a gate that the data makes (a highway, "
+                    f"a sum of shape {tape.shape(part)} multiplies its stream by a gate of data (a highway, "
                     "a GRU): it is not of the form x + f(x)"
                 )
                 yield Refusal(operation.outputs[0], reason)
@@ -256,8 +256,6 @@ def _on_stack(tape: Tape, operation: Operation, stack: Stack, absorbed: set[int]
         branches = _terms(tape, producer, absorbed, path)
     else:
         branches = [Term(written, value, path, gated=tuple(_gated(tape, value)))]
-    writers = tuple((written, multiplier) for multiplier in stack.writers or ())
-    branches = [replace(term, outer=(*writers, *term.outer)) for term in branches]
     add = ResidualAdd(output, Term(stack.kept, stack.before, (output, stack.kept)), tuple(branches), stack=stack)
     for value in tape.between(stack.before, output):
         if value not in (stack.before, output):

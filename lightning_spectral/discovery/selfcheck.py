@@ -19,6 +19,7 @@ from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.replay import replay
 from lightning_spectral.discovery.residual import Refusal, ResidualAdd, stream_step, stream_values
 from lightning_spectral.discovery.sites import linked
+from lightning_spectral.discovery.surprises import SURPRISES, surprise
 from lightning_spectral.discovery.tape import Call, Tape
 
 __all__ = ["SelfCheck"]
@@ -47,6 +48,12 @@ class SelfCheck:
             name: Name of the block.
             branches: Its branches in the order of execution.
         """
+        try:
+            return self._problem(name, branches)
+        except SURPRISES as error:
+            return surprise("the self-check could not be made", error)
+
+    def _problem(self, name: str, branches: Sequence[FoundBranch]) -> str | None:
         adds = list({branch.add.output: branch.add for branch in branches}.values())
         for earlier, later in itertools.pairwise(adds):
             if not linked(self.tape, later, earlier):
@@ -163,12 +170,15 @@ class SelfCheck:
 
 
 def _weights_outside(tape: Tape, branches: Sequence[FoundBranch]) -> Iterator[tuple[int, str]]:
-    """Yield the products that lie in no branch, each with the name of its weight."""
+    """Yield the products that lie in no branch and lead to what the pass returns, each with the name of its weight."""
+    returned = [value for call in tape.calls if call.parent < 0 for _, value in call.outputs]
     inside = 0
     for branch in branches:
         inside |= branch.add.interior
     for operation in tape.operations:
         if not is_product(tape, operation) or any(inside >> output & 1 for output in operation.outputs):
+            continue
+        if not any(tape.depends(value, output) for value in returned for output in operation.outputs):
             continue
         weight = weight_operand(tape, operation)
         names = [tape.names[item] for item in tape.parents_with_names(weight)] if weight is not None else []

@@ -7,9 +7,9 @@ from z to f(z), and that is what is measured.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_spectral.discovery.linear import LinearPart
 from lightning_spectral.discovery.operands import UnmeasurableError
 from lightning_spectral.discovery.operations import (
+    Divisor,
     Multiplier,
     base_name,
     is_contraction,
@@ -45,7 +46,8 @@ class Stack:
         read: The one stream that was read from them.
         written: What was made of it and is written to all.
         spine: Every value from the sum down to what is written.
-        writers: What multiplies it, the same at every token; ``None`` where that depends on the data.
+        writers: What multiplies it on the way: numbers, and values that are made of parameters.
+        depends: Whether something that depends on the data multiplies it as well, or mixes the streams.
         count: The number of streams.
     """
 
@@ -54,8 +56,21 @@ class Stack:
     read: int
     written: int
     spine: tuple[int, ...]
-    writers: tuple[Multiplier, ...] | None
+    writers: tuple[Multiplier, ...]
+    depends: bool
     count: int
+
+    def size(self, tape: Tape) -> float:
+        """Return the size of what is written, relative to the branch: the root of the mean square of the writers."""
+        product = 1.0
+        for writer in self.writers:
+            if isinstance(writer, float):
+                product *= writer
+            else:
+                content = tape.wide(writer.value if isinstance(writer, Divisor) else writer)
+                content = content.reciprocal() if isinstance(writer, Divisor) else content
+                product *= float(content if content.numel() == 1 else content.square().mean().sqrt())
+        return product
 
 
 def stack_at(tape: Tape, prober: Prober, operation: Operation) -> Stack | None:
@@ -66,12 +81,19 @@ def stack_at(tape: Tape, prober: Prober, operation: Operation) -> Stack | None:
     for kept, put in (data, data[::-1]):
         spine = _down_to_one(tape, operation.outputs[0], put)
         before = None if spine is None else _before(tape, kept, spine[-1])
-        if spine is None or before is None:
+        ends = None if spine is None or before is None else _one_stream(tape, before, spine[-1])
+        if spine is None or before is None or ends is None:
             continue
-        read = _read(tape, prober, before, spine[-1])
-        if read is not None and _keeps_channels(tape, before, kept, tape.shape(read)[-1]):
+        read, written = ends
+        if prober.once(Region(tape, before, read), "reads", partial(_keeps, tape, prober, before, read)) and (
+            before == kept or _keeps(tape, prober, before, kept, tape.shape(read)[-1])
+        ):
+            spine = (*spine, *_moves(tape, spine[-1], written))
+            writers = tuple(_writers(tape, spine))
+            depends = any(item is None for item in writers) or not _is_fixed(tape, before, kept, read)
             count = tape.tensors[before].numel() // tape.tensors[read].numel()
-            return Stack(kept, before, read, spine[-1], spine, _writers(tape, spine), count)
+            known = tuple(item for item in writers if item is not None)
+            return Stack(kept, before, read, written, spine, known, depends, count)
     return None
 
 
@@ -81,8 +103,7 @@ def _down_to_one(tape: Tape, total: int, put: int) -> tuple[int, ...] | None:
     while True:
         size = tape.tensors[spine[-1]].numel()
         if 0 < size < whole:
-            tokens = math.prod(tape.shape(spine[-1])[1:-1])
-            return tuple(spine) if whole % size == 0 and tokens > 1 else None
+            return tuple(spine) if whole % size == 0 else None
         producer = tape.producer(spine[-1])
         carrier = None if producer is None else _carrier(tape, producer)
         if carrier is None:
@@ -106,62 +127,111 @@ def _carrier(tape: Tape, operation: Operation) -> int | None:
 
 
 def _before(tape: Tape, kept: int, written: int) -> int | None:
-    """Walk from what is kept of the streams back to the streams that the branch was made of."""
+    """Walk from what is kept of the streams back to the streams that the branch was made of, in their own layout."""
     value, whole = kept, tape.tensors[kept].numel()
-    while not tape.depends(written, value):
+    while True:
         producer = tape.producer(value)
         carrier = None if producer is None else _carrier(tape, producer)
-        if carrier is None or tape.tensors[carrier].numel() < whole:
+        fits = carrier is not None and tape.tensors[carrier].numel() >= whole
+        if tape.depends(written, value) and not (fits and producer is not None and moved_input(producer) is not None):
+            return value
+        if carrier is None or not fits:
             return None
         value = carrier
-    return value
 
 
-def _read(tape: Tape, prober: Prober, before: int, written: int) -> int | None:
-    """Return the first value of one stream that all ways from the streams to the branch lead through."""
+def _one_stream(tape: Tape, before: int, written: int) -> tuple[int, int] | None:
+    """Return the first value of one stream that all ways from the streams to the branch lead through, and its end.
+
+    Both are in one layout: positions and channels, which stand last.
+    """
     size = tape.tensors[written].numel()
     if tape.tensors[before].numel() <= size:
         return None
-    region = Region(tape, before, written)
-    gateways = [value for value in region.gateways() if tape.tensors[value].numel() == size and value != before]
-    if not gateways:
+    gateways = [value for value in Region(tape, before, written).gateways() if tape.tensors[value].numel() == size]
+    first = next((value for value in gateways if value != before), None)
+    if first is None:
         return None
-    read = gateways[0]
-    works = any(
-        (operation := tape.producer(value)) is not None and is_product(tape, operation)
-        for value in tape.between(read, written)[1:]
-    )
-    reader = Region(tape, before, read)
-    return read if works and prober.once(reader, "reads one stream", lambda: _reads(prober, reader)) else None
+    reads = [first]
+    for value in gateways[gateways.index(first) + 1 :]:
+        operation = tape.producer(value)
+        if operation is None or moved_input(operation) != reads[-1]:
+            break
+        reads.append(value)
+    pairs = [(read, end) for end in _ups(tape, written) for read in reads if _fit(tape, read, end)]
+    alike = [pair for pair in pairs if tape.shape(pair[0]) == tape.shape(pair[1])]
+    return next((pair for pair in (*alike, *pairs) if _works(tape, *pair)), None)
 
 
-def _reads(prober: Prober, reader: Region) -> bool:
-    """Whether a value is made of a stack of streams channel by channel and token by token."""
-    linear = LinearPart(Steps(reader.tape, reader, prober), mixes_tokens=False)
-    width = reader.tape.shape(reader.leaf)[-1]
+def _fit(tape: Tape, read: int, written: int) -> bool:
+    """Whether two values have the same positions and channels, dimensions of size 1 aside."""
+    shape, other = tape.shape(read), tape.shape(written)
+    whole, also = ([size for size in item if size > 1] for item in (shape, other))
+    return whole == also and len(whole) > 1 and shape[-1] == other[-1] == whole[-1]
+
+
+def _ups(tape: Tape, value: int | None) -> Iterator[int]:
+    """Yield a value and what it is a view of."""
+    while value is not None:
+        yield value
+        operation = tape.producer(value)
+        moved = None if operation is None else moved_input(operation)
+        value = moved if moved is not None and tape.tensors[moved].numel() == tape.tensors[value].numel() else None
+
+
+def _moves(tape: Tape, value: int, up: int) -> Iterator[int]:
+    """Yield the values behind a value up to the one that it is a view of."""
+    for item in _ups(tape, value):
+        if item != value:
+            yield item
+        if item == up:
+            return
+
+
+def _works(tape: Tape, read: int, written: int) -> bool:
+    producers = (tape.producer(value) for value in tape.between(read, written)[1:])
+    return any(operation is not None and is_product(tape, operation) for operation in producers)
+
+
+def _keeps(tape: Tape, prober: Prober, before: int, end: int, width: int | None = None) -> bool:
+    """Whether a value is made of a stack of streams channel by channel and token by token.
+
+    What the streams are multiplied by is held as it was recorded.
+    """
+    region = Region(tape, before, end)
+    width = tape.shape(end)[-1] if width is None else width
+    held = _beside(tape, before, end)
+    if held is not None:
+        return _channelwise(tape, before, width, lambda content: replay(tape, {before: content}, end, held=held))
+    linear = LinearPart(Steps(tape, region, prober), mixes_tokens=False)
     try:
-        return prober.moved_positions(reader) == 0 and _channelwise(
-            reader.tape, reader.stream, width, lambda content: linear.run(reader.leaf, {reader.stream: content})
+        return prober.moved_positions(region) == 0 and _channelwise(
+            tape, before, width, lambda content: linear.run(end, {before: content})
         )
     except (UnmeasurableError, RuntimeError, IndexError):
         return False
 
 
-def _keeps_channels(tape: Tape, before: int, kept: int, width: int) -> bool:
-    """Whether the streams are mixed channel by channel, what mixes them held as it was recorded."""
-    if before == kept:
-        return True
-    held = dict(_beside(tape, before, kept))
-    return _channelwise(tape, before, width, lambda content: replay(tape, {before: content}, kept, held=held))
-
-
-def _beside(tape: Tape, before: int, kept: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield what the streams are multiplied by on their way."""
-    value: int | None = kept
-    while value is not None and value != before:
+def _beside(tape: Tape, before: int, end: int) -> dict[int, Tensor] | None:
+    """Return what the streams are multiplied by on their way, ``None`` where other operations are on it."""
+    held: dict[int, Tensor] = {}
+    value = end
+    while value != before:
         operation = tape.producer(value)
-        value = None if operation is None else _carrier(tape, operation)
-        yield from ((item, tape.wide(item)) for item in (operation.inputs if operation else ()) if item != value)
+        carrier = None if operation is None else _carrier(tape, operation)
+        if operation is None or carrier is None or not tape.depends(carrier, before):
+            return None
+        held.update({item: tape.wide(item) for item in operation.inputs if item != carrier})
+        value = carrier
+    return held
+
+
+def _is_fixed(tape: Tape, before: int, kept: int, read: int) -> bool:
+    """Whether the maps that mix and read the streams are made of numbers and parameters alone."""
+    between = {value for end in (kept, read) for value in tape.between(before, end) if value != before}
+    operations = [operation for value in between if (operation := tape.producer(value)) is not None]
+    mapping = [item for item in operations if base_name(item) in ("mul", "multiply") or is_contraction(item)]
+    return not any(sum(map(tape.is_data, matrix_operands(operation))) > 1 for operation in mapping)
 
 
 def _channelwise(tape: Tape, source: int, width: int, run: Callable[[Tensor], Tensor]) -> bool:
@@ -180,15 +250,19 @@ def _channelwise(tape: Tape, source: int, width: int, run: Callable[[Tensor], Te
     return bool(largest > 0) and bool((gains[0] - gains[1]).abs().max() <= _TOLERANCE * largest)
 
 
-def _writers(tape: Tape, spine: tuple[int, ...]) -> tuple[Multiplier, ...] | None:
-    """Return what multiplies a branch on its way to all streams, ``None`` where that depends on the data."""
-    found: list[Multiplier] = []
+def _writers(tape: Tape, spine: tuple[int, ...]) -> Iterator[Multiplier | None]:
+    """Yield what multiplies a branch on its way to all streams, ``None`` where that depends on the data.
+
+    A constant vector counts by the root of its mean square.
+    """
     for value in spine[1:-1]:
         operation = tape.producer(value)
         assert operation is not None
+        if moved_input(operation) is not None:
+            continue
         multiplied = multiplied_input(tape, operation)
-        if multiplied is not None:
-            found.append(multiplied[1])
-        elif moved_input(operation) is None:
-            return None
-    return tuple(found)
+        other = None if multiplied is None else multiplied[1]
+        if isinstance(other, int) and not tape.made_of_parameters(other) and tape.tensors[other].numel() > 1:
+            yield float(tape.wide(other).square().mean().sqrt())
+        else:
+            yield other

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from found import Search
@@ -10,7 +12,7 @@ from zoo import example, examples
 from zoo.gpt import Block, NanoGPT
 from zoo.reasons import CROSS, MIXER, REASONS, expected_reasons, has_ratio
 
-from lightning_spectral import Branch, find_blocks
+from lightning_spectral import BlocksNotFoundError, Branch, find_blocks
 
 ALL = [member.name for member in examples()]
 WITH_BLOCKS = [member.name for member in examples() if not member.expected_refusal]
@@ -106,7 +108,6 @@ def test_what_is_no_stack_of_branches_is_refused_or_unverified(name: str, found:
     [
         "refused_joined_stream",
         "refused_masked_add",
-        "refused_hyper_connections",
         "refused_mlp",
         "refused_cnn",
         "refused_recurrent",
@@ -203,3 +204,32 @@ def test_experts_that_are_added_up_are_one_branch(count: int):
     for block in find_blocks(model):
         assert [branch.site for branch in block.branches] == [f"{block.name}.attn", f"{block.name}.mlp"]
         assert len(block.mlp.paths) == count
+
+
+@pytest.mark.parametrize("error", [KeyError, AttributeError, AssertionError, ZeroDivisionError])
+def test_what_nobody_foresaw_costs_one_branch_and_is_told(error: type[Exception]) -> None:
+    """An operator of a library that fails where it is run again, in ways of its own."""
+
+    @torch.library.custom_op(f"strange::squash_{error.__name__.lower()}", mutates_args=())
+    def squash(x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise error("nobody ran it in another precision")
+        return x.tanh()
+
+    squash.register_autograd(lambda ctx, gradient: gradient)
+
+    class Layer(nn.Module):
+        def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.up, self.down, self.activation = nn.Linear(8, 12), nn.Linear(12, 8), activation
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(self.activation(self.up(x)))
+
+    blocks = find_blocks(nn.Sequential(Layer(torch.relu), Layer(squash)), torch.randn(2, 5, 8))
+    assert [(block.name, block.verified) for block in blocks] == [("0", True)]
+    (note,) = blocks.notes
+    assert note.startswith("no branch of a block: what a sum of shape (2, 5, 8) adds could not be told: ")
+    assert f"{error.__name__}: " in note
+    with pytest.raises(BlocksNotFoundError, match=r"Refused: what a sum of shape \(2, 5, 8\) adds could not be told"):
+        find_blocks(nn.Sequential(Layer(squash), Layer(squash)), torch.randn(2, 5, 8))

@@ -12,6 +12,7 @@ from . import (
     hugging_face,
     plain,
     refused,
+    streams,
     survey,
     torch_layers,
     unseen,
@@ -24,7 +25,7 @@ __all__ = ["Example", "ExpectedBlock", "example", "examples", "survey"]
 
 @functools.cache
 def _by_name() -> dict[str, Example]:
-    origins = (plain, torch_layers, fused, experts, arrangements, adapters, wrappers, refused, unseen)
+    origins = (plain, torch_layers, fused, experts, arrangements, adapters, wrappers, refused, unseen, streams)
     members = [*hugging_face.surveyed(), *(member for origin in origins for member in origin.members())]
     names = [member.name for member in members]
     assert len(names) == len(set(names)), "two examples share a name"

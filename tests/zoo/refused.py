@@ -91,40 +91,6 @@ class MaskedLayer(nn.Module):
         return x
 
 
-class HyperConnection(nn.Module):
-    """Four streams: read a mixture of them, add the branch to each with its own weight, mix the streams."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(HIDDEN)
-        self.branches = nn.ModuleList([CausalSelfAttention(), MLP()])
-        self.read = nn.Parameter(torch.randn(2, 4))
-        self.write = nn.Parameter(torch.randn(2, 4))
-        self.mix = nn.Parameter(torch.eye(4).repeat(2, 1, 1))
-
-    def forward(self, streams: Tensor) -> Tensor:
-        """``streams``: (4, batch, tokens, width)."""
-        for branch, read, write, mix in zip(self.branches, self.read, self.write, self.mix, strict=True):
-            y = branch(self.norm(torch.einsum("n,nbtd->btd", read, streams)))
-            streams = torch.einsum("mn,nbtd->mbtd", mix, streams) + write[:, None, None, None] * y
-        return streams
-
-
-class HyperConnected(nn.Module):
-    """A stack on four streams, summed at the end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(HyperConnection() for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Copy, run, sum."""
-        streams = x.expand(4, -1, -1, -1)
-        for layer in self.layers:
-            streams = layer(streams)
-        return streams.sum(0)
-
-
 class PlainRecurrent(nn.Module):
     """Stacked GRUs without any residual."""
 
@@ -216,12 +182,6 @@ def members() -> list[Example]:
             lambda: Embedded(Loop([MaskedLayer() for _ in range(3)])),
             token_inputs,
             "indexed residual adds: refuse, or report every block as unverified",
-        ),
-        refused(
-            "refused_hyper_connections",
-            HyperConnected,
-            stream,
-            "four streams that mix: refuse, or report every block as unverified",
         ),
         refused("refused_mlp", plain_mlp, vectors, "no residual"),
         refused("refused_cnn", build_cnn, pixels, "no residual"),
