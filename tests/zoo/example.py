@@ -79,6 +79,8 @@ class Example:
         expected_refusal: Whether discovery has to raise instead of reporting blocks.
         matrices: Weight matrices of the branches, by block name and then ``"attention"`` or ``"mlp"``: the product
             ``W_o · W_v`` or ``W_down · W_up``, one per expert (a dense branch has one), without norms and multipliers.
+        operators: What each kind does in a block, by block name and then ``"attention"`` or ``"mlp"``: gains and
+            multipliers included, and all branches of a kind added up.
         callable: Whether the model itself can be called with the inputs (a LightningModule without forward cannot).
         compiled: Whether ``torch.compile`` is involved.
         needs_process_group: Whether ``torch.distributed`` has to be initialized before ``build``.
@@ -94,6 +96,7 @@ class Example:
     identity: bool = True
     expected_refusal: bool = False
     matrices: Callable[[nn.Module], Mapping[str, Mapping[str, list[Tensor]]]] | None = field(default=None, repr=False)
+    operators: Callable[[Any], Mapping[str, Mapping[str, Tensor]]] | None = field(default=None, repr=False)
     callable: bool = True
     compiled: bool = False
     needs_process_group: bool = False
