@@ -77,9 +77,11 @@ def _around(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[str]
 def _paired(tape: Tape, groups: Groups) -> Groups:
     """Join groups of one kind with their neighbours of the other kind, so that the fewest are left alone.
 
-    Blocks that begin with an MLP are rare: one behind a sum that was not understood would begin a chain of them.
+    Blocks begin with an MLP only where all do: one behind a sum that was not understood would begin a chain of them.
     """
-    ways = (_joined(tape, groups, mlp_first=False), _with_second_halves(tape, _joined(tape, groups, mlp_first=True)))
+    ways = [_joined(tape, groups, mlp_first=False), _with_second_halves(tape, _joined(tape, groups, mlp_first=True))]
+    if any(members[0].kind != "mlp" for names, members in ways[1] if len(names) > 1):
+        ways.pop()
     best = min(ways, key=lambda way: sum(len(names) == 1 for names, _ in way))
     return {" + ".join(names): members for names, members in best}
 
