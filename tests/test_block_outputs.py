@@ -20,7 +20,7 @@ MEMBERS = [
     if not member.expected_refusal and not member.needs_process_group and member.callable and not member.compiled
 ]
 # In these the blocks are no modules that are called, or one is a head on a pooled token: no stream comes out of them.
-WITHOUT = {"pairs_in_the_parent": 3, "pre_norm_wrappers": 3, "siglip_vision": 1}
+WITHOUT = {"pairs_in_the_parent": 3, "pre_norm_wrappers": 3, "siglip_vision": 1, "x_transformers_macaron": 2}
 TOKENS_FIRST = {
     "tokens_first",
     "bare_encoder_pre_tokens_first",

@@ -158,21 +158,21 @@ class Chat(Language):
 
 
 class ValueAttention(nn.Module):
-    """Values of the first layer are mixed in by token and head, normed by head; heads are scaled, the end is gated."""
+    """Values of the first layer are mixed in by token and head, normed by head; heads are scaled."""
 
     def __init__(self) -> None:
         super().__init__()
         self.qkv, self.mix = nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HEADS)
         self.gains = nn.Parameter(torch.ones(HEADS, 1, HIDDEN // HEADS))
         self.heads = nn.Parameter(torch.ones(1, HEADS, 1, 1))
-        self.out = nn.Linear(HIDDEN, 2 * HIDDEN)
+        self.out = nn.Linear(HIDDEN, HIDDEN)
 
     def forward(self, x: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
         """The branch, and its values."""
         q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
         mixed = v if first is None else torch.lerp(first, v, torch.sigmoid(self.mix(x)).mT.unsqueeze(-1))
         y = F.scaled_dot_product_attention(q, k, F.normalize(mixed, dim=-1) * math.sqrt(8) * self.gains, is_causal=True)
-        return F.glu(self.out((y * self.heads).transpose(1, 2).flatten(2)), dim=-1), v
+        return self.out((y * self.heads).transpose(1, 2).flatten(2)), v
 
 
 class ValueBlock(nn.Module):
@@ -193,10 +193,10 @@ class ValueBlock(nn.Module):
         return x + self.down(linear * F.silu(gate) * self.lift), values
 
     def operators(self) -> dict[str, Tensor]:
-        """The half of the end that is gated; a gain for each head and channel behind the norm."""
+        """A gain for each head and channel behind the norm."""
         values = self.attn.qkv.weight[2 * HIDDEN :] @ self.ln_1.weight.diag()
         heads = self.attn.heads.flatten().repeat_interleave(HIDDEN // HEADS)
-        out = self.attn.out.weight[:HIDDEN] @ heads.diag()
+        out = self.attn.out.weight @ heads.diag()
         return {
             "attention": out @ normalized(values, self.attn.gains.flatten()),
             "mlp": self.down.weight @ self.lift.diag() @ self.up.weight[:WIDTH] @ self.ln_2.weight.diag(),
@@ -490,8 +490,8 @@ def members() -> list[Example]:
         _member(
             "x_transformers_values",
             Values,
-            blocks_of("layers", range(2), ("attn[0]",), "down"),
-            "value residual, norms of values by head, scaled heads, attention on attention",
+            blocks_of("layers", range(2), ("attn[0]", "attn.out"), "down"),
+            "value residual, norms of values by head, scaled heads",
         ),
         _member("x_transformers_macaron", Macaron, macaron, "three entries of a list are one block"),
         _member("gtrxl_output_gate", lambda: Language(OutputGated), plain, "a gate of the stream is no site"),
