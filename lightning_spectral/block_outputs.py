@@ -93,7 +93,7 @@ def _end(block: ResidualBlock) -> str | None:
 
     A block that no module is around ends with what is around its last branch, unless that is the branch itself.
     """
-    *first, last = block.name.split(" + ")
+    *first, last = block.modules
     return None if first and any(branch.site == last for branch in block.branches) else last
 
 

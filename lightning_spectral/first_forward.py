@@ -108,7 +108,7 @@ def trained_blocks(model: nn.Module, blocks: Sequence[ResidualBlock], trained: C
     layers of a stack stay. Where nothing that has blocks is trained, all of them stay.
     """
     notes = getattr(blocks, "notes", ())
-    names = [block.name.split(" + ")[0] for block in blocks]
+    names = [block.modules[0] for block in blocks]
     depth = len(common_parts(names))
     heads = {block: name.split(".")[: depth + 1] for block, name in zip(blocks, names, strict=True)}
     if any(len(head) <= depth or head[-1].isdigit() for head in heads.values()):

@@ -173,9 +173,12 @@ def linearize_sum(
         ConfigurationError: As in :func:`linearize`.
     """
     if adapters == "delta":
-        paths = [path for path in paths if any(factor.adapters for factor in path.factors)] or paths
+        paths = _adapted(paths) or paths
     if linearization == "paper":
-        paths = list(dict.fromkeys(map(_on_paper, paths)))
+        seen = list(dict.fromkeys(map(_on_paper, paths)))
+        if adapters == "delta" and _adapted(paths) and not _adapted(seen):
+            raise ConfigurationError("its adapters are on matrices that the linearization leaves out")
+        paths = seen
     if len(paths) == 1:
         return linearize(model, paths[0], linearization, adapters=adapters, small=small, differentiable=differentiable)
     build = partial(
@@ -200,6 +203,10 @@ def linearize_sum(
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         chain = _circuit(_Weights(model, small or {}), Path(head), inner.operator)
         return replace(chain.finished(), deviation=inner.deviation)
+
+
+def _adapted(paths: Sequence[Path]) -> list[Path]:
+    return [path for path in paths if any(factor.adapters for factor in path.factors)]
 
 
 def _on_paper(path: Path) -> Path:

@@ -17,7 +17,7 @@ from lightning_spectral.discovery import find_blocks
 from lightning_spectral.discovery.aside import undisturbed
 from lightning_spectral.discovery.find import attempted_calls
 from lightning_spectral.discovery.inputs import arguments_of
-from lightning_spectral.discovery.paths import resolve
+from lightning_spectral.discovery.paths import module_at
 from lightning_spectral.discovery.tensors import refuse_lazy
 from lightning_spectral.errors import ConfigurationError, ExampleInputError
 from lightning_spectral.geometry.lyapunov import LyapunovSpectrum, angle_exponent, gradient_exponent, lyapunov_spectrum
@@ -83,8 +83,9 @@ def lyapunov_exponents(
 
     The factors are the Jacobians of whole blocks, each a map of the stream of all tokens and samples, at the streams
     that the batch leads to: attention patterns, activations and norms are differentiated, in front of the branches or
-    behind the add. Dropout is off, what a block detaches is a constant, and a block that runs twice counts twice. The
-    exponents of several sequences are merged into one spectrum, so compare only batches of one shape.
+    behind the add. Dropout is off, and what a block detaches is a constant. A block that runs twice counts twice, and
+    so does one that is a pair of modules. The exponents of several sequences are merged into one spectrum, so compare
+    only batches of one shape.
 
     A low-rank Jacobian is normal in good trained models: exponents describe, they do not alarm.
 
@@ -182,7 +183,7 @@ def _chain(model: nn.Module, batch: Any, blocks: Sequence[ResidualBlock] | None)
     if blocks is None:
         blocks = find_blocks(model, *args, **kwargs)
     calls = _captured(model, args, kwargs, blocks)
-    silent = [block.name for block in blocks if block.name not in {call.name for call in calls}]
+    silent = [name for block in blocks for name in block.modules if name not in {call.name for call in calls}]
     if silent or not calls:
         names = ", ".join(map(repr, silent)) or "any of no blocks"
         raise ConfigurationError(f"only modules that are called have a Jacobian, and this pass does not call {names}")
@@ -199,8 +200,8 @@ def _captured(
     for description, module, make in attempted_calls(model, args, kwargs):
         calls: list[_Call] = []
         with ExitStack() as stack, torch.no_grad():
-            for block in blocks:
-                _listen(model, block.name, calls, stack)
+            for name in (name for block in blocks for name in block.modules):
+                _listen(model, name, calls, stack)
             try:
                 given, named = tree_map_only(Tensor, torch.clone, make())
                 module(*given, **named)
@@ -213,8 +214,9 @@ def _captured(
 
 def _listen(model: nn.Module, name: str, calls: list[_Call], stack: ExitStack) -> None:
     """Append every call of a block, with copies of its arguments, until the stack closes."""
-    module = resolve(model, name) if name else model
-    assert isinstance(module, nn.Module)
+    module = module_at(model, name)
+    if module is None:
+        raise ConfigurationError(f"{type(model).__name__} has no module {name!r}: pass blocks that were found in it")
     unfinished: list[_Call] = []
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:

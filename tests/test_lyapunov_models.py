@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from zoo import example
 from zoo.example import HIDDEN, tokens
+from zoo.gpt import MLP, CausalSelfAttention
 
 from lightning_spectral import ConfigurationError, ExampleInputError, ResidualBlock, attach_scales, find_blocks
 from lightning_spectral.covariance import CovarianceTrajectory, covariance_trajectory
@@ -397,6 +398,53 @@ def test_gauges_move_the_paper_and_not_the_circuit():
     assert after["circuit"].effective_rank == pytest.approx(before["circuit"].effective_rank, rel=1e-9)
     assert after["circuit"].gain == pytest.approx(before["circuit"].gain, rel=1e-9)
     assert after["paper"].gain[0] > 3 * before["paper"].gain[0]
+
+
+class Layer(nn.Module):
+    """A layer of one branch."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.branch = nn.LayerNorm(HIDDEN), branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(self.norm(x))
+
+
+def test_pairs_of_layers_of_one_branch_have_the_exponents_of_blocks_of_two():
+    torch.manual_seed(0)
+    layers = [Layer(kind()) for _ in range(2) for kind in (CausalSelfAttention, MLP)]
+    flat = nn.Sequential(*layers).double()
+    whole = nn.Sequential(nn.Sequential(*layers[:2]), nn.Sequential(*layers[2:])).double()
+    x = torch.randn(1, 4, HIDDEN, dtype=torch.float64)
+    assert [block.name for block in find_blocks(flat, x)] == ["0 + 1", "2 + 3"]
+    pairs, blocks = (lyapunov_exponents(model, x, k=4, sweeps=8) for model in (flat, whole))
+    assert (2 * pairs.exponents).tolist() == pytest.approx(blocks.exponents.tolist(), rel=1e-5)
+
+
+def test_pairs_of_branches_that_no_module_adds_have_no_jacobian_alone():
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([CausalSelfAttention(), MLP()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for part in self.parts:
+                x = x + part(x)
+            return x
+
+    x = torch.randn(1, 4, HIDDEN)
+    with pytest.raises(
+        ConfigurationError, match=r"block 'parts\.1' does not read the stream that block 'parts\.0' retu"
+    ):
+        lyapunov_exponents(Flat(), x)
+
+
+def test_blocks_of_another_model_are_refused():
+    with pytest.raises(
+        ConfigurationError, match=r"Linear has no module 'layers\.7': pass blocks that were found in it"
+    ):
+        lyapunov_exponents(nn.Linear(4, 4), torch.randn(1, 4), blocks=[ResidualBlock(0, "layers.7", ())])
 
 
 def test_scales_that_were_attached_since_the_blocks_were_found_count():

@@ -188,19 +188,29 @@ def _check_complete(
     owner = modules.get(head)
     if owner is None:
         return
-    covered = {item.parameter for chain in known for factor in chain for item in factor.flat()}
+    covered = {item.parameter for chain in known for factor in chain for item in factor.flat() if item.parameter}
+    inside = {tuple(name.split(".")[:depth]) for name in covered for depth in range(1, name.count(".") + 2)}
     for name, weight in owner.named_parameters(head):
-        if weight.ndim > 1 and name not in ran and name not in covered and not _is_half(name, covered):
+        if weight.ndim > 1 and name not in ran and name not in covered and not _is_gate(modules, name, inside, ran):
             raise UnmeasurableError(
                 f"its weight {name} did not take part in the forward pass on the example input, and belongs to no "
                 "expert that is built as those that did"
             )
 
 
-def _is_half(name: str, covered: Collection[str | None]) -> bool:
-    """Whether a weight stands beside one that is known: the gate of an expert that did not run."""
-    owner = name.rpartition(".")[0].rpartition(".")[0]
-    return any(other is not None and other.startswith(f"{owner}.") for other in covered)
+def _is_gate(
+    modules: Mapping[str, nn.Module], name: str, known: Collection[tuple[str, ...]], ran: Collection[str]
+) -> bool:
+    """Whether a weight of an expert that is known and did not run has a counterpart in one that did: its gate."""
+    parts = name.split(".")
+    for depth, key in enumerate(parts):
+        if (*parts[:depth], key) not in known:
+            return False
+        for other in _keys(modules.get(".".join(parts[:depth]))) if depth else ():
+            counterpart = ".".join([*parts[:depth], other, *parts[depth + 1 :]])
+            if other != key and counterpart in ran and (*parts[:depth], other) in known:
+                return True
+    return False
 
 
 def _exists(model: nn.Module, factor: Factor) -> bool:

@@ -130,7 +130,7 @@ def _blocks_on(model: nn.Module, passes: Sequence[Pass], hints: Mapping[str, Any
     several = list(dict.fromkeys(refusals))
     notes += [f"no branch of a block: {reason}" for reason in several[:_TOLD]]
     notes += [f"and {len(several) - _TOLD} more such sums"] if len(several) > _TOLD else []
-    notes += unseen(model, [item.tape for item in passes])
+    notes += unseen(model, [item.tape for item in passes], numbered)
     return Blocks(with_shapes(model, numbered), dict.fromkeys(notes))
 
 

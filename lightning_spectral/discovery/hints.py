@@ -65,7 +65,7 @@ def with_hints(
                 "one component"
             )
         for path in matches:
-            name = next((name for name in found if path in name.split(" + ")), path)
+            name = next((name for name, block in found.items() if path in block.modules), path)
             found[name] = _hinted(model, path, found.get(name, ResidualBlock(0, path, ())), branches)
     ordered = list(found.values())  # in the order of execution, as far as it is known
     if len(found) > len(blocks):

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_spectral.discovery.operations import refs
 from lightning_spectral.discovery.tape import Tape
+from lightning_spectral.records import ResidualBlock
 
 __all__ = ["attends_to_one", "idle_parts", "parts", "unseen"]
 
@@ -39,9 +40,19 @@ def idle_parts(model: nn.Module, tapes: Iterable[Tape]) -> list[nn.Module]:
     return [part for part in found if not trains or any(parameter.requires_grad for parameter in part.parameters())]
 
 
-def unseen(model: nn.Module, tapes: Iterable[Tape]) -> tuple[str, ...]:
-    """Say which parts of a model had no part in any pass, so that nobody has looked for blocks there."""
-    names = [name for name, module in _idle(model, "", _taken(tapes)) if any(True for _ in module.children())]
+def unseen(model: nn.Module, tapes: Iterable[Tape], blocks: Iterable[ResidualBlock]) -> tuple[str, ...]:
+    """Say which parts of a model had no part in any pass, so that nobody has looked for blocks there.
+
+    Experts that did not run are known all the same by those that did.
+    """
+    factors = (factor for block in blocks for branch in block.branches for factor in branch.factors)
+    known = {item.parameter for factor in factors for item in factor.flat()}
+    idle = (
+        (name, module)
+        for name, module in _idle(model, "", _taken(tapes))
+        if known.isdisjoint(f"{name}.{parameter}" for parameter, _ in module.named_parameters())
+    )
+    names = [name for name, module in idle if any(True for _ in module.children())]
     if not names:
         return ()
     listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -94,7 +94,7 @@ def _update_watch(model: nn.Module, blocks: Sequence[ResidualBlock], calls: Sequ
 
 def unheard(model: nn.Module, blocks: Sequence[ResidualBlock]) -> str | None:
     """Say what is not measured of the tokens because it is compiled, ``None`` where nothing is."""
-    whole = [block.name for block in blocks if is_compiled(model, block.name)]
+    whole = [block.name for block in blocks if any(is_compiled(model, name) for name in block.modules)]
     sites = [branch.site for block in blocks for branch in block.branches if is_compiled(model, branch.site)]
     if not whole and not sites:
         return None

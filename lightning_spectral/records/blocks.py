@@ -191,6 +191,11 @@ class ResidualBlock:
     token_dims: tuple[int, ...] = ()
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """The paths in the name: several where the block is a pair of modules."""
+        return tuple(self.name.split(" + "))
+
+    @property
     def doubt(self) -> str | None:
         """What failed in the self-check, ``None`` where it passed."""
         if self.verified:
