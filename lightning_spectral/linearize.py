@@ -417,6 +417,8 @@ def _arranged(tensor: Tensor, factor: Factor) -> Tensor:
         tensor = arranged(tensor, factor.layout)
     except (RuntimeError, IndexError) as error:
         raise ConfigurationError(f"{factor.parameter} has not the shape it was found with: {error}") from None
-    if factor.rows is not None and max((run[-1] for run in factor.rows if run), default=0) >= tensor.shape[0]:
-        raise ConfigurationError(f"{factor.parameter} has {tensor.shape[0]} rows, fewer than it was found with")
+    # A gain may have one entry per head and channel.
+    height = tensor.numel() if factor.size is not None or not tensor.ndim else tensor.shape[0]
+    if factor.rows is not None and max((run[-1] for run in factor.rows if run), default=0) >= height:
+        raise ConfigurationError(f"{factor.parameter} has {height} rows, fewer than it was found with")
     return tensor

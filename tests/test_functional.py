@@ -278,6 +278,7 @@ REFUSED = {
     "albert": dict.fromkeys(range(1), RUNS_OFTEN.format(3)),
     "hrm_text": dict.fromkeys(range(3), RUNS_OFTEN.format(6)) | dict.fromkeys(range(3, 6), RUNS_OFTEN.format(2)),
     "shared_block": {0: RUNS_OFTEN.format(4)},
+    "looped_injection": dict.fromkeys(range(2), RUNS_OFTEN.format(3)),
 }
 # Blocks without one of the two branches.
 ONE_BRANCH = {

@@ -107,7 +107,8 @@ def _factor(factor: Factor, narrow: Shapes, wide: Shapes, divisor: int) -> Facto
         layout.append(new)
     rows = factor.rows
     if rows is not None:
-        rows = tuple(_run(run, small.shape[0], large.shape[0]) for run in rows)
+        counts = (small.shape[0], large.shape[0]) if factor.size is None else (small.numel(), large.numel())
+        rows = tuple(_run(run, *counts) for run in rows)
     size = None if factor.size is None else _share(factor.size, small.numel(), large.numel())
     return replace(factor, layout=tuple(layout), rows=rows, size=size, shape=wide[factor.parameter])
 

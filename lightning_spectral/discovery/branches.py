@@ -25,6 +25,7 @@ from lightning_spectral.discovery.operations import (
 )
 from lightning_spectral.discovery.probe import Prober, Region
 from lightning_spectral.discovery.recipes import attribute_path
+from lightning_spectral.discovery.replay import replay
 from lightning_spectral.discovery.residual import Refusal, ResidualAdd, Term, goes_on
 from lightning_spectral.discovery.sites import Site, choose_site, usable_modules
 from lightning_spectral.discovery.steps import Steps
@@ -86,7 +87,7 @@ def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> tupl
                 refusals.append(Refusal(add.output, reason))
                 continue
             try:
-                site = site or _parameter_site(tape, add, terms)
+                site = site or _parameter_site(tape, add, terms, prober)
             except UnmeasurableError as error:
                 reason = f"a branch of shape {tape.shape(terms[0].start)} is carried by no module, and {error}"
                 refusals.append(Refusal(add.output, reason))
@@ -169,12 +170,16 @@ def _modules(tape: Tape, add: ResidualAdd, term: Term) -> Iterator[str]:
         yield tape.calls[operation.call].path if operation.call >= 0 else ""
 
 
-def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term]) -> Site:
+def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term], prober: Prober) -> Site:
     """Name the last weight of a branch that no module carries: only the weight itself can be scaled, if used once.
+
+    The branch is not linear in the weight of a gate; where it is linear in none, the last weight gives the name.
 
     Raises:
         UnmeasurableError: There is no such weight; the message goes on from "and".
     """
+    gates: list[Site] = []
+    problem = "no weight is in it"
     for value in reversed(tape.between(add.stream, terms[0].start)):
         operation = tape.producer(value)
         if operation is None or not is_product(tape, operation):
@@ -183,14 +188,34 @@ def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term]) -> Site
         known = [] if weight is None else tape.parents_with_names(weight)
         paths = {attribute_path(tape.names[value]) for value in known}  # a parametrized weight has several parents
         if len(paths) != 1:
-            raise UnmeasurableError(f"its last weight is made of {' and '.join(sorted(paths)) or 'no parameter'}")
+            problem = f"its last weight is made of {' and '.join(sorted(paths)) or 'no parameter'}"
+            break
+        site = Site(f"param:{paths.pop()}", None, terms[0].start)
         beside = any(tape.depends(term.leaf, value) for term in add.branches if term not in terms)
         if beside or any(_product_count(tape, value) > 1 for value in known):
-            raise UnmeasurableError(
-                f"its last weight {paths.pop()} is used more than once (by a recurrence, or by a second branch)"
-            )
-        return Site(f"param:{paths.pop()}", None, terms[0].start)
-    raise UnmeasurableError("no weight is in it")
+            path = site.path.removeprefix("param:")
+            problem = f"its last weight {path} is used more than once (by a recurrence, or by a second branch)"
+            break
+        if weight is not None and _is_affine_in(tape, prober, add, terms, weight):
+            return site
+        gates.append(replace(site, carries=False))
+    if gates:
+        return gates[0]
+    raise UnmeasurableError(problem)
+
+
+def _is_affine_in(tape: Tape, prober: Prober, add: ResidualAdd, terms: Sequence[Term], weight: int) -> bool:
+    """Whether a branch is an affine function of one of its weights: its bias stays."""
+    region = Region(tape, add.stream, terms[0].start)
+    held = prober.made_up_weights(region) | prober.finite_around(region)
+    content = held.pop(weight, tape.wide(weight))
+    try:
+        zero, one, three = (
+            replay(tape, {weight: factor * content}, terms[0].start, held=held) for factor in (0.0, 1.0, 3.0)
+        )
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        return False
+    return bool((three - zero - 3 * (one - zero)).abs().max() <= 1e-9 * three.abs().max())
 
 
 def _product_count(tape: Tape, parameter: int) -> int:

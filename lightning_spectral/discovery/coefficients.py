@@ -61,6 +61,8 @@ def _coefficients(linear: LinearPart, prober: Prober, paths: Sequence[Path]) -> 
     result = [1.0] * len(paths)
     channel = prober.channel_dim(linear.region)
     width = linear.tape.shape(linear.region.stream)[channel]
+    if linear.tape.shape(linear.region.leaf)[linear.end_channel(channel)] != width:
+        return "its channels do not stand in one dimension at its end"
     count = 1 + (2 * len(known) - 1) // width
     if count > _MOST_VECTORS and chosen:
         return result  # more experts than vectors of this width can tell apart

@@ -146,7 +146,7 @@ class _Walker:
         """Return the multipliers of a route as factors, gains in the order of the channels that are read next."""
         found = []
         for multiplier in route.multipliers:
-            for factor in multiplier_factors(self.tape, (multiplier,)):
+            for factor in multiplier_factors(self.tape, (multiplier,), by_head=True):
                 if factor.size is not None:
                     value = multiplier.value if isinstance(multiplier, Divisor) else multiplier
                     order = self.linear.gain_channels(route.anchor, int(value), reader.target)

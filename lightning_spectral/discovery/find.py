@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -213,7 +214,7 @@ def _search(
         except ExampleInputError:  # says itself what to pass
             raise
         except Exception as error:  # whatever the user's forward raises
-            without_forward = isinstance(error, NotImplementedError)
+            without_forward = _lacks_forward(module, error)
             if (args or kwargs) and not without_forward:
                 raise ExampleInputError(
                     f"the model cannot be run on the given example input: {type(error).__name__}: {error}"
@@ -227,6 +228,16 @@ def _search(
         return []  # its parts are not the model that its own forward makes of them, nor is a stem before its layers
     whole = [_search(model, args, kwargs, attempts, part) for part in below]
     return [item for passes in whole for item in passes] if all(whole) else []  # half of a model is none
+
+
+def _lacks_forward(module: nn.Module, error: BaseException) -> bool:
+    """Whether a module says that it has no forward; what an operation inside of it lacks is another matter."""
+    trace = error.__traceback__
+    if not isinstance(error, NotImplementedError) or trace is None:
+        return False
+    *_, (frame, _) = walk_tb(trace)
+    own = frame.f_code.co_varnames[:1]
+    return frame.f_code.co_name == "_forward_unimplemented" or any(frame.f_locals.get(name) is module for name in own)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -30,7 +30,8 @@ def named_groups(tape: Tape, modules: Mapping[str, nn.Module], branches: Sequenc
 
     A group that does the same to several streams is a block for each of them.
 
-    A group with attention alone and one with an MLP alone, one behind the other on one stream, are one block.
+    A group with attention alone and one with an MLP alone, one behind the other on one stream, are one block. Where
+    all blocks that begin with an MLP have one more MLP behind them, it is theirs: half an MLP on each side.
 
     Args:
         tape: The recorded forward pass.
@@ -95,15 +96,50 @@ def _around(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[str]
 
 
 def _paired(tape: Tape, groups: Groups) -> Groups:
-    """Join groups of one kind with their neighbours of the other kind."""
+    """Join groups of one kind with their neighbours of the other kind, so that the fewest are left alone.
+
+    Blocks begin with an MLP only where all do: one behind a sum that was not understood would begin a chain of them.
+    """
+    ways = [_joined(tape, groups, mlp_first=False), _with_second_halves(tape, _joined(tape, groups, mlp_first=True))]
+    if any(members[0].kind != "mlp" for names, members in ways[1] if len(names) > 1):
+        ways.pop()
+    best = min(ways, key=lambda way: sum(len(names) == 1 for names, _ in way))
+    return {" + ".join(names): members for names, members in best}
+
+
+def _joined(tape: Tape, groups: Groups, *, mlp_first: bool) -> list[tuple[list[str], list[FoundBranch]]]:
+    """Join each group with the one in front of it, where that lacks what it has."""
     result: list[tuple[list[str], list[FoundBranch]]] = []
     for name, members in groups.items():
-        if result and _complement(result[-1][1], members) and _follows(tape, result[-1][1], members):
+        begins = bool(result) and (mlp_first or result[-1][1][0].kind != "mlp")
+        if begins and _complement(result[-1][1], members) and _follows(tape, result[-1][1], members):
             result[-1][0].append(name)
             result[-1][1].extend(members)
         else:
             result.append(([name], list(members)))
-    return {" + ".join(names): members for names, members in result}
+    return result
+
+
+def _with_second_halves(
+    tape: Tape, groups: list[tuple[list[str], list[FoundBranch]]]
+) -> list[tuple[list[str], list[FoundBranch]]]:
+    """Join an MLP alone with the pair in front of it, if all pairs that begin with an MLP have such a neighbour."""
+    firsts = [place for place, (names, members) in enumerate(groups) if len(names) > 1 and members[0].kind == "mlp"]
+    if not all(_has_second_half(tape, groups[place : place + 2]) for place in firsts):
+        return groups
+    seconds = {place + 1 for place in firsts}
+    for place in seconds:
+        names, members = groups[place - 1]
+        names.extend(groups[place][0])
+        members.extend(groups[place][1])
+    return [group for place, group in enumerate(groups) if place not in seconds]
+
+
+def _has_second_half(tape: Tape, groups: Sequence[tuple[list[str], list[FoundBranch]]]) -> bool:
+    if len(groups) < 2:
+        return False
+    (_, members), (_, second) = groups
+    return {branch.kind for branch in second} == {"mlp"} and _follows(tape, members, second)
 
 
 def _complement(first: Sequence[FoundBranch], second: Sequence[FoundBranch]) -> bool:

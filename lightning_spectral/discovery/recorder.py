@@ -119,6 +119,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:
                 x, factor, added = spelled_out(*args, **kwargs)
                 return x.mul_(factor).add_(added) if name.endswith("_") else x * factor + added
+        if torch.is_inference_mode_enabled():
+            with self:  # composite operations arrive whole there, such as einsum and linear
+                result = func.decompose(*args, **kwargs) if hasattr(func, "decompose") else NotImplemented
+            if result is not NotImplemented:
+                return result
         inputs: list[int] = []
 
         def note(leaf: Any) -> Any:

@@ -129,7 +129,33 @@ def residual_adds(tape: Tape, prober: Prober) -> tuple[list[ResidualAdd], list[R
             refusals.append(Refusal(add.output, reason))
         else:
             adds.append(add)
-    return adds, refusals
+    return adds, refusals or ([] if adds else list(_gated_streams(tape)))
+
+
+def _gated_streams(tape: Tape) -> Iterator[Refusal]:
+    """Yield the sums of which one term is a stream times a gate: highways, and gates as in a GRU."""
+    for operation in tape.operations:
+        parts = addends(tape, operation)
+        for part in parts:
+            producer = tape.producer(part)
+            if producer is None or base_name(producer) != "mul" or len(producer.inputs) != 2:
+                continue
+            others = [other for other in parts if other != part]
+            if any(_leads_through_weight(tape, value, other) for value in producer.inputs for other in others):
+                reason = (
+                    f"a sum of shape {tape.shape(part)} multiplies its stream by a gate of data (a highway, "
+                    "a GRU): it is not of the form x + f(x)"
+                )
+                yield Refusal(operation.outputs[0], reason)
+                break
+
+
+def _leads_through_weight(tape: Tape, value: int, end: int) -> bool:
+    """Whether data of one shape leads to a value through a product with a weight."""
+    if not tape.is_data(value) or tape.shape(value) != tape.shape(end) or not tape.depends(end, value):
+        return False
+    between = (tape.producer(item) for item in tape.between(value, end)[1:])
+    return any(operation is not None and is_product(tape, operation) for operation in between)
 
 
 def _candidates(tape: Tape, prober: Prober) -> list[ResidualAdd]:
@@ -275,7 +301,8 @@ def _terms(tape: Tape, whole: Operation, absorbed: set[int], above: tuple[int, .
             outer = (*multipliers, (start, alpha)) if alpha != 1 and start in scaled else multipliers
             value, path, factors = _followed(tape, start, spine, outer)
             producer = tape.producer(value)
-            if producer is not None and len(addends(tape, producer)) > 1 and _is_private(tape, path[len(spine) :]):
+            private = _is_private(tape, path[len(spine) :]) and _has_channels(tape, value, whole.outputs[0])
+            if producer is not None and len(addends(tape, producer)) > 1 and private:
                 absorbed.add(producer.index)
                 inner.append((producer, path, factors))
             else:
@@ -313,6 +340,12 @@ def _is_private(tape: Tape, values: Sequence[int]) -> bool:
     return all(len(set(tape.readers[value])) == 1 for value in values)
 
 
+def _has_channels(tape: Tape, value: int, whole: int) -> bool:
+    """Whether a value has the channels of a sum, last or second, in a dimension of their own."""
+    shape = tape.shape(whole)
+    return not shape or not {shape[-1], *shape[1:2]}.isdisjoint(tape.shape(value))
+
+
 def _gated(tape: Tape, leaf: int) -> Iterator[int]:
     """Yield what stands behind gates in front of a leaf, as long as one operand alone can be the branch.
 
@@ -328,8 +361,8 @@ def _gated(tape: Tape, leaf: int) -> Iterator[int]:
         size = tape.tensors[value].numel()
         whole = [item for item in producer.inputs if tape.tensors[item].numel() == size and tape.is_data(item)]
         if len(whole) == 2:
-            latest = max(whole, key=lambda item: tape.ancestors[item].bit_count())
-            whole = [latest] if not _share_history(tape, *whole) else []
+            gate, latest = sorted(whole, key=lambda item: tape.ancestors[item].bit_count())
+            whole = [] if gate == latest or tape.depends(gate, latest) else [latest]
         if len(whole) != 1:
             return
         (value,) = whole
@@ -345,13 +378,6 @@ def _next(tape: Tape, value: int) -> int | None:
         return None
     step = _transparent(tape, producer)
     return None if step is None else step[0]
-
-
-def _share_history(tape: Tape, first: int, second: int) -> bool:
-    """Whether two values were computed from one product or sum of data."""
-    common = tape.ancestors[first] & tape.ancestors[second] & tape.data
-    producers = (tape.producer(value) for value in bits(common))
-    return any(item is not None and (is_product(tape, item) or len(addends(tape, item)) > 1) for item in producers)
 
 
 def _transparent(tape: Tape, operation: Operation) -> tuple[int, Multiplier | None] | None:
@@ -371,7 +397,7 @@ def _transparent(tape: Tape, operation: Operation) -> tuple[int, Multiplier | No
 
 
 def _as_residual(tape: Tape, output: int, terms: list[Term], products: int) -> ResidualAdd | None:
-    best: ResidualAdd | None = None
+    found = []
     for skip in terms:
         branches = []
         for term in terms:
@@ -380,19 +406,26 @@ def _as_residual(tape: Tape, output: int, terms: list[Term], products: int) -> R
             inside = tape.ancestors[term.leaf] & products & ~((1 << skip.leaf) - 1)
             if any(tape.depends(value, skip.leaf) and value != skip.leaf for value in bits(inside)):
                 branches.append(term)
-        # Of several skips (a long skip joins the stream) the latest is the stream.
-        if branches and (best is None or skip.leaf > best.skip.leaf):
+        if branches:
             others = tuple(term for term in terms if term is not skip and term not in branches)
-            best = ResidualAdd(output, skip, tuple(branches), others)
+            found.append(ResidualAdd(output, skip, tuple(branches), others))
+    # Of several skips (a long skip joins the stream) the latest is the stream; where the stream itself is added once
+    # more behind the sum, the first.
+    best = max(found, key=lambda add: (add.skip.leaf, -_partial_sum(add)), default=None)
     return None if best is None else _completed(tape, _smallest(best))
 
 
+def _partial_sum(add: ResidualAdd) -> int:
+    """Return the smallest partial sum that has the stream and all branches."""
+    return min(set(add.skip.spine).intersection(*(term.spine for term in add.branches)))
+
+
 def _smallest(add: ResidualAdd) -> ResidualAdd:
-    """Return the smallest partial sum that has the stream and all branches.
+    """Return the smallest partial sum that has the stream and all branches, as a sum.
 
     What multiplies or joins this sum afterwards happens to the whole stream, and belongs to no branch.
     """
-    total = min(set(add.skip.spine).intersection(*(term.spine for term in add.branches)))
+    total = _partial_sum(add)
     others = tuple(term.inside(total) for term in add.others if total in term.spine)
     return ResidualAdd(total, add.skip.inside(total), tuple(term.inside(total) for term in add.branches), others)
 
@@ -437,6 +470,8 @@ def _outermost(tape: Tape, adds: list[ResidualAdd]) -> list[ResidualAdd]:
         ]
         outputs = {other.output for other in inner}
         chained = any(stream_source(tape, other.skip.leaf, outputs) is not None for other in inner)
+        # The first stream added again behind one block: what is added to it is the stream, and no branch.
+        chained |= any(term.leaf in outputs for term in add.branches)
         if chained:
             dropped.add(add.output)
         else:

@@ -78,7 +78,7 @@ class SelfCheck:
             return "one position cannot show whether a branch mixes positions: pass an example of two tokens or more"
         if branch.kind == "mlp" and not bool(tape.wide(branch.site.value).isfinite().any()):
             return f"{branch.site.path} is NaN on the example input, which cannot show whether it mixes positions"
-        if not branch.site.path:
+        if not branch.site.path or not branch.site.carries:
             return "no module or weight carries one of its branches"
         region = Region(tape, branch.add.skip.leaf, branch.add.output)
         question = ("linear", region.local(branch.site.value))

@@ -20,11 +20,13 @@ class Site:
         path: Module path, or ``param:<path>``.
         output_index: Element of the output tuple, ``None`` for a tensor.
         value: The value of the tape that stands at the site.
+        carries: Whether a factor there multiplies the branch; not at a weight that only names it, such as a gate's.
     """
 
     path: str
     output_index: int | str | None
     value: int
+    carries: bool = True
 
 
 def choose_site(

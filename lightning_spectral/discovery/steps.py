@@ -193,10 +193,21 @@ class Steps:
         affine = [self._is_affine(item) for item in (first, second)]
         if affine[1] and not affine[0]:
             return second
+        if affine[0] == affine[1] and self._is_sigmoid(first) != self._is_sigmoid(second):
+            return second if self._is_sigmoid(first) else first
         if affine[0] == affine[1] and self._named_gate(first):
             # Both halves (or none) are linear: structure cannot tell, the name of the weight can.
             return second
         return first
+
+    def _is_sigmoid(self, value: int) -> bool:
+        """Whether a value was made by a sigmoid, and moved and multiplied by numbers since."""
+        while (operation := self.tape.producer(value)) is not None and "sigmoid" not in operation.name:
+            step = self.step(value)
+            if step.kind not in ("move", "multiply"):
+                return False
+            (value,) = step.sources
+        return operation is not None
 
     def _is_affine(self, value: int) -> bool:
         return self.prober.is_affine(self.region, self._anchors(value), value)

@@ -31,9 +31,16 @@ GATED = (
     "adapters_on_every_projection",
     *("experts_looped_idle", "experts_modules", "experts_modules_shared", "experts_modules_idle"),
     *("phi3", "exaone4", "seed_oss", "glm4", "granitemoehybrid", "phimoe"),
+    *("palm_fused", "megatron", "x_transformers_values"),
 )
 # The output is not affine in a matrix with a norm behind it, nor in values that also make the mask.
-BENT = {"bitnet": ("value", "up"), "gemma4_text": ("value",), "doge": ("value",)}
+BENT = {
+    "bitnet": ("value", "up"),
+    "gemma4_text": ("value",),
+    "doge": ("value",),
+    "x_transformers_values": ("value",),
+    "normformer": ("output", "value"),
+}
 
 # What mixes the heads behind a softmax is part of the attention pattern.
 PATTERN = {"vit_cait": ("attention.fn.behind",)}
@@ -178,17 +185,14 @@ def test_the_branch_is_affine_in_its_factors_and_in_nothing_else(name: str, foun
         for masks in claimed.values():
             for parameter, mask in masks.items():
                 known[parameter] = known.get(parameter, torch.zeros_like(mask)) | mask
+        gains = {factor.parameter for path in branch.paths for factor in path.factors if factor.size is not None}
         block = next(block for block in result.blocks if branch in block.branches)
         inside = ((name, *item) for name in block.name.split(" + ") for item in parameters_of(result.model, name))
         for name, path, parameter in inside:
             full = f"{name}.{path}" if name else path
             rest = ~known.get(full, torch.zeros(parameter.shape, dtype=torch.bool))
-            if (
-                parameter.ndim >= 2
-                and "bias" not in path
-                and path not in PATTERN.get(result.member.name, ())
-                and rest.any()
-            ):
+            known_otherwise = full in gains or path in PATTERN.get(result.member.name, ())
+            if parameter.ndim >= 2 and not known_otherwise and "bias" not in path and rest.any():
                 bent = bend(result, branch, {full: rest}, once)
                 assert bent is None or bent > 1e-3, (branch.site, full, bent)
 

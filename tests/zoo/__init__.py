@@ -10,6 +10,7 @@ from . import (
     experts,
     fused,
     hugging_face,
+    language,
     plain,
     refused,
     streams,
@@ -26,7 +27,20 @@ __all__ = ["Example", "ExpectedBlock", "example", "examples", "survey"]
 
 @functools.cache
 def _by_name() -> dict[str, Example]:
-    origins = (plain, torch_layers, fused, experts, arrangements, adapters, wrappers, refused, unseen, streams, vision)
+    origins = (
+        plain,
+        torch_layers,
+        fused,
+        experts,
+        arrangements,
+        adapters,
+        wrappers,
+        refused,
+        unseen,
+        streams,
+        vision,
+        language,
+    )
     members = [*hugging_face.surveyed(), *(member for origin in origins for member in origin.members())]
     names = [member.name for member in members]
     assert len(names) == len(set(names)), "two examples share a name"
