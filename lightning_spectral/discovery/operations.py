@@ -120,7 +120,7 @@ def moved_input(operation: Operation) -> int | None:
     name = base_name(operation)
     if name == "refresh":
         # A view re-read after writes: it holds what was written last where that covers it.
-        return operation.inputs[-1] if len(operation.inputs) == 2 else None
+        return operation.inputs[-1] if len(operation.inputs) == 2 and operation.args[0] else None
     position = _MOVES.get(name)
     if position is None:
         return None

@@ -79,7 +79,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _refresh(self, tensor: Tensor, place: Place, storage: _Storage) -> int:
         old, since = storage.stale.pop(place)
         inputs = (old, *storage.writes[since:])
-        operation = Operation(len(self.tape.operations), "refresh", None, (), {}, inputs, call=self._call)
+        covered = self.tape.places[inputs[-1]].covers(place)
+        operation = Operation(len(self.tape.operations), "refresh", None, (covered,), {}, inputs, call=self._call)
         value = self._append(operation, [tensor.detach()], [place])
         storage.current[place] = value
         return value

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_spectral.discovery.tape import Operation, Place, Ref, Tape, bits, probe_device
+from lightning_spectral.discovery.tape import Operation, Ref, Tape, bits, probe_device
 
 __all__ = ["execute", "map_leaves", "replay", "tensors_in", "written_tensors"]
 
@@ -130,19 +130,13 @@ def _refresh(tape: Tape, operation: Operation, fetch: Callable[[int], Tensor]) -
     """Recompute a view after writes to its storage: lay the old content out, write the changed parts, read the view."""
     old, *writes = operation.inputs
     place = tape.places[operation.outputs[0]]
-    extents = [_extent(tape.places[value]) for value in operation.inputs]
+    extents = [tape.places[value].end for value in operation.inputs]
     content = fetch(old)
     flat = content.new_zeros(max(extents))
     for value in (old, *writes):
         part = tape.places[value]
         flat.as_strided(part.shape, part.strides, part.offset).copy_(fetch(value))
     return flat.as_strided(place.shape, place.strides, place.offset).clone()
-
-
-def _extent(place: Place) -> int:
-    if 0 in place.shape:
-        return place.offset
-    return place.offset + 1 + sum((size - 1) * stride for size, stride in zip(place.shape, place.strides, strict=True))
 
 
 def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:

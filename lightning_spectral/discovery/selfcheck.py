@@ -247,7 +247,9 @@ class SelfCheck:
 
     def _weight_outside(self, name: str, entry: int) -> str | None:
         for value, weight in self._outside:
-            if weight.startswith(f"{name}.") and value != entry and self.tape.depends(value, entry):
+            # Behind the last sum of a block that is the model itself stands its head.
+            inside = weight.startswith(f"{name}.") if name else self.tape.depends(max(self._adds), value)
+            if inside and value != entry and self.tape.depends(value, entry):
                 return f"{weight} acts outside the branches that were found"
         return None
 

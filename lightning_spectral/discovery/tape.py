@@ -6,6 +6,7 @@ are recorded, so that the graph says what depends on what, and any slice of it c
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,21 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        """The place behind the last entry."""
+        if 0 in self.shape:
+            return self.offset
+        steps = zip(self.shape, self.strides, strict=True)
+        return self.offset + 1 + sum((size - 1) * stride for size, stride in steps)
+
+    def covers(self, other: Place) -> bool:
+        """Whether what is written here leaves nothing of another place in one storage as it was."""
+        if self == other:
+            return True
+        dense = self.end - self.offset == math.prod(self.shape)
+        return dense and self.dtype == other.dtype and self.offset <= other.offset and other.end <= self.end
 
 
 @dataclass(slots=True)

@@ -497,3 +497,37 @@ def test_complex_weights_are_a_reason() -> None:
     weight = nn.Parameter(torch.randn(HIDDEN, WIDTH, dtype=torch.cfloat))
     block = Block(forward, mlp=MLP(), other=nn.Linear(WIDTH, HIDDEN), weight=weight)
     assert found(block).mlp_reason == "its matrices multiply complex numbers"
+
+
+def test_a_view_that_is_written_in_part_keeps_the_rest() -> None:
+    """The first of the shifted tokens is a state from outside: the others are still those of the stream."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        before = F.pad(x, (0, 0, 1, -1))
+        before[:, 0] = self.state
+        return x + self.mlp(x * self.share + before * (1 - self.share))
+
+    block = Block(
+        forward, mlp=MLP(), share=nn.Parameter(0.5 + torch.rand(WIDTH)), state=nn.Parameter(torch.randn(WIDTH))
+    )
+    layer = found(block)
+    assert layer.mlp_norm is None or layer.mlp_norm == pytest.approx(size(block.mlp.matrix), rel=1e-5)
+
+
+def test_a_model_that_is_one_block_is_not_verified_with_weights_outside_of_its_branches() -> None:
+    """Banks of weights: the MLP of every layer is made in the model's own loop, and cannot be scaled alone."""
+
+    class Banks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.bank = Attention(), nn.Parameter(torch.randn(2, 2, WIDTH, WIDTH) / 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for up, down in self.bank:
+                x = x + self.attention(rms(x))
+                x = x + F.relu(rms(x) @ up) @ down
+            return x
+
+    blocks = find_blocks(Banks(), torch.randn(2, TOKENS, WIDTH))
+    assert [block.verified for block in blocks] == [False]
+    assert blocks[0].doubt == "bank acts outside the branches that were found"
