@@ -521,13 +521,15 @@ def test_a_model_that_is_one_block_is_not_verified_with_weights_outside_of_its_b
         def __init__(self) -> None:
             super().__init__()
             self.attention, self.bank = Attention(), nn.Parameter(torch.randn(2, 2, WIDTH, WIDTH) / 4)
+            self.into, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 3)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.into(ids)
             for up, down in self.bank:
                 x = x + self.attention(rms(x))
                 x = x + F.relu(rms(x) @ up) @ down
-            return x
+            return self.head(x)
 
-    blocks = find_blocks(Banks(), torch.randn(2, TOKENS, WIDTH))
+    blocks = find_blocks(Banks(), torch.arange(2 * TOKENS).view(2, -1) % 11)
     assert [block.verified for block in blocks] == [False]
     assert blocks[0].doubt == "bank acts outside the branches that were found"
