@@ -198,6 +198,11 @@ class Steps:
         if affine[0] == affine[1] and self._named_gate(first):
             # Both halves (or none) are linear: structure cannot tell, the name of the weight can.
             return second
+        if all(affine) and not self._named_gate(second):
+            raise UnmeasurableError(
+                "its two halves multiply each other and both are linear, so that none of them is the gate (a weight "
+                "with 'gate' in its name would be)"
+            )
         return first
 
     def _is_sigmoid(self, value: int) -> bool:

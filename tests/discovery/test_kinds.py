@@ -533,3 +533,25 @@ def test_a_model_that_is_one_block_is_not_verified_with_weights_outside_of_its_b
     blocks = find_blocks(Banks(), torch.arange(2 * TOKENS).view(2, -1) % 11)
     assert [block.verified for block in blocks] == [False]
     assert blocks[0].doubt == "bank acts outside the branches that were found"
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_two_linear_halves_have_no_gate_among_them(swapped: bool) -> None:
+    """The number would depend on which of them stands first; with a name that says so, it does not."""
+
+    class Bilinear(nn.Module):
+        def __init__(self, first: str, second: str) -> None:
+            super().__init__()
+            self.halves = nn.ModuleDict({name: nn.Linear(WIDTH, HIDDEN) for name in (first, second)})
+            self.down = nn.Linear(HIDDEN, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = (half(x) for half in self.halves.values())
+            return self.down(second * first if swapped else first * second)
+
+    layer = found(Block(plain, mlp=Bilinear("one", "two")))
+    assert layer.mlp_norm is None
+    assert "its two halves multiply each other and both are linear" in str(layer.mlp_reason)
+    named = Bilinear("gate", "up")
+    expected = size(named.down.weight @ named.halves["up"].weight)
+    assert found(Block(plain, mlp=named)).mlp_norm == pytest.approx(expected, rel=1e-5)
