@@ -150,8 +150,8 @@ def alternatives(branches: Sequence[Branch]) -> tuple[Alternative, ...]:
     options = [_options(branch) for branch in branches]
     if sum(len(option) > 1 for option in options) > 1:
         raise ValueError(
-            "several of its branches are mixtures of experts, or experts of one that no module adds up: their sums are not "
-            "known"
+            "several of its branches are mixtures of experts, or experts of one that no module adds up: their sums are "
+            "not known"
         )
     return tuple(
         Alternative(
