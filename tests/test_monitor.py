@@ -21,8 +21,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import BLOCKS, LitGPT, PickyLitGPT, fit, loader
-from torch import nn
+from tiny_run import BLOCKS, Block, LitGPT, PickyLitGPT, fit, loader
+from torch import Tensor, nn
 
 from lightning_spectral import RandomizedSVD, SpectralMonitor, find_blocks
 from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError
@@ -262,6 +262,33 @@ def test_the_console_shows_one_table_at_the_end(tmp_path: Path, caplog: pytest.L
     assert "step 8" in table
     assert [f"model.blocks.{i}" in table for i in range(BLOCKS)] == [True] * BLOCKS
     assert f"{BLOCKS} of {BLOCKS} blocks inside the zone" in table
+
+
+class Projecting(Block):
+    """A block that multiplies the stream itself, which no branch does."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+        self.into = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.into(x))
+
+
+def test_blocks_that_are_not_verified_are_told_at_the_start_in_the_table_and_in_the_journal(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    module = LitGPT()
+    module.model.blocks = nn.ModuleList(Projecting() for _ in range(BLOCKS))
+    fit(tmp_path, SpectralMonitor(1), module=module, max_steps=1)
+    (table,) = console(caplog)
+    (told,) = (record.getMessage() for record in caplog.records if "not verified, so" in record.getMessage())
+    assert table.count("not verified: ") == BLOCKS
+    assert told.startswith(f"SpectralMonitor: {BLOCKS} of {BLOCKS} blocks are not verified, so their numbers may be wr")
+    header, records = read_journal(tmp_path / "spectral.jsonl")
+    assert [block["verified"] for block in header["blocks"]] == [False] * BLOCKS
+    assert all("something is left of the operation 'addmm'" in layer["doubt"] for layer in records[0]["layers"])
 
 
 # Flags of the Trainer

@@ -10,7 +10,7 @@ wherever the callback stands that saves it, and a run that goes on from there me
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -236,7 +236,7 @@ class Session:
         read = outermost(self._trainer.strategy, model)
         self.meter = Meter(read, blocks, linearization=rule, solver=monitor.solver, safe_zone=zone)
         self.series.blocks = to_plain(blocks)
-        for note in getattr(blocks, "notes", ()):
+        for note in (*getattr(blocks, "notes", ()), *_doubts(blocks)):
             rank_zero_info(f"SpectralMonitor: {note}")
         if monitor.geometry:
             self._batch_watch = BatchWatch(model, blocks, calls)
@@ -407,6 +407,14 @@ class Session:
         else:  # the process that knows why
             warn(told)
         return False
+
+
+def _doubts(blocks: Sequence[ResidualBlock]) -> Iterator[str]:
+    """Say once at the start which numbers are not to be trusted."""
+    doubtful = [block for block in blocks if block.doubt is not None]
+    if doubtful:
+        first = f"{doubtful[0].name}: {doubtful[0].doubt}"
+        yield f"{len(doubtful)} of {len(blocks)} blocks are not verified, so their numbers may be wrong ({first})"
 
 
 def _error_of(action: Callable[..., None], *args: Any) -> Exception | None:
