@@ -15,7 +15,7 @@ _SHARD = re.compile(r"(.+?)[-_.](\d{3,6})-of-(\d{3,6})((?:\.\w+)+)")
 # Numbers that nothing else than a process of model parallelism has, and numbers that a setting may have, too.
 _PROCESS = re.compile(r"(?:consolidated[._-]|(?<![a-z])[mtp]p_rank_|model_part-|layer_(?=\d+-model))(\d+)")
 _STAGE = re.compile(r"mp_rank_\d+_(\d+)")
-_MAYBE = re.compile(r"(?<![a-z])(?:rank|part|shard|model|tp|mp)[._-]?(\d+)")
+_MAYBE = re.compile(r"(?<![a-z])(?:rank|part|shard|tp|mp)[._-]?(\d+)")
 _ZERO = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt|.*_optim_states\.pt")
 
 

@@ -195,7 +195,7 @@ class ResidualBlock:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The paths in the name: several where the block is a pair of modules."""
+        """The paths of the modules in the name, of which there are several where the block is a pair of modules."""
         return tuple(self.name.split(" + "))
 
     @property

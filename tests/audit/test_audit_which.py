@@ -224,9 +224,11 @@ PARTS: dict[tuple[str, ...], str | None] = {
     ("x-model_part-0.pt", "x-model_part-1.pt"): "x-model_part-1.pt beside it",
     ("pytorch_model-00002-of-00003.bin",): "it is number 2 of 3 files that hold the model together",
     ("pytorch_model-00001-of-00001.bin",): None,
-    # Numbers of steps, of epochs, and the rank of adapters count nothing that belongs together.
+    # Numbers of steps, of epochs, of models, and the rank of adapters count nothing that belongs together.
     ("epoch=0-step=10.ckpt", "epoch=1-step=20.ckpt"): None,
     ("checkpoint_0.pt", "checkpoint_1.pt"): None,
+    ("model_0.pt", "model_1.pt"): None,  # an ensemble
+    ("model0/model.pt", "model1/model.pt"): None,
     ("lora_rank8.ckpt", "lora_rank16.ckpt"): None,
 }
 
