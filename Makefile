@@ -2,6 +2,7 @@
 #
 #   make demo         train the example GPT and watch it (two minutes on two cores)
 #   make test         the tests, in two processes; TEST_ARGS="-n 0" for one
+#   make test-zoo          the slow tests that run over the zoo of models, on the members that make test leaves out
 #   make test-examples     what a reader runs: the examples, the experiments, every block of the documentation
 #   make test-distributed  several processes: every strategy, precision and mode, as a table; MATRIX=32-true for one
 #   make docs         the documentation as pages, in docs/_build; a warning is an error
@@ -21,9 +22,9 @@ BENCHMARKS = solver overhead memory discovery penalty rescale jacobian sharded s
 PYTEST = -m pytest -n 2 --dist worksteal
 READERS = tests/examples tests/docs
 MATRIX = full
-PROCESSES = $(addprefix tests/distributed/,test_folders.py test_scaling.py test_sharded_adapters.py)
+PROCESSES = $(addprefix tests/distributed/test_,folders.py scaling.py sharded.py sharded_adapters.py training.py)
 
-.PHONY: demo test test-examples test-distributed docs lint format test-oldest bench clean
+.PHONY: demo test test-zoo test-examples test-distributed docs lint format test-oldest bench clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/train_gpt.py $(DEMO_ARGS)
@@ -31,11 +32,14 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-test
 	$(BIN)/python $(PYTEST) $(addprefix --ignore=,$(READERS) $(PROCESSES)) $(TEST_ARGS)
 
+test-zoo: $(VENV)/.installed-test
+	SPECTRAL_ZOO=rest $(BIN)/python $(PYTEST) -m zoo $(addprefix --ignore=,$(READERS) $(PROCESSES)) $(TEST_ARGS)
+
 test-examples: $(VENV)/.installed-test
 	$(BIN)/python $(PYTEST) $(READERS) $(TEST_ARGS)
 
 test-distributed: $(VENV)/.installed-test
-	SPECTRAL_MATRIX=$(MATRIX) $(BIN)/python -m pytest tests/distributed/test_training.py $(PROCESSES) $(TEST_ARGS)
+	SPECTRAL_MATRIX=$(MATRIX) $(BIN)/python -m pytest $(PROCESSES) $(TEST_ARGS)
 
 docs: $(VENV)/.installed-test
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky docs docs/_build

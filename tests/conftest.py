@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Iterator
 
 import hypothesis
@@ -15,6 +17,22 @@ torch.set_num_threads(1)
 # The same examples in every run: the solver's accuracy is a matter of probability, and a build must not be.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave four fifths of the slow tests over the zoo to ``make test-zoo``: by name, the same ones in every run."""
+    wanted = os.environ.get("SPECTRAL_ZOO", "fifth")
+    if wanted not in ("fifth", "rest", "all"):
+        raise pytest.UsageError(f"SPECTRAL_ZOO={wanted!r}: expected 'fifth', 'rest' or 'all'")
+    named = any("::" in argument for argument in config.args)
+    left = {
+        item
+        for item in items
+        if item.get_closest_marker("zoo") and (zlib.crc32(item.name.encode()) % 5 == 0) is not (wanted == "fifth")
+    }
+    if wanted != "all" and not named:
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture

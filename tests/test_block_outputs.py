@@ -39,6 +39,7 @@ TOKENS_FIRST = {
 }
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", MEMBERS)
 def test_every_block_of_every_architecture_is_heard(name: str):
     member = example(name)

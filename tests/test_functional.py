@@ -303,6 +303,7 @@ FLAT = {
 ZOO = [member.name for member in examples() if not member.expected_refusal]
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", ZOO)
 def test_every_branch_of_the_zoo_has_a_jacobian_or_a_listed_reason(name: str) -> None:
     """And every value is a positive number."""

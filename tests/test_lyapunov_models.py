@@ -68,6 +68,7 @@ def dense(model: nn.Module, first: str, last: str) -> Tensor:
     return torch.autograd.functional.jacobian(run, x).reshape(x.numel(), x.numel())
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize(
     ("name", "depth"),
     [

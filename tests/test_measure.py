@@ -312,6 +312,7 @@ def test_a_dense_mlp_names_no_expert() -> None:
 # --- Solvers ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", MEASURED)
 def test_randomized_and_exact_agree(name: str) -> None:
     """Within one per cent, and within the bound that comes with the value; what is None is None in both."""

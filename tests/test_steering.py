@@ -210,9 +210,7 @@ def test_blocks_that_cannot_be_measured_are_held_still(tmp_path: Path):
     with torch.no_grad():
         module.model.blocks[1].mlp[2].weight[0, 0] = math.nan
     # Behind the first block with a NaN nothing shows what a branch is.
-    with pytest.warns(
-        UserWarning, match=r"1 block\(s\) get no residual scale, .*model\.blocks\.2\.mlp is NaN on"
-    ):
+    with pytest.warns(UserWarning, match=r"1 block\(s\) get no residual scale, .*model\.blocks\.2\.mlp is NaN on"):
         fit(tmp_path, SpectralMonitor(1, ResidualRescaler(learnable=False)), module=module, max_steps=4)
     # The gradients of a model with a NaN are NaN, so that after one step no block can be measured.
     assert read_actions(tmp_path / "spectral.jsonl") == []

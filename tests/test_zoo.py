@@ -193,6 +193,7 @@ def test_zero_sites_make_the_block_the_identity(name: str) -> None:
                 assert torch.equal(entered, left.view_as(entered)), (block.name, zeros)
 
 
+@pytest.mark.zoo
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", [name for name in WITH_BLOCKS if example(name).identity])
 def test_every_site_scales_its_branch(name: str) -> None:

@@ -61,6 +61,7 @@ def saved(model: Any, folder: Path, names: str) -> Path:
     return folder / "weights.pt"
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", LIBRARY)
 def test_a_folder_with_a_config_is_measured_as_the_model_is(name: str, tmp_path: Path):
     model = example(name).build()
@@ -75,6 +76,7 @@ def test_a_folder_with_a_config_is_measured_as_the_model_is(name: str, tmp_path:
     assert from_plain(to_plain(blocks)) == blocks
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", OWN)
 def test_an_architecture_of_ones_own_is_measured_by_its_blocks(name: str, tmp_path: Path):
     """By those that the user gives, and by those that a monitor has left in the checkpoint."""
@@ -109,6 +111,7 @@ def widened(entries: dict[str, Any], factor: int = 4) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", [name for name in LIBRARY if name not in NOT_WIDENED])
 def test_blocks_found_in_a_narrow_model_are_those_of_the_wide_one(name: str, monkeypatch: pytest.MonkeyPatch):
     model: Any = example(name).build()

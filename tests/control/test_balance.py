@@ -303,6 +303,7 @@ PARAMETRIZED = ("spectral_norm_weights", "weight_norm_weights")
 TRAINED = ("adapters_on_every_projection",)  # adapters begin at zero, and these are not
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize(
     "member", [member for member in FRESH if member.name not in PARAMETRIZED + TRAINED], ids=lambda m: m.name
 )

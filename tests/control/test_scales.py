@@ -85,6 +85,7 @@ def assert_close(got: list[Tensor], wanted: list[Tensor], tolerance: float) -> N
             assert float((a - b).abs().max()) <= tolerance * max(float(b.abs().max()), 1e-9)
 
 
+@pytest.mark.zoo
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own
 @pytest.mark.parametrize("name", MEMBERS)
 def test_attaching_changes_no_bit_and_the_scales_are_found_measured_and_trained(name: str):
@@ -120,6 +121,7 @@ def test_attaching_changes_no_bit_and_the_scales_are_found_measured_and_trained(
     assert all(parameter.grad is not None for parameter in scales.parameters())
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", MEMBERS)
 def test_fused_scales_leave_the_plain_model(name: str):
     member, model, blocks = prepared(name)

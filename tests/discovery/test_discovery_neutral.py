@@ -80,6 +80,7 @@ def assert_untouched(model: nn.Module, search: Callable[[], Any]) -> None:
     assert random_streams() == streams
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_a_search_leaves_a_model_in_training_as_it_was(name: str) -> None:
     """In train mode, with gradients, with some modules in eval mode."""

@@ -97,6 +97,7 @@ def with_ends(found: Found) -> list[Branch]:
     return [branch for block in found.blocks for branch in block.branches if branch.ends]
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", RUNNING)
 def test_scaling_the_ends_is_a_factor_at_the_site(name: str, found: Search) -> None:
     """The obvious twin: a hook that multiplies what the site returns, branch by branch."""

@@ -47,6 +47,7 @@ def neighbours(member: Example) -> tuple[str, str] | None:
     return None
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", RUNNING)
 def test_a_block_replayed_on_changed_content_is_the_block_run_on_it(name: str) -> None:
     """In float64, to the rounding of the float32 module; and on the recorded content it gives what was recorded."""

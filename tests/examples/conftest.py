@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def loggers() -> Iterator[None]:
+    """An example that is run in this process mutes Lightning's messages: not those of the tests behind it."""
+    level = logging.getLogger("lightning.pytorch").level
+    yield
+    logging.getLogger("lightning.pytorch").setLevel(level)
 
 
 @pytest.fixture
