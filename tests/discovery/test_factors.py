@@ -31,7 +31,7 @@ GATED = (
     "adapters_on_every_projection",
     *("experts_looped_idle", "experts_modules", "experts_modules_shared", "experts_modules_idle"),
     *("phi3", "exaone4", "seed_oss", "glm4", "granitemoehybrid", "phimoe"),
-    *("palm_fused", "megatron", "x_transformers_values"),
+    *("palm_fused", "megatron", "x_transformers_values", "litgpt_grouped"),
 )
 # The output is not affine in a matrix with a norm behind it, nor in values that also make the mask.
 BENT = {

@@ -17,7 +17,7 @@ from lightning_spectral import ExampleInputError, find_blocks, measure
 WIDTH = 16
 # No guess fits: spectrograms, one picture size and no attribute that says which, a cache that does not fit, pictures
 # beside times and captions.
-UNGUESSABLE = ("whisper", "mlp_mixer", "xlstm", "refused_recurrent", "dit", "mmdit")
+UNGUESSABLE = ("whisper", "mlp_mixer", "xlstm", "refused_recurrent", "dit", "mmdit", "whisper_openai", "retro_chunked")
 # One of each kind of guess and of each wrapper; the Llama-like ones are all guessed alike.
 GUESSED = [
     member.name

@@ -13,6 +13,7 @@ from . import (
     language,
     plain,
     refused,
+    sequences,
     streams,
     survey,
     torch_layers,
@@ -40,6 +41,7 @@ def _by_name() -> dict[str, Example]:
         streams,
         vision,
         language,
+        sequences,
     )
     members = [*hugging_face.surveyed(), *(member for origin in origins for member in origin.members())]
     names = [member.name for member in members]

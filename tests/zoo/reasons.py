@@ -21,7 +21,7 @@ REASONS = {
         CROSS,
         (
             *("t5", "bart", "mbart", "marian", "whisper", "bare_decoder", "torch_decoder_pre", "torch_decoder_post"),
-            *("torch_transformer_pre", "torch_transformer_post", "detr"),
+            *("torch_transformer_pre", "torch_transformer_post", "detr", "whisper_openai", "retro_chunked"),
         ),
     ),
     "difference of two attentions": (MULTIPLIER, ("diffllama",)),
