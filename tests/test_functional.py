@@ -677,6 +677,7 @@ def test_narrow_weights_are_measured_in_float64() -> None:
 # --- Updates ----------------------------------------------------------------------------------------------------------
 
 WATCHED = ["nanogpt", "nanogpt_fused_residual", "gpt2", "granite", "mixtral", "plain_layer_scale", "torch_encoder_pre"]
+WATCHED += ["macaron", "conformer_conv1d"]  # two MLPs, which are added up
 
 
 @pytest.mark.parametrize("name", WATCHED)

@@ -200,7 +200,13 @@ def branch_functions(
     with sdpa_kernel(SDPBackend.MATH):
         passes = recorded(model, args, kwargs) if through is None else [passed(model, through, args, kwargs)]
     places = [_Places(item.tape, residual_adds(item.tape, Prober(item.tape))[0]) for item in passes]
-    return {branch: _function(places, branch) for block in blocks for branch in block.branches}
+    functions: dict[Branch, BranchFunction | str] = {}
+    for block in blocks:
+        for branch in block.branches:
+            joined = [other for other in block.branches if other.site == branch.site and other.kind != branch.kind]
+            shared = f"{branch.site} returns the sum of attention and an MLP, which are no functions of their own"
+            functions[branch] = shared if joined else _function(places, branch)
+    return functions
 
 
 def _function(passes: Iterable[_Places], branch: Branch) -> BranchFunction | str:

@@ -54,14 +54,16 @@ def _norms(mlp: Tensor, attention: Tensor) -> Tensor:
 class UpdateWatch:
     """Compares what the branches of each block add, in whatever forward passes run while it listens.
 
-    It costs no pass of its own: it sees the outputs of the sites, residual scales included, and keeps one copy of one
-    branch per block until the other one comes. Use it as a context around a training step.
+    Several branches of a kind are added up. It costs no pass of its own: it sees the outputs of the sites, residual
+    scales included, and keeps a copy of each branch of a block until all have run. Use it as a context around a
+    training step.
 
     Attributes:
         model: The model that the blocks were found in.
         blocks: The blocks.
         behind: For each branch the constant that follows its site (see :attr:`BranchFunction.behind`); a block with
-            a branch that is not here is left out, because the output of its site is not what is added.
+            a branch that is not here, because the output of its site is not what is added, or with two branches on one
+            site is left out.
         error: What went wrong since it began to listen, ``None`` where nothing did.
     """
 
@@ -95,12 +97,13 @@ class UpdateWatch:
             return
         self.passes, self.error = Passes() if passes is None else passes, None
         for block in self.blocks:
-            pair = [branch for branch in (block.attention, block.mlp) if branch is not None and branch in self.behind]
-            sites = [module_at(self.model, branch.site) for branch in pair]
+            branches = [*block.attention_branches, *block.mlp_branches]
+            sites = [module_at(self.model, branch.site) for branch in branches if branch in self.behind]
             found = [site for site in sites if site is not None and not (leave_out is not None and leave_out(site))]
-            if len(found) == 2:  # else a branch has no constant, or the user has taken it out of the model
+            # Else a branch has no constant, or shares its site with another, or the user has taken it out of the model.
+            if block.attention and block.mlp and len(set(found)) == len(branches):
                 held: dict[Branch, Tensor] = {}
-                for branch, site in zip(pair, found, strict=True):
+                for branch, site in zip(branches, found, strict=True):
                     self._listeners += listen([site], _Site(self, block, branch, held))
 
     def stop(self) -> None:
@@ -135,12 +138,13 @@ class _Site:
         return output
 
     def _note(self, part: Tensor) -> None:
-        attention, mlp = self._block.attention, self._block.mlp
-        assert attention is not None
-        assert mlp is not None
+        kinds = self._block.mlp_branches, self._block.attention_branches
         with torch.no_grad():
-            # A copy: the model may add the stream to this very tensor before the other branch has run.
+            # A copy: the model may add the stream to this very tensor before the other branches have run.
             self._held[self._branch] = part * self._watch.behind[self._branch]
-            if len(self._held) == 2:
-                self._watch.passes.note(self._block.index, part, _norms(self._held[mlp], self._held[attention]))
+            if len(self._held) == sum(map(len, kinds)):
+                parts = [[self._held[branch] for branch in kind] for kind in kinds]
                 self._held.clear()
+                if all(item.shape == kind[0].shape for kind in parts for item in kind):
+                    mlp, attention = (sum(others, first) for first, *others in parts)
+                    self._watch.passes.note(self._block.index, part, _norms(mlp, attention))

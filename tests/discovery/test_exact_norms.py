@@ -16,6 +16,7 @@ from zoo.gpt import MLP, Block, CausalSelfAttention, NanoGPT
 from zoo.vision import DiT, SingleStream, dit_operators, timed
 
 from lightning_spectral import ExactSVD, find_blocks, measure
+from lightning_spectral.functional import update_ratios, watch_updates
 
 WIDTH = 32
 
@@ -71,6 +72,13 @@ def test_attention_and_an_mlp_between_two_shared_matrices_are_told_apart() -> No
         assert block.doubt == "attention and an MLP share one site, so neither can be scaled by itself"
         assert layer.attention_norm == pytest.approx(norm(own.operators()["attention"]), rel=1e-5)
         assert layer.mlp_norm == pytest.approx(norm(own.operators()["mlp"]), rel=1e-5)
+    for layer in measure(model, blocks, linearization="jacobian", batch=args):
+        assert layer.ratio is None
+        assert "returns the sum of attention and an MLP" in str(layer.attention_reason)
+    assert update_ratios(model, blocks, args, {}) == {}
+    with torch.no_grad(), watch_updates(model, blocks, args, {}) as watch:
+        model(*args)
+    assert watch.updates == {}
 
 
 class RowNorm(nn.Module):
