@@ -23,7 +23,7 @@ from machine import describe
 from overhead import GPT, Config, Windows, read_standard_library
 
 from lightning_spectral import ResidualRescaler, find_blocks
-from lightning_spectral.control.law import BlockState
+from lightning_spectral.control.band import BlockState
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.measure import Meter
 from lightning_spectral.records import Measurement

@@ -9,6 +9,7 @@
 
 from lightning_spectral.audit import audit
 from lightning_spectral.control import (
+    GainCeiling,
     ResidualRescaler,
     ResidualScales,
     attach_scales,
@@ -45,6 +46,7 @@ __all__ = [
     "EffectiveRank",
     "ExactSVD",
     "ExampleInputError",
+    "GainCeiling",
     "History",
     "LayerMeasurement",
     "Measurement",

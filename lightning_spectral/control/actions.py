@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_spectral.control.law import Action, ResidualRescaler
+from lightning_spectral.control.law import Action
 from lightning_spectral.records import Measurement
 
 __all__ = ["described_action", "news"]
@@ -23,7 +23,7 @@ def described_action(action: Action, measurement: Measurement) -> dict[str, Any]
         "block": layer.index,
         "name": layer.name,
         "ratio": layer.ratio,
-        "smoothed_ratio": math.exp(action.log_ratio),
+        "smoothed_ratio": layer.ratio if action.log_ratio is None else math.exp(action.log_ratio),
         "mlp_scale": layer.mlp_scale,
         "attention_scale": layer.attention_scale,
         "mlp_log_change": action.mlp,
@@ -32,7 +32,7 @@ def described_action(action: Action, measurement: Measurement) -> dict[str, Any]
     }
 
 
-def news(actions: Sequence[Action], measurement: Measurement, rescaler: ResidualRescaler) -> str | None:
+def news(actions: Sequence[Action], measurement: Measurement, *, dry_run: bool) -> str | None:
     """Say in one line which blocks are steered from now on and which are held by a bound; ``None`` for no news."""
     told = [action for action in actions if action.begins or action.held or action.refused]
     if not told:
@@ -40,8 +40,9 @@ def news(actions: Sequence[Action], measurement: Measurement, rescaler: Residual
     listed = []
     for action in told[:TOLD_AT_ONCE]:
         layer = measurement.layers[action.block]
-        what = f"{action.reason} at {math.exp(action.log_ratio):.4g}"
+        seen = "" if action.log_ratio is None else f" at {math.exp(action.log_ratio):.4g}"
+        what = f"{action.reason}{seen}"
         listed.append(f"block {layer.index} ({layer.name}): {what}")
     more = f"; and {len(told) - TOLD_AT_ONCE} more" if len(told) > TOLD_AT_ONCE else ""
-    verb = "would steer (dry run)" if rescaler.dry_run else "steering"
+    verb = "would steer (dry run)" if dry_run else "steering"
     return f"residual scales, step {measurement.step}, {verb}: {'; '.join(listed)}{more}"

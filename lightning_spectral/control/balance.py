@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,19 +14,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_spectral import settings
+from lightning_spectral.control.freshness import sign_of_training
 from lightning_spectral.control.scales import ResidualScale
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.discovery.paths import resolve
-from lightning_spectral.discovery.tensors import stored
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg import Adjoint, LinearOperator, Product, RandomizedSVD, Scaled, Solver, frobenius_norm
-from lightning_spectral.linalg.sharded import replicated
+from lightning_spectral.linalg import Adjoint, Product, Scaled, Solver
 from lightning_spectral.linearize import WeightLinearization, linearize
 from lightning_spectral.measure import Meter
 from lightning_spectral.records import (
     Branch,
-    Factor,
     LayerMeasurement,
     Linearization,
     Measurement,
@@ -37,11 +35,6 @@ from lightning_spectral.records import (
 __all__ = ["balance_init_"]
 
 _WITHOUT = "Balance the other blocks: blocks=[block for block in find_blocks(model) if block.name not in {names}]"
-_NORMS = ("pre_norm", "inner_norm", "post_norm")
-_MATRICES = ("output", "value", "latent", "down", "up")
-# ‖G‖₂ of m × n standard normal entries exceeds √m + √n + t with a probability below exp(−t²/2) (Davidson and Szarek);
-# the factor is for entries of other distributions.
-_DEVIATIONS, _SLACK = 5.0, 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,44 +214,9 @@ def _degree(model: nn.Module, path: Path, branch: Branch, linearization: WeightL
 
 def _check_fresh(model: nn.Module, blocks: Sequence[ResidualBlock], solver: Solver) -> None:
     """Refuse weights that nobody would initialize a model with."""
-    factors = dict.fromkeys(factor for block in blocks for branch in _pair(block) for factor in branch.factors)
-    sign = _trained_gain(model, factors) or _trained_matrix(model, factors, solver)
+    sign = sign_of_training(model, blocks, solver)
     if sign is not None:
         raise ConfigurationError(
             f"the model looks trained: {sign}. Scaling its branches would change the function that it has learned: "
             "call balance_init_ before training, or pass force=True"
         )
-
-
-def _trained_gain(model: nn.Module, factors: Iterable[Factor]) -> str | None:
-    for factor in factors:
-        if factor.role not in _NORMS or factor.parameter is None:
-            continue
-        with stored(model, factor) as gain:
-            low, high = map(float, replicated(gain).detach().aminmax())
-        if low != high:
-            return f"the norm gain {factor.parameter} is not constant ({low:.4g} to {high:.4g})"
-    return None
-
-
-def _trained_matrix(model: nn.Module, factors: Iterable[Factor], solver: Solver | None) -> str | None:
-    matrices: dict[Factor, LinearOperator] = {}
-    for factor in factors:
-        if factor.role in _MATRICES:
-            # A repeated row would double a singular value.
-            rows = None if factor.rows is None else tuple(dict.fromkeys(factor.rows))
-            once = replace(factor, rows=rows)
-            matrices[once] = linearize(model, Path((once,)), "circuit").operator
-    solver = RandomizedSVD() if solver is None else solver
-    operators = list(matrices.values())
-    norms, _ = solver.compute(operators, solver.init(operators))
-    for factor, operator, norm in zip(matrices, operators, norms, strict=True):
-        size = float(frobenius_norm(operator, generator=torch.Generator().manual_seed(0), n_probes=128))
-        left, right = map(math.sqrt, operator.shape)
-        edge = (left + right) * size / (left * right)
-        if norm.value is not None and norm.value > _SLACK * (1 + _DEVIATIONS / (left + right)) * edge:
-            return (
-                f"the spectral norm of {factor.parameter} is {norm.value / edge:.1f} times that of a random matrix of "
-                "its size"
-            )
-    return None

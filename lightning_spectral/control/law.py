@@ -1,154 +1,39 @@
-"""The control law: measured ratios in, changes of residual scales out. Pure: no model, no Trainer.
-
-The law is proportional control in ln ρ with hysteresis. Let e be the smoothed ln ρ of a block, measured *with* its
-residual scales. A block whose ratio stays outside the safe zone for ``patience`` measurements is steered, by
-
-    Δ ln ρ = - clip(gain · e, ± max_step)
-
-per measurement, until its ratio is inside the inner zone. The ratio answers to the scales exactly,
-d ln ρ / d ln(s_mlp / s_attention) = 1, so with fixed weights the error shrinks by the factor 1 - gain per action. The
-error is measured from ρ = 1 and not from the edge of the zone: measured from the edge, the law would converge to the
-edge and never let go.
-"""
+"""What every control law is: a pure function from measurements and plain state to changes of residual scales."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from lightning_spectral import settings
-from lightning_spectral.errors import ConfigurationError
+__all__ = ["Action", "Law", "Reading", "State"]
 
-__all__ = ["Action", "BlockState", "Reading", "ResidualRescaler", "check_zones", "decide"]
-
-_CRUMB = 1e-3  # nats: what is left to a bound and not worth a move
-
-Mode = Literal["both", "mlp", "attention"]
-Sides = Literal["both", "low", "high"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResidualRescaler:
-    """Settings of the control law, for ``SpectralMonitor(auto_rescale=ResidualRescaler(...))``.
-
-    Attributes:
-        gain: Fraction of the error in ln ρ that one action removes, in (0, 1].
-        max_step: Largest change of ln ρ by one action, in nats (0.4 is a factor of 1.5).
-        patience: Measurements in a row that a ratio has to be outside the safe zone before it is steered.
-        smoothing: Weight of the past in the moving average of ln ρ, in [0, 1).
-        margin: How far before the edge of the safe zone a ratio counts as outside, in nats (0.2 is a factor of 1.22).
-            Without a margin, a ratio that drifts is outside for ``patience`` measurements before it is steered.
-        inner_zone: Interval of ratios inside which steering ends; it contains 1 and lies inside the safe zone.
-        mode: The scales that move: ``"both"`` in opposite directions, so that their geometric mean stays, or one.
-        sides: The ratios that are acted on: too ``"low"`` (attention dominates), too ``"high"``, or ``"both"``. At
-            initialization only a dominating attention makes tokens collapse.
-        bounds: Smallest and largest residual scale that the law sets.
-        guard: Whether to refuse to raise the attention of a block whose token residual falls over training: more of it
-            makes tokens more alike. The MLP's share of the step is still made. Without measured tokens
-            (``SpectralMonitor(geometry=False)``) nothing is refused.
-        warmup_steps: Optimizer steps before the first action.
-        dry_run: Whether to say what would be done and change nothing.
-        learnable: Whether the optimizer trains the scales too. Otherwise the law alone moves them.
-
-    Raises:
-        ConfigurationError: A setting cannot be used; the message names it.
-    """
-
-    gain: float = 0.5
-    max_step: float = 0.4
-    patience: int = 2
-    smoothing: float = 0.5
-    margin: float = 0.0
-    inner_zone: tuple[float, float] = (0.7, 1.4)
-    mode: Mode = "both"
-    sides: Sides = "both"
-    bounds: tuple[float, float] = (0.25, 4.0)
-    guard: bool = True
-    warmup_steps: int = 0
-    dry_run: bool = False
-    learnable: bool = True
-
-    def __post_init__(self) -> None:
-        """Check every setting."""
-        settings.number("gain", self.gain, 0.0, 1.0, above=True)
-        settings.number("max_step", self.max_step, 0.0, math.inf, above=True)
-        settings.steps("patience", self.patience)
-        settings.number("smoothing", self.smoothing, 0.0, 1.0, below=True)
-        settings.number("margin", self.margin, 0.0, math.inf)
-        settings.choice("mode", self.mode, get_args(Mode))
-        settings.choice("sides", self.sides, get_args(Sides))
-        settings.steps("warmup_steps", self.warmup_steps, least=0)
-        settings.flag("guard", self.guard)
-        settings.flag("dry_run", self.dry_run)
-        settings.flag("learnable", self.learnable)
-        for name in ("inner_zone", "bounds"):
-            low, high = settings.interval(name, getattr(self, name))
-            if not low < 1 < high:
-                raise ConfigurationError(f"{name}={getattr(self, name)!r}: expected an interval around 1")
-            object.__setattr__(self, name, (low, high))  # a list, from a file, becomes a tuple
-
-
-def check_zones(rescaler: ResidualRescaler, safe_zone: tuple[float, float]) -> None:
-    """Check that the inner zone lies inside the safe zone, its margin taken off.
-
-    Raises:
-        ConfigurationError: It does not, so that a ratio could be steered and left alone at once.
-    """
-    (low, high), (inner_low, inner_high) = safe_zone, rescaler.inner_zone
-    if not low * math.exp(rescaler.margin) < inner_low < inner_high < high * math.exp(-rescaler.margin):
-        less = f" less margin={rescaler.margin!r}" if rescaler.margin else ""
-        raise ConfigurationError(
-            f"inner_zone={rescaler.inner_zone!r}: expected an interval inside safe_zone={safe_zone!r}{less}; "
-            "pass ResidualRescaler(inner_zone=...) with the safe zone"
-        )
+State = Mapping[str, Any]  # what a law remembers of one block: plain values, empty at first
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the law sees of one block.
+    """What a law sees of one block.
 
     Attributes:
         log_ratio: ln ρ, measured with the residual scales; ``None`` where it could not be measured.
-        mlp: Logarithm of the residual scale of the MLP branch, ``None`` where there is none.
+        mlp: Logarithm of the residual scale of the MLP branch, ``None`` where there is none to move.
         attention: The same for the attention branch.
         tokens_fall: Whether the token residual behind the block falls over training.
+        mlp_norm: Spectral norm of the MLP branch, with its scale; ``None`` where there is none or it is not measured.
+        attention_norm: The same for the attention branch.
+        kinds: How many kinds of branches the block has: each adds to the stream once, by the sum of its branches.
+        trained: Whether the weights were trained before the run.
     """
 
     log_ratio: float | None
     mlp: float | None
     attention: float | None
     tokens_fall: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class BlockState:
-    """What the law remembers of one block. Plain numbers.
-
-    Attributes:
-        smoothed: Moving average of ln ρ, ``None`` before the first measurement.
-        outside: Measurements in a row with both the ratio and the average outside the safe zone: one outlier moves the
-            average for some time, and is no reason to steer.
-        active: Whether the block is being steered.
-        bounded: Whether the last action was cut short by a bound.
-        refused: Whether the guard refused to raise the attention in the last action.
-    """
-
-    smoothed: float | None = None
-    outside: int = 0
-    active: bool = False
-    bounded: bool = False
-    refused: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> BlockState:
-        """Rebuild a state; unknown keys are ignored and missing ones have their default."""
-        return cls(**{name: values[name] for name in cls.__slots__ if name in values})
+    mlp_norm: float | None = None
+    attention_norm: float | None = None
+    kinds: int = 2
+    trained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,20 +42,20 @@ class Action:
 
     Attributes:
         block: Position of the block in the measurement.
-        log_ratio: The smoothed ln ρ before the action.
         mlp: Change of the logarithm of the MLP branch's scale.
         attention: The same for the attention branch.
         reason: Why, in one clause.
+        log_ratio: ln ρ as the law saw it before the action, where it looks at a smoothed one.
         begins: Whether the block was left alone until now.
         held: Whether a bound cut the step short and had not cut the step before: news, as ``begins`` is.
         refused: Whether the guard refused to raise the attention and had not refused it before: news too.
     """
 
     block: int
-    log_ratio: float
     mlp: float
     attention: float
     reason: str
+    log_ratio: float | None = None
     begins: bool = False
     held: bool = False
     refused: bool = False
@@ -181,96 +66,42 @@ class Action:
         return self.mlp != 0.0 or self.attention != 0.0
 
 
-def decide(
-    rescaler: ResidualRescaler,
-    safe_zone: tuple[float, float],
-    step: int,
-    readings: Sequence[Reading],
-    states: Sequence[BlockState],
-) -> tuple[tuple[Action, ...], tuple[BlockState, ...]]:
-    """Decide what to do after a measurement. A function of plain numbers: equal numbers give equal decisions.
+class Law(Protocol):
+    """Frozen settings of a control law."""
 
-    Args:
-        rescaler: The settings.
-        safe_zone: The interval of ratios that counts as balanced.
-        step: Optimizer step of the measurement.
-        readings: One per block.
-        states: One per block, as the previous call returned them; none at first.
+    @property
+    def learnable(self) -> bool:
+        """Whether the optimizer trains the scales too."""
 
-    Returns:
-        The actions, in order of the blocks, and the new states.
-    """
-    known = [*states, *[BlockState()] * (len(readings) - len(states))]
-    actions, after = [], []
-    for block, (reading, state) in enumerate(zip(readings, known, strict=True)):
-        if reading.log_ratio is None or not math.isfinite(reading.log_ratio):
-            after.append(state)
-            continue
-        seen = _seen(rescaler, safe_zone, reading.log_ratio, state, warm=step >= rescaler.warmup_steps)
-        action = _action(rescaler, block, reading, seen) if seen.active else None
-        if action is not None:
-            moved = 0.0 if rescaler.dry_run else action.mlp - action.attention
-            assert seen.smoothed is not None
-            # The plant is known: what the action adds to ln ρ is added to the average at once, which then never lags.
-            seen = replace(seen, smoothed=seen.smoothed + moved, bounded=action.held, refused=action.refused)
-            # What holds on is told once. A scale may move at its bound even so: the optimizer pulls it off there.
-            held, refused = action.held and not state.bounded, action.refused and not state.refused
-            if action.moves or held or refused:
-                actions.append(replace(action, begins=not state.active, held=held, refused=refused))
-        after.append(seen)
-    return tuple(actions), tuple(after)
+    @property
+    def dry_run(self) -> bool:
+        """Whether the law only says what it would do."""
 
+    @property
+    def at_once(self) -> bool:
+        """Whether the law acts on the measurement before the first step."""
 
-def _seen(
-    rescaler: ResidualRescaler, safe_zone: tuple[float, float], log_ratio: float, state: BlockState, *, warm: bool
-) -> BlockState:
-    """Take a measurement into the state of a block."""
-    past = log_ratio if state.smoothed is None else state.smoothed
-    smoothed = rescaler.smoothing * past + (1 - rescaler.smoothing) * log_ratio
-    wrong = all(_wrong(rescaler, value, safe_zone, rescaler.margin) for value in (log_ratio, smoothed))
-    outside = state.outside + 1 if warm and wrong else 0
-    ready = state.active or outside >= rescaler.patience
-    active = warm and ready and _wrong(rescaler, smoothed, rescaler.inner_zone)
-    return BlockState(smoothed, outside, active, state.bounded and active, state.refused and active)
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
 
+    def check(self, safe_zone: tuple[float, float]) -> None:
+        """Check the settings against the safe zone.
 
-def _wrong(rescaler: ResidualRescaler, log_ratio: float, zone: tuple[float, float], margin: float = 0.0) -> bool:
-    """Whether a ratio is outside a zone, on a side that is acted on."""
-    low, high = math.log(zone[0]) + margin, math.log(zone[1]) - margin
-    return (log_ratio <= low and rescaler.sides != "high") or (log_ratio >= high and rescaler.sides != "low")
+        Raises:
+            ConfigurationError: They do not go together.
+        """
 
+    def decide(
+        self, safe_zone: tuple[float, float], step: int, readings: Sequence[Reading], states: Sequence[State]
+    ) -> tuple[tuple[Action, ...], list[dict[str, Any]]]:
+        """Decide what to do after a measurement; equal numbers give equal decisions.
 
-def _action(rescaler: ResidualRescaler, block: int, reading: Reading, state: BlockState) -> Action | None:
-    """Return the proportional step of a block, cut to the bounds; ``None`` where it has no scale to move."""
-    error = state.smoothed
-    moving = {"both": ("mlp", "attention")}.get(rescaler.mode, (rescaler.mode,))
-    if error is None or any(getattr(reading, name) is None for name in moving):
-        return None
-    wanted = -math.copysign(min(abs(rescaler.gain * error), rescaler.max_step), error)
-    # The MLP's scale moves with the ratio, the attention's against it; both by one amount, so that a bound of one
-    # holds both and their geometric mean stays.
-    shares = {name: (1 if name == "mlp" else -1) / len(moving) for name in moving}
-    refused = rescaler.guard and reading.tokens_fall and error > 0 and shares.pop("attention", None) is not None
-    room = min(
-        (
-            _room(rescaler.bounds, getattr(reading, name), math.copysign(share, share * wanted)) / abs(share)
-            for name, share in shares.items()
-        ),
-        default=math.inf,
-    )
-    # The optimizer pulls a scale off its bound again and again; following it by crumbs would reset its momentum.
-    step = math.copysign(min(abs(wanted), room), wanted) if room > _CRUMB else 0.0
-    held = abs(step) < abs(wanted)
-    reason = f"ratio too {'high' if error > 0 else 'low'}"
-    if held:
-        reason = f"held by the bounds of the scales, {reason}"
-    if refused:
-        reason += ", attention not raised because the token residual falls"
-    mlp, attention = (step * shares[name] + 0.0 if name in shares else 0.0 for name in ("mlp", "attention"))
-    return Action(block, error, mlp, attention, reason, held=held, refused=refused)
+        Args:
+            safe_zone: The interval of ratios that counts as balanced.
+            step: Optimizer step of the measurement.
+            readings: One per block.
+            states: One per block, as the previous call returned them; none at first.
 
-
-def _room(bounds: tuple[float, float], log_scale: float, direction: float) -> float:
-    """Return how far a scale may go in a direction; none where it is beyond the bound already."""
-    low, high = math.log(bounds[0]), math.log(bounds[1])
-    return max(high - log_scale if direction > 0 else log_scale - low, 0.0)
+        Returns:
+            The actions, in order of the blocks, and the new states.
+        """

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_spectral.control.band import ResidualRescaler
 from lightning_spectral.control.carriers import is_frozen, parameters_of
 from lightning_spectral.control.fuse import fuse_scales
-from lightning_spectral.control.law import Action, BlockState, Reading, ResidualRescaler, check_zones, decide
+from lightning_spectral.control.law import Action, Law, Reading
 from lightning_spectral.control.liveness import Liveness
 from lightning_spectral.control.loading import MARKER, marked, refuse_lost_scales, saved_sites
 from lightning_spectral.control.moves import Moves
@@ -49,15 +50,15 @@ class Steering:
     """The residual scales of a model in the life of a run: attach, check, act, mark checkpoints.
 
     Args:
-        rescaler: The settings of the law.
+        rescaler: The law.
         safe_zone: The interval of ratios that counts as balanced.
 
     Raises:
-        ConfigurationError: The inner zone of the law does not lie inside the safe zone.
+        ConfigurationError: The settings of the law do not go with the safe zone.
     """
 
-    def __init__(self, rescaler: ResidualRescaler, safe_zone: tuple[float, float]) -> None:
-        check_zones(rescaler, safe_zone)
+    def __init__(self, rescaler: Law, safe_zone: tuple[float, float]) -> None:
+        rescaler.check(safe_zone)
         self.rescaler, self.safe_zone = rescaler, safe_zone
         self.scales: ResidualScales | None = None
         self.disarmed = False  # the scales of several processes have come apart
@@ -205,7 +206,8 @@ class Steering:
             for block, (mlp, attention) in zip(self.blocks or (), self._pairs, strict=True)
             if block.mlp and block.attention and bool(mlp) is not bool(attention)
         ]
-        if not still or self.rescaler.mode != "both" or self.rescaler.dry_run:
+        both = isinstance(self.rescaler, ResidualRescaler) and self.rescaler.mode == "both"
+        if not still or not both or self.rescaler.dry_run:
             return None
         return (
             f"residual scales: {len(still)} block(s) are held still, because one of their two kinds of branches is "
@@ -243,6 +245,8 @@ class Steering:
         law: Sequence[Mapping[str, Any]],
         optimizers: Iterable[Optimizer],
         falling: Collection[int] = (),
+        *,
+        trained: bool = False,
     ) -> tuple[tuple[Action, ...], list[dict[str, Any]]]:
         """Decide after a measurement, and move the scales unless the run is dry.
 
@@ -251,6 +255,7 @@ class Steering:
             law: State of the law: plain values, as the previous call returned them; empty at first.
             optimizers: Their momentum of the scales that are moved is forgotten, or it would undo the move.
             falling: Indices of the blocks whose token residual falls over training.
+            trained: Whether the model was trained before the run.
 
         Returns:
             The actions, and the new state of the law.
@@ -260,15 +265,14 @@ class Steering:
             return (), [dict(values) for values in law]
         pairs = zip(measurement, self.scales.blocks, self._pairs, strict=True)
         readings = [
-            replace(self._reading(layer, block, pair), tokens_fall=layer.index in falling)
+            replace(self._reading(layer, block, pair), tokens_fall=layer.index in falling, trained=trained)
             for layer, block, pair in pairs
         ]
-        states = [BlockState.from_dict(values) for values in law] if len(law) == len(readings) else []
-        actions, after = decide(self.rescaler, self.safe_zone, measurement.step, readings, states)
+        actions, after = self.rescaler.decide(self.safe_zone, measurement.step, readings, law)
         if not self.rescaler.dry_run:
             self._move(actions, list(optimizers))
             self._before = {site: held(scale).clone() for site, scale in self.scales.named_parameters()}
-        return actions, [state.to_dict() for state in after]
+        return actions, after
 
     def _reading(self, layer: LayerMeasurement, block: ResidualBlock, pair: _Pair) -> Reading:
         mlp, attention = map(self._follows, pair, (block.mlp_branches, block.attention_branches))
@@ -276,6 +280,9 @@ class Steering:
             layer.log_ratio,
             math.log(layer.mlp_scale) if mlp else None,
             math.log(layer.attention_scale) if attention else None,
+            mlp_norm=layer.mlp_norm,
+            attention_norm=layer.attention_norm,
+            kinds=len({branch.kind for branch in block.branches}),
         )
 
     def _follows(self, scales: Sequence[nn.Module], branches: Sequence[Branch]) -> bool:

@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral import settings
 from lightning_spectral.alarms import Event
-from lightning_spectral.control.law import ResidualRescaler
+from lightning_spectral.control import GainCeiling, ResidualRescaler
+from lightning_spectral.control.law import Law
 from lightning_spectral.control.loading import lost_scales, refuse_lost_scales, restore_unsaved, saved_sites
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError
@@ -104,7 +105,7 @@ class SpectralMonitor(Callback):
     def __init__(
         self,
         every_n_steps: int = 50,
-        auto_rescale: bool | ResidualRescaler = False,
+        auto_rescale: bool | GainCeiling | ResidualRescaler = False,
         *,
         linearization: Literal["circuit", "paper"] = "circuit",
         safe_zone: tuple[float, float] = (0.5, 2.0),
@@ -121,8 +122,8 @@ class SpectralMonitor(Callback):
         self.auto_rescale = auto_rescale
         self.linearization = settings.choice("linearization", linearization, ("circuit", "paper"))
         self.safe_zone = settings.interval("safe_zone", safe_zone)
-        rescaler = _rescaler(auto_rescale)
-        self._steering = None if rescaler is None else Steering(rescaler, self.safe_zone)
+        law = _law(auto_rescale)
+        self._steering = None if law is None else Steering(law, self.safe_zone)
         self.blocks = blocks
         self.solver = solver
         self.on_alarm = on_alarm if callable(on_alarm) else settings.choice("on_alarm", on_alarm, ("log", "stop"))
@@ -374,9 +375,11 @@ def _found(
         return None
 
 
-def _rescaler(auto_rescale: bool | ResidualRescaler) -> ResidualRescaler | None:
-    if isinstance(auto_rescale, ResidualRescaler):
+def _law(auto_rescale: bool | GainCeiling | ResidualRescaler) -> Law | None:
+    if isinstance(auto_rescale, GainCeiling | ResidualRescaler):
         return auto_rescale
     if not isinstance(auto_rescale, bool):
-        raise ConfigurationError(f"auto_rescale={auto_rescale!r}: expected True, False or a ResidualRescaler(...)")
-    return ResidualRescaler() if auto_rescale else None
+        raise ConfigurationError(
+            f"auto_rescale={auto_rescale!r}: expected True, False, a GainCeiling(...) or a ResidualRescaler(...)"
+        )
+    return GainCeiling() if auto_rescale else None

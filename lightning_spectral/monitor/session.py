@@ -12,11 +12,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.alarms import Event, Memory, falling_tokens, observe
 from lightning_spectral.control.actions import news
+from lightning_spectral.control.freshness import sign_of_training
 from lightning_spectral.control.law import Action
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.discovery.plain import to_plain
@@ -247,7 +248,7 @@ class Session:
         if not self._rehearses:
             header = {"linearization": rule, "safe_zone": zone, "every_n_steps": monitor.every_n_steps}
             header |= {"run": self.series.run}
-            header["rescaler"] = None if self._steering is None else asdict(self._steering.rescaler)
+            header["rescaler"] = None if self._steering is None else self._steering.rescaler.to_dict()
             header["blocks"] = [described(block) for block in blocks]
             step = self._steps.now()
             # What is due is measured now, also if the file has it already: it was written at the end of a fit.
@@ -349,15 +350,31 @@ class Session:
         measurement = look.measurement
         actions: tuple[Action, ...] = ()
         events = self.series.observe(measurement)
-        if self._steering is not None and steer:
+        if self._steering is not None and (steer or self._steering.rescaler.at_once):
             law, optimizers = self.series.law, self._trainer.optimizers
             for notice in self._steering.notices(optimizers):
                 rank_zero_warn(f"SpectralMonitor, step {measurement.step}: {notice}")
             falling = falling_tokens(self.series.memory)
-            actions, self.series.law = self._steering.act(measurement, law, optimizers, falling)
+            actions, self.series.law = self._steering.act(
+                measurement,
+                law,
+                optimizers,
+                falling,
+                trained=not law and self._steering.rescaler.at_once and self._is_trained(),
+            )
         self._write(look, self.series.memory, events, actions)
-        if self._steering is not None and (told := news(actions, measurement, self._steering.rescaler)):
+        if self._steering is not None and (told := news(actions, measurement, dry_run=self._steering.rescaler.dry_run)):
             rank_zero_info(told)
+
+    def _is_trained(self) -> bool:
+        """Whether the law meets a model that was trained before: what it has learned to use, is not taken from it."""
+        assert self.meter is not None
+        sign = sign_of_training(self.meter.model, self.meter.blocks, self.meter.solver)
+        if sign is not None:
+            rank_zero_info(
+                f"SpectralMonitor: the model looks trained ({sign}), so no branch is lowered below the norm it has now"
+            )
+        return sign is not None
 
     def _write(self, look: _Look, memory: Memory, events: Sequence[Event], actions: Sequence[Action] = ()) -> None:
         self._latest, self.series.batches = look.measurement, look.index

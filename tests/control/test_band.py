@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from lightning_spectral.control.actions import news
-from lightning_spectral.control.law import Action, BlockState, Reading, ResidualRescaler, check_zones, decide
+from lightning_spectral.control.band import BlockState, ResidualRescaler, check_zones, decide
+from lightning_spectral.control.law import Action, Reading
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import LayerMeasurement, Measurement
 
@@ -449,7 +450,7 @@ def test_a_bound_is_told_once_also_where_the_optimizer_pulls_the_scale_off_it():
         assert action is not None
         assert action.moves
         layer = LayerMeasurement(0, "b.0", math.exp(plant.log_ratio), 1.0)
-        told.append(news([action], Measurement(plant.step, "circuit", (layer,)), rescaler) is not None)
+        told.append(news([action], Measurement(plant.step, "circuit", (layer,)), dry_run=False) is not None)
         plant.mlp += 0.01  # weight decay, or a gradient
         plant.attention -= 0.01
     assert told == [True, True] + [False] * 6  # that it begins, that it is held

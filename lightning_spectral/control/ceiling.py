@@ -1,0 +1,143 @@
+r"""The ceiling law: no branch above a ceiling, no ratio outside the safe zone, and no scale is ever raised.
+
+Let N be the number of branches that add to the residual stream, and n the spectral norm of a branch, measured *with*
+its residual scale. Each branch has a limit, and a branch above its limit is lowered to it,
+
+    s  ←  s · min(1, limit / n),
+
+the projection of ln s onto the scales under which the norm is allowed. It is exact, because n is proportional to s.
+
+* The ceiling is κ / √N. A stream of unit size that N branches add independent outputs of size κ / √N to ends at a size
+  of √(1 + κ²), whatever the depth: the reason of depth-scaled residuals. Branches outgrow their start tenfold in
+  training, so both branches of a block come to stand at the ceiling, where their ratio is 1.
+* A block whose ratio is outside the safe zone, less a margin, has the limit of its stronger branch at the edge: the
+  norm of the weaker branch times the ratio there. The weaker branch is never raised.
+* No limit is below the floor, a fraction of the ceiling, so that a branch that starts at zero does not take the other
+  with it. Blocks of two weak branches may therefore have any ratio.
+* In a model that was trained before the run, no limit is below the norm that the branch had at the start: to scale down
+  what a model has learned to use would change its function.
+
+The law has no memory but those norms. Applied twice to fixed weights, it does nothing the second time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from lightning_spectral import settings
+from lightning_spectral.control.law import Action, Reading, State
+from lightning_spectral.errors import ConfigurationError
+
+__all__ = ["GainCeiling"]
+
+_CRUMB = 1e-3  # nats: what is not worth a move
+_NAMES, _WORDS = ("mlp", "attention"), ("MLP", "attention")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GainCeiling:
+    """Settings of the ceiling law, for ``SpectralMonitor(auto_rescale=GainCeiling(...))``.
+
+    Attributes:
+        ceiling: κ: no branch may have a spectral norm above κ / √(number of branches).
+        margin: How far inside the edges of the safe zone a ratio is brought back to, in nats (0.2 is a factor of 1.22).
+        floor: Fraction of the ceiling below which no branch is lowered, in (0, 1].
+        max_step: Largest change of the logarithm of a scale by one action, in nats.
+        warmup_steps: Optimizer steps before the first action.
+        dry_run: Whether to say what would be done and change nothing.
+        learnable: Whether the optimizer trains the scales too. Otherwise the law alone moves them.
+
+    Raises:
+        ConfigurationError: A setting cannot be used; the message names it.
+    """
+
+    ceiling: float = 3.0
+    margin: float = 0.2
+    floor: float = 0.1
+    gain: float = 1.0
+    max_step: float = math.inf
+    warmup_steps: int = 0
+    dry_run: bool = False
+    learnable: bool = False
+
+    at_once: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check every setting."""
+        settings.number("ceiling", self.ceiling, 0.0, math.inf, above=True)
+        settings.number("margin", self.margin, 0.0, math.inf)
+        settings.number("floor", self.floor, 0.0, 1.0, above=True)
+        settings.steps("warmup_steps", self.warmup_steps, least=0)
+        settings.flag("dry_run", self.dry_run)
+        settings.flag("learnable", self.learnable)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        return {"law": type(self).__name__} | asdict(self)
+
+    def check(self, safe_zone: tuple[float, float]) -> None:
+        """Check that the safe zone is around 1, and wider than the margins.
+
+        Raises:
+            ConfigurationError: It is not.
+        """
+        low, high = map(math.log, safe_zone)
+        if not low + self.margin < 0 < high - self.margin:
+            raise ConfigurationError(
+                f"margin={self.margin!r}: expected less than the distance from 1 to either edge of "
+                f"safe_zone={safe_zone!r}, {min(-low, high):.3g} nats"
+            )
+
+    def decide(
+        self, safe_zone: tuple[float, float], step: int, readings: Sequence[Reading], states: Sequence[State]
+    ) -> tuple[tuple[Action, ...], list[dict[str, Any]]]:
+        """Decide what to do after a measurement (see :class:`~lightning_spectral.control.law.Law`)."""
+        ceiling = math.log(self.ceiling) - math.log(max(sum(reading.kinds for reading in readings), 1)) / 2
+        known = states if len(states) == len(readings) else [{}] * len(readings)
+        actions, after = [], []
+        for block, (reading, state) in enumerate(zip(readings, known, strict=True)):
+            seen = dict(state) or _first(reading)
+            action = self._action(block, reading, seen, ceiling, safe_zone) if step >= self.warmup_steps else None
+            if action is not None:
+                actions.append(action)
+                seen["begun"] = True
+            after.append(seen)
+        return tuple(actions), after
+
+    def _action(
+        self, block: int, reading: Reading, state: State, ceiling: float, safe_zone: tuple[float, float]
+    ) -> Action | None:
+        """Return what lowers the branches of a block to their limits, ``None`` where there is nothing to do."""
+        norms = tuple(map(_log, (reading.mlp_norm, reading.attention_norm)))
+        starts = tuple(state.get(name, -math.inf) for name in _NAMES)
+        capped = [None if n is None else min(n, max(ceiling, start)) for n, start in zip(norms, starts, strict=True)]
+        edges = (math.log(safe_zone[1]) - self.margin, -math.log(safe_zone[0]) - self.margin)
+        changes, reasons = [0.0, 0.0], []
+        for place, (norm, cap, beside, scale) in enumerate(
+            zip(norms, capped, reversed(capped), (reading.mlp, reading.attention), strict=True)
+        ):
+            if norm is None or cap is None or scale is None:
+                continue
+            floor = max(ceiling + math.log(self.floor), starts[place])
+            limit = cap if beside is None else min(cap, max(beside + edges[place], floor))
+            if norm - limit > _CRUMB:
+                changes[place] = -min(self.gain * (norm - limit), self.max_step)
+                what = "outside the safe zone" if limit < cap else "above its ceiling"
+                reasons.append(f"{_WORDS[place]} {what}: {math.exp(norm):.4g}, limit {math.exp(limit):.4g}")
+        if not reasons:
+            return None
+        return Action(block, changes[0], changes[1], ", ".join(reasons), begins=not state["begun"])
+
+
+def _first(reading: Reading) -> dict[str, Any]:
+    """Return the state of a block that is seen for the first time."""
+    norms = zip(_NAMES, map(_log, (reading.mlp_norm, reading.attention_norm)), strict=True)
+    return {"begun": False} | {name: norm for name, norm in norms if norm is not None and reading.trained}
+
+
+def _log(norm: float | None) -> float | None:
+    """Return the logarithm of a norm, ``None`` for a norm that is not known or zero."""
+    return math.log(norm) if norm is not None and 0 < norm < math.inf else None
