@@ -45,7 +45,6 @@ class GainCeiling:
         ceiling: κ: no branch may have a spectral norm above κ / √(number of branches).
         margin: How far inside the edges of the safe zone a ratio is brought back to, in nats (0.2 is a factor of 1.22).
         floor: Fraction of the ceiling below which no branch is lowered, in (0, 1].
-        max_step: Largest change of the logarithm of a scale by one action, in nats.
         warmup_steps: Optimizer steps before the first action.
         dry_run: Whether to say what would be done and change nothing.
         learnable: Whether the optimizer trains the scales too. Otherwise the law alone moves them.
@@ -57,8 +56,6 @@ class GainCeiling:
     ceiling: float = 3.0
     margin: float = 0.2
     floor: float = 0.1
-    gain: float = 1.0
-    max_step: float = math.inf
     warmup_steps: int = 0
     dry_run: bool = False
     learnable: bool = False
@@ -124,7 +121,7 @@ class GainCeiling:
             floor = max(ceiling + math.log(self.floor), starts[place])
             limit = cap if beside is None else min(cap, max(beside + edges[place], floor))
             if norm - limit > _CRUMB:
-                changes[place] = -min(self.gain * (norm - limit), self.max_step)
+                changes[place] = limit - norm
                 what = "outside the safe zone" if limit < cap else "above its ceiling"
                 reasons.append(f"{_WORDS[place]} {what}: {math.exp(norm):.4g}, limit {math.exp(limit):.4g}")
         if not reasons:

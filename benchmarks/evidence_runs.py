@@ -1,0 +1,322 @@
+"""One training run of `evidence_steering.py`: a small GPT from some start, trained in some way, and what came out."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader
+
+from lightning_spectral import GainCeiling, ResidualRescaler, SpectralMonitor, attach_scales, find_blocks
+from lightning_spectral.measure import Meter
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from train_gpt import Config, LitGPT, Windows, read_standard_library
+
+WORST = math.log(256)  # nats per byte: guessing
+ZONE = math.log(2.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What all runs have in common.
+
+    Attributes:
+        width: Width of the residual stream.
+        heads: Attention heads.
+        context: Bytes that the model sees.
+        batch_size: Windows per optimizer step.
+        every_n_steps: Optimizer steps between two measurements of a law.
+        watched_every: Optimizer steps between two measurements of the experiment, of every arm.
+        settled: The step from which on ratios are expected inside the zone.
+        held_out: Windows of held-out text.
+    """
+
+    width: int = 48
+    heads: int = 4
+    context: int = 32
+    batch_size: int = 8
+    every_n_steps: int = 5
+    watched_every: int = 10
+    settled: int = 100
+    held_out: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """What is done in training.
+
+    Attributes:
+        law: A law that steers residual scales.
+        scales: Whether the model has residual scales that only the optimizer moves.
+        placebo: Whether it has residual scales that follow a schedule.
+        decay: Weight decay.
+        layer_scale: Start of a learned gain for each channel of each branch (LayerScale, 2103.17239).
+        depth_rate: Whether blocks have the learning rate over √layers (depth-μP, 2310.02244).
+        sigma: Whether the matrices in blocks are γ W / ‖W‖₂ with a learned γ (σReparam, 2303.06296).
+    """
+
+    law: GainCeiling | ResidualRescaler | None = None
+    scales: bool = False
+    placebo: bool = False
+    decay: float = 0.1
+    layer_scale: float | None = None
+    depth_rate: bool = False
+    sigma: bool = False
+
+
+DEFAULT = "ceiling 3"
+ARMS = {
+    "off": Arm(),
+    "scales": Arm(scales=True),
+    "band": Arm(ResidualRescaler()),
+    **{f"ceiling {k}": Arm(GainCeiling(ceiling=k)) for k in (1, 3, 10)},
+    **{f"ceiling {k}, learned": Arm(GainCeiling(ceiling=k, learnable=True)) for k in (1, 3, 10)},
+    "ceiling 3 without zone": Arm(GainCeiling(floor=1.0)),
+    "placebo": Arm(placebo=True),
+    "decay 0.5": Arm(decay=0.5),
+    "decay 1": Arm(decay=1.0),
+    "LayerScale 0.1": Arm(layer_scale=0.1),
+    "depth-scaled rate": Arm(depth_rate=True),
+    "σReparam": Arm(sigma=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How a model is initialized.
+
+    Attributes:
+        fan_in: Whether the matrices in blocks have entries of variance 1 / fan-in, or a standard deviation of 0.02.
+        mlp: Factor on the last matrix of every MLP.
+        attention: The same for attention.
+    """
+
+    fan_in: bool = True
+    mlp: float = 1.0
+    attention: float = 1.0
+
+
+STARTS = {
+    "healthy": Start(),
+    "MLP 8×": Start(mlp=8.0),
+    "attention 8×": Start(attention=8.0),
+    "small": Start(fan_in=False),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run.
+
+    Attributes:
+        arm: What is done, a key of ``ARMS``.
+        start: Where it starts, a key of ``STARTS``.
+        layers: Residual blocks.
+        steps: Optimizer steps.
+        rate: Largest learning rate of the cycle.
+        seed: Decides the weights and the order of the batches.
+    """
+
+    arm: str
+    start: str
+    layers: int
+    steps: int
+    rate: float
+    seed: int
+
+
+class Tuned(LitGPT):
+    """The example's recipe with the weight decay and the rates of an arm."""
+
+    def __init__(self, config: Config, rate: float, arm: Arm) -> None:
+        super().__init__(config, rate)
+        self.arm = arm
+
+    def configure_optimizers(self) -> dict:
+        """AdamW, warmed up and annealed."""
+        found = super().configure_optimizers()
+        cycle, steps = found["lr_scheduler"]["scheduler"], self.trainer.estimated_stepping_batches
+        inside = {id(parameter) for parameter in self.model.blocks.parameters()} if self.arm.depth_rate else set()
+        groups = [[p for p in self.parameters() if (id(p) in inside) is blockwise] for blockwise in (False, True)]
+        rates = (self.learning_rate, self.learning_rate / math.sqrt(len(self.model.blocks)))
+        pairs = [(group, rate) for group, rate in zip(groups, rates, strict=True) if group]
+        optimizer = torch.optim.AdamW([{"params": group} for group, _ in pairs], weight_decay=self.arm.decay)
+        warmup = 0.1 if steps > 10 else 0.0
+        cycle = type(cycle)(optimizer, [rate for _, rate in pairs], total_steps=steps, pct_start=warmup)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+
+
+class LayerScale(nn.Module):
+    """A branch times a learned gain for each channel."""
+
+    def __init__(self, branch: nn.Module, width: int, start: float) -> None:
+        super().__init__()
+        self.branch, self.gain = branch, nn.Parameter(torch.full((width,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale the output: (batch, time, width) to the same shape."""
+        return self.gain * self.branch(x)
+
+
+class SigmaReparam(nn.Module):
+    """γ W / σ(W), σ by one step of power iteration for each forward pass in training; γ starts at 1."""
+
+    def __init__(self, W: Tensor) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1))
+        self.register_buffer("u", torch.nn.functional.normalize(torch.randn(W.shape[0]), dim=0))
+        self.register_buffer("v", torch.nn.functional.normalize(W.detach().T @ self.u, dim=0))
+
+    def forward(self, W: Tensor) -> Tensor:
+        """Return the weight in use."""
+        if self.training and torch.is_grad_enabled():
+            with torch.no_grad():
+                self.u = torch.nn.functional.normalize(W @ self.v, dim=0)
+                self.v = torch.nn.functional.normalize(W.T @ self.u, dim=0)
+        return self.gain * W / (self.u @ W @ self.v)
+
+
+class Watcher(Callback):
+    """Notes the training loss of every step, and now and then the ratios and scales of all blocks."""
+
+    def __init__(self, meter: Meter, every_n_steps: int) -> None:
+        self.meter, self.every_n_steps = meter, every_n_steps
+        self.losses: list[float] = []
+        self.steps: list[int] = []
+        self.log_ratios: list[list[float | None]] = []
+        self.log_scales: list[list[float]] = []  # mean over the blocks, of MLP and attention
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Take the loss that Lightning hands over, and measure."""
+        self.losses.append(outputs["loss"].item())
+        if trainer.global_step % self.every_n_steps == 0:
+            layers = self.meter.measure(trainer.global_step).layers
+            self.steps.append(trainer.global_step)
+            self.log_ratios.append([layer.log_ratio for layer in layers])
+            scales = ([layer.mlp_scale for layer in layers], [layer.attention_scale for layer in layers])
+            self.log_scales.append([fmean(map(math.log, kind)) for kind in scales])
+
+
+class Schedule(Callback):
+    """Moves residual scales along a schedule: steps, and logarithms of the scales of MLP and attention."""
+
+    def __init__(self, scales: Sequence[tuple[nn.Parameter, int]], steps: Sequence[int], values: Any) -> None:
+        self.scales, self.steps, self.values = scales, [0, *steps], torch.tensor([[0.0, 0.0], *values])
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer: Trainer, *rest: Any) -> None:
+        """Set the scales for the coming step, by the last entry before it."""
+        place = sum(step <= trainer.global_step for step in self.steps) - 1
+        for scale, kind in self.scales:
+            scale.fill_(self.values[place, kind])
+
+
+def initialize(job: Job, recipe: Recipe) -> Tuned:
+    """Return the model at its start."""
+    torch.manual_seed(job.seed)
+    arm, start = ARMS[job.arm], STARTS[job.start]
+    module = Tuned(Config(job.layers, recipe.width, recipe.heads, recipe.context), job.rate, arm)
+    for block in module.model.blocks:
+        matrices = [item for item in block.modules() if isinstance(item, nn.Linear)]
+        with torch.no_grad():
+            for linear in matrices if start.fan_in else ():
+                linear.weight.normal_(std=linear.in_features**-0.5)
+            block.mlp.down.weight.mul_(start.mlp)
+            block.attention.proj.weight.mul_(start.attention)
+        for linear in matrices if arm.sigma else ():
+            parametrize.register_parametrization(linear, "weight", SigmaReparam(linear.weight))
+        if arm.layer_scale is not None:
+            block.attention = LayerScale(block.attention, recipe.width, arm.layer_scale)
+            block.mlp = LayerScale(block.mlp, recipe.width, arm.layer_scale)
+    return module
+
+
+def train(job: Job, recipe: Recipe, texts: tuple[Windows, Tensor], schedule: Mapping[str, Any] | None) -> dict:
+    """Train once. Everything but the time is a function of the job, the recipe, the text and the schedule."""
+    began, arm, module = time.process_time(), ARMS[job.arm], initialize(job, recipe)
+    blocks, callbacks = find_blocks(module), []
+    if arm.scales or arm.placebo or arm.law is not None:
+        learnable = arm.scales if arm.law is None else arm.law.learnable
+        scales = attach_scales(module, blocks, learnable=learnable)
+        blocks = scales.blocks
+        if schedule is not None:
+            kinds = [(parameter, int("attention" in site)) for site, parameter in scales.named_parameters()]
+            callbacks = [Schedule(kinds, schedule["measured"], schedule["log_scales"])]
+    if arm.law is not None:
+        law = SpectralMonitor(recipe.every_n_steps, arm.law, blocks=blocks, geometry=False, on_error="raise")
+        callbacks = [law]
+    watcher = Watcher(Meter(module, blocks), recipe.watched_every)
+    fit(module, [*callbacks, watcher], job, recipe, texts[0])
+    return asdict(job) | outcome(watcher, module, recipe, texts[1]) | {"seconds": time.process_time() - began}
+
+
+def fit(module: Tuned, callbacks: list[Callback], job: Job, recipe: Recipe, windows: Windows) -> None:
+    """Run Lightning's Trainer, quietly and without files."""
+    for name in ("lightning.pytorch", "lightning_spectral"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    order = torch.Generator().manual_seed(job.seed)
+    loader = DataLoader(windows, recipe.batch_size, shuffle=True, drop_last=True, generator=order)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*")
+        trainer = Trainer(
+            max_steps=job.steps,
+            accelerator="cpu",
+            default_root_dir=folder,
+            logger=False,
+            callbacks=callbacks,
+            gradient_clip_val=1.0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        trainer.fit(module, loader)
+
+
+@torch.no_grad()
+def outcome(watcher: Watcher, module: Tuned, recipe: Recipe, held_out: Tensor) -> dict[str, Any]:
+    """Return what came out, as plain values."""
+    module.eval()
+    logits = module(held_out[:, :-1]).flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, held_out[:, 1:].flatten()).item()
+    settled = [row for step, row in zip(watcher.steps, watcher.log_ratios, strict=True) if step >= recipe.settled]
+    inside = [value is not None and abs(value) < ZONE for row in settled for value in row]
+    return {
+        "validation": loss if math.isfinite(loss) else None,
+        "spike": spike(watcher.losses),
+        "inside": fmean(inside) if inside else None,
+        "worst": max((abs(value) for row in settled for value in row if value is not None), default=None),
+        "last_log_ratios": watcher.log_ratios[-1] if watcher.log_ratios else [],
+        "measured": watcher.steps,
+        "log_scales": watcher.log_scales,
+    }
+
+
+def spike(losses: Sequence[float], begin: int = 10) -> float | None:
+    """Return the largest rise of a loss above its smallest value so far, after the first steps, in nats."""
+    if not all(map(math.isfinite, losses)):
+        return None
+    lowest, rise = min(losses[:begin]), 0.0
+    for loss in losses[begin:]:
+        rise, lowest = max(rise, loss - lowest), min(lowest, loss)
+    return rise
+
+
+def read_texts(recipe: Recipe) -> tuple[Windows, Tensor]:
+    """Read the standard library's source; the held-out windows are spread evenly over the held-out files."""
+    training, held_out = (Windows(text, recipe.context) for text in read_standard_library())
+    places = torch.linspace(0, len(held_out) - 1, recipe.held_out).long()
+    return training, held_out.windows[places].long()
