@@ -87,8 +87,9 @@ def balance_init_(
     failed their self-check are left alone, because their weights may not be those of their branches; a warning names
     them. They count in N.
 
-    In a post-norm block, where a norm follows the sum, the stream has unit size in every layer. Smaller branches let
-    more of the stream pass there, whatever the ratio; ``gain`` sets that, ``target`` does not.
+    In a post-norm block, a norm follows the sum. The branch in front of the sum is measured and scaled as any other: a
+    smaller branch lets more of the stream pass. Where a norm stands behind the branch itself (Gemma 2, OLMo 2), its
+    gain is scaled.
 
     A trained model would lose what it has learned. It is recognized by its weights: those of a fresh model have
     constant norm gains, and matrices of independent or orthogonal entries, whose spectral norm lies at the edge

@@ -207,7 +207,7 @@ class ResidualBlock:
 
     @property
     def kinds(self) -> tuple[BranchKind, ...]:
-        """The kinds of its branches, each once: a kind adds to the stream by the sum of its branches."""
+        """The kinds of its branches, each once. A kind adds to the stream by the sum of its branches."""
         return tuple(dict.fromkeys(branch.kind for branch in self.branches))
 
     @property

@@ -29,7 +29,7 @@ def texts() -> post_norm.Texts:
         ("both × 0.5", lambda mlp, attention: (mlp / 2, attention / 2)),
         ("attention × 0.5", lambda mlp, attention: (mlp, attention / 2)),
         ("target 4", lambda mlp, attention: (2 * math.sqrt(mlp * attention), math.sqrt(mlp * attention) / 2)),
-        ("target 1, gain 3", lambda mlp, attention: (1.5, 1.5)),
+        ("target 1, gain 3", lambda mlp, attention: (3 / math.sqrt(6),) * 2),
     ],
 )
 @pytest.mark.parametrize("norm", ["post", "pre"])
