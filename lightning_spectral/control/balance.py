@@ -1,4 +1,4 @@
-"""Balanced initialization: scale both branches of every block once, so that the spectral ratios start at a target."""
+"""Balanced initialization: scale the branches of every block once, to a ratio and, if asked, to a strength."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_spectral import settings
+from lightning_spectral.control.ceiling import strength
 from lightning_spectral.control.freshness import sign_of_training
 from lightning_spectral.control.scales import ResidualScale
 from lightning_spectral.discovery import find_blocks
@@ -38,6 +39,15 @@ _WITHOUT = "Balance the other blocks: blocks=[block for block in find_blocks(mod
 
 
 @dataclass(frozen=True, slots=True)
+class _Kind:
+    """The branches of one kind in one block, and the factor that their norm needs."""
+
+    block: ResidualBlock
+    branches: tuple[Branch, ...]
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Write:
     """One parameter to multiply: c · (offset + w) − offset."""
 
@@ -51,6 +61,7 @@ def balance_init_(
     blocks: Sequence[ResidualBlock] | None = None,
     *,
     target: float = 1.0,
+    gain: float | None = None,
     linearization: Linearization = "circuit",
     solver: Solver | None = None,
     batch: Any = None,
@@ -58,12 +69,27 @@ def balance_init_(
 ) -> Measurement:
     """Scale the branches of a freshly initialized model in place, such that every spectral ratio is the target.
 
-    In every block with a ratio, the ends of the MLP branch (its last weights and biases, or the gain and bias of a norm
-    behind it; see :class:`~lightning_spectral.records.End`) are multiplied by √(target/ρ) and those of the attention
-    branch are divided by it, so that the geometric mean of the two norms stays. The measured ratio is the target up to
-    rounding, also that of the dtype of the weights; the true one up to the error of the solver, by default at most 1 %.
-    Blocks without a ratio (one branch, an unmeasured branch, weights that are not finite) are left alone. So are blocks
-    that failed their self-check, because their weights may not be those of their branches; a warning names them.
+    In every block with a ratio ρ, the ends of the MLP branch (its last weights and biases, or the gain and bias of a
+    norm behind it; see :class:`~lightning_spectral.records.End`) are multiplied by √(target/ρ) and those of the
+    attention branch are divided by it, so that the geometric mean of the two norms stays. With ``gain=κ`` the geometric
+    mean of every block becomes κ/√N: the MLP gets the norm √target · κ/√N and attention κ/√N / √target. With
+    ``target=1.0`` both stand at the ceiling of :class:`~lightning_spectral.GainCeiling` with ``ceiling=κ``, which has
+    nothing to lower then. The measured ratio is the target up to rounding, also that of the dtype of the weights; the
+    true one up to the error of the solver, by default at most 1 %. The same holds for the norms with ``gain``.
+
+    N is the number of branches of ``blocks``, as the ceiling law counts them in a run with the same blocks: every kind
+    of branch of every block once. The branches of one kind, such as the two MLPs of a macaron block, get one factor,
+    and their sum has the norm; of a mixture of experts, the expert with the largest norm has it. Cross-attention counts
+    in N and is not scaled. A module that runs in several layers (ALBERT) counts once.
+
+    Blocks without a ratio (one branch, an unmeasured branch, weights that are not finite) are left alone. With ``gain``
+    a branch that is measured alone in its block gets the norm κ/√N, and the block still has no ratio. Blocks that
+    failed their self-check are left alone, because their weights may not be those of their branches; a warning names
+    them. They count in N.
+
+    In a post-norm block, a norm follows the sum. The branch in front of the sum is measured and scaled as any other: a
+    smaller branch lets more of the stream pass. Where a norm stands behind the branch itself (Gemma 2, OLMo 2), its
+    gain is scaled.
 
     A trained model would lose what it has learned. It is recognized by its weights: those of a fresh model have
     constant norm gains, and matrices of independent or orthogonal entries, whose spectral norm lies at the edge
@@ -78,6 +104,7 @@ def balance_init_(
         blocks: The blocks to balance; found in the model by default. A sharded model needs them, found before, and all
             processes have to call this together.
         target: The ratio that every block gets.
+        gain: κ: the geometric mean of the two norms of every block becomes κ/√N. By default it stays.
         linearization: The rule under which it is measured, ``"circuit"`` or ``"paper"``; as in :func:`measure`.
         solver: How spectral norms are computed, :class:`RandomizedSVD` by default.
         batch: Example input for finding the blocks, if none can be guessed: a tensor, a tuple of positional arguments
@@ -94,17 +121,19 @@ def balance_init_(
         ExampleInputError: The model could not be run on any example input.
     """
     target = settings.number("target", target, 0.0, math.inf, above=True)
+    gain = None if gain is None else settings.number("gain", gain, 0.0, math.inf, above=True)
     settings.flag("force", force)
     if blocks is None:
         blocks = _found(model, batch)
     meter = Meter(model, list(dict.fromkeys(blocks)), linearization=linearization, solver=solver)
     trusted = _trusted(meter.blocks)
+    size = None if gain is None else strength(gain, (len(block.kinds) for block in meter.blocks))
     layers = zip(meter.blocks, meter.measure(), strict=True)
-    pairs = [(block, layer) for block, layer in layers if layer.ratio and block in trusted]
-    _check_ends(model, [block for block, _ in pairs])
-    writes = [write for block, layer in pairs for write in _writes(model, block, layer, target, meter.linearization)]
+    kinds = [kind for block, layer in layers if block in trusted for kind in _kinds(block, layer, target, size)]
+    _check_ends(model, kinds)
+    writes = [write for kind in kinds for write in _writes(model, kind, meter.linearization)]
     if not force:
-        _check_fresh(model, [block for block, _ in pairs], meter.solver)
+        _check_fresh(model, list(dict.fromkeys(kind.block for kind in kinds)), meter.solver)
     with torch.no_grad():
         for write in writes:
             tensor = _stored(model, write.parameter)
@@ -131,17 +160,28 @@ def _trusted(blocks: Sequence[ResidualBlock]) -> list[ResidualBlock]:
     return [block for block in blocks if block not in doubtful]
 
 
-def _pair(block: ResidualBlock) -> Iterator[Branch]:
-    """Yield the branches of the ratio, those of one kind all together."""
-    yield from (*block.attention_branches, *block.mlp_branches)
+def _kinds(block: ResidualBlock, layer: LayerMeasurement, target: float, size: float | None) -> Iterator[_Kind]:
+    """Yield the branches of one block that get another norm; a branch without the other one only with a size."""
+    sides = (
+        (block.attention_branches, layer.attention_norm, 1 / math.sqrt(target)),
+        (block.mlp_branches, layer.mlp_norm, math.sqrt(target)),
+    )
+    pair = bool(layer.ratio)
+    if size is None and pair:
+        # Roots before the product: the norms of a diverged model may be far apart.
+        size = math.prod(math.sqrt(norm) for _, norm, _ in sides if norm is not None)
+    for branches, norm, share in sides:
+        if size is not None and norm is not None and 0 < norm < math.inf:
+            yield _Kind(block, branches, size * (share if pair else 1.0) / norm)
 
 
-def _check_ends(model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
+def _check_ends(model: nn.Module, kinds: Sequence[_Kind]) -> None:
     """Refuse blocks that cannot be scaled, all of them in one message."""
     problems: dict[str, str] = {}
     users: defaultdict[str, list[str]] = defaultdict(list)
-    for block in blocks:
-        for branch in _pair(block):
+    for kind in kinds:
+        block = kind.block
+        for branch in kind.branches:
             tensors = {end.parameter: _stored(model, end.parameter) for end in branch.ends}
             absent = [path for path, tensor in tensors.items() if tensor is None]
             if not branch.ends:
@@ -180,22 +220,16 @@ def _stored(model: nn.Module, path: str) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _writes(
-    model: nn.Module, block: ResidualBlock, layer: LayerMeasurement, target: float, linearization: WeightLinearization
-) -> Iterator[_Write]:
-    """Yield what to multiply in one block."""
-    assert layer.mlp_norm is not None
-    assert layer.attention_norm is not None
-    # Roots before the quotient: the norms of a diverged model may be far apart.
-    change = math.sqrt(target) * math.sqrt(layer.attention_norm) / math.sqrt(layer.mlp_norm)
-    for branch in _pair(block):
+def _writes(model: nn.Module, kind: _Kind, linearization: WeightLinearization) -> Iterator[_Write]:
+    """Yield what to multiply in one kind of branches."""
+    for branch in kind.branches:
         degrees = {_degree(model, path, branch, linearization) for path in branch.paths}
         if len(degrees) != 1 or degrees == {0}:
             raise ConfigurationError(
-                f"linearization={linearization!r} does not see the size of {block.name} ({branch.kind}), which is that "
-                f"of {branch.ends[0].parameter}: expected linearization='circuit', or blocks= without it"
+                f"linearization={linearization!r} does not see the size of {kind.block.name} ({branch.kind}), which is "
+                f"that of {branch.ends[0].parameter}: expected linearization='circuit', or blocks= without it"
             )
-        factor = (change if branch in block.mlp_branches else 1 / change) ** (1 / degrees.pop())
+        factor = kind.factor ** (1 / degrees.pop())
         yield from (_Write(end.parameter, end.offset, factor) for end in branch.ends)
 
 

@@ -23,7 +23,7 @@ The law has no memory but those norms. Applied twice to fixed weights, it does n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -31,7 +31,7 @@ from lightning_spectral import settings
 from lightning_spectral.control.law import Action, Reading, State
 from lightning_spectral.errors import ConfigurationError
 
-__all__ = ["GainCeiling"]
+__all__ = ["GainCeiling", "strength"]
 
 _CRUMB = 1e-3  # nats: what is not worth a move
 _NAMES, _WORDS = ("mlp", "attention"), ("MLP", "attention")
@@ -92,7 +92,7 @@ class GainCeiling:
         self, safe_zone: tuple[float, float], step: int, readings: Sequence[Reading], states: Sequence[State]
     ) -> tuple[tuple[Action, ...], list[dict[str, Any]]]:
         """Decide what to do after a measurement (see :class:`~lightning_spectral.control.law.Law`)."""
-        ceiling = math.log(self.ceiling) - math.log(max(sum(reading.kinds for reading in readings), 1)) / 2
+        ceiling = math.log(strength(self.ceiling, (reading.kinds for reading in readings)))
         known = states if len(states) == len(readings) else [{}] * len(readings)
         actions, after = [], []
         for block, (reading, state) in enumerate(zip(readings, known, strict=True)):
@@ -127,6 +127,20 @@ class GainCeiling:
         if not reasons:
             return None
         return Action(block, changes[0], changes[1], ", ".join(reasons), begins=not state["begun"])
+
+
+def strength(gain: float, kinds: Iterable[int]) -> float:
+    """Return κ / √N, the spectral norm of one of N branches that together have the gain κ.
+
+    N counts every kind of branch of every block once, whether it can be measured and moved or not: cross-attention and
+    mixers too. A module that several blocks share, and a block that runs several times, count where they are listed,
+    which is once.
+
+    Args:
+        gain: κ.
+        kinds: How many kinds of branches each block has.
+    """
+    return gain / math.sqrt(max(sum(kinds), 1))
 
 
 def _first(reading: Reading) -> dict[str, Any]:

@@ -282,7 +282,7 @@ class Steering:
             math.log(layer.attention_scale) if attention else None,
             mlp_norm=layer.mlp_norm,
             attention_norm=layer.attention_norm,
-            kinds=len({branch.kind for branch in block.branches}),
+            kinds=len(block.kinds),
         )
 
     def _follows(self, scales: Sequence[nn.Module], branches: Sequence[Branch]) -> bool:

@@ -206,6 +206,11 @@ class ResidualBlock:
         return self.evidence.removeprefix("trace; not verified: ").replace("hints", "described by hints, not checked")
 
     @property
+    def kinds(self) -> tuple[BranchKind, ...]:
+        """The kinds of its branches, each once. A kind adds to the stream by the sum of its branches."""
+        return tuple(dict.fromkeys(branch.kind for branch in self.branches))
+
+    @property
     def attention_branches(self) -> tuple[Branch, ...]:
         """The branches that make up the attention by their sum; other token mixers where nothing attends."""
         attention = tuple(branch for branch in self.branches if branch.kind == "attention")

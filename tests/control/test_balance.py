@@ -1,4 +1,4 @@
-"""Balanced initialization: every ratio is the target, the geometric mean stays, and nothing else is changed."""
+"""Balanced initialization: every ratio is the target, the geometric mean stays or is set, nothing else is changed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,24 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from lightning.pytorch import seed_everything
+from tiny_run import LitGPT, fit
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from zoo import Example, example, examples
 
-from lightning_spectral import ConfigurationError, ExactSVD, ResidualBlock, find_blocks, measure
+from lightning_spectral import (
+    ConfigurationError,
+    ExactSVD,
+    GainCeiling,
+    ResidualBlock,
+    SpectralMonitor,
+    find_blocks,
+    measure,
+    read_actions,
+)
 from lightning_spectral.control.balance import balance_init_
+from lightning_spectral.control.law import Reading
 from lightning_spectral.control.scales import attach_scales
 from lightning_spectral.records import LayerMeasurement, Measurement
 
@@ -67,6 +79,16 @@ def changed(model: nn.Module, before: Mapping[str, Tensor]) -> set[str]:
 
 def balanced(measurement: Measurement) -> list[LayerMeasurement]:
     return [layer for layer in measurement if layer.ratio is not None]
+
+
+def strong(block: ResidualBlock, target: float, size: float) -> tuple[tuple[float | None, float | None], ...]:
+    """The norms of MLP and attention as the docstring has them, with and without the ratio."""
+    known = [any(branch.paths for branch in branches) for branches in (block.mlp_branches, block.attention_branches)]
+    shares = (math.sqrt(target), 1 / math.sqrt(target)) if all(known) else (1.0, 1.0)
+    return tuple(
+        pytest.approx(size * share, rel=1e-5) if is_known else None
+        for share, is_known in zip(shares, known, strict=True)
+    )
 
 
 def mean(layer: LayerMeasurement) -> float:
@@ -139,6 +161,146 @@ def test_a_second_call_changes_nothing(name: str) -> None:
     balance_init_(model, blocks, force=True)
     for parameter, tensor in state(model).items():
         torch.testing.assert_close(tensor, before[parameter], rtol=1e-3, atol=1e-6)
+
+
+# The gain: both branches of every block at a strength
+
+BRANCHES = {
+    "nanogpt": 6,
+    "torch_encoder_post": 6,
+    "plain_post_norm": 6,
+    "bert": 6,
+    "gptj": 6,
+    "falcon_7b": 6,
+    "gemma2": 6,
+    "olmo2": 6,
+    "plain_sandwich": 6,
+    "mixtral": 6,
+    "experts_modules_shared": 4,
+    "macaron": 6,  # its two MLPs are added up
+    "albert": 2,  # one block, three times
+    "t5": 10,  # two blocks with and two without cross-attention
+    "torch_decoder_post": 9,
+    "plain_layer_scale": 6,
+    "hybrid": 8,  # half of its attention is a mixer
+    "mlp_mixer": 6,
+    "attention_only": 3,
+    "mlp_only": 3,
+    "mamba2": 3,
+}
+
+
+@pytest.mark.parametrize(("name", "branches"), BRANCHES.items(), ids=BRANCHES)
+def test_a_gain_sets_the_norms(name: str, branches: int) -> None:
+    """Against dense decompositions; a branch that is measured alone stands in the middle; the reasons stay."""
+    model, blocks = found(name)
+    before, weights = measure(model, blocks, solver=ExactSVD()), state(model)
+    result = balance_init_(model, blocks, target=2.0, gain=3.0, solver=ExactSVD(), force=True)
+    after = measure(model, blocks, solver=ExactSVD())
+    assert result == after
+    for block, old, new in zip(blocks, before, after, strict=True):
+        assert (new.mlp_norm, new.attention_norm) == strong(block, 2.0, 3.0 / math.sqrt(branches))
+        assert (new.ratio is None, new.reason) == (old.ratio is None, old.reason)
+    moved = {end.parameter for block in blocks for branch in block.branches for end in branch.ends}
+    still = {
+        end.parameter
+        for block in blocks
+        for branch in block.branches
+        if branch.kind == "cross_attention"
+        for end in branch.ends
+    }
+    assert changed(model, weights) <= moved - still
+
+
+@pytest.mark.parametrize("name", [name for name in BRANCHES if name != "mamba2"])
+def test_after_a_gain_the_ceiling_law_has_nothing_to_do(name: str) -> None:
+    """It counts the branches alike; one percent more is too much for it."""
+    model, blocks = found(name)
+    for gain, moves in ((3.0, False), (3.03, True)):
+        balance_init_(model, blocks, gain=gain, force=True)
+        readings = [
+            Reading(
+                layer.log_ratio,
+                0.0,
+                0.0,
+                mlp_norm=layer.mlp_norm,
+                attention_norm=layer.attention_norm,
+                kinds=len(block.kinds),
+            )
+            for layer, block in zip(measure(model, blocks), blocks, strict=True)
+        ]
+        actions, _ = GainCeiling(ceiling=3.0).decide((0.5, 2.0), 0, readings, [])
+        assert bool(actions) is moves
+
+
+@pytest.mark.parametrize(
+    ("gain", "target", "moved"), [(3.0, 1.0, set()), (3.3, 1.0, {"mlp", "attention"}), (3.0, 1.5, {"mlp"})]
+)
+def test_a_run_at_the_ceiling_moves_nothing_at_its_start(
+    tmp_path: FilePath, gain: float, target: float, moved: set[str]
+) -> None:
+    """A real run of the default law: what stands above the ceiling is lowered before the first step, all of it."""
+    seed_everything(0)
+    module = LitGPT()
+    balance_init_(module, gain=gain, target=target)
+    fit(tmp_path, SpectralMonitor(5, GainCeiling()), module=module, max_steps=1)
+    actions = read_actions(tmp_path / "spectral.jsonl")
+    assert {kind for kind in ("mlp", "attention") for action in actions if action[f"{kind}_log_change"]} == moved
+    assert {action["step"] for action in actions} == ({0} if moved else set())
+    scales = {name: value.item() for name, value in module.named_parameters() if name.endswith("log_scale")}
+    assert len(scales) == 6
+    for name, value in scales.items():
+        kind = "attention" if ".attention." in name else "mlp"
+        share = math.sqrt(target) if kind == "mlp" else 1 / math.sqrt(target)
+        assert value == (pytest.approx(-math.log(gain * share / 3.0), abs=1e-3) if kind in moved else 0.0)
+
+
+def test_the_ends_of_a_model_with_scales_reach_the_gain() -> None:
+    """The scales are part of the norms, and stay."""
+    model, blocks = found("nanogpt")
+    scales = attach_scales(model, blocks)
+    with torch.no_grad():
+        for number, parameter in enumerate(scales.parameters()):
+            parameter.fill_(0.1 * number)
+    before = [parameter.item() for parameter in scales.parameters()]
+    for layer in balance_init_(model, blocks, gain=2.0, solver=ExactSVD(), force=True):
+        assert (layer.mlp_norm, layer.attention_norm) == (pytest.approx(2 / math.sqrt(6), rel=1e-5),) * 2
+    assert [parameter.item() for parameter in scales.parameters()] == before
+
+
+def test_the_paper_s_norms_reach_the_gain() -> None:
+    """Also those of an output matrix that counts twice."""
+    model, blocks = found("qwen3")
+    for layer in balance_init_(model, blocks, gain=2.0, linearization="paper", solver=ExactSVD(), force=True):
+        assert (layer.mlp_norm, layer.attention_norm) == (pytest.approx(2 / math.sqrt(6), rel=1e-5),) * 2
+
+
+def test_a_gain_counts_the_blocks_that_are_passed_each_once() -> None:
+    """Those that failed their self-check too, though they are left alone."""
+    model, blocks = found("nanogpt")
+    (layer, _) = balance_init_(model, [blocks[1], blocks[1]], gain=3.0, solver=ExactSVD(), force=True)
+    assert layer.mlp_norm == pytest.approx(3 / math.sqrt(2), rel=1e-5)
+    doubtful = [replace(blocks[0], verified=False), *blocks[1:]]
+    before = state(model)
+    with pytest.warns(UserWarning, match=r"leaves 1 of 3 blocks alone"):
+        result = balance_init_(model, doubtful, gain=3.0, solver=ExactSVD(), force=True)
+    assert not [name for name in changed(model, before) if "h.0." in name]
+    assert result.layers[2].mlp_norm == pytest.approx(3 / math.sqrt(6), rel=1e-5)
+
+
+def test_what_is_zero_or_not_finite_stays_and_what_is_beside_it_gets_its_norm() -> None:
+    """A branch that starts at zero has no scale that a factor could change."""
+    model, blocks = found("nanogpt")
+    with torch.no_grad():
+        model.get_parameter("transformer.h.0.attn.c_proj.weight").zero_()
+        model.get_parameter("transformer.h.1.mlp.c_fc.weight")[0, 0] = math.nan
+    before = state(model)
+    zero, unknown, _ = balance_init_(model, blocks, gain=3.0, solver=ExactSVD(), force=True)
+    size = pytest.approx(3 / math.sqrt(6), rel=1e-5)
+    assert (zero.mlp_norm, zero.attention_norm, zero.reason) == (size, 0.0, "attention: its norm is zero")
+    assert (unknown.mlp_norm, unknown.attention_norm) == (None, size)
+    assert unknown.reason == "mlp: weights are not finite (NaN or Inf)"
+    assert not [name for name in changed(model, before) if "h.1.mlp" in name or "h.0.attn.c_proj.weight" in name]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -243,6 +405,12 @@ def test_blocks_are_found_from_a_batch() -> None:
         ({"target": math.nan}, r"target=nan: expected a number above 0"),
         ({"target": math.inf}, r"target=inf: expected a number above 0"),
         ({"target": "1"}, r"target='1': expected a number above 0"),
+        ({"gain": 0}, r"gain=0: expected a number above 0"),
+        ({"gain": -3.0}, r"gain=-3\.0: expected a number above 0"),
+        ({"gain": math.nan}, r"gain=nan: expected a number above 0"),
+        ({"gain": math.inf}, r"gain=inf: expected a number above 0"),
+        ({"gain": True}, r"gain=True: expected a number above 0"),
+        ({"gain": "3"}, r"gain='3': expected a number above 0"),
         ({"linearization": "jacobian"}, r"linearization='jacobian': expected 'circuit' or 'paper'"),
         ({"force": "yes"}, r"force='yes': expected True or False"),
     ],

@@ -454,7 +454,7 @@ def balanced(mesh: DeviceMesh) -> Any:
         blocks = find_blocks(plain)
         model = shard(model) or model
         found = {
-            kind: [numbers(balance_init_(item, blocks, target=1.5))]
+            kind: [numbers(balance_init_(item, blocks, **how)) for how in ({"target": 1.5}, {"gain": 2.0})]
             for kind, item in (("plain", plain), ("sharded", model))
         }
         pairs = zip(plain.parameters(), model.parameters(), strict=True)

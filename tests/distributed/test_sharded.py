@@ -130,6 +130,8 @@ def test_a_sharded_model_is_balanced_as_one_in_one_piece(two: Seen, kind: str):
     for rank in two:
         item = rank["balanced"][kind]
         assert [layer["ratio"] for layer in item["sharded"][0]["layers"]] == pytest.approx([1.5] * 3, rel=1e-4)
+        for norm in ("mlp_norm", "attention_norm"):
+            assert [layer[norm] for layer in item["sharded"][1]["layers"]] == pytest.approx([2 / 6**0.5] * 3, rel=1e-4)
         assert item["apart"] < 1e-4
 
 
