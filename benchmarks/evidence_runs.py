@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
-from lightning_spectral import GainCeiling, ResidualRescaler, SpectralMonitor, attach_scales, find_blocks
+from lightning_spectral import GainCeiling, ResidualRescaler, SpectralMonitor, attach_scales, balance_init_, find_blocks
 from lightning_spectral.measure import Meter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -63,6 +63,7 @@ class Arm:
         law: A law that steers residual scales.
         scales: Whether the model has residual scales that only the optimizer moves.
         placebo: Whether it has residual scales that follow a schedule.
+        strength: κ of `balance_init_(target=1, gain=κ)` before training, ``None`` for none.
         decay: Weight decay.
         layer_scale: Start of a learned gain for each channel of each branch (LayerScale, 2103.17239).
         depth_rate: Whether blocks have the learning rate over √layers (depth-μP, 2310.02244).
@@ -72,6 +73,7 @@ class Arm:
     law: GainCeiling | ResidualRescaler | None = None
     scales: bool = False
     placebo: bool = False
+    strength: float | None = None
     decay: float = 0.1
     layer_scale: float | None = None
     depth_rate: bool = False
@@ -87,6 +89,7 @@ ARMS = {
     **{f"ceiling {k}, learned": Arm(GainCeiling(ceiling=k, learnable=True)) for k in (1, 3, 10)},
     "ceiling 3 without zone": Arm(GainCeiling(floor=1.0)),
     "placebo": Arm(placebo=True),
+    **{f"start {k}": Arm(strength=k) for k in (1, 3)},
     "decay 0.5": Arm(decay=0.5),
     "decay 1": Arm(decay=1.0),
     "LayerScale 0.1": Arm(layer_scale=0.1),
@@ -249,6 +252,8 @@ def train(job: Job, recipe: Recipe, texts: tuple[Windows, Tensor], schedule: Map
     """Train once. Everything but the time is a function of the job, the recipe, the text and the schedule."""
     began, arm, module = time.process_time(), ARMS[job.arm], initialize(job, recipe)
     blocks, callbacks = find_blocks(module), []
+    if arm.strength is not None:
+        balance_init_(module, blocks, gain=arm.strength)
     if arm.scales or arm.placebo or arm.law is not None:
         learnable = arm.scales if arm.law is None else arm.law.learnable
         scales = attach_scales(module, blocks, learnable=learnable)

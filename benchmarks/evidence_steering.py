@@ -103,6 +103,13 @@ def stages(done: Done, *, quick: bool) -> Iterator[list[Job]]:
     """Yield lists of jobs; each may look at the results of those before it. Placebos come after what they copy."""
     rates, seeds, steps = ((2e-3,), (0, 1), (12, 12)) if quick else (RATES, SEEDS, (300, 1000))
     layers, deep = (2, 3) if quick else (6, 24)
+    if not quick:
+        yield [
+            Job(arm, start, layers, steps[1], rate, seed)
+            for seed, start, rate, arm in product(
+                (0, 1), ("healthy", "MLP 8×"), (4e-3, 8e-3), ("off", "ceiling 1", "ceiling 3", "start 1")
+            )
+        ]
     grid = [
         Job(arm, start, layers, steps[0], rate, seed) for seed, start, rate, arm in product(seeds, STARTS, rates, ARMS)
     ]
