@@ -15,8 +15,8 @@ The plan of the analysis, which was written before the runs:
 * **Best against best.** Each arm at its own best rate, by the mean over its seeds, against "off" at its best rate,
   paired by seed. All arms have the same rates to choose from, a quarter to four times the best rate of "off".
 * **Plateau.** The largest over the smallest rate whose mean loss is within 0.02 nats of the arm's best.
-* **Inside.** Share of all blocks at all measurements, every 10 steps from step 100 on, with a ratio inside (0.5, 2); and
-  the share of runs in which that was all of them.
+* **Inside.** Share of all blocks at all measurements, every 10 steps from step 100 on, with a ratio inside (0.5, 2);
+  and the share of runs in which that was all of them.
 * **Spike.** The largest rise of the training loss above its smallest value so far, after step 10.
 * **The bars** of the default law, at the healthy start: mean difference at the tuned rate of "off" at most 0.005 nats,
   and the upper end of its interval at most 0.02; at twice and four times that rate, an interval below 0. At wrong

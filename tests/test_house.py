@@ -145,6 +145,7 @@ def test_the_public_names_are_these():
         "EffectiveRank",
         "ExactSVD",
         "ExampleInputError",
+        "GainCeiling",
         "History",
         "LayerMeasurement",
         "Measurement",

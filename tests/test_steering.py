@@ -21,6 +21,7 @@ from lightning_spectral import (
     ConfigurationError,
     ExactSVD,
     ExampleInputError,
+    GainCeiling,
     ResidualBlock,
     ResidualRescaler,
     SpectralMonitor,
@@ -40,6 +41,7 @@ pytestmark = [
 ]
 
 ZONE = (0.5, 2.0)
+LEARNED = GainCeiling(learnable=True)
 
 
 def unbalanced(branch: str = "mlp", factor: float = 8.0, **settings: Any) -> LitGPT:
@@ -315,23 +317,26 @@ def test_a_kind_with_a_frozen_branch_does_not_move():
 
 # Checkpoints
 
+LAWS = [kind(learnable=learnable) for kind in (GainCeiling, ResidualRescaler) for learnable in (True, False)]
 
-def run_through(folder: Path, *, ckpt_path: str | None = None, callbacks: tuple[Any, ...] = (), **flags: Any) -> LitGPT:
+
+def run_through(
+    folder: Path, law: Any = None, *, ckpt_path: str | None = None, callbacks: tuple[Any, ...] = (), **flags: Any
+) -> LitGPT:
     module = unbalanced()
-    rescaler = ResidualRescaler(patience=2, learnable=flags.pop("learnable", True))
-    monitor = SpectralMonitor(2, rescaler)
+    monitor = SpectralMonitor(2, ResidualRescaler(patience=2) if law is None else law)
     fit(folder, [monitor, *callbacks], module=module, batches=1, max_steps=16, ckpt_path=ckpt_path, **flags)
     return module
 
 
 @pytest.mark.parametrize("step", [3, 6, 8])
-@pytest.mark.parametrize("learnable", [True, False])
-def test_a_resumed_run_is_bitwise_the_straight_run(tmp_path: Path, step: int, learnable: bool):
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_a_resumed_run_is_bitwise_the_straight_run(tmp_path: Path, step: int, law: Any):
     # One batch an epoch: Lightning begins an interrupted epoch anew, and here anew is the same.
-    straight = run_through(tmp_path / "straight", learnable=learnable)
+    straight = run_through(tmp_path / "straight", law)
     saved = tmp_path / "middle.ckpt"
-    run_through(tmp_path / "stopped", callbacks=(SaveAt(saved, step),), learnable=learnable)
-    resumed = run_through(tmp_path / "resumed", ckpt_path=str(saved), learnable=learnable)
+    run_through(tmp_path / "stopped", law, callbacks=(SaveAt(saved, step),))
+    resumed = run_through(tmp_path / "resumed", law, ckpt_path=str(saved))
     assert_same(straight.state_dict(), resumed.state_dict())
     assert straight.losses[step:] == resumed.losses
     actions = read_actions(tmp_path / "straight" / "spectral.jsonl")
@@ -463,13 +468,13 @@ class OwnGroup(NamedParameters):
 @pytest.mark.parametrize("kind", [EarlyOptimizer, NamedParameters])
 def test_scales_that_no_optimizer_trains_are_refused(tmp_path: Path, kind: type[LitGPT]):
     with pytest.raises(ConfigurationError, match=r"6 of 6 residual scales are in no optimizer.*learnable=False"):
-        fit(tmp_path, SpectralMonitor(2, True), module=kind())
+        fit(tmp_path, SpectralMonitor(2, LEARNED), module=kind())
     fit(tmp_path, SpectralMonitor(2, ResidualRescaler(learnable=False)), module=kind())
 
 
 def test_scales_may_have_a_parameter_group_of_their_own(tmp_path: Path):
     module = OwnGroup()
-    fit(tmp_path, SpectralMonitor(2, True), module=module)
+    fit(tmp_path, SpectralMonitor(2, LEARNED), module=module)
     assert all(value != 0.0 for value in log_scales(module))
 
 
@@ -496,7 +501,7 @@ class BuiltLateWithScales(BuiltLate):
 def test_a_model_that_is_built_late_gets_its_scales_right_after(tmp_path: Path):
     losses = []
     for module in (BuiltLate(), BuiltLateWithScales()):
-        fit(tmp_path / type(module).__name__, SpectralMonitor(2, True), module=module)
+        fit(tmp_path / type(module).__name__, SpectralMonitor(2, LEARNED), module=module)
         assert len(log_scales(module)) == 6
         assert all(value != 0.0 for value in log_scales(module))
         assert "configure_model" not in vars(module)
@@ -534,7 +539,7 @@ def test_averaging_stands_behind_the_monitor(tmp_path: Path, averaging):
     ):
         fit(tmp_path / "wrong", [averaging(), SpectralMonitor(2, True)])
     module = unbalanced()
-    fit(tmp_path / "right", [SpectralMonitor(2, True), averaging()], module=module, max_epochs=3, max_steps=-1)
+    fit(tmp_path / "right", [SpectralMonitor(2, LEARNED), averaging()], module=module, max_epochs=3, max_steps=-1)
     assert all(value != 0.0 for value in log_scales(module))
 
 
@@ -562,7 +567,7 @@ def test_a_site_whose_weight_is_read_by_a_functional_is_told(tmp_path: Path):
     module = LitGPT()
     for block in module.model.blocks:
         block.attention = FunctionalAttention()
-    fit(tmp_path / "found", SpectralMonitor(2, True), module=module)  # found by itself, the site is right
+    fit(tmp_path / "found", SpectralMonitor(2, LEARNED), module=module)  # found by itself, the site is right
     hints = {"model.blocks.*": {"attention": "attention.inner.out_proj"}}
     module = LitGPT()
     for block in module.model.blocks:
@@ -576,7 +581,7 @@ def test_a_compiled_model_is_steered(tmp_path: Path):
     torch.compiler.reset()
     module = unbalanced()
     module.model.compile(backend="eager")
-    fit(tmp_path, SpectralMonitor(1, True), module=module)
+    fit(tmp_path, SpectralMonitor(1, LEARNED), module=module)
     assert read_actions(tmp_path / "spectral.jsonl")
     assert all(value != 0.0 for value in log_scales(module))
 
@@ -593,10 +598,17 @@ def test_dropped_layers_are_not_called_dead(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"auto_rescale": "yes"}, r"auto_rescale='yes': expected True, False or a ResidualRescaler"),
+        (
+            {"auto_rescale": "yes"},
+            r"auto_rescale='yes': expected True, False, a GainCeiling\(\.\.\.\) or a ResidualRescaler\(\.\.\.\)",
+        ),
         ({"auto_rescale": None}, r"auto_rescale=None: expected True"),
         (
             {"auto_rescale": True, "safe_zone": (0.8, 1.2)},
+            r"margin=0\.2: expected less than .* to either edge of safe_zone=\(0\.8, 1\.2\), 0\.182 nats",
+        ),
+        (
+            {"auto_rescale": ResidualRescaler(), "safe_zone": (0.8, 1.2)},
             r"inner_zone=\(0\.7, 1\.4\): expected an interval inside safe_zone",
         ),
     ],
