@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,7 +42,7 @@ from lightning_spectral.records import Branch, LayerMeasurement, Measurement, Re
 
 __all__ = ["Steering"]
 
-_Pair = tuple[list[nn.Module], list[nn.Module]]
+_Kind = dict[str, ResidualScale]  # the scales of one kind of a block, by their sites; none where the law moves none
 
 
 class Steering:
@@ -66,11 +65,11 @@ class Steering:
         self._left_alone: list[Branch] = []  # found, and without scales
         self._found = False  # the blocks, and not passed
         self._unsteered: set[str] = set()  # the sites of what the law leaves alone
-        self._pairs: list[_Pair] = []  # the scales of MLP and attention, by block
-        self._sites: dict[int, str] = {}  # by the ids of the scales' modules
+        self._pairs: list[tuple[_Kind, _Kind]] = []  # the scales of MLP and attention, by block
+        self._kinds: list[int] = []  # how many kinds of branches a block has
         self._liveness: Liveness | None = None
         self._moves = Moves()
-        self._before: dict[str, Tensor] = {}  # the scales after the last action
+        self._before: dict[str, Tensor] = {}  # the scales whose steps may be rounded away, after the last action
         self._told_rounding = False
         self._handles: list[RemovableHandle] = []
 
@@ -134,15 +133,16 @@ class Steering:
         self._pairs = [
             (self._steered(block.mlp_branches), self._steered(block.attention_branches)) for block in scales.blocks
         ]
-        branches = (branch for block in scales.blocks for branch in block.branches)
-        self._sites = {id(scale_module(scales.model, branch)): branch.site for branch in branches}
+        self._kinds = [len({branch.kind for branch in block.branches}) for block in scales.blocks]
 
-    def _steered(self, branches: Sequence[Branch]) -> list[nn.Module]:
+    def _steered(self, branches: Sequence[Branch]) -> _Kind:
         """Return the scales of a kind, none where one of its branches is left alone: their sum would not follow."""
         assert self.scales is not None
-        found = [scale_module(self.scales.model, branch) for branch in branches if branch.site not in self._unsteered]
-        whole = [module for module in found if module is not None]
-        return whole if len(whole) == len(branches) else []
+        found = {branch.site: scale_module(self.scales.model, branch) for branch in branches}
+        if self.rescaler.dry_run:  # as if all had one
+            found = {site: module or ResidualScale() for site, module in found.items()}
+        whole = {site: module for site, module in found.items() if isinstance(module, ResidualScale)}
+        return whole if len(whole) == len(found) and self._unsteered.isdisjoint(whole) else {}
 
     # In the life of a run
 
@@ -263,47 +263,56 @@ class Steering:
         assert self.scales is not None
         if self.disarmed:
             return (), [dict(values) for values in law]
-        pairs = zip(measurement, self.scales.blocks, self._pairs, strict=True)
         readings = [
-            replace(self._reading(layer, block, pair), tokens_fall=layer.index in falling, trained=trained)
-            for layer, block, pair in pairs
+            self._reading(layer, pair, kinds, tokens_fall=layer.index in falling, trained=trained)
+            for layer, pair, kinds in zip(measurement, self._pairs, self._kinds, strict=True)
         ]
         actions, after = self.rescaler.decide(self.safe_zone, measurement.step, readings, law)
         if not self.rescaler.dry_run:
             self._move(actions, list(optimizers))
-            self._before = {site: held(scale).clone() for site, scale in self.scales.named_parameters()}
+            self._before = {site: held(scale).clone() for site, scale in self._in_16_bits()}
         return actions, after
 
-    def _reading(self, layer: LayerMeasurement, block: ResidualBlock, pair: _Pair) -> Reading:
-        mlp, attention = map(self._follows, pair, (block.mlp_branches, block.attention_branches))
+    def _reading(self, layer: LayerMeasurement, pair: tuple[_Kind, _Kind], kinds: int, **more: bool) -> Reading:
+        mlp, attention = map(self._follows, pair)
         return Reading(
             layer.log_ratio,
             math.log(layer.mlp_scale) if mlp else None,
             math.log(layer.attention_scale) if attention else None,
             mlp_norm=layer.mlp_norm,
             attention_norm=layer.attention_norm,
-            kinds=len({branch.kind for branch in block.branches}),
+            kinds=kinds,
+            **more,
         )
 
-    def _follows(self, scales: Sequence[nn.Module], branches: Sequence[Branch]) -> bool:
+    def _follows(self, kind: _Kind) -> bool:
         """Whether the norm of a kind follows the law."""
-        if self.rescaler.dry_run:
-            return bool(branches) and not any(branch.site in self._unsteered for branch in branches)
-        return bool(scales) and not any(self._sites[id(scale)] in self._moves.given_up for scale in scales)
+        return bool(kind) and self._moves.given_up.isdisjoint(kind)
 
     @torch.no_grad()
     def _move(self, actions: Iterable[Action], optimizers: Sequence[Optimizer]) -> None:
         """Move the scales, those of all branches of a kind alike, and with them the copies that optimizers keep."""
         moved: dict[str, tuple[nn.Parameter, float]] = {}
         for action in actions:
-            for modules, change in zip(self._pairs[action.block], (action.mlp, action.attention), strict=True):
-                for module in modules if change else ():
-                    scale = module.get_parameter("log_scale")
-                    for tensor in (scale, *self._moves.copies(scale, optimizers)):
-                        tensor.add_(change)
-                    moved[self._sites[id(module)]] = scale, change
-        forget_momentum(optimizers, [scale for scale, _ in moved.values()])
+            for kind, change in zip(self._pairs[action.block], (action.mlp, action.attention), strict=True):
+                for site, module in kind.items() if change else ():
+                    moved[site] = module.log_scale, change + (moved[site][1] if site in moved else 0.0)
+        pairs = [(held(scale), change) for scale, change in moved.values()]
+        pairs += [
+            (copy, change) for scale, change in moved.values() for copy in self._moves.copies(scale, optimizers)
+        ]
+        if pairs:
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+        forget_momentum(optimizers, [scale for scale, _ in moved.values() if scale.requires_grad])
         self._moves.note(moved, optimizers)
+
+    def _in_16_bits(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the scales that an optimizer may train in 16 bits."""
+        modules = (item for pair in self._pairs for kind in pair for item in kind.items())
+        for site, module in modules:
+            scale = module.log_scale
+            if scale.requires_grad and scale.element_size() == 2:
+                yield site, scale
 
     def notices(self, optimizers: Sequence[Optimizer]) -> list[str]:
         """Return what to tell of the steps since the last action. Call it before :meth:`act`."""
@@ -312,7 +321,7 @@ class Steering:
 
     def _check_rounding(self, optimizers: Iterable[Optimizer]) -> str | None:
         """Find out once whether rounding swallows the steps of scales of 16 bits."""
-        if self.scales is None or self._told_rounding:
+        if self.scales is None or self._told_rounding or not self._before:
             return None
         scales = dict(self.scales.named_parameters())
         lost = lost_steps(optimizers, scales, self._before)
