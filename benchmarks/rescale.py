@@ -15,14 +15,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from machine import describe
 from overhead import GPT, Config, Windows, read_standard_library
 
-from lightning_spectral import GainCeiling, ResidualBlock, ResidualRescaler, find_blocks
+from lightning_spectral import GainCeiling, ResidualRescaler, find_blocks
 from lightning_spectral.control.band import BlockState
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.measure import Meter
@@ -50,28 +50,24 @@ class Trained:
     def __init__(self, args: argparse.Namespace, windows: torch.Tensor, name: str) -> None:
         torch.manual_seed(0)
         self.model = GPT(Config(args.layers, args.width, args.heads, args.context))
-        blocks = find_blocks(self.model)
-        laws = {} if name == PLAIN else {law: settings(learnable=name == LEARNED) for law, settings in LAWS.items()}
-        self.steering = {law: Steering(settings, ZONE) for law, settings in laws.items()}
-        for steering in self.steering.values():
-            steering.attach(self.model, blocks)
+        self.blocks, self.learnable = find_blocks(self.model), name == LEARNED
+        self.running = None if name == PLAIN else self.steering("ceiling")
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.1)
-        self.meter = Meter(self.model, blocks)
+        self.meter = Meter(self.model, self.blocks)
         self.windows, self.batch_size = windows, args.batch_size
         self.order = torch.Generator().manual_seed(0)
-        self.alive: list[Steering] = []
-        if laws:
-            self._live(Steering(laws["ceiling"], ZONE), blocks)
-        self.meter.measure()
+        measurement = self.meter.measure()
+        if self.running is not None:  # acts once and then watches every step, as in a run: that is a part of the steps
+            self.running.begin([self.optimizer])
+            self.running.start([self.optimizer])
+            self.running.act(with_norms(measurement, 1.0, 1.0), [], [self.optimizer])
 
-    def _live(self, steering: Steering, blocks: Sequence[ResidualBlock]) -> None:
-        """Let a law act once and then watch every step, as it does in a run: its hooks are a part of the steps."""
-        steering.attach(self.model, blocks)
-        steering.begin([self.optimizer])
-        steering.start([self.optimizer])
-        steering.act(with_norms(self.meter.measure(), 1.0, 1.0), [], [self.optimizer])
-        self.alive.append(steering)
+    def steering(self, law: str) -> Steering:
+        """Return what steers the model by a law, and has not acted yet."""
+        steering = Steering(LAWS[law](learnable=self.learnable), ZONE)
+        steering.attach(self.model, self.blocks)
+        return steering
 
     def step(self) -> None:
         """Train for one step."""
@@ -80,8 +76,8 @@ class Trained:
         loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
         self.optimizer.zero_grad()
         loss.backward()
-        for steering in self.alive:
-            steering.check_gradients()
+        if self.running is not None:
+            self.running.check_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
@@ -101,12 +97,12 @@ def seconds(action: Callable[[], object]) -> float:
 
 def act(trained: Trained, law: str, measurement: Measurement) -> tuple[float, int]:
     """Time all that follows from a measurement, and undo what it does; count the blocks that moved."""
-    steering, states = trained.steering[law], [STATES[law]] * len(measurement.layers)
+    steering, states = trained.steering(law), [STATES[law]] * len(measurement.layers)
     assert steering.scales is not None
     kept = [scale.detach().clone() for scale in steering.scales.parameters()]
     start = time.process_time()
-    steering.notices([trained.optimizer])
     actions, _ = steering.act(measurement, states, [trained.optimizer])
+    steering.notices([trained.optimizer])
     spent = time.process_time() - start
     with torch.no_grad():
         for scale, value in zip(steering.scales.parameters(), kept, strict=True):

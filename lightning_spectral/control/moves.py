@@ -60,11 +60,11 @@ class Moves:
                 that is cut over several processes is not watched.
             optimizers: The optimizers.
         """
-        whole = {
-            site: item for site, item in moved.items() if not isinstance(item[0], DTensor) and item[0].numel() == 1
-        }
-        trained = {site: item for site, item in whole.items() if item[0].requires_grad}
-        still = {site: item for site, item in whole.items() if site not in trained}
+        trained: dict[str, tuple[nn.Parameter, float]] = {}
+        still: dict[str, tuple[nn.Parameter, float]] = {}
+        for site, (scale, change) in moved.items():
+            if not isinstance(scale, DTensor) and scale.numel() == 1:
+                (trained if scale.requires_grad else still)[site] = scale, change
         self._trained = _Watched(trained, _groups(optimizers) if trained else {})
         self._still = _Watched(still, {})
         self._steps = 0
@@ -123,10 +123,11 @@ class _Watched:
         self.groups = groups
         self._sites = list(moved)
         self._scales = [scale for scale, _ in moved.values()]
-        with torch.no_grad():
-            self._last = self._values()
-        self._changes = self._last.new_tensor([change for _, change in moved.values()])
-        self._undone = torch.zeros_like(self._last)
+        if moved:
+            with torch.no_grad():
+                self._last = self._values()
+            self._changes = self._last.new_tensor([change for _, change in moved.values()])
+            self._undone = torch.zeros_like(self._last)
 
     @torch.no_grad()
     def look(self, steps: int = 1) -> None:
@@ -163,8 +164,6 @@ class _Watched:
         return steps + 2 * torch.finfo(self._scales[0].dtype).eps * (1 + now.abs())
 
     def _values(self) -> Tensor:
-        if not self._scales:
-            return torch.zeros(0, device="cpu")
         device = self._scales[0].device
         return torch.cat([scale if scale.device == device else scale.to(device) for scale in self._scales]).float()
 

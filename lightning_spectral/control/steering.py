@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -296,23 +297,24 @@ class Steering:
         for action in actions:
             for kind, change in zip(self._pairs[action.block], (action.mlp, action.attention), strict=True):
                 for site, module in kind.items() if change else ():
-                    moved[site] = module.log_scale, change + (moved[site][1] if site in moved else 0.0)
-        pairs = [(held(scale), change) for scale, change in moved.values()]
-        pairs += [
-            (copy, change) for scale, change in moved.values() for copy in self._moves.copies(scale, optimizers)
-        ]
-        if pairs:
+                    moved[site] = _parameter(module), change + (moved[site][1] if site in moved else 0.0)
+        if moved:
+            pairs = [
+                (held(tensor), change)
+                for scale, change in moved.values()
+                for tensor in (scale, *self._moves.copies(scale, optimizers))
+            ]
             torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
-        forget_momentum(optimizers, [scale for scale, _ in moved.values() if scale.requires_grad])
+            forget_momentum(optimizers, [scale for scale, _ in moved.values() if scale.requires_grad])
         self._moves.note(moved, optimizers)
 
     def _in_16_bits(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the scales that an optimizer may train in 16 bits."""
-        modules = (item for pair in self._pairs for kind in pair for item in kind.items())
-        for site, module in modules:
-            scale = module.log_scale
-            if scale.requires_grad and scale.element_size() == 2:
-                yield site, scale
+        for kind in itertools.chain.from_iterable(self._pairs):
+            for site, module in kind.items():
+                scale = _parameter(module)
+                if scale.requires_grad and scale.element_size() == 2:
+                    yield site, scale
 
     def notices(self, optimizers: Sequence[Optimizer]) -> list[str]:
         """Return what to tell of the steps since the last action. Call it before :meth:`act`."""
@@ -366,6 +368,13 @@ def _untrained(model: nn.Module, blocks: Sequence[ResidualBlock], optimizers: It
 
 def _scales_in(model: nn.Module) -> list[ResidualScale]:
     return [module for module in model.modules() if isinstance(module, ResidualScale)]
+
+
+def _parameter(module: ResidualScale) -> nn.Parameter:
+    """Return the ``log_scale`` of a module, at a tenth of what reading the attribute takes."""
+    parameter = module._parameters["log_scale"]
+    assert parameter is not None
+    return parameter
 
 
 def _count(model: nn.Module) -> int:
