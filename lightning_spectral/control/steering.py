@@ -21,6 +21,7 @@ from lightning_spectral.control.law import Action, Law, Reading
 from lightning_spectral.control.liveness import Liveness
 from lightning_spectral.control.loading import MARKER, marked, refuse_lost_scales, saved_sites
 from lightning_spectral.control.moves import Moves
+from lightning_spectral.control.muon import check_muon
 from lightning_spectral.control.optimizers import (
     check_optimized,
     forget_momentum,
@@ -61,6 +62,7 @@ class Steering:
         rescaler.check(safe_zone)
         self.rescaler, self.safe_zone = rescaler, safe_zone
         self.scales: ResidualScales | None = None
+        self.doubt: str | None = None  # what to tell of the optimizers
         self.disarmed = False  # the scales of several processes have come apart
         self._attached = 0  # scales that the model did not have before the run
         self._left_alone: list[Branch] = []  # found, and without scales
@@ -78,6 +80,11 @@ class Steering:
     def blocks(self) -> tuple[ResidualBlock, ...] | None:
         """The blocks that have scales, ``None`` before any were attached."""
         return None if self.scales is None else self.scales.blocks
+
+    @property
+    def has_attached(self) -> bool:
+        """Whether the model has scales that it did not have before the run."""
+        return self._attached > 0
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether it steers a model, or nothing yet."""
@@ -183,7 +190,7 @@ class Steering:
         """Check that the optimizers train the scales; until :meth:`release`, let them load states without scales.
 
         Raises:
-            ConfigurationError: A trainable scale is in no optimizer.
+            ConfigurationError: A trainable scale is in no optimizer, or in one that trains matrices.
         """
         if self.scales is None:
             return
@@ -192,6 +199,7 @@ class Steering:
             self._unsteered |= _untrained(self.scales.model, self.scales.blocks, optimizers)
         self._take(ResidualScales(self.scales.model, with_scales(self.scales.model, self.scales.blocks)))
         check_optimized(optimizers, self.scales)
+        self.doubt = check_muon(optimizers, self.scales.named_parameters())
         every = [item.log_scale for item in _scales_in(self.scales.model)]
         completed = partial(with_fresh_scales, scales=every, order=plain_order(self.scales.model))
         self._handles += [
