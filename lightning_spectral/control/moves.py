@@ -90,8 +90,8 @@ class Moves:
         return (
             f"{len(undone)} residual scale(s) did not stay where the law had moved them (the first is at "
             f"{min(undone)!r}): an optimizer or an average that keeps weights of its own writes them back. {what}. To "
-            "keep the scales out of the optimizer, set auto_rescale=ResidualRescaler(learnable=False), and give the "
-            "optimizer only parameters that require gradients"
+            "keep the scales out of the optimizer, set learnable=False in the law, and give the optimizer only "
+            "parameters that require gradients"
         )
 
     def _undone(self, optimizers: Iterable[Optimizer]) -> dict[str, nn.Parameter]:
@@ -134,9 +134,9 @@ class _Watched:
         """See what some steps of the optimizers have done."""
         if not self._scales:
             return
-        now = self._values()
-        jump, self._last = now - self._last, now
-        against = (jump * self._changes < 0) & (jump.abs() > steps * self._allowed(now))
+        last, self._last = self._last, self._values()
+        jump = self._last - last
+        against = (jump * self._changes < 0) & (jump.abs() > steps * self._allowed(last))
         self._undone = self._undone + torch.where(against, jump.abs(), 0.0)
 
     @torch.no_grad()
@@ -152,16 +152,16 @@ class _Watched:
         watched = zip(self._sites, self._scales, parts, strict=True)
         return {site: scale for site, scale, part in watched if part >= _PART}
 
-    def _allowed(self, now: Tensor) -> Tensor:
-        """Return how far one step of gradient descent may move each scale, if its rule is one of the usual ones."""
+    def _allowed(self, last: Tensor) -> Tensor:
+        """Return how far from where it was one step of gradient descent may move each scale, if its rule is one of the usual ones."""
         gradients = [
             torch.zeros_like(scale).float() if scale.grad is None else scale.grad.float() for scale in self._scales
         ]
-        sizes = torch.cat([gradient.to(now.device) for gradient in gradients]).abs()
+        sizes = torch.cat([gradient.to(last.device) for gradient in gradients]).abs()
         settings = [_settings(self.groups.get(id(scale))) for scale in self._scales]
-        rate, least, slope, decay = now.new_tensor(settings).unbind(1)
-        steps = rate * (torch.where(sizes > 0, least + slope * sizes, 0.0) + decay * now.abs())
-        return steps + 2 * torch.finfo(self._scales[0].dtype).eps * (1 + now.abs())
+        rate, least, slope, decay = last.new_tensor(settings).unbind(1)
+        steps = rate * (torch.where(sizes > 0, least + slope * sizes, 0.0) + decay * last.abs())
+        return steps + 2 * torch.finfo(self._scales[0].dtype).eps * (1 + last.abs())
 
     def _values(self) -> Tensor:
         device = self._scales[0].device
