@@ -153,7 +153,7 @@ class _Watched:
         return {site: scale for site, scale, part in watched if part >= _PART}
 
     def _allowed(self, last: Tensor) -> Tensor:
-        """Return how far from where it was one step of gradient descent may move each scale, if its rule is one of the usual ones."""
+        """Return how far one step of gradient descent may move each scale from where it was, by the usual rules."""
         gradients = [
             torch.zeros_like(scale).float() if scale.grad is None else scale.grad.float() for scale in self._scales
         ]
