@@ -3,11 +3,11 @@
     python benchmarks/rescale.py
     python benchmarks/rescale.py --layers 12 --width 256 --rounds 20
 
-Two copies of the example's model are trained in one process on the same batches, one with residual scales and one
-without, a step of the one and a step of the other in turn; both are measured every few steps. After each measurement of
-the steered model, the law is timed twice: with every block far outside the zone, so that all scales move, and with
-every block in balance, so that none does. Times are seconds of one processor core that the process itself used, so that
-whatever else the machine does disturbs them little.
+Three copies of the example's model are trained in one process on the same batches: without residual scales, with
+scales that only a law moves, and with scales that the optimizer trains too. They take their steps in turn, and are
+measured every few steps. After each measurement of a model with scales, each law is timed twice: with every branch far
+too strong, so that all scales move, and with every block in balance, so that none does. Times are seconds of one
+processor core that the process itself used, so that whatever else the machine does disturbs them little.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ import torch
 from machine import describe
 from overhead import GPT, Config, Windows, read_standard_library
 
-from lightning_spectral import ResidualRescaler, find_blocks
+from lightning_spectral import GainCeiling, ResidualRescaler, find_blocks
 from lightning_spectral.control.band import BlockState
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.measure import Meter
 from lightning_spectral.records import Measurement
 
 ZONE = (0.5, 2.0)
+PLAIN, STEERED, LEARNED = "no scales", "scales", "learned scales"
+LAWS = {"ceiling": GainCeiling, "band": ResidualRescaler}
+STATES = {"ceiling": {"begun": True}, "band": BlockState(outside=2, active=True).to_dict()}
 
 
 def parse() -> argparse.Namespace:
@@ -44,17 +47,27 @@ def parse() -> argparse.Namespace:
 class Trained:
     """One model in training, watched by a meter, with residual scales or without."""
 
-    def __init__(self, args: argparse.Namespace, windows: torch.Tensor, steering: Steering | None) -> None:
+    def __init__(self, args: argparse.Namespace, windows: torch.Tensor, name: str) -> None:
         torch.manual_seed(0)
         self.model = GPT(Config(args.layers, args.width, args.heads, args.context))
-        blocks = find_blocks(self.model)
-        if steering is not None:
-            steering.attach(self.model, blocks)
-        self.meter = Meter(self.model, blocks)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.1)
+        self.blocks, self.learnable = find_blocks(self.model), name == LEARNED
+        self.running = None if name == PLAIN else self.steering("ceiling")
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.1)
+        self.meter = Meter(self.model, self.blocks)
         self.windows, self.batch_size = windows, args.batch_size
         self.order = torch.Generator().manual_seed(0)
-        self.meter.measure()
+        measurement = self.meter.measure()
+        if self.running is not None:  # acts once and then watches every step, as in a run: that is a part of the steps
+            self.running.begin([self.optimizer])
+            self.running.start([self.optimizer])
+            self.running.act(with_norms(measurement, 1.0, 1.0), [], [self.optimizer])
+
+    def steering(self, law: str) -> Steering:
+        """Return what steers the model by a law, and has not acted yet."""
+        steering = Steering(LAWS[law](learnable=self.learnable), ZONE)
+        steering.attach(self.model, self.blocks)
+        return steering
 
     def step(self) -> None:
         """Train for one step."""
@@ -63,13 +76,15 @@ class Trained:
         loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
         self.optimizer.zero_grad()
         loss.backward()
+        if self.running is not None:
+            self.running.check_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
 
-def with_ratio(measurement: Measurement, ratio: float) -> Measurement:
-    """Return the measurement as if every block had this ratio."""
-    layers = tuple(replace(layer, mlp_norm=ratio, attention_norm=1.0) for layer in measurement)
+def with_norms(measurement: Measurement, mlp: float, attention: float) -> Measurement:
+    """Return the measurement as if every block had these norms."""
+    layers = tuple(replace(layer, mlp_norm=mlp, attention_norm=attention) for layer in measurement)
     return replace(measurement, layers=layers)
 
 
@@ -80,12 +95,14 @@ def seconds(action: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def act(steering: Steering, measurement: Measurement, trained: Trained, law: list[dict]) -> tuple[float, int]:
-    """Time one decision, whatever it does to the scales, and undo it; count the blocks that moved."""
+def act(trained: Trained, law: str, measurement: Measurement) -> tuple[float, int]:
+    """Time all that follows from a measurement, and undo what it does; count the blocks that moved."""
+    steering, states = trained.steering(law), [STATES[law]] * len(measurement.layers)
     assert steering.scales is not None
     kept = [scale.detach().clone() for scale in steering.scales.parameters()]
     start = time.process_time()
-    actions, _ = steering.act(measurement, law, [trained.optimizer])
+    actions, _ = steering.act(measurement, states, [trained.optimizer])
+    steering.notices([trained.optimizer])
     spent = time.process_time() - start
     with torch.no_grad():
         for scale, value in zip(steering.scales.parameters(), kept, strict=True):
@@ -94,12 +111,9 @@ def act(steering: Steering, measurement: Measurement, trained: Trained, law: lis
 
 
 def run(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Train both models in turn; return what was timed, by name."""
+    """Train the models in turn; return what was timed, by name."""
     windows = Windows(read_standard_library()[0], args.context).windows
-    steering = Steering(ResidualRescaler(), ZONE)
-    peers = {"watched": Trained(args, windows, None), "steered": Trained(args, windows, steering)}
-    steered = peers["steered"]
-    active = [BlockState(outside=2, active=True).to_dict()] * args.layers
+    peers = {name: Trained(args, windows, name) for name in (PLAIN, STEERED, LEARNED)}
     times: dict[str, list[float]] = {}
     for number in range(args.rounds + 1):  # the first round warms up
         if number == 1:
@@ -109,21 +123,23 @@ def run(args: argparse.Namespace) -> dict[str, list[float]]:
                 times.setdefault(f"step, {name}", []).append(seconds(trained.step))
         for name, trained in peers.items():
             times.setdefault(f"measurement, {name}", []).append(seconds(trained.meter.measure))
-        measurement = steered.meter.measure()
-        for name, ratio, expected in (("every", 4.0, args.layers), ("no", 1.0, 0)):
-            spent, moved = act(steering, with_ratio(measurement, ratio), steered, active)
-            assert moved == expected
-            times.setdefault(f"law, {name}", []).append(spent)
+        for name in (STEERED, LEARNED):
+            measurement = peers[name].meter.measure()
+            for law in LAWS:
+                for moved, norms in (("no", (0.1, 0.1)), ("every", (400.0, 100.0))):
+                    spent, count = act(peers[name], law, with_norms(measurement, *norms))
+                    assert count == (args.layers if moved == "every" else 0)
+                    times.setdefault(f"{law}, {name}, {moved} block moved", []).append(spent)
     return times
 
 
-def compared(times: dict[str, list[float]], what: str) -> str:
+def compared(times: dict[str, list[float]], what: str, name: str) -> str:
     """Return one line: both medians, and the median of the differences between neighbours in time."""
-    watched, steered = times[f"{what}, watched"], times[f"{what}, steered"]
-    middle = statistics.median(watched)
-    extra = statistics.median(after - before for before, after in zip(watched, steered, strict=True))
+    plain, scaled = times[f"{what}, {PLAIN}"], times[f"{what}, {name}"]
+    middle = statistics.median(plain)
+    extra = statistics.median(after - before for before, after in zip(plain, scaled, strict=True))
     return (
-        f"{what:<25} {middle * 1e3:>9.2f} ms {statistics.median(steered) * 1e3:>9.2f} ms "
+        f"{f'{what}, {name}':<44} {middle * 1e3:>9.2f} ms {statistics.median(scaled) * 1e3:>9.2f} ms "
         f"{extra * 1e3:>+9.3f} ms   {extra / middle:+.2%}"
     )
 
@@ -136,14 +152,16 @@ def main() -> None:
     times = run(args)
     rounds = f"medians of {args.rounds} rounds of {args.every_n_steps} steps"
     print(f"GPT of {args.layers} blocks, width {args.width}; {rounds}, time of one core\n")
-    print(f"{'':<25} {'watching':>12} {'steering':>12} {'added':>12}")
-    print(compared(times, "step"))
-    print(compared(times, "measurement"))
-    whole = statistics.median(times["measurement, watched"])
-    for name in ("no", "every"):
-        spent = statistics.median(times[f"law, {name}"])
-        each = f"{spent * 1e3:>9.3f} ms {spent * 1e3:>+9.3f} ms   {spent / whole:+.2%} of a measurement"
-        print(f"{f'law, {name} block moved':<25} {'-':>12} {each}")
+    print(f"{'':<44} {'watching':>12} {'steering':>12} {'added':>12}")
+    for what in ("step", "measurement"):
+        for name in (STEERED, LEARNED):
+            print(compared(times, what, name))
+    whole = statistics.median(times[f"measurement, {PLAIN}"])
+    for name, each in times.items():
+        if name.endswith("moved"):
+            spent = statistics.median(each)
+            line = f"{spent * 1e3:>9.3f} ms {spent * 1e3:>+9.3f} ms   {spent / whole:+.2%} of a measurement"
+            print(f"{name:<44} {'-':>12} {line}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from lightning_spectral import settings
 from lightning_spectral.control.law import Action, Reading, State
@@ -34,7 +34,7 @@ from lightning_spectral.errors import ConfigurationError
 __all__ = ["GainCeiling", "strength"]
 
 _CRUMB = 1e-3  # nats: what is not worth a move
-_NAMES, _WORDS = ("mlp", "attention"), ("MLP", "attention")
+_WORDS = ("MLP", "attention")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,41 +92,56 @@ class GainCeiling:
         self, safe_zone: tuple[float, float], step: int, readings: Sequence[Reading], states: Sequence[State]
     ) -> tuple[tuple[Action, ...], list[dict[str, Any]]]:
         """Decide what to do after a measurement (see :class:`~lightning_spectral.control.law.Law`)."""
-        ceiling = math.log(strength(self.ceiling, (reading.kinds for reading in readings)))
         known = states if len(states) == len(readings) else [{}] * len(readings)
-        actions, after = [], []
-        for block, (reading, state) in enumerate(zip(readings, known, strict=True)):
-            seen = dict(state) or _first(reading)
-            action = self._action(block, reading, seen, ceiling, safe_zone) if step >= self.warmup_steps else None
-            if action is not None:
-                actions.append(action)
-                seen["begun"] = True
-            after.append(seen)
-        return tuple(actions), after
-
-    def _action(
-        self, block: int, reading: Reading, state: State, ceiling: float, safe_zone: tuple[float, float]
-    ) -> Action | None:
-        """Return what lowers the branches of a block to their limits, ``None`` where there is nothing to do."""
-        norms = tuple(map(_log, (reading.mlp_norm, reading.attention_norm)))
-        starts = tuple(state.get(name, -math.inf) for name in _NAMES)
-        capped = [None if n is None else min(n, max(ceiling, start)) for n, start in zip(norms, starts, strict=True)]
+        after = [dict(state) or _first(reading) for reading, state in zip(readings, known, strict=True)]
+        if step < self.warmup_steps:
+            return (), after
+        ceiling = math.log(strength(self.ceiling, (reading.kinds for reading in readings)))
         edges = (math.log(safe_zone[1]) - self.margin, -math.log(safe_zone[0]) - self.margin)
-        changes, reasons = [0.0, 0.0], []
-        for place, (norm, cap, beside, scale) in enumerate(
-            zip(norms, capped, reversed(capped), (reading.mlp, reading.attention), strict=True)
-        ):
-            if norm is None or cap is None or scale is None:
-                continue
-            floor = max(ceiling + math.log(self.floor), starts[place])
-            limit = cap if beside is None else min(cap, max(beside + edges[place], floor))
-            if norm - limit > _CRUMB:
-                changes[place] = limit - norm
-                what = "outside the safe zone" if limit < cap else "above its ceiling"
-                reasons.append(f"{_WORDS[place]} {what}: {math.exp(norm):.4g}, limit {math.exp(limit):.4g}")
-        if not reasons:
-            return None
-        return Action(block, changes[0], changes[1], ", ".join(reasons), begins=not state["begun"])
+        bounds = _Bounds(ceiling, ceiling + math.log(self.floor), edges)
+        found = (_action(block, *seen, bounds) for block, seen in enumerate(zip(readings, after, strict=True)))
+        actions = tuple(action for action in found if action is not None)
+        for action in actions:
+            after[action.block]["begun"] = True
+        return actions, after
+
+
+class _Bounds(NamedTuple):
+    """What the limits of all branches are made of, in logarithms.
+
+    Attributes:
+        ceiling: What no branch may exceed.
+        floor: Below this nothing is lowered for the sake of a ratio.
+        edges: How far the MLP may be above the attention, and how far the attention above the MLP.
+    """
+
+    ceiling: float
+    floor: float
+    edges: tuple[float, float]
+
+
+def _action(block: int, reading: Reading, state: State, bounds: _Bounds) -> Action | None:
+    """Return what lowers the branches of a block to their limits, ``None`` where there is nothing to do."""
+    norms = _log(reading.mlp_norm), _log(reading.attention_norm)
+    starts = state.get("mlp", -math.inf), state.get("attention", -math.inf)
+    caps = [
+        None if norm is None else min(norm, max(bounds.ceiling, start))
+        for norm, start in zip(norms, starts, strict=True)
+    ]
+    changes, reasons = [0.0, 0.0], []
+    for place, scale in enumerate((reading.mlp, reading.attention)):
+        norm, cap, beside = norms[place], caps[place], caps[1 - place]
+        if norm is None or cap is None or scale is None:
+            continue
+        least = max(bounds.floor, starts[place])
+        limit = cap if beside is None else min(cap, max(beside + bounds.edges[place], least))
+        if norm - limit > _CRUMB:
+            changes[place] = limit - norm
+            what = "outside the safe zone" if limit < cap else "above its ceiling"
+            reasons.append(f"{_WORDS[place]} {what}: {math.exp(norm):.4g}, limit {math.exp(limit):.4g}")
+    if not reasons:
+        return None
+    return Action(block, changes[0], changes[1], ", ".join(reasons), begins=not state["begun"])
 
 
 def strength(gain: float, kinds: Iterable[int]) -> float:
@@ -145,8 +160,9 @@ def strength(gain: float, kinds: Iterable[int]) -> float:
 
 def _first(reading: Reading) -> dict[str, Any]:
     """Return the state of a block that is seen for the first time."""
-    norms = zip(_NAMES, map(_log, (reading.mlp_norm, reading.attention_norm)), strict=True)
-    return {"begun": False} | {name: norm for name, norm in norms if norm is not None and reading.trained}
+    norms = {"mlp": _log(reading.mlp_norm), "attention": _log(reading.attention_norm)}
+    kept = {name: norm for name, norm in norms.items() if norm is not None and reading.trained}
+    return {"begun": False} | kept
 
 
 def _log(norm: float | None) -> float | None:

@@ -19,11 +19,12 @@ _PART = 0.25  # of a move: what has to be undone before it is told
 
 
 class Moves:
-    """Watches, after every step of the optimizers, the scales that were moved last.
+    """Watches the scales that were moved last.
 
-    A move is undone by what changes a scale against the move and is too large for a step of gradient descent. What
-    undid it is looked for in the optimizers: copies of the weights are moved along from then on, else the scale is left
-    alone.
+    A move is undone by what changes a scale against the move and is too large for a step of gradient descent. A scale
+    that is trained is looked at after every step of the optimizers; one without a gradient, which only weight decay may
+    change, when the next measurement asks. What undid a move is looked for in the optimizers: copies of the weights are
+    moved along from then on, else the scale is left alone.
 
     Attributes:
         given_up: The sites of the scales that are left alone.
@@ -34,10 +35,8 @@ class Moves:
         self._copies = False  # whether optimizers keep copies of the weights
         self._told: set[str] = set()
         self._handles: list[RemovableHandle] = []
-        self._sites: list[str] = []
-        self._scales: list[nn.Parameter] = []
-        self._groups: list[Mapping[str, Any] | None] = []
-        self._changes = self._last = self._undone = torch.zeros(0, device="cpu")
+        self._trained, self._still = _Watched({}, {}), _Watched({}, {})
+        self._steps = 0  # since the last move
 
     def start(self, optimizers: Iterable[Optimizer]) -> None:
         """Listen to the optimizers."""
@@ -61,21 +60,14 @@ class Moves:
                 that is cut over several processes is not watched.
             optimizers: The optimizers.
         """
-        groups = {
-            id(parameter): group
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        whole = {
-            site: item for site, item in moved.items() if not isinstance(item[0], DTensor) and item[0].numel() == 1
-        }
-        self._sites = list(whole)
-        self._scales = [scale for scale, _ in whole.values()]
-        self._groups = [groups.get(id(scale)) for scale in self._scales]
-        self._last = self._values()
-        self._changes = self._last.new_tensor([change for _, change in whole.values()])
-        self._undone = torch.zeros_like(self._last)
+        trained: dict[str, tuple[nn.Parameter, float]] = {}
+        still: dict[str, tuple[nn.Parameter, float]] = {}
+        for site, (scale, change) in moved.items():
+            if not isinstance(scale, DTensor) and scale.numel() == 1:
+                (trained if scale.requires_grad else still)[site] = scale, change
+        self._trained = _Watched(trained, _groups(optimizers) if trained else {})
+        self._still = _Watched(still, {})
+        self._steps = 0
 
     def copies(self, scale: nn.Parameter, optimizers: Iterable[Optimizer]) -> list[Tensor]:
         """Return what has to be moved with a scale."""
@@ -83,7 +75,7 @@ class Moves:
 
     def notice(self, optimizers: Sequence[Optimizer]) -> str | None:
         """Draw the consequences where moves were undone, and return what to tell; each is told once."""
-        undone = {site: scale for site, scale in self._undone_scales().items() if site not in self.given_up}
+        undone = {site: scale for site, scale in self._undone(optimizers).items() if site not in self.given_up}
         if not undone:
             return None
         copied = all(any(own_copies(optimizer, scale) for optimizer in optimizers) for scale in undone.values())
@@ -98,38 +90,92 @@ class Moves:
         return (
             f"{len(undone)} residual scale(s) did not stay where the law had moved them (the first is at "
             f"{min(undone)!r}): an optimizer or an average that keeps weights of its own writes them back. {what}. To "
-            "keep the scales out of the optimizer, set auto_rescale=ResidualRescaler(learnable=False), and give the "
-            "optimizer only parameters that require gradients"
+            "keep the scales out of the optimizer, set learnable=False in the law, and give the optimizer only "
+            "parameters that require gradients"
         )
 
-    def _undone_scales(self) -> dict[str, nn.Parameter]:
+    def _undone(self, optimizers: Iterable[Optimizer]) -> dict[str, nn.Parameter]:
         """Return the scales of which a quarter of the last move or more was undone."""
+        if not self._still.changed():  # as nearly always
+            return self._trained.mostly_undone()
+        self._still.groups = _groups(optimizers)
+        self._still.look(self._steps)
+        return self._trained.mostly_undone() | self._still.mostly_undone()
+
+    @torch.no_grad()
+    def _look(self, *_: Any) -> None:
+        self._steps += 1
+        if not torch.compiler.is_compiling():
+            self._trained.look()
+
+
+class _Watched:
+    """Scales that were moved, and what was undone of their moves.
+
+    Args:
+        moved: By their sites the scales, as they are after a move, and the changes of their logarithms.
+        groups: The parameter groups of the optimizers, by the ids of the parameters.
+    """
+
+    def __init__(
+        self, moved: Mapping[str, tuple[nn.Parameter, float]], groups: Mapping[int, Mapping[str, Any]]
+    ) -> None:
+        self.groups = groups
+        self._sites = list(moved)
+        self._scales = [scale for scale, _ in moved.values()]
+        if moved:
+            with torch.no_grad():
+                self._last = self._values()
+            self._changes = self._last.new_tensor([change for _, change in moved.values()])
+            self._undone = torch.zeros_like(self._last)
+
+    @torch.no_grad()
+    def look(self, steps: int = 1) -> None:
+        """See what some steps of the optimizers have done."""
+        if not self._scales:
+            return
+        last, self._last = self._last, self._values()
+        jump = self._last - last
+        against = (jump * self._changes < 0) & (jump.abs() > steps * self._allowed(last))
+        self._undone = self._undone + torch.where(against, jump.abs(), 0.0)
+
+    @torch.no_grad()
+    def changed(self) -> bool:
+        """Whether a scale is no more what it was at the last look."""
+        return bool(self._scales) and not torch.equal(self._values(), self._last)
+
+    def mostly_undone(self) -> dict[str, nn.Parameter]:
+        """Return the scales of which a quarter of the move or more was undone."""
+        if not self._scales:
+            return {}
         parts = (self._undone / self._changes.abs()).tolist()
         watched = zip(self._sites, self._scales, parts, strict=True)
         return {site: scale for site, scale, part in watched if part >= _PART}
 
-    @torch.no_grad()
-    def _look(self, *_: Any) -> None:
-        if not self._sites or torch.compiler.is_compiling():
-            return
-        now = self._values()
-        jump, self._last = now - self._last, now
-        against = (jump * self._changes < 0) & (jump.abs() > self._allowed(now))
-        self._undone = self._undone + torch.where(against, jump.abs(), 0.0)
-
-    def _allowed(self, now: Tensor) -> Tensor:
-        """Return how far one step of gradient descent may move each scale, if its rule is one of the usual ones."""
+    def _allowed(self, last: Tensor) -> Tensor:
+        """Return how far one step of gradient descent may move each scale from where it was, by the usual rules."""
         gradients = [
             torch.zeros_like(scale).float() if scale.grad is None else scale.grad.float() for scale in self._scales
         ]
-        sizes = torch.cat([gradient.to(now.device) for gradient in gradients]).abs()
-        rate, least, slope, decay = now.new_tensor([_settings(group) for group in self._groups]).unbind(1)
-        steps = rate * (torch.where(sizes > 0, least + slope * sizes, 0.0) + decay * now.abs())
-        return steps + 2 * torch.finfo(self._scales[0].dtype).eps * (1 + now.abs())
+        sizes = torch.cat([gradient.to(last.device) for gradient in gradients]).abs()
+        settings = [_settings(self.groups.get(id(scale))) for scale in self._scales]
+        rate, least, slope, decay = last.new_tensor(settings).unbind(1)
+        steps = rate * (torch.where(sizes > 0, least + slope * sizes, 0.0) + decay * last.abs())
+        return steps + 2 * torch.finfo(self._scales[0].dtype).eps * (1 + last.abs())
 
     def _values(self) -> Tensor:
-        values = [scale.detach().float() for scale in self._scales]
-        return torch.cat([value.to(values[0].device) for value in values]) if values else torch.zeros(0, device="cpu")
+        device = self._scales[0].device
+        return torch.cat([scale if scale.device == device else scale.to(device) for scale in self._scales]).float()
+
+
+def _groups(optimizers: Iterable[Optimizer]) -> dict[int, Mapping[str, Any]]:
+    """Return the parameter groups by the ids of their parameters."""
+    return {
+        id(parameter): group
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
 
 
 def _settings(group: Mapping[str, Any] | None) -> tuple[float, float, float, float]:

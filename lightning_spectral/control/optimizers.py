@@ -139,7 +139,8 @@ def _in_list(values: Sequence[object], places: Mapping[int, int], parameter: Ten
 
 def held(scale: Tensor) -> Tensor:
     """Return what this process holds of a scale: ``(1,)``, or ``(0,)`` where another process has it."""
-    scale = scale.detach()
+    if scale.requires_grad or isinstance(scale, DTensor):
+        scale = scale.detach()
     return scale.to_local() if isinstance(scale, DTensor) else scale
 
 

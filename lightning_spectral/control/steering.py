@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from lightning_spectral.control.law import Action, Law, Reading
 from lightning_spectral.control.liveness import Liveness
 from lightning_spectral.control.loading import MARKER, marked, refuse_lost_scales, saved_sites
 from lightning_spectral.control.moves import Moves
+from lightning_spectral.control.muon import check_muon
 from lightning_spectral.control.optimizers import (
     check_optimized,
     forget_momentum,
@@ -43,7 +44,7 @@ from lightning_spectral.records import Branch, LayerMeasurement, Measurement, Re
 
 __all__ = ["Steering"]
 
-_Pair = tuple[list[nn.Module], list[nn.Module]]
+_Kind = dict[str, ResidualScale]  # the scales of one kind of a block, by their sites; none where the law moves none
 
 
 class Steering:
@@ -61,16 +62,17 @@ class Steering:
         rescaler.check(safe_zone)
         self.rescaler, self.safe_zone = rescaler, safe_zone
         self.scales: ResidualScales | None = None
+        self.doubt: str | None = None  # what to tell of the optimizers
         self.disarmed = False  # the scales of several processes have come apart
         self._attached = 0  # scales that the model did not have before the run
         self._left_alone: list[Branch] = []  # found, and without scales
         self._found = False  # the blocks, and not passed
         self._unsteered: set[str] = set()  # the sites of what the law leaves alone
-        self._pairs: list[_Pair] = []  # the scales of MLP and attention, by block
-        self._sites: dict[int, str] = {}  # by the ids of the scales' modules
+        self._pairs: list[tuple[_Kind, _Kind]] = []  # the scales of MLP and attention, by block
+        self._kinds: list[int] = []  # how many kinds of branches a block has
         self._liveness: Liveness | None = None
         self._moves = Moves()
-        self._before: dict[str, Tensor] = {}  # the scales after the last action
+        self._before: dict[str, Tensor] = {}  # the scales whose steps may be rounded away, after the last action
         self._told_rounding = False
         self._handles: list[RemovableHandle] = []
 
@@ -78,6 +80,11 @@ class Steering:
     def blocks(self) -> tuple[ResidualBlock, ...] | None:
         """The blocks that have scales, ``None`` before any were attached."""
         return None if self.scales is None else self.scales.blocks
+
+    @property
+    def has_attached(self) -> bool:
+        """Whether the model has scales that it did not have before the run."""
+        return self._attached > 0
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether it steers a model, or nothing yet."""
@@ -134,15 +141,16 @@ class Steering:
         self._pairs = [
             (self._steered(block.mlp_branches), self._steered(block.attention_branches)) for block in scales.blocks
         ]
-        branches = (branch for block in scales.blocks for branch in block.branches)
-        self._sites = {id(scale_module(scales.model, branch)): branch.site for branch in branches}
+        self._kinds = [len(block.kinds) for block in scales.blocks]
 
-    def _steered(self, branches: Sequence[Branch]) -> list[nn.Module]:
+    def _steered(self, branches: Sequence[Branch]) -> _Kind:
         """Return the scales of a kind, none where one of its branches is left alone: their sum would not follow."""
         assert self.scales is not None
-        found = [scale_module(self.scales.model, branch) for branch in branches if branch.site not in self._unsteered]
-        whole = [module for module in found if module is not None]
-        return whole if len(whole) == len(branches) else []
+        found = {branch.site: scale_module(self.scales.model, branch) for branch in branches}
+        if self.rescaler.dry_run:  # as if all had one
+            found = {site: module or ResidualScale() for site, module in found.items()}
+        whole = {site: module for site, module in found.items() if isinstance(module, ResidualScale)}
+        return whole if len(whole) == len(found) and self._unsteered.isdisjoint(whole) else {}
 
     # In the life of a run
 
@@ -182,7 +190,7 @@ class Steering:
         """Check that the optimizers train the scales; until :meth:`release`, let them load states without scales.
 
         Raises:
-            ConfigurationError: A trainable scale is in no optimizer.
+            ConfigurationError: A trainable scale is in no optimizer, or in one that trains matrices.
         """
         if self.scales is None:
             return
@@ -191,6 +199,7 @@ class Steering:
             self._unsteered |= _untrained(self.scales.model, self.scales.blocks, optimizers)
         self._take(ResidualScales(self.scales.model, with_scales(self.scales.model, self.scales.blocks)))
         check_optimized(optimizers, self.scales)
+        self.doubt = check_muon(optimizers, self.scales.named_parameters())
         every = [item.log_scale for item in _scales_in(self.scales.model)]
         completed = partial(with_fresh_scales, scales=every, order=plain_order(self.scales.model))
         self._handles += [
@@ -263,47 +272,57 @@ class Steering:
         assert self.scales is not None
         if self.disarmed:
             return (), [dict(values) for values in law]
-        pairs = zip(measurement, self.scales.blocks, self._pairs, strict=True)
         readings = [
-            replace(self._reading(layer, block, pair), tokens_fall=layer.index in falling, trained=trained)
-            for layer, block, pair in pairs
+            self._reading(layer, pair, kinds, tokens_fall=layer.index in falling, trained=trained)
+            for layer, pair, kinds in zip(measurement, self._pairs, self._kinds, strict=True)
         ]
         actions, after = self.rescaler.decide(self.safe_zone, measurement.step, readings, law)
         if not self.rescaler.dry_run:
             self._move(actions, list(optimizers))
-            self._before = {site: held(scale).clone() for site, scale in self.scales.named_parameters()}
+            self._before = {site: held(scale).clone() for site, scale in self._in_16_bits()}
         return actions, after
 
-    def _reading(self, layer: LayerMeasurement, block: ResidualBlock, pair: _Pair) -> Reading:
-        mlp, attention = map(self._follows, pair, (block.mlp_branches, block.attention_branches))
+    def _reading(self, layer: LayerMeasurement, pair: tuple[_Kind, _Kind], kinds: int, **more: bool) -> Reading:
+        mlp, attention = map(self._follows, pair)
         return Reading(
             layer.log_ratio,
             math.log(layer.mlp_scale) if mlp else None,
             math.log(layer.attention_scale) if attention else None,
             mlp_norm=layer.mlp_norm,
             attention_norm=layer.attention_norm,
-            kinds=len(block.kinds),
+            kinds=kinds,
+            **more,
         )
 
-    def _follows(self, scales: Sequence[nn.Module], branches: Sequence[Branch]) -> bool:
+    def _follows(self, kind: _Kind) -> bool:
         """Whether the norm of a kind follows the law."""
-        if self.rescaler.dry_run:
-            return bool(branches) and not any(branch.site in self._unsteered for branch in branches)
-        return bool(scales) and not any(self._sites[id(scale)] in self._moves.given_up for scale in scales)
+        return bool(kind) and self._moves.given_up.isdisjoint(kind)
 
     @torch.no_grad()
     def _move(self, actions: Iterable[Action], optimizers: Sequence[Optimizer]) -> None:
         """Move the scales, those of all branches of a kind alike, and with them the copies that optimizers keep."""
         moved: dict[str, tuple[nn.Parameter, float]] = {}
         for action in actions:
-            for modules, change in zip(self._pairs[action.block], (action.mlp, action.attention), strict=True):
-                for module in modules if change else ():
-                    scale = module.get_parameter("log_scale")
-                    for tensor in (scale, *self._moves.copies(scale, optimizers)):
-                        tensor.add_(change)
-                    moved[self._sites[id(module)]] = scale, change
-        forget_momentum(optimizers, [scale for scale, _ in moved.values()])
+            for kind, change in zip(self._pairs[action.block], (action.mlp, action.attention), strict=True):
+                for site, module in kind.items() if change else ():
+                    moved[site] = _parameter(module), _together(change, moved[site][1] if site in moved else 0.0)
+        if moved:
+            pairs = [
+                (held(tensor), change)
+                for scale, change in moved.values()
+                for tensor in (scale, *self._moves.copies(scale, optimizers))
+            ]
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+            forget_momentum(optimizers, [scale for scale, _ in moved.values() if scale.requires_grad])
         self._moves.note(moved, optimizers)
+
+    def _in_16_bits(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the scales that an optimizer may train in 16 bits."""
+        for kind in itertools.chain.from_iterable(self._pairs):
+            for site, module in kind.items():
+                scale = _parameter(module)
+                if scale.requires_grad and scale.element_size() == 2:
+                    yield site, scale
 
     def notices(self, optimizers: Sequence[Optimizer]) -> list[str]:
         """Return what to tell of the steps since the last action. Call it before :meth:`act`."""
@@ -312,7 +331,7 @@ class Steering:
 
     def _check_rounding(self, optimizers: Iterable[Optimizer]) -> str | None:
         """Find out once whether rounding swallows the steps of scales of 16 bits."""
-        if self.scales is None or self._told_rounding:
+        if self.scales is None or self._told_rounding or not self._before:
             return None
         scales = dict(self.scales.named_parameters())
         lost = lost_steps(optimizers, scales, self._before)
@@ -332,6 +351,11 @@ class Steering:
         sites = [] if self.scales is None else [site for site, _ in self.scales.named_parameters()]
         if sites:
             checkpoint[MARKER] = marked(sites, checkpoint.get("state_dict", {}))
+
+
+def _together(one: float, other: float) -> float:
+    """Return the change of a scale that is of both kinds: lowered for both, it is lowered once, by the larger."""
+    return min(one, other) if one < 0 and other < 0 else one + other
 
 
 def _trained(model: nn.Module, blocks: Sequence[ResidualBlock]) -> list[Branch]:
@@ -357,6 +381,13 @@ def _untrained(model: nn.Module, blocks: Sequence[ResidualBlock], optimizers: It
 
 def _scales_in(model: nn.Module) -> list[ResidualScale]:
     return [module for module in model.modules() if isinstance(module, ResidualScale)]
+
+
+def _parameter(module: ResidualScale) -> nn.Parameter:
+    """Return the ``log_scale`` of a module, at a tenth of what reading the attribute takes."""
+    parameter = module._parameters["log_scale"]
+    assert parameter is not None
+    return parameter
 
 
 def _count(model: nn.Module) -> int:

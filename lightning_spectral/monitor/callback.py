@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_spectral import settings
 from lightning_spectral.alarms import Event
 from lightning_spectral.control import GainCeiling, ResidualRescaler
+from lightning_spectral.control.explain import explanation
 from lightning_spectral.control.law import Law
 from lightning_spectral.control.loading import lost_scales, refuse_lost_scales, restore_unsaved, saved_sites
 from lightning_spectral.control.steering import Steering
@@ -218,8 +219,9 @@ class SpectralMonitor(Callback):
         if brings_back_own_weights(trainer.strategy):
             self._steering.check_foldable()
         self._steering.begin(trainer.optimizers)
-        if told := self._steering.held_still():
-            rank_zero_info(told)
+        for told in (self._steering.held_still(), self._steering.doubt):
+            if told is not None:
+                rank_zero_info(told)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks and measure them for the first time; on resume, publish what was measured last."""
@@ -289,7 +291,9 @@ class SpectralMonitor(Callback):
             session.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing of the monitor behind in the model."""
+        """Leave nothing of the monitor behind in the model; say where the scales may be the cause."""
+        if self._steering is not None and self._steering.has_attached and (told := explanation(exception, pl_module)):
+            exception.add_note(told)
         if self._session is not None:
             session, self._session = self._session, None
             session.abandon()

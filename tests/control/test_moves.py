@@ -153,6 +153,28 @@ def test_frozen_scales_that_an_optimizer_passes_over_stay_where_they_are(tmp_pat
     assert largest[-1] < 2.0
 
 
+class MakesUpGradients(torch.optim.Optimizer):
+    """Lets a missing gradient be zero, and decays everything."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": 0.4 / lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            loss = closure()
+        for p in self.param_groups[0]["params"]:
+            if p.ndim < 2:  # weights that decay at this rate would leave nothing to steer
+                p.mul_(0.6)
+        return loss
+
+
+def test_decay_of_scales_without_gradients_is_no_undoing(tmp_path: Path):
+    _, steps, told = steered(tmp_path, MakesUpGradients, learnable=False)
+    assert told == []
+    assert len(set(steps)) > 2  # goes on
+
+
 def test_a_copy_that_is_not_found_ends_the_steering_of_what_it_undoes(tmp_path: Path):
     largest, steps, (told,) = steered(tmp_path, Flat, max_steps=8)
     assert "6 residual scale(s) did not stay where the law had moved them (the first is at 'model.blocks.0.att" in told

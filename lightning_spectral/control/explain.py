@@ -1,0 +1,102 @@
+"""What to say of an exception in someone's code that the scales may have caused.
+
+The user's code did not count with parameters of one element. What it runs into is told by torch in words that do not
+name them. Nothing is said unless the traceback shows that the code had a scale in its hands, or the parameters of two
+models side by side.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Collection, Iterable, Mapping
+from types import FrameType
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_spectral.errors import SpectralError
+
+__all__ = ["explanation"]
+
+_KINDS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+_SHAPES = re.compile(r"size of tensor|broadcast shape|shapes?\b|size mismatch|zip\(\) argument|number of tensors")
+_OPTIMIZER = (
+    "An optimizer for matrices gets [p for p in parameters if p.ndim >= 2] and leaves the others to AdamW; one that "
+    "fails on parameters without a gradient gets [p for p in parameters if p.requires_grad]"
+)
+_STATE = "What was saved without them, or with others, does not fit; attach_scales(model) gives them to another model"
+_TEACHER = (
+    "A copy that is walked over beside the model needs them too: call attach_scales(student) before "
+    "copy.deepcopy(student)"
+)
+
+
+def explanation(exception: BaseException, model: nn.Module) -> str | None:
+    """Return what to add to an exception that scales may have caused, ``None`` for any other.
+
+    Args:
+        exception: The exception, with its traceback.
+        model: The model, whose scales the user's code may not expect.
+    """
+    if not isinstance(exception, _KINDS) or isinstance(exception, SpectralError | torch.OutOfMemoryError):
+        return None
+    parameters = {id(item): name for name, item in model.named_parameters()}
+    scales = {key: name for key, name in parameters.items() if name.endswith("log_scale")}
+    advice = _advice(exception, parameters, scales)
+    if not scales or advice is None:
+        return None
+    return (
+        f"SpectralMonitor has attached {len(scales)} residual scales in setup, parameters of shape (1,), such as "
+        f"{next(iter(scales.values()))!r}, which this code may not expect. {advice}"
+    )
+
+
+def _advice(exception: BaseException, parameters: Collection[int], scales: Collection[int]) -> str | None:
+    frames = [frame for frame, _ in traceback.walk_tb(exception.__traceback__)]
+    optimizing = _optimizer_frame(frames)
+    if optimizing is not None and _holds(_within(optimizing), scales):
+        if optimizing.f_code.co_name == "load_state_dict":
+            return _STATE
+        optimizer = optimizing.f_locals["self"]
+        own = type(optimizer).__module__.startswith("torch.optim") and type(optimizer).__name__ != "Muon"
+        return None if own else _OPTIMIZER
+    if "log_scale" in str(exception):
+        return _STATE
+    of_shapes = isinstance(exception, AssertionError) or _SHAPES.search(str(exception))
+    side_by_side = any(_walks_over_two(frame, parameters) for frame in frames)
+    return _TEACHER if of_shapes and side_by_side else None
+
+
+def _optimizer_frame(frames: Iterable[FrameType]) -> FrameType | None:
+    """Return the innermost frame of an optimizer, unless it has called back: training runs inside of its step."""
+    found = None
+    for frame in frames:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Optimizer):
+            found = frame
+        elif owner is not None:
+            found = None
+    return found
+
+
+def _within(frame: FrameType) -> list[object]:
+    return [*frame.f_locals.values(), getattr(frame.f_locals["self"], "param_groups", ())]
+
+
+def _holds(value: object, wanted: Collection[int]) -> bool:
+    """Whether one of some tensors is a value, or in one: in a list, in a parameter group, in a list of groups."""
+    if isinstance(value, Mapping):
+        return _holds(value.get("params"), wanted)
+    if isinstance(value, list | tuple):
+        return any(_holds(item, wanted) for item in value)
+    return id(value) in wanted
+
+
+def _walks_over_two(frame: FrameType, parameters: Collection[int]) -> bool:
+    """Whether a frame has two parameters at once, one of them of the model, and is not the model's own arithmetic."""
+    if frame.f_code.co_name == "forward":
+        return False
+    held = {id(value) for value in frame.f_locals.values() if isinstance(value, nn.Parameter)}
+    return len(held) > 1 and not held.isdisjoint(parameters)
