@@ -80,16 +80,16 @@ class Arm:
     sigma: bool = False
 
 
-DEFAULT = "ceiling 3"
+DEFAULT = "ceiling 1"
 ARMS = {
     "off": Arm(),
     "scales": Arm(scales=True),
     "band": Arm(ResidualRescaler()),
-    **{f"ceiling {k}": Arm(GainCeiling(ceiling=k)) for k in (1, 3, 10)},
-    **{f"ceiling {k}, learned": Arm(GainCeiling(ceiling=k, learnable=True)) for k in (1, 3, 10)},
-    "ceiling 3 without zone": Arm(GainCeiling(floor=1.0)),
+    **{f"ceiling {k:g}": Arm(GainCeiling(ceiling=k)) for k in (0.3, 1, 3, 10)},
+    "ceiling 1, learned": Arm(GainCeiling(learnable=True)),
+    "ceiling 1 without zone": Arm(GainCeiling(floor=1.0)),
     "placebo": Arm(placebo=True),
-    **{f"start {k}": Arm(strength=k) for k in (1, 3)},
+    "start 1": Arm(strength=1.0),
     "decay 0.5": Arm(decay=0.5),
     "decay 1": Arm(decay=1.0),
     "LayerScale 0.1": Arm(layer_scale=0.1),

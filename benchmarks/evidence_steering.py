@@ -21,6 +21,10 @@ The plan of the analysis, which was written before the runs:
 * **The bars** of the default law, at the healthy start: mean difference at the tuned rate of "off" at most 0.005 nats,
   and the upper end of its interval at most 0.02; at twice and four times that rate, an interval below 0. At wrong
   starts, not worse than "off" at its tuned rate. Every block inside from step 100 on.
+* **Changes.** The plan was changed once, after the first seed of the grid and 32 runs of 1,000 steps. κ = 3 had been
+  the default; κ = 1 did better and became it. The margin went from 0.2 to 0.35, because ratios left the zone between
+  two measurements. All runs of the ceiling law were done again. κ = 0.3 and `balance_init_` were added. Learned scales
+  with κ = 3 and 10 were dropped: they differed from scales that do not learn by a median of 0.006 and 0.012 nats.
 * **Placebo.** The scales of the default law, averaged over blocks and seeds, as a function of the step alone.
 """
 
@@ -49,8 +53,8 @@ RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)  # 4e-3 was the best of "off" in a tria
 SEEDS = (0, 1, 2)
 MANY = tuple(range(10))
 MATTER = ("off", "scales", DEFAULT, "placebo")
-LONG = ("off", "scales", "band", "ceiling 1", DEFAULT, "ceiling 10", "placebo", "decay 0.5", "LayerScale 0.1")
-DEEP = ("off", "scales", "band", "ceiling 1", DEFAULT, "ceiling 10", "placebo")
+LONG = ("off", "scales", "band", DEFAULT, "ceiling 3", "placebo", "start 1", "LayerScale 0.1", "depth-scaled rate")
+DEEP = ("off", "scales", "band", DEFAULT, "ceiling 3", "ceiling 10", "placebo")
 Done = Mapping[Job, Mapping[str, Any]]
 
 
@@ -103,23 +107,19 @@ def stages(done: Done, *, quick: bool) -> Iterator[list[Job]]:
     """Yield lists of jobs; each may look at the results of those before it. Placebos come after what they copy."""
     rates, seeds, steps = ((2e-3,), (0, 1), (12, 12)) if quick else (RATES, SEEDS, (300, 1000))
     layers, deep = (2, 3) if quick else (6, 24)
-    if not quick:
-        yield [
-            Job(arm, start, layers, steps[1], rate, seed)
-            for seed, start, rate, arm in product(
-                (0, 1), ("healthy", "MLP 8×"), (4e-3, 8e-3), ("off", "ceiling 1", "ceiling 3", "start 1")
-            )
-        ]
+    many = seeds if quick else MANY
+    yield [  # the bars, at the rate that was the best of "off" in the trial, and above
+        Job(arm, "healthy", layers, steps[0], rate, seed)
+        for seed, rate, arm in product(many, rates[-3:], ("off", DEFAULT))
+    ]
     grid = [
         Job(arm, start, layers, steps[0], rate, seed) for seed, start, rate, arm in product(seeds, STARTS, rates, ARMS)
     ]
     yield from placebo_last(grid)
     tuned = {start: best_rate(done, "off", start, layers, steps[0]) for start in STARTS}
-    many = seeds if quick else MANY
     yield [
-        Job(arm, start, layers, steps[0], factor * tuned[start], seed)
-        for seed, start, factor, arm in product(many, STARTS, (1, 2, 4), ("off", DEFAULT, "scales"))
-        if start == "healthy" or factor == 1
+        Job(arm, start, layers, steps[0], tuned[start], seed)
+        for seed, start, arm in product(many, STARTS, ("off", DEFAULT))
     ]
     rates_of = {(arm, start): best_rate(done, arm, start, layers, steps[0]) for arm, start in product(ARMS, STARTS)}
     yield from placebo_last(

@@ -53,8 +53,8 @@ class GainCeiling:
         ConfigurationError: A setting cannot be used; the message names it.
     """
 
-    ceiling: float = 3.0
-    margin: float = 0.2
+    ceiling: float = 1.0
+    margin: float = 0.35
     floor: float = 0.1
     warmup_steps: int = 0
     dry_run: bool = False
