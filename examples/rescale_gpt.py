@@ -4,12 +4,9 @@
     python examples/rescale_gpt.py --layers 8 --width 176 --heads 8 --steps 400 --seed 1
 
 Two wrong initializations, the last matrix of every MLP or of every attention branch times `--factor`, are trained twice
-each, from the same seed on the same batches: watched only, and with `SpectralMonitor(auto_rescale=...)`. A table and a
-figure show what steering did to the ratios and what it did to the loss.
-
-A controller that acts on blocks outside the zone lets them leave it first, and blocks drift while they train. So the
-one here begins to act a margin before the edge, and its scales have room from 1/8 to 8. With the monitor's own
-settings, `--margin 0 --bound 4`, single blocks are outside for a few measurements now and then.
+each, from the same seed on the same batches: watched only, and with `SpectralMonitor(auto_rescale=True)`, all settings
+of the law by default. Then the model as it is, at five learning rates, watched and steered. A table and a figure show
+what steering did to the ratios, and what it did to the loss.
 """
 
 from __future__ import annotations
@@ -30,10 +27,11 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 from train_gpt import Config, LitGPT, Windows, read_standard_library
 
-from lightning_spectral import ResidualRescaler, SpectralMonitor, read_actions, read_journal
+from lightning_spectral import SpectralMonitor, read_actions, read_journal
 
 ZONE = (0.5, 2.0)
 BRANCHES = {"mlp": "MLP", "attention": "attention"}
+RATES = (1 / 4, 1 / 2, 1, 2, 4)  # times --rate
 # Of the Okabe-Ito palette, which stays apart under every common colour blindness.
 OFF, ON, MLP, ATTENTION = "#7f7f7f", "#0072b2", "#d55e00", "#009e73"
 INK = "#222222"
@@ -44,7 +42,8 @@ class Run:
     """What one training run left behind.
 
     Attributes:
-        branch: The branches that started too strong.
+        branch: The branches that started too strong, ``"none"`` for a model as it is.
+        rate: Largest learning rate of the cycle.
         steered: Whether the scales were attached and moved.
         losses: Training loss of every step.
         validation: Steps and validation losses.
@@ -53,6 +52,7 @@ class Run:
     """
 
     branch: str
+    rate: float
     steered: bool
     losses: list[float]
     validation: list[tuple[int, float]]
@@ -92,68 +92,48 @@ class Run:
             worst, lowest = max(worst, loss / lowest), min(lowest, loss)
         return worst
 
-    @property
-    def drift(self) -> float:
-        """The farthest that the optimizer moved a scale after the last action on its block: |Δ ln s|."""
-        left = {(layer["index"], name): 0.0 for layer in self.records[-1]["layers"] for name in BRANCHES}
-        for action in self.actions:
-            for name in BRANCHES:
-                scale = action[f"{name}_scale"] * math.exp(action[f"{name}_log_change"])
-                left[action["block"], name] = math.log(scale)
-        return max(
-            abs(math.log(layer[f"{name}_scale"]) - left[layer["index"], name])
-            for layer in self.records[-1]["layers"]
-            for name in BRANCHES
-        )
-
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("layers", 6), ("width", 96), ("heads", 4), ("context", 128), ("batch-size", 16)):
+    sizes = {"layers": 6, "width": 64, "heads": 4, "context": 64, "batch-size": 8}
+    for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--factor", type=float, default=8.0, help="how much too strong the branches start")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each of the four runs")
+    parser.add_argument("--rate", type=float, default=4e-3, help="learning rate; the model as it is has five around it")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
     parser.add_argument("--every-n-steps", type=int, default=5, help="optimizer steps between two measurements")
-    parser.add_argument("--margin", type=float, default=0.2, help="how far before the edge steering begins, in nats")
-    parser.add_argument("--mode", default="both", choices=["both", "mlp", "attention"], help="which scales are steered")
-    parser.add_argument("--bound", type=float, default=8.0, help="largest residual scale; 1 / bound is the smallest")
-    parser.add_argument("--not-learnable", action="store_true", help="let the law alone move the scales")
     parser.add_argument("--out", default="runs", help="folder for everything that is written")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
-def wrong_model(args: argparse.Namespace, branch: str) -> LitGPT:
+def start(args: argparse.Namespace, branch: str, rate: float) -> LitGPT:
     """Return the example's model with one kind of branch too strong."""
-    module = LitGPT(Config(args.layers, args.width, args.heads, args.context))
+    module = LitGPT(Config(args.layers, args.width, args.heads, args.context), rate)
     with torch.no_grad():
-        for block in module.model.blocks:
+        for block in module.model.blocks if branch in BRANCHES else ():
             last = block.mlp.down if branch == "mlp" else block.attention.proj
             last.weight.mul_(args.factor)
     return module
 
 
-def train(args: argparse.Namespace, branch: str, *, steered: bool, texts: tuple[bytes, bytes]) -> Run:
+def train(args: argparse.Namespace, branch: str, rate: float, *, steered: bool, texts: tuple[bytes, bytes]) -> Run:
     """Train once; the seed decides the weights and the batches, whether the run is steered or not."""
     seed_everything(args.seed, verbose=False)
     order = torch.Generator().manual_seed(args.seed)
     loaders = (
         DataLoader(Windows(texts[0], args.context), args.batch_size, shuffle=True, drop_last=True, generator=order),
-        DataLoader(Windows(texts[1], args.context), args.batch_size),
+        DataLoader(Windows(texts[1], args.context), 4 * args.batch_size),
     )
-    name = f"{branch}-{'on' if steered else 'off'}"
+    name = f"{branch}-{rate:g}-{'on' if steered else 'off'}"
     print(f"training {name}: {args.steps} steps", flush=True)
     table = CSVLogger(args.out, name=f"rescale-seed{args.seed}", version=name)
-    rescaler = ResidualRescaler(
-        margin=args.margin, mode=args.mode, bounds=(1 / args.bound, args.bound), learnable=not args.not_learnable
-    )
-    monitor = SpectralMonitor(args.every_n_steps, steered and rescaler, safe_zone=ZONE)
     trainer = Trainer(
         max_steps=args.steps,
         accelerator="cpu",
         logger=table,
-        callbacks=[monitor],
+        callbacks=[SpectralMonitor(args.every_n_steps, auto_rescale=steered)],
         log_every_n_steps=1,
         val_check_interval=max(args.steps // 10, 1),
         limit_val_batches=10,
@@ -163,49 +143,50 @@ def train(args: argparse.Namespace, branch: str, *, steered: bool, texts: tuple[
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    trainer.fit(wrong_model(args, branch), *loaders)
-    return read_run(Path(table.log_dir), branch, steered=steered)
+    trainer.fit(start(args, branch, rate), *loaders)
+    return read_run(Path(table.log_dir), branch, rate, steered=steered)
 
 
-def read_run(folder: Path, branch: str, *, steered: bool) -> Run:
+def read_run(folder: Path, branch: str, rate: float, *, steered: bool) -> Run:
     """Read back what a run has written."""
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     losses = [float(row["train/loss"]) for row in rows if row.get("train/loss")]
     validation = [(int(row["step"]) + 1, float(row["val/loss"])) for row in rows if row.get("val/loss")]
     journal = folder / "spectral.jsonl"
-    return Run(branch, steered, losses, validation, read_journal(journal)[1], read_actions(journal))
+    return Run(branch, rate, steered, losses, validation, read_journal(journal)[1], read_actions(journal))
 
 
 def report(runs: list[Run], factor: float) -> None:
     """Print one line per run. The losses are nats per byte."""
     print(
-        f"\n{'too strong':<15} {'rescale':<8} {'all inside':>10} {'to the end':>10} {'actions':>8} {'max loss':>9} "
-        f"{'spike':>6} {'train':>6} {'val':>6} {'scales':>15} {'drift':>6}"
+        f"\n{'too strong':<15} {'rate':>6}  {'rescale':<8} {'all inside':>10} {'to the end':>10} {'actions':>8} "
+        f"{'max loss':>9} {'spike':>6} {'train':>6} {'val':>6} {'scales':>15}"
     )
     for run in runs:
         scales = [layer[f"{name}_scale"] for layer in run.records[-1]["layers"] for name in BRANCHES]
         last = run.losses[-20:]
         first, final = ("never" if step is None else f"step {step}" for step in (run.arrival, run.settled))
+        what = f"{BRANCHES[run.branch]}, {factor:g}x" if run.branch in BRANCHES else "as it is"
         print(
-            f"{BRANCHES[run.branch] + f', {factor:g}x':<15} {'on' if run.steered else 'off':<8} {first:>10} "
+            f"{what:<15} {run.rate:>6g}  {'on' if run.steered else 'off':<8} {first:>10} "
             f"{final:>10} {len(run.actions):>8} {max(run.losses):>9.3f} {run.spike:>6.3f} "
             f"{sum(last) / len(last):>6.3f} {run.validation[-1][1]:>6.3f} "
-            f"{f'{min(scales):.3f} to {max(scales):.3f}':>15} {run.drift:>6.3f}"
+            f"{f'{min(scales):.3f} to {max(scales):.3f}':>15}"
         )
     print(
         "\nall inside: first measurement with every block inside the zone; to the end: with all of them from there on\n"
         "spike: largest training loss after step 10 over the smallest one before it\n"
         "train, val: mean loss of the last 20 steps, loss at the last validation, in nats per byte\n"
-        "scales: smallest and largest residual scale at the end\n"
-        "drift: farthest that the optimizer moved a scale after the last action on its block, |change of ln s|"
+        "scales: smallest and largest residual scale at the end"
     )
 
 
 def draw(runs: list[Run], factor: float) -> Figure:
-    """Draw a column per initialization: ratios, fraction inside the zone, losses, scales."""
-    figure = Figure(figsize=(9.0, 9.6), dpi=100, layout="constrained")
-    grid = figure.subplots(4, 2, sharex=True, sharey="row")
+    """Draw a column per wrong start: ratios, blocks inside, losses, scales; below them, losses over rates."""
+    figure = Figure(figsize=(9.0, 12.0), dpi=100, layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(4, 1.2))
+    grid = upper.subplots(4, 2, sharex=True, sharey="row")
     for column, branch in enumerate(BRANCHES):
         axes = grid[:, column]
         axes[0].set_title(f"{BRANCHES[branch]} branches start {factor:g}× too strong", color=INK, weight="bold")
@@ -217,14 +198,28 @@ def draw(runs: list[Run], factor: float) -> Figure:
                 draw_scales(axes[3], run)
         axes[3].set_xlabel("optimizer step", color=INK)
     labels = ("spectral ratio ρ\n(range over the blocks)", "blocks inside\nthe zone", "loss, nats per byte", "scales")
-    places = ("upper right", "center right", "upper right", "best")
-    for row, label, place in zip(grid, labels, places, strict=True):
+    for row, label in zip(grid, labels, strict=True):
         row[0].set_ylabel(label, color=INK)
-        for axes in row:
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.tick_params(color="#999999", labelcolor=INK, labelsize=9)
-            axes.legend(fontsize=8, frameon=False, loc=place)
+    draw_rates(lower.subplots(), [run for run in runs if run.branch not in BRANCHES])
+    places = ("upper right", "center right", "upper right", "best", "best")
+    for axes, place in zip(figure.axes, [place for place in places for _ in BRANCHES], strict=False):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(color="#999999", labelcolor=INK, labelsize=9)
+        axes.legend(fontsize=8, frameon=False, loc=place)
     return figure
+
+
+def draw_rates(axes: Axes, runs: list[Run]) -> None:
+    """Draw the validation loss at the end over the learning rate, of the model as it is."""
+    for steered in (False, True):
+        found = sorted((run.rate, run.validation[-1][1]) for run in runs if run.steered is steered)
+        one = next(run for run in runs if run.steered is steered)
+        axes.plot(*zip(*found, strict=True), marker="o" if steered else "s", label=name_of(one), **look(one))
+    axes.set_title("The model as it is, at five learning rates", color=INK, weight="bold")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
+    axes.set_xlabel("learning rate", color=INK)
+    axes.set_ylabel("validation loss,\nnats per byte", color=INK)
 
 
 def look(run: Run) -> dict[str, Any]:
@@ -284,11 +279,12 @@ def draw_scales(axes: Axes, run: Run) -> None:
 
 
 def main() -> None:
-    """Train four times, then report."""
+    """Train, then report."""
     args = parse()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     texts = read_standard_library()
-    runs = [train(args, branch, steered=steered, texts=texts) for branch in BRANCHES for steered in (False, True)]
+    kinds = [(branch, args.rate) for branch in BRANCHES] + [("none", times * args.rate) for times in RATES]
+    runs = [train(args, *kind, steered=steered, texts=texts) for kind in kinds for steered in (False, True)]
     report(runs, args.factor)
     path = Path(args.out) / f"rescale-seed{args.seed}" / "rescale.png"
     draw(runs, args.factor).savefig(path)

@@ -16,7 +16,8 @@ from lightning_spectral import read_actions, read_journal
 ROOT = Path(__file__).parents[2]
 MODEL = ["--layers", "2", "--width", "32", "--heads", "2", "--context", "32", "--batch-size", "4"]
 pytestmark = pytest.mark.slow
-NAMES = ["mlp-off", "mlp-on", "attention-off", "attention-on"]
+NAMES = ["mlp-0.004-off", "mlp-0.004-on", "attention-0.004-off", "attention-0.004-on"]
+RATES = ["0.001", "0.002", "0.004", "0.008", "0.016"]
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +33,13 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_it_says_what_every_run_did(done: tuple[Path, str]):
     folder, printed = done
-    rows = re.findall(r"^(MLP|attention), 8x +(off|on) +(?:step \d+|never) +(?:step \d+|never) +(\d+) ", printed, re.M)
+    when = r"(?:step \d+|never)"
+    rows = re.findall(rf"^(MLP|attention), 8x +0\.004 +(off|on) +{when} +{when} +(\d+) ", printed, re.M)
     assert [row[:2] for row in rows] == [("MLP", "off"), ("MLP", "on"), ("attention", "off"), ("attention", "on")]
     assert [int(row[2]) for row in rows] == [len(read_actions(folder / name / "spectral.jsonl")) for name in NAMES]
     assert [int(row[2]) > 0 for row in rows] == [False, True, False, True]
+    plain = re.findall(r"^as it is +(\S+) +(off|on) ", printed, re.M)
+    assert plain == [(rate, state) for rate in RATES for state in ("off", "on")]
     assert "runs/rescale-seed3/rescale.png" in printed
     assert (folder / "rescale.png").read_bytes().startswith(b"\x89PNG")
 
@@ -47,9 +51,9 @@ def test_the_wrong_branches_start_eight_times_too_strong(done: tuple[Path, str])
         assert (header["rescaler"] is not None) == name.endswith("on")
         assert [record["step"] for record in records] == [0, 5, 10, 15, 20, 25, 30]
         starts[name] = [layer["ratio"] for layer in records[0]["layers"]]
-    assert starts["mlp-on"] == starts["mlp-off"]
-    assert starts["attention-on"] == starts["attention-off"]
-    far = [high / low for high, low in zip(starts["mlp-on"], starts["attention-on"], strict=True)]
+    assert starts[NAMES[1]] == starts[NAMES[0]]
+    assert starts[NAMES[3]] == starts[NAMES[2]]
+    far = [high / low for high, low in zip(starts[NAMES[1]], starts[NAMES[3]], strict=True)]
     assert far == pytest.approx([64.0] * 2, rel=1e-2)
 
 
@@ -57,7 +61,7 @@ def test_both_runs_see_the_same_batches_and_part_when_the_scales_move(done: tupl
     for branch in ("mlp", "attention"):
         losses = []
         for state in ("off", "on"):
-            with (done[0] / f"{branch}-{state}" / "metrics.csv").open(newline="") as file:
+            with (done[0] / f"{branch}-0.004-{state}" / "metrics.csv").open(newline="") as file:
                 losses.append([row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]])
         assert losses[0][0] == losses[1][0]
         assert losses[0][-1] != losses[1][-1]
