@@ -52,7 +52,7 @@ ROOT = Path(__file__).parents[1]
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)  # 4e-3 was the best of "off" in a trial of 2 seeds
 SEEDS = (0, 1, 2)
 MANY = tuple(range(10))
-MATTER = ("off", "scales", DEFAULT, "placebo")
+MATTER = ("off", "scales", DEFAULT, "placebo", "LayerScale 0.1")
 LONG = ("off", "scales", "band", DEFAULT, "ceiling 3", "placebo", "start 1", "LayerScale 0.1", "depth-scaled rate")
 DEEP = ("off", "scales", "band", DEFAULT, "ceiling 3", "ceiling 10", "placebo")
 Done = Mapping[Job, Mapping[str, Any]]
@@ -112,26 +112,10 @@ def stages(done: Done, *, quick: bool) -> Iterator[list[Job]]:
         Job(arm, "healthy", layers, steps[0], rate, seed)
         for seed, rate, arm in product(many, rates[-3:], ("off", DEFAULT))
     ]
-    grid = [
-        Job(arm, start, layers, steps[0], rate, seed) for seed, start, rate, arm in product(seeds, STARTS, rates, ARMS)
-    ]
-    yield from placebo_last(grid)
-    tuned = {start: best_rate(done, "off", start, layers, steps[0]) for start in STARTS}
-    yield [
-        Job(arm, start, layers, steps[0], tuned[start], seed)
-        for seed, start, arm in product(many, STARTS, ("off", DEFAULT))
-    ]
-    rates_of = {(arm, start): best_rate(done, arm, start, layers, steps[0]) for arm, start in product(ARMS, STARTS)}
     yield from placebo_last(
         [
-            Job(arm, "healthy", deep, steps[0], factor * tuned["healthy"] / 2, seed)
-            for seed, factor, arm in product(seeds, (1, 4), DEEP)
-        ]
-    )
-    yield from placebo_last(
-        [
-            Job(arm, start, layers, steps[1], factor * rates_of[arm, start], seed)
-            for seed, start, factor, arm in product(seeds, ("healthy", "MLP 8×"), (1, 2), LONG)
+            Job(arm, "healthy", layers, steps[1], rate, seed)
+            for seed, rate, arm in product(seeds, rates[1:] or rates, MATTER)
         ]
     )
     if not quick:
@@ -141,6 +125,29 @@ def stages(done: Done, *, quick: bool) -> Iterator[list[Job]]:
                 for seed, arm in product(seeds, MATTER)
             ]
         )
+    yield from placebo_last(
+        [
+            Job(arm, "healthy", deep, steps[0], rate, seed)
+            for seed, rate, arm in product(seeds, rates[1::2] or rates, DEEP)
+        ]
+    )
+    yield from placebo_last(
+        [
+            Job(arm, start, layers, steps[0], rate, seed)
+            for seed, start, rate, arm in product(seeds, STARTS, rates, ARMS)
+        ]
+    )
+    tuned = {start: best_rate(done, "off", start, layers, steps[0]) for start in STARTS}
+    yield [
+        Job(arm, start, layers, steps[0], tuned[start], seed)
+        for seed, start, arm in product(many, STARTS, ("off", DEFAULT))
+    ]
+    yield from placebo_last(
+        [
+            Job(arm, start, layers, steps[1], rate, seed)
+            for seed, start, rate, arm in product(seeds, ("healthy", "MLP 8×"), rates[2:4] or rates, LONG)
+        ]
+    )
 
 
 def placebo_last(jobs: Sequence[Job]) -> Iterator[list[Job]]:

@@ -93,7 +93,7 @@ def collapse(level: Level, blocks: Mapping[int, BlockMemory], measurement: Measu
         strong = "attention outweighs the MLP" if side < 0 else "the MLP outweighs attention"
         who = f"In {len(outside)} of {len(measurement.layers)} blocks {strong}: {names}"
         if side < 0:
-            advice += ", balance_init_ before training, or auto_rescale=ResidualRescaler(sides='low')"
+            advice += ", balance_init_ before training, or auto_rescale=True"
     since = min((blocks[layer.index].since for layer in outside), default=measurement.step)
     text = f"tokens become one vector: {tokens}. {who}. Try {advice}"
     return _event(level, f"spectral {level.upper()}", measurement, outside, since, text, tokens)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_spectral import ResidualRescaler, SpectralMonitor, read_journal
+from lightning_spectral import GainCeiling, SpectralMonitor, read_journal
 
 FILE = Path(__file__).parents[2] / "examples" / "cli" / "config.yaml"
 SMALL = ["--model.depth=2", "--model.width=32", "--model.heads=2", "--model.context=32", "--data.context=32"]
@@ -29,10 +29,10 @@ def arguments(of: str) -> dict[str, Any]:
 def test_the_file_has_every_argument_and_says_where_it_is_not_the_default():
     parameters = inspect.signature(SpectralMonitor).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}
-    rescaler = {field.name: field.default for field in dataclasses.fields(ResidualRescaler)}
+    rescaler = {field.name: field.default for field in dataclasses.fields(GainCeiling)}
     for of, known, changed in (
         ("monitor", defaults, {"every_n_steps", "solver", "geometry", "auto_rescale"}),
-        ("rescaler", rescaler, {"dry_run", "sides"}),
+        ("rescaler", rescaler, {"dry_run"}),
     ):
         given = arguments(of)
         assert set(given) == set(known)
@@ -40,7 +40,7 @@ def test_the_file_has_every_argument_and_says_where_it_is_not_the_default():
     lines = {line.split(":")[0].strip(): line for line in FILE.read_text().splitlines()}
     silent = [name for name in (*defaults, *rescaler) if " # " not in lines[name]]
     assert silent == []
-    assert all("default" in lines[name] for name in ("every_n_steps", "geometry", "auto_rescale", "dry_run", "sides"))
+    assert all("default" in lines[name] for name in ("every_n_steps", "geometry", "auto_rescale", "dry_run"))
 
 
 @pytest.mark.slow
@@ -51,8 +51,7 @@ def test_it_fits_resumes_with_other_settings_and_validates(run: Callable[..., st
     assert (first / "spectral.png").read_bytes().startswith(b"\x89PNG")
     header, records = read_journal(first / "spectral.jsonl")
     assert [record["step"] for record in records] == [0, 10]
-    given = arguments("rescaler")
-    assert header["rescaler"] == given | {name: list(given[name]) for name in ("inner_zone", "bounds")}
+    assert header["rescaler"] == {"law": "GainCeiling"} | arguments("rescaler")
     assert all(layer["token_residual"] > 0 for layer in records[0]["layers"])
 
     last = first / "checkpoints" / "last.ckpt"

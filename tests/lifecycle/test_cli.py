@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningCLI
 from tiny_run import Block, LitGPT, loader
 from torch import nn
 
-from lightning_spectral import ExactSVD, RandomizedSVD, ResidualRescaler, SpectralMonitor, read_journal
+from lightning_spectral import ExactSVD, GainCeiling, RandomizedSVD, ResidualRescaler, SpectralMonitor, read_journal
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You defined a `validation_step` but have no `val_dataloader`",
@@ -142,6 +142,7 @@ def test_an_alarm_calls_the_function_that_a_file_names(tmp_path: Path):
         (["every_n_steps=20"], {"every_n_steps": 20, "auto_rescale": False, "geometry": False}),
         (["auto_rescale=true", "on_alarm=stop"], {"auto_rescale": True, "on_alarm": "stop", "geometry": True}),
         (["auto_rescale.gain=0.3"], {"auto_rescale": ResidualRescaler(gain=0.3)}),
+        (["auto_rescale.ceiling=3"], {"auto_rescale": GainCeiling(ceiling=3.0)}),
         (["safe_zone=[0.25,4]"], {"safe_zone": (0.25, 4.0)}),
         (["solver=lightning_spectral.ExactSVD"], {"solver": ExactSVD()}),
         (["on_alarm=test_cli.answer"], {"on_alarm": answer, "geometry": True}),
