@@ -216,8 +216,10 @@ def draw_rates(axes: Axes, runs: list[Run]) -> None:
         one = next(run for run in runs if run.steered is steered)
         axes.plot(*zip(*found, strict=True), marker="o" if steered else "s", label=name_of(one), **look(one))
     axes.set_title("The model as it is, at five learning rates", color=INK, weight="bold")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
+    rates = sorted({run.rate for run in runs})
+    axes.set_xscale("log")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates], minor=False)
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("learning rate", color=INK)
     axes.set_ylabel("validation loss,\nnats per byte", color=INK)
 

@@ -33,7 +33,7 @@ from lightning_spectral.errors import ConfigurationError
 
 __all__ = ["GainCeiling", "strength"]
 
-_CRUMB = 0.01  # nats: less than this a measurement does not know
+_CRUMB = 1e-3  # nats: what is not worth a move
 _WORDS = ("MLP", "attention")
 
 

@@ -44,9 +44,9 @@ class SpectralMonitor(Callback):
     The first measurement is taken before the first step, then one whenever ``every_n_steps`` optimizer steps have
     passed, and one at the end of fit. Training is bitwise the same with and without a monitor that only watches.
 
-    With ``auto_rescale``, every branch gets a residual scale (:func:`attach_scales`), and after a measurement the scales
-    of branches that are too strong are lowered (:class:`GainCeiling` has the law, :class:`ResidualRescaler` another). The
-    model then has parameters that are saved with it; :func:`fuse_scales` folds them into the weights.
+    With ``auto_rescale``, every branch gets a residual scale (:func:`attach_scales`), and after a measurement the
+    scales of branches that are too strong are lowered (:class:`GainCeiling` has the law, :class:`ResidualRescaler`
+    another). The model then has parameters that are saved with it; :func:`fuse_scales` folds them into the weights.
 
     To every logger, with the number of stepped batches as index (the optimizer step, where there is one optimizer):
 
@@ -81,8 +81,8 @@ class SpectralMonitor(Callback):
 
     Args:
         every_n_steps: Optimizer steps between two measurements.
-        auto_rescale: Whether to steer: ``True``, or the settings of a law, :class:`GainCeiling` (``True`` is its defaults)
-            or :class:`ResidualRescaler`.
+        auto_rescale: Whether to steer: ``True``, or the settings of a law, :class:`GainCeiling` (``True`` is its
+            defaults) or :class:`ResidualRescaler`.
         linearization: The rule that turns branches into linear operators.
         safe_zone: The interval of ratios that counts as balanced.
         blocks: The blocks to measure, or hints for finding them. By default those that the LightningModule has as
