@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--every-n-steps", type=int, default=10)
+    parser.add_argument("--every-n-steps", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
     for logger in ("lightning.pytorch", "lightning_spectral"):
