@@ -369,7 +369,7 @@ class Session:
     def _is_trained(self) -> bool:
         """Whether the law meets a model that was trained before: what it has learned to use, is not taken from it."""
         assert self.meter is not None
-        sign = sign_of_training(self.meter.model, self.meter.blocks, self.meter.solver)
+        sign = sign_of_training(self.meter.model, self.meter.blocks)
         if sign is not None:
             rank_zero_info(
                 f"SpectralMonitor: the model looks trained ({sign}), so no branch is lowered below the norm it has now"
