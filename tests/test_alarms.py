@@ -206,7 +206,7 @@ def test_an_alarm_says_where_since_when_and_what_to_try():
         "spectral ALARM, step 30, zone (0.5, 2): tokens become one vector: token residual 0.4 behind block 0, 0.03 "
         "behind block 5 (0.66 at step 0). In 2 of 6 blocks attention outweighs the MLP: block 1 (b.1) at 0.1; block 2 "
         "(b.2) at 0.2. Try a smaller learning rate or a longer warm-up, balance_init_ before training, or "
-        "auto_rescale=ResidualRescaler(sides='low')"
+        "auto_rescale=True"
     )
 
 
