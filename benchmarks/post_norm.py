@@ -15,7 +15,7 @@ Outcome: validation loss on 256 windows of held-out files at the end, nats per b
 
 Arms of both norms: plain; `balance_init_` with target 1; with target 1 and gain 3 (both branches of every block at the
 ceiling of the default law). Of post-norm also: target 2; target 4; the last matrix of attention × 0.5; the last
-matrices of both branches × 0.5 (one ratio); the law, `SpectralMonitor(5, GainCeiling())`.
+matrices of both branches × 0.5 (one ratio); the law with κ = 3, a measurement every 5 steps.
 
 Rates: 1e-3 and 2e-3, seeds 0 to 3, every arm. Before them the plain arm with seed 100 at 5e-4, 1e-3, 2e-3, 4e-3 and
 8e-3, to see where these two rates stand.
@@ -191,7 +191,11 @@ def train(run: Run, recipe: Recipe, texts: Texts) -> dict[str, Any]:
     began = time.process_time()
     module, blocks = start(run, recipe)
     at_start = norms(module, blocks)
-    law = [SpectralMonitor(5, GainCeiling(), blocks=blocks, on_error="raise")] if run.arm == "law" else []
+    law = (
+        [SpectralMonitor(5, GainCeiling(ceiling=3.0, margin=0.2), blocks=blocks, on_error="raise")]
+        if run.arm == "law"
+        else []
+    )
     fit(module, law, run, recipe, texts)
     with torch.no_grad():  # in training mode, which has no dropout here: the fused kernel of `eval` calls no hooks
         validation = module.loss(texts.held_out).item()
