@@ -106,11 +106,15 @@ class Start:
         fan_in: Whether the matrices in blocks have entries of variance 1 / fan-in, or a standard deviation of 0.02.
         mlp: Factor on the last matrix of every MLP.
         attention: The same for attention.
+        norms: Whether the blocks have norms.
+        muon: Whether Muon trains the matrices in blocks, in place of AdamW.
     """
 
     fan_in: bool = True
     mlp: float = 1.0
     attention: float = 1.0
+    norms: bool = True
+    muon: bool = False
 
 
 STARTS = {
@@ -119,6 +123,8 @@ STARTS = {
     "attention 8×": Start(attention=8.0),
     "small": Start(fan_in=False),
 }
+# In which others saw training fail: deep models without norms (2602.22988), and Muon at high rates (2602.01734).
+REGIMES = {"no norms": Start(norms=False), "Muon": Start(muon=True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +133,7 @@ class Job:
 
     Attributes:
         arm: What is done, a key of ``ARMS``.
-        start: Where it starts, a key of ``STARTS``.
+        start: Where it starts, a key of ``STARTS`` or of ``REGIMES``.
         layers: Residual blocks.
         steps: Optimizer steps.
         rate: Largest learning rate of the cycle.
@@ -145,9 +151,9 @@ class Job:
 class Tuned(LitGPT):
     """The example's recipe with the weight decay and the rates of an arm."""
 
-    def __init__(self, config: Config, rate: float, arm: Arm) -> None:
+    def __init__(self, config: Config, rate: float, arm: Arm, *, muon: bool = False) -> None:
         super().__init__(config, rate)
-        self.arm = arm
+        self.arm, self.muon = arm, muon
 
     def configure_optimizers(self) -> dict:
         """AdamW, warmed up and annealed."""
@@ -158,9 +164,32 @@ class Tuned(LitGPT):
         rates = (self.learning_rate, self.learning_rate / math.sqrt(len(self.model.blocks)))
         pairs = [(group, rate) for group, rate in zip(groups, rates, strict=True) if group]
         optimizer = torch.optim.AdamW([{"params": group} for group, _ in pairs], weight_decay=self.arm.decay)
+        if self.muon:
+            matrices = [item for item in self.model.blocks.parameters() if item.ndim == 2]
+            others = [item for item in self.parameters() if all(item is not matrix for matrix in matrices)]
+            options = {"weight_decay": self.arm.decay}
+            muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
+            optimizer = Both(muon, torch.optim.AdamW(others, **options))
+            pairs = [(group["params"], self.learning_rate) for group in optimizer.param_groups]
         warmup = 0.1 if steps > 10 else 0.0
-        cycle = type(cycle)(optimizer, [rate for _, rate in pairs], total_steps=steps, pct_start=warmup)
+        settings = {"total_steps": steps, "pct_start": warmup, "cycle_momentum": not self.muon}
+        cycle = type(cycle)(optimizer, [rate for _, rate in pairs], **settings)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+
+
+class Both(torch.optim.Optimizer):
+    """Two optimizers as one. They share their groups, so that a schedule reaches both."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+
+    def step(self, closure: Any = None) -> Any:
+        """Make a step of each."""
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
 
 
 class LayerScale(nn.Module):
@@ -231,13 +260,15 @@ class Schedule(Callback):
 def initialize(job: Job, recipe: Recipe) -> Tuned:
     """Return the model at its start."""
     torch.manual_seed(job.seed)
-    arm, start = ARMS[job.arm], STARTS[job.start]
-    module = Tuned(Config(job.layers, recipe.width, recipe.heads, recipe.context), job.rate, arm)
+    arm, start = ARMS[job.arm], (STARTS | REGIMES)[job.start]
+    module = Tuned(Config(job.layers, recipe.width, recipe.heads, recipe.context), job.rate, arm, muon=start.muon)
     for block in module.model.blocks:
         matrices = [item for item in block.modules() if isinstance(item, nn.Linear)]
         with torch.no_grad():
             for linear in matrices if start.fan_in else ():
                 linear.weight.normal_(std=linear.in_features**-0.5)
+            if not start.norms:
+                block.norm1, block.norm2 = nn.Identity(), nn.Identity()
             block.mlp.down.weight.mul_(start.mlp)
             block.attention.proj.weight.mul_(start.attention)
         for linear in matrices if arm.sigma else ():

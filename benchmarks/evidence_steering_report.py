@@ -145,6 +145,21 @@ def grid_table(entries: Entries, start: str, *, layers: int, steps: int) -> str:
     return table(head, rows)
 
 
+def regime_table(entries: Entries, start: str, layers: int) -> str:
+    """Compare the default law with "off" at every rate, and count the runs that diverged."""
+    here, rows = chosen(entries, start=start, layers=layers, steps=SHORT), []
+    for rate in sorted({run["rate"] for run in here}):
+        off, on = (chosen(here, arm=arm, rate=rate) for arm in ("off", DEFAULT))
+        losses = [{run["seed"]: loss_of(run) for run in runs} for runs in (off, on)]
+        if all(losses):
+            failed = [f"{sum(map(diverged, runs))} of {len(runs)}" for runs in (off, on)]
+            rows.append(
+                [f"{rate:g}", *(f"{fmean(one.values()):.3f}" for one in losses), difference(*losses[::-1]), *failed]
+            )
+    head = ["rate", "off", DEFAULT, f"{DEFAULT} − off, pairs better", "diverged, off", f"diverged, {DEFAULT}"]
+    return table(head, rows) if rows else ""
+
+
 def tables(entries: Entries) -> dict[str, str]:
     """Return the tables of the page, by the names of their places."""
     found = {"steering bars": bars_table(entries)}
@@ -153,6 +168,8 @@ def tables(entries: Entries) -> dict[str, str]:
     for steps in (1000, 3000):
         for start in ("healthy", "MLP 8×"):
             found[f"steering {steps}, {start}"] = grid_table(entries, start, layers=SHALLOW, steps=steps)
+    for regime, layers in (("no norms", 2 * SHALLOW), ("Muon", SHALLOW)):
+        found[f"steering {regime}"] = regime_table(entries, regime, layers)
     found["steering deep"] = grid_table(entries, "healthy", layers=24, steps=SHORT)
     return {name: text for name, text in found.items() if text}
 

@@ -14,7 +14,14 @@ from test_steering import log_scales, unbalanced
 from tiny_run import LitGPT, fit, loader
 from torch._dynamo.testing import CompileCounter
 
-from lightning_spectral import ConfigurationError, ResidualRescaler, SpectralMonitor, read_actions, read_journal
+from lightning_spectral import (
+    ConfigurationError,
+    GainCeiling,
+    ResidualRescaler,
+    SpectralMonitor,
+    read_actions,
+    read_journal,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
@@ -125,4 +132,4 @@ def test_hooks_that_compiled_code_ignores_are_named_with_the_remedy(tmp_path: Pa
         match=r"1 residual scale\(s\) received no gradient.*blocks\.1\.mlp \(the model was compiled and run before the "
         r"scale was attached.*attach first, or call torch\._dynamo\.reset\(\)",
     ):
-        fit(tmp_path, SpectralMonitor(2, True), module=RunsBeforehand())
+        fit(tmp_path, SpectralMonitor(2, GainCeiling(learnable=True)), module=RunsBeforehand())
