@@ -107,7 +107,7 @@ def test_the_stages_end_with_every_job_done_and_placebos_after_what_they_copy():
             scales = [[-float(one.seed), -1.0 - one.seed]]
             done[one] = entry(validation=2.5 + one.rate, measured=[5], log_scales=scales)
     assert {one.arm for one in done} == set(runs.ARMS)
-    assert {(one.layers, one.steps) for one in done} == {(2, 12), (3, 12)}
+    assert {(one.layers, one.steps) for one in done} == {(2, 12), (3, 12), (4, 12)}
     assert trial.schedule_for(job(), done) is None
 
 
