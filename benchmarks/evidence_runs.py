@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +12,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from evidence_training import spike
 from lightning.pytorch import Callback, Trainer
+from quiet import fit
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.data import DataLoader
 
 from lightning_spectral import GainCeiling, ResidualRescaler, SpectralMonitor, attach_scales, balance_init_, find_blocks
 from lightning_spectral.measure import Meter
@@ -296,30 +294,15 @@ def train(job: Job, recipe: Recipe, texts: tuple[Windows, Tensor], schedule: Map
         law = SpectralMonitor(recipe.every_n_steps, arm.law, blocks=blocks, geometry=False, on_error="raise")
         callbacks = [law]
     watcher = Watcher(Meter(module, blocks), recipe.watched_every)
-    fit(module, [*callbacks, watcher], job, recipe, texts[0])
+    fit(
+        module,
+        [*callbacks, watcher],
+        texts[0],
+        batch_size=recipe.batch_size,
+        steps=job.steps,
+        seed=job.seed,
+    )
     return asdict(job) | outcome(watcher, module, recipe, texts[1]) | {"seconds": time.process_time() - began}
-
-
-def fit(module: Tuned, callbacks: list[Callback], job: Job, recipe: Recipe, windows: Windows) -> None:
-    """Run Lightning's Trainer, quietly and without files."""
-    for name in ("lightning.pytorch", "lightning_spectral"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    order = torch.Generator().manual_seed(job.seed)
-    loader = DataLoader(windows, recipe.batch_size, shuffle=True, drop_last=True, generator=order)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*")
-        trainer = Trainer(
-            max_steps=job.steps,
-            accelerator="cpu",
-            default_root_dir=folder,
-            logger=False,
-            callbacks=callbacks,
-            gradient_clip_val=1.0,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-        )
-        trainer.fit(module, loader)
 
 
 @torch.no_grad()
@@ -332,23 +315,13 @@ def outcome(watcher: Watcher, module: Tuned, recipe: Recipe, held_out: Tensor) -
     inside = [value is not None and abs(value) < ZONE for row in settled for value in row]
     return {
         "validation": loss if math.isfinite(loss) else None,
-        "spike": spike(watcher.losses),
+        "spike": spike(watcher.losses) if all(map(math.isfinite, watcher.losses)) else None,
         "inside": fmean(inside) if inside else None,
         "worst": max((abs(value) for row in settled for value in row if value is not None), default=None),
         "last_log_ratios": watcher.log_ratios[-1] if watcher.log_ratios else [],
         "measured": watcher.steps,
         "log_scales": watcher.log_scales,
     }
-
-
-def spike(losses: Sequence[float], begin: int = 10) -> float | None:
-    """Return the largest rise of a loss above its smallest value so far, after the first steps, in nats."""
-    if not all(map(math.isfinite, losses)):
-        return None
-    lowest, rise = min(losses[:begin]), 0.0
-    for loss in losses[begin:]:
-        rise, lowest = max(rise, loss - lowest), min(lowest, loss)
-    return rise
 
 
 def read_texts(recipe: Recipe) -> tuple[Windows, Tensor]:

@@ -47,7 +47,8 @@ from typing import Any
 
 import evidence_steering_report as report
 import torch
-from evidence_runs import ARMS, DEFAULT, STARTS, WORST, Job, Recipe, read_texts, train
+from evidence_runs import ARMS, DEFAULT, STARTS, Job, Recipe, read_texts, train
+from evidence_steering_report import loss_of
 from machine import describe
 
 ROOT = Path(__file__).parents[1]
@@ -164,12 +165,6 @@ def placebo_last(jobs: Sequence[Job]) -> Iterator[list[Job]]:
     copied = [Job(DEFAULT, job.start, job.layers, job.steps, job.rate, job.seed) for job in blind]
     yield list(dict.fromkeys([*(job for job in jobs if job.arm != "placebo"), *copied]))
     yield blind
-
-
-def loss_of(entry: Mapping[str, Any]) -> float:
-    """Return the validation loss; a run that diverged counts as one that guesses."""
-    loss = entry["validation"]
-    return WORST if loss is None else min(loss, WORST)
 
 
 def best_rate(done: Done, arm: str, start: str, layers: int, steps: int) -> float:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +12,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from quiet import fit
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightning_spectral import ResidualBlock, ResidualRescaler, SpectralMonitor, find_blocks, measure
 from lightning_spectral.block_outputs import BlockOutputs
@@ -190,7 +187,7 @@ def train(run: Run, recipe: Recipe, texts: Texts) -> dict[str, Any]:
     if settings is not None:
         law = ResidualRescaler(**LAW, **settings)
         callbacks.insert(0, SpectralMonitor(recipe.every_n_steps, law, blocks=blocks, on_error="raise"))
-    fit(module, callbacks, recipe, texts, run.seed)
+    fit(module, callbacks, texts.training, batch_size=recipe.batch_size, steps=recipe.steps, seed=run.seed)
     validation, residuals = evaluate(module, blocks, texts)
     scales = [abs(float(value)) for name, value in module.named_parameters() if name.endswith("log_scale")]
     return {
@@ -205,24 +202,3 @@ def train(run: Run, recipe: Recipe, texts: Texts) -> dict[str, Any]:
         "early": recorder.early,
         "seconds": time.process_time() - began,
     }
-
-
-def fit(module: LitGPT, callbacks: Sequence[Callback], recipe: Recipe, texts: Texts, seed: int) -> None:
-    """Run Lightning's Trainer, quietly and without files."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    order = torch.Generator().manual_seed(seed)
-    loader = DataLoader(texts.training, recipe.batch_size, shuffle=True, drop_last=True, generator=order)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*")
-        trainer = Trainer(
-            max_steps=recipe.steps,
-            accelerator="cpu",
-            default_root_dir=folder,
-            logger=False,
-            callbacks=list(callbacks),
-            gradient_clip_val=1.0,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-        )
-        trainer.fit(module, loader)

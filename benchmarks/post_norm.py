@@ -44,12 +44,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,10 +54,10 @@ from statistics import mean
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule
+from quiet import fit
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from lightning_spectral import GainCeiling, ResidualBlock, SpectralMonitor, balance_init_, find_blocks, measure
 
@@ -196,7 +193,7 @@ def train(run: Run, recipe: Recipe, texts: Texts) -> dict[str, Any]:
         if run.arm == "law"
         else []
     )
-    fit(module, law, run, recipe, texts)
+    fit(module, law, texts.training, batch_size=recipe.batch_size, steps=recipe.steps, seed=run.seed)
     with torch.no_grad():  # in training mode, which has no dropout here: the fused kernel of `eval` calls no hooks
         validation = module.loss(texts.held_out).item()
     return {
@@ -216,27 +213,6 @@ def norms(module: LitEncoder, blocks: Sequence[ResidualBlock]) -> dict[str, list
         kind: [None if norm is None else round(norm, 4) for norm in values]
         for kind, values in zip(("mlp", "attention"), zip(*pairs, strict=True), strict=True)
     }
-
-
-def fit(module: LitEncoder, callbacks: Sequence[Callback], run: Run, recipe: Recipe, texts: Texts) -> None:
-    """Run Lightning's Trainer, quietly and without files."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    order = torch.Generator().manual_seed(run.seed)
-    loader = DataLoader(texts.training, recipe.batch_size, shuffle=True, drop_last=True, generator=order)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*")
-        trainer = Trainer(
-            max_steps=recipe.steps,
-            accelerator="cpu",
-            default_root_dir=folder,
-            logger=False,
-            callbacks=list(callbacks),
-            gradient_clip_val=1.0,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-        )
-        trainer.fit(module, loader)
 
 
 def planned() -> Iterator[Run]:

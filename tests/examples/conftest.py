@@ -16,10 +16,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def loggers() -> Iterator[None]:
-    """An example that is run in this process mutes Lightning's messages: not those of the tests behind it."""
-    level = logging.getLogger("lightning.pytorch").level
+    """An example that is run in this process mutes loggers: not those of the tests behind it."""
+    muted = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning_spectral")]
+    levels = [logger.level for logger in muted]
     yield
-    logging.getLogger("lightning.pytorch").setLevel(level)
+    for logger, level in zip(muted, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture
