@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from train_gpt import LitGPT
 
 from lightning_spectral import SpectralMonitor, read_events, read_journal
-from lightning_spectral.alarms.observe import COLLAPSED
+from lightning_spectral.alarms.rules import COLLAPSED
 
 
 def parse() -> argparse.Namespace:

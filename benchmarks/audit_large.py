@@ -158,7 +158,7 @@ def run(folder: Path, threads: int, repeats: int) -> dict[str, float]:
     import transformers
 
     from lightning_spectral import audit
-    from lightning_spectral.audit import blockwise, two_at_a_time
+    from lightning_spectral.checkpoints import blockwise, two_at_a_time
 
     transformers.LlamaForCausalLM  # imported lazily, and no part of an audit  # noqa: B018
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_spectral import GainCeiling, ResidualRescaler, SpectralMonitor, attach_scales, balance_init_, find_blocks
-from lightning_spectral.measure import Meter
+from lightning_spectral.measuring.meter import Meter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_gpt import Config, LitGPT, Windows, read_standard_library

@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from lightning_spectral.geometry import effective_rank
+from lightning_spectral.tokens import effective_rank
 
 DEPTH, SPIKE, BULK = 24, 5.0, 0.5
 RATIOS = (0.1, 0.29, 0.51, 0.78, 0.97, 1.2, 2.06, 2.86, 4.9, 10.5, 20.0)

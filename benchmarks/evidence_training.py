@@ -16,7 +16,7 @@ from quiet import fit
 from torch import Tensor
 
 from lightning_spectral import ResidualBlock, ResidualRescaler, SpectralMonitor, find_blocks, measure
-from lightning_spectral.block_outputs import BlockOutputs
+from lightning_spectral.measuring.block_outputs import BlockOutputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_gpt import Config, LitGPT, Windows, read_standard_library

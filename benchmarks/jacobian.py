@@ -28,9 +28,9 @@ from machine import describe
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_spectral import find_blocks, measure
-from lightning_spectral.functional import update_ratios, watch_updates
 from lightning_spectral.linalg import Jacobian
-from lightning_spectral.linalg.krylov import BlockKrylov
+from lightning_spectral.linalg.norms.krylov import BlockKrylov
+from lightning_spectral.measuring.jacobians import update_ratios, watch_updates
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_gpt import GPT, Config, Windows, read_standard_library

@@ -18,7 +18,7 @@ import torch
 from machine import describe
 
 from lightning_spectral import find_blocks
-from lightning_spectral.measure import Meter
+from lightning_spectral.measuring.meter import Meter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_gpt import GPT, Config

@@ -25,9 +25,9 @@ from machine import describe
 from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral import ResidualBlock, find_blocks
-from lightning_spectral.measure import Meter
-from lightning_spectral.monitor.batch import BatchWatch
+from lightning_spectral.measuring.meter import Meter
 from lightning_spectral.records import Measurement
+from lightning_spectral.watch.batch import BatchWatch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_gpt import GPT, Config, Windows, read_standard_library

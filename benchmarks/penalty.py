@@ -21,7 +21,7 @@ import torch
 from machine import describe
 
 from lightning_spectral import find_blocks
-from lightning_spectral.control.penalty import balance_penalty
+from lightning_spectral.balance.penalty import balance_penalty
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_gpt import GPT, Config, Windows, read_standard_library

@@ -25,7 +25,7 @@ from overhead import GPT, Config, Windows, read_standard_library
 from lightning_spectral import GainCeiling, ResidualRescaler, find_blocks
 from lightning_spectral.control.band import BlockState
 from lightning_spectral.control.steering import Steering
-from lightning_spectral.measure import Meter
+from lightning_spectral.measuring.meter import Meter
 from lightning_spectral.records import Measurement
 
 ZONE = (0.5, 2.0)

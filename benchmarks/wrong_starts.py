@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralMonitor, attach_scales, find_blocks
-from lightning_spectral.measure import Meter
+from lightning_spectral.measuring.meter import Meter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_gpt import GPT, Config, Windows, read_standard_library

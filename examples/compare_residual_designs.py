@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from train_gpt import Block, Config, LitGPT, Windows, read_standard_library
 
 from lightning_spectral import ResidualBlock, find_blocks, lyapunov_exponents, measure
-from lightning_spectral.geometry import token_residual
+from lightning_spectral.tokens import token_residual
 
 # Of the Okabe-Ito palette, which stays apart under every common colour blindness.
 STATES = {"initial": ("#7f7f7f", "s"), "trained": ("#0072b2", "o")}

@@ -7,17 +7,11 @@
     print(measure(model))                                                      # or measure once, without a Trainer
 """
 
-from lightning_spectral.audit import audit
-from lightning_spectral.control import (
-    GainCeiling,
-    ResidualRescaler,
-    ResidualScales,
-    attach_scales,
-    balance_init_,
-    balance_penalty,
-    fuse_scales,
-)
-from lightning_spectral.covariance import covariance_trajectory
+from lightning_spectral.analysis.lyapunov import lyapunov_exponents
+from lightning_spectral.analysis.zero_data import covariance_trajectory
+from lightning_spectral.balance import balance_init_, balance_penalty
+from lightning_spectral.checkpoints import audit
+from lightning_spectral.control import GainCeiling, ResidualRescaler
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.errors import (
     BlocksNotFoundError,
@@ -26,15 +20,15 @@ from lightning_spectral.errors import (
     ExampleInputError,
     SpectralError,
 )
-from lightning_spectral.history import History, heatmap
-from lightning_spectral.journal import read_actions, read_events, read_journal
 from lightning_spectral.linalg import ExactSVD, RandomizedSVD
-from lightning_spectral.lyapunov import lyapunov_exponents
-from lightning_spectral.measure import measure
+from lightning_spectral.measuring.meter import measure
 from lightning_spectral.metrics import EffectiveRank, SpectralRatio, StableRank, TokenResidual, TokenSimilarity
 from lightning_spectral.monitor import SpectralMonitor
+from lightning_spectral.pages import report
 from lightning_spectral.records import Branch, LayerMeasurement, Measurement, ResidualBlock
-from lightning_spectral.report import report
+from lightning_spectral.runs.history import History, heatmap
+from lightning_spectral.runs.journal import read_actions, read_events, read_journal
+from lightning_spectral.scales import ResidualScales, attach_scales, fuse_scales
 
 __version__ = "0.1.0.dev0"
 

@@ -10,11 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_spectral.audit import Comparison, audit, compare, printable
-from lightning_spectral.durable import replace
+from lightning_spectral.checkpoints import audit, printable
 from lightning_spectral.errors import SpectralError
-from lightning_spectral.records import Measurement
-from lightning_spectral.report import check_installed, report, write_checkpoint_page
+from lightning_spectral.pages import check_installed, report, write_checkpoint_page
+from lightning_spectral.records import Comparison, Measurement, compare
+from lightning_spectral.runs.durable import replace
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser

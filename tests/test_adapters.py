@@ -27,8 +27,8 @@ from lightning_spectral import (
     fuse_scales,
     measure,
 )
-from lightning_spectral.linearize import linearize
-from lightning_spectral.measure import Meter
+from lightning_spectral.measuring.linearize import linearize
+from lightning_spectral.measuring.meter import Meter
 
 IDS = torch.arange(22).view(2, 11)
 EXACT = ExactSVD()

@@ -10,7 +10,7 @@ from dataclasses import asdict
 import pytest
 
 from lightning_spectral.alarms import Event, Memory, falling_tokens, observe
-from lightning_spectral.alarms.observe import COLLAPSED
+from lightning_spectral.alarms.rules import COLLAPSED
 from lightning_spectral.records import LayerMeasurement, Measurement
 
 HEALTHY = [0.9, 0.8, 0.75, 0.7, 0.68, 0.66]  # token residual over depth

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from zoo import example, examples
 
 from lightning_spectral import find_blocks
-from lightning_spectral.block_outputs import BlockOutputs, as_sequences
-from lightning_spectral.geometry import effective_rank, token_residual
+from lightning_spectral.measuring.block_outputs import BlockOutputs, as_sequences
+from lightning_spectral.tokens import effective_rank, token_residual
 
 MEMBERS = [
     member.name
@@ -137,7 +137,7 @@ def test_a_failure_in_a_hook_is_kept_for_whoever_asks(monkeypatch: pytest.Monkey
     def broken(*_: Any, **__: Any) -> Tensor:
         raise ValueError("no rank today")
 
-    monkeypatch.setattr("lightning_spectral.block_outputs.effective_rank", broken)
+    monkeypatch.setattr("lightning_spectral.measuring.block_outputs.effective_rank", broken)
     model = TinyGPT().eval()
     outputs = BlockOutputs(model, find_blocks(model))
     outputs.start()

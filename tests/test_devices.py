@@ -25,10 +25,10 @@ from lightning_spectral import (
     lyapunov_exponents,
     measure,
 )
-from lightning_spectral.discovery.aside.streams import random_streams_kept
-from lightning_spectral.discovery.blocks import blocks_of
-from lightning_spectral.discovery.recorder import record
-from lightning_spectral.discovery.tape import probe_device
+from lightning_spectral.discovery.structure.assembly import blocks_of
+from lightning_spectral.discovery.trace.recorder import record
+from lightning_spectral.discovery.trace.tape import probe_device
+from lightning_spectral.passes.aside.streams import random_streams_kept
 
 PACKAGE = Path(lightning_spectral.__file__).parent
 FACTORIES = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_spectral.durable import append, replace, set_aside
+from lightning_spectral.runs.durable import append, replace, set_aside
 
 
 @contextmanager

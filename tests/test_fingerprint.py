@@ -10,9 +10,9 @@ from tiny_run import TinyGPT
 from torch import nn
 
 from lightning_spectral import attach_scales, find_blocks
-from lightning_spectral.measure import Meter
-from lightning_spectral.monitor.fingerprint import fingerprint, same_weights
+from lightning_spectral.measuring.meter import Meter
 from lightning_spectral.records import Branch, Factor, Path, ResidualBlock
+from lightning_spectral.watch.fingerprint import fingerprint, same_weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.bool, torch.complex64]
 

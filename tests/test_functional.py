@@ -31,11 +31,11 @@ from lightning_spectral import (
     find_blocks,
     measure,
 )
-from lightning_spectral.discovery.functions import BranchFunction, branch_functions
-from lightning_spectral.discovery.updates import Update
-from lightning_spectral.functional import update_ratios, watch_updates
-from lightning_spectral.geometry.jacobian import derivative_error, gains
 from lightning_spectral.linalg import Jacobian
+from lightning_spectral.measuring.branch_functions import BranchFunction, branch_functions
+from lightning_spectral.measuring.jacobians import update_ratios, watch_updates
+from lightning_spectral.measuring.response import derivative_error, gains
+from lightning_spectral.measuring.updates import Update
 from lightning_spectral.records import FunctionalMeasurement
 
 # Some members of the zoo are sharded.

@@ -15,11 +15,11 @@ import pytest
 from matplotlib.collections import LineCollection
 
 from lightning_spectral.alarms import Event
+from lightning_spectral.alarms.trends import Forecast
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.history import _LAYER, History, _measurement, heatmap, in_order
-from lightning_spectral.journal import Journal
 from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
-from lightning_spectral.trends import Forecast
+from lightning_spectral.runs.history import _LAYER, History, _measurement, heatmap, in_order
+from lightning_spectral.runs.journal import Journal
 
 HEADER = {"linearization": "circuit"}
 EVENT = Event("alarm", 5, 0, (0, 1), "tokens become one vector", Forecast(9.0, 7.0, math.inf))

@@ -15,12 +15,12 @@ import pytest
 from test_durable import full_disk
 
 from lightning_spectral import journal as room
-from lightning_spectral.entries import LONGEST
+from lightning_spectral.alarms.trends import Forecast
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.history import History, history_of
-from lightning_spectral.journal import Journal, read_actions, read_events, read_journal
 from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
-from lightning_spectral.trends import Forecast
+from lightning_spectral.runs.entries import LONGEST
+from lightning_spectral.runs.history import History, history_of
+from lightning_spectral.runs.journal import Journal, read_actions, read_events, read_journal
 
 HEADER = {"linearization": "circuit"}
 EVENT = {"level": "info", "step": 5, "since": 5, "blocks": [0], "message": "block 0 leaves", "forecast": None}

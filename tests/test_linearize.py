@@ -15,7 +15,7 @@ from zoo import example, survey
 from zoo.example import HEADS
 
 from lightning_spectral import Branch, ConfigurationError, ResidualBlock, find_blocks
-from lightning_spectral.linearize import linearize, linearize_sum
+from lightning_spectral.measuring.linearize import linearize, linearize_sum
 from lightning_spectral.records import Factor, Path, alternatives
 
 Fused = Literal["no", "last", "per head"]

@@ -27,7 +27,7 @@ from lightning_spectral import (
     find_blocks,
     measure,
 )
-from lightning_spectral.measure import Meter
+from lightning_spectral.measuring.meter import Meter
 from lightning_spectral.records import Factor, Path
 
 HEADS, WIDTH = 4, 32

@@ -22,14 +22,14 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_spectral import measure
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.geometry import (
+from lightning_spectral.metrics import EffectiveRank, SpectralRatio, StableRank, TokenResidual, TokenSimilarity
+from lightning_spectral.tokens import (
     effective_rank,
     massive_activations,
     stable_rank,
     token_residual,
     token_similarity,
 )
-from lightning_spectral.metrics import EffectiveRank, SpectralRatio, StableRank, TokenResidual, TokenSimilarity
 
 WIDTH = 6
 

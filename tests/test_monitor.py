@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lightning_spectral import RandomizedSVD, SpectralMonitor, find_blocks
 from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError
-from lightning_spectral.journal import read_journal
+from lightning_spectral.runs.journal import read_journal
 
 SUMMARY = {
     "spectral/ratio_min",

@@ -15,7 +15,7 @@ from tiny_run import BLOCKS, LitGPT, fit
 from torch import Tensor
 
 from lightning_spectral import ConfigurationError, SpectralMonitor, find_blocks, read_journal
-from lightning_spectral.geometry import token_residual
+from lightning_spectral.tokens import token_residual
 
 
 def seen(folder: Path) -> dict[int, list[float | None]]:

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from tiny_run import LitGPT, SaveAt, fit, loader
 
 from lightning_spectral import SpectralMonitor
-from lightning_spectral.journal import read_journal
+from lightning_spectral.runs.journal import read_journal
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),

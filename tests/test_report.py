@@ -15,7 +15,7 @@ from matplotlib.collections import LineCollection, QuadMesh
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import LayerMeasurement, Measurement
-from lightning_spectral.report import heatmap
+from lightning_spectral.runs.history import heatmap
 
 
 def measurement(step: int, ratios: Sequence[float | None], **fields: object) -> Measurement:

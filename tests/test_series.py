@@ -11,10 +11,10 @@ from torch import nn
 
 from lightning_spectral.alarms import Memory
 from lightning_spectral.errors import ExampleInputError
-from lightning_spectral.first_forward import FirstForward
+from lightning_spectral.pages import one_screen
 from lightning_spectral.records import LayerMeasurement, Measurement
-from lightning_spectral.report import one_screen
-from lightning_spectral.series import Series, logged_values
+from lightning_spectral.runs.series import Series, logged_values
+from lightning_spectral.watch.first_forward import FirstForward
 
 
 def measurement(*ratios: float | None, step: int = 0) -> Measurement:

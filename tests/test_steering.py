@@ -33,7 +33,7 @@ from lightning_spectral import (
     read_journal,
 )
 from lightning_spectral.control.steering import Steering
-from lightning_spectral.measure import Meter
+from lightning_spectral.measuring.meter import Meter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),

@@ -8,7 +8,7 @@ import random
 import pytest
 from scipy.stats import theilslopes
 
-from lightning_spectral.trends import Forecast, Trend, forecast, trend
+from lightning_spectral.alarms.trends import Forecast, Trend, forecast, trend
 
 
 @pytest.mark.parametrize("n", [4, 5, 10, 33])

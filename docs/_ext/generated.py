@@ -19,7 +19,7 @@ from zoo.reasons import CROSS, expected_reasons, has_ratio
 from lightning_spectral import LayerMeasurement, Measurement, SpectralMonitor
 from lightning_spectral.alarms import Memory
 from lightning_spectral.records import FunctionalMeasurement
-from lightning_spectral.series import logged_values
+from lightning_spectral.runs.series import logged_values
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx

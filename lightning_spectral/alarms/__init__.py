@@ -15,6 +15,6 @@ tokens that have collapsed already, and below it tokens that are on their way.
 """
 
 from lightning_spectral.alarms.memory import Event, Memory
-from lightning_spectral.alarms.observe import falling_tokens, observe
+from lightning_spectral.alarms.rules import falling_tokens, observe
 
 __all__ = ["Event", "Memory", "falling_tokens", "observe"]

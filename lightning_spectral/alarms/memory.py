@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from statistics import median
 from typing import Any, Literal
 
-from lightning_spectral.trends import Forecast, Trend, trend
+from lightning_spectral.alarms.trends import Forecast, Trend, trend
 
 __all__ = ["BlockMemory", "Event", "Level", "Memory", "Point", "line_through"]
 

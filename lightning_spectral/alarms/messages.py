@@ -8,8 +8,8 @@ from dataclasses import astuple, dataclass
 from statistics import median
 
 from lightning_spectral.alarms.memory import BlockMemory, Event, Level, Point, line_through
+from lightning_spectral.alarms.trends import Forecast
 from lightning_spectral.records import LayerMeasurement, Measurement
-from lightning_spectral.trends import Forecast
 
 __all__ = ["Tokens", "collapse", "crossing", "drift", "relief"]
 

@@ -1,18 +1,6 @@
-"""Steering: residual scales, the control laws, balanced initialization, the balance penalty."""
+"""Steering: the control laws, which are pure functions, and what applies them to a model in a run."""
 
-from lightning_spectral.control.balance import balance_init_
 from lightning_spectral.control.band import ResidualRescaler
 from lightning_spectral.control.ceiling import GainCeiling
-from lightning_spectral.control.fuse import fuse_scales
-from lightning_spectral.control.penalty import balance_penalty
-from lightning_spectral.control.scales import ResidualScales, attach_scales
 
-__all__ = [
-    "GainCeiling",
-    "ResidualRescaler",
-    "ResidualScales",
-    "attach_scales",
-    "balance_init_",
-    "balance_penalty",
-    "fuse_scales",
-]
+__all__ = ["GainCeiling", "ResidualRescaler"]

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
-from lightning_spectral import settings
+from lightning_spectral import _checks
 from lightning_spectral.control.law import Action, Reading, State
 from lightning_spectral.errors import ConfigurationError
 
@@ -75,19 +75,19 @@ class ResidualRescaler:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        settings.number("gain", self.gain, 0.0, 1.0, above=True)
-        settings.number("max_step", self.max_step, 0.0, math.inf, above=True)
-        settings.steps("patience", self.patience)
-        settings.number("smoothing", self.smoothing, 0.0, 1.0, below=True)
-        settings.number("margin", self.margin, 0.0, math.inf)
-        settings.choice("mode", self.mode, get_args(Mode))
-        settings.choice("sides", self.sides, get_args(Sides))
-        settings.steps("warmup_steps", self.warmup_steps, least=0)
-        settings.flag("guard", self.guard)
-        settings.flag("dry_run", self.dry_run)
-        settings.flag("learnable", self.learnable)
+        _checks.number("gain", self.gain, 0.0, 1.0, above=True)
+        _checks.number("max_step", self.max_step, 0.0, math.inf, above=True)
+        _checks.steps("patience", self.patience)
+        _checks.number("smoothing", self.smoothing, 0.0, 1.0, below=True)
+        _checks.number("margin", self.margin, 0.0, math.inf)
+        _checks.choice("mode", self.mode, get_args(Mode))
+        _checks.choice("sides", self.sides, get_args(Sides))
+        _checks.steps("warmup_steps", self.warmup_steps, least=0)
+        _checks.flag("guard", self.guard)
+        _checks.flag("dry_run", self.dry_run)
+        _checks.flag("learnable", self.learnable)
         for name in ("inner_zone", "bounds"):
-            low, high = settings.interval(name, getattr(self, name))
+            low, high = _checks.interval(name, getattr(self, name))
             if not low < 1 < high:
                 raise ConfigurationError(f"{name}={getattr(self, name)!r}: expected an interval around 1")
             object.__setattr__(self, name, (low, high))  # a list, from a file, becomes a tuple

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from lightning_spectral import settings
+from lightning_spectral import _checks
 from lightning_spectral.control.law import Action, Reading, State
 from lightning_spectral.errors import ConfigurationError
 
@@ -64,12 +64,12 @@ class GainCeiling:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        settings.number("ceiling", self.ceiling, 0.0, math.inf, above=True)
-        settings.number("margin", self.margin, 0.0, math.inf)
-        settings.number("floor", self.floor, 0.0, 1.0, above=True)
-        settings.steps("warmup_steps", self.warmup_steps, least=0)
-        settings.flag("dry_run", self.dry_run)
-        settings.flag("learnable", self.learnable)
+        _checks.number("ceiling", self.ceiling, 0.0, math.inf, above=True)
+        _checks.number("margin", self.margin, 0.0, math.inf)
+        _checks.number("floor", self.floor, 0.0, 1.0, above=True)
+        _checks.steps("warmup_steps", self.warmup_steps, least=0)
+        _checks.flag("dry_run", self.dry_run)
+        _checks.flag("learnable", self.learnable)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_spectral.control.scales import ResidualScales
 from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.scales.attach import ResidualScales
 
 __all__ = [
     "Lost",

@@ -15,11 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral.control.band import ResidualRescaler
-from lightning_spectral.control.carriers import is_frozen, parameters_of
-from lightning_spectral.control.fuse import fuse_scales
 from lightning_spectral.control.law import Action, Law, Reading
-from lightning_spectral.control.liveness import Liveness
-from lightning_spectral.control.loading import MARKER, marked, refuse_lost_scales, saved_sites
 from lightning_spectral.control.moves import Moves
 from lightning_spectral.control.muon import check_muon
 from lightning_spectral.control.optimizers import (
@@ -30,17 +26,21 @@ from lightning_spectral.control.optimizers import (
     plain_order,
     with_fresh_scales,
 )
-from lightning_spectral.control.scales import (
+from lightning_spectral.discovery import find_blocks
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.records import Branch, LayerMeasurement, Measurement, ResidualBlock
+from lightning_spectral.scales.attach import (
     ResidualScale,
     ResidualScales,
     attach_to,
     attach_where_possible,
     trusted_branches,
 )
-from lightning_spectral.discovery import find_blocks
-from lightning_spectral.discovery.scaled import scale_module, with_scales
-from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.records import Branch, LayerMeasurement, Measurement, ResidualBlock
+from lightning_spectral.scales.carriers import is_frozen, parameters_of
+from lightning_spectral.scales.fuse import fuse_scales
+from lightning_spectral.scales.liveness import Liveness
+from lightning_spectral.scales.loading import MARKER, marked, refuse_lost_scales, saved_sites
+from lightning_spectral.weights.scaled import scale_module, with_scales
 
 __all__ = ["Steering"]
 
@@ -105,7 +105,7 @@ class Steering:
 
         Raises:
             ConfigurationError, BlocksNotFoundError, ExampleInputError: As
-                :func:`~lightning_spectral.control.scales.attach_scales` does.
+                :func:`~lightning_spectral.scales.attach.attach_scales` does.
         """
         if self.scales is not None and self.scales.model is model:
             return

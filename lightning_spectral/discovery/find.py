@@ -12,17 +12,17 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_spectral.discovery.aside import kept
-from lightning_spectral.discovery.blocks import blocks_of
 from lightning_spectral.discovery.hints import with_hints
 from lightning_spectral.discovery.inputs import guesses
-from lightning_spectral.discovery.parts import attends_to_one, has_lists, idle_parts, parts, unseen
-from lightning_spectral.discovery.recorder import record
-from lightning_spectral.discovery.shapes import with_shapes
-from lightning_spectral.discovery.surprises import SURPRISES, surprise
-from lightning_spectral.discovery.tape import Tape
+from lightning_spectral.discovery.structure.assembly import blocks_of
+from lightning_spectral.discovery.structure.parts import attends_to_one, has_lists, idle_parts, parts, unseen
+from lightning_spectral.discovery.structure.shapes import with_shapes
+from lightning_spectral.discovery.trace.recorder import record
+from lightning_spectral.discovery.trace.surprises import SURPRISES, surprise
+from lightning_spectral.discovery.trace.tape import Tape
 from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
-from lightning_spectral.linalg.flattened import is_flattened
+from lightning_spectral.linalg.sharding.flattened import is_flattened
+from lightning_spectral.passes.aside import kept
 from lightning_spectral.records import Blocks, ResidualBlock
 
 __all__ = ["Pass", "attempted_calls", "blocks_in_calls", "find_blocks", "passed", "recorded"]

@@ -26,9 +26,9 @@ from typing import Any, get_args
 
 from torch import nn
 
-from lightning_spectral.discovery.paths import resolve
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import Branch, BranchKind, End, Factor, FactorRole, Path, ResidualBlock
+from lightning_spectral.weights.paths import resolve
 
 __all__ = ["with_hints"]
 

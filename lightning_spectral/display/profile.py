@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,33 +14,45 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_spectral.records import Measurement
-
 __all__ = ["profile_figure"]
 
 
-def profile_figure(measurement: Measurement) -> Figure:
+def profile_figure(
+    blocks: Sequence[int],
+    mlp_norms: Sequence[float | None],
+    attention_norms: Sequence[float | None],
+    ratios: Sequence[float | None],
+    *,
+    zone: tuple[float, float] | None,
+    title: str,
+) -> Figure:
     """Draw both norms (above) and the ratio (below) of every block, on logarithmic axes. What is missing is a gap.
+
+    Args:
+        blocks: Their indices.
+        mlp_norms: Spectral norms of the MLP branches.
+        attention_norms: Spectral norms of the attention branches.
+        ratios: The first over the second.
+        zone: The interval of ratios to shade, if any.
+        title: The title.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
     figure = new_figure(5.4)
     above, below = figure.subplots(2, 1, sharex=True)
-    blocks = np.array([layer.index for layer in measurement])
-    series = (("MLP", MLP, "o", "mlp_norm"), ("attention", ATTENTION, "s", "attention_norm"))
-    for label, colour, marker, name in series:
-        norms = _column([getattr(layer, name) for layer in measurement])
-        above.plot(blocks, norms, color=colour, marker=marker, markersize=4.5, linewidth=1.4, label=label)
+    indices = np.array(blocks)
+    for label, colour, marker, norms in (("MLP", MLP, "o", mlp_norms), ("attention", ATTENTION, "s", attention_norms)):
+        above.plot(indices, _column(norms), color=colour, marker=marker, markersize=4.5, linewidth=1.4, label=label)
     _plain_logarithms(above)
     above.set_ylabel("spectral norm", color=INK)
     above.legend(frameon=False, fontsize=9, ncols=2, loc="upper right", bbox_to_anchor=(1.0, 1.16))
-    _ratios(below, blocks, _column([layer.ratio for layer in measurement]), measurement)
+    _ratios(below, indices, _column(ratios), zone)
     for axes in (above, below):
         plain(axes)
         axes.grid(axis="y", color="#e3e3e3", linewidth=0.6)
         axes.set_axisbelow(True)
-    above.set_title(f"Step {measurement.step}, “{measurement.linearization}”", loc="left", color=INK, weight="bold")
+    above.set_title(title, loc="left", color=INK, weight="bold")
     return figure
 
 
@@ -53,21 +66,21 @@ def _plain_logarithms(axes: Axes) -> None:
     axes.tick_params(which="minor", labelsize=9, labelcolor=INK, length=0)
 
 
-def _column(values: list[float | None]) -> Floats:
+def _column(values: Sequence[float | None]) -> Floats:
     """Return an array with NaN for what is missing, and for a norm of zero, which no logarithmic axis shows."""
     return np.array([value or math.nan for value in values])
 
 
-def _ratios(axes: Axes, blocks: Floats, ratios: Floats, measurement: Measurement) -> None:
+def _ratios(axes: Axes, blocks: Floats, ratios: Floats, zone: tuple[float, float] | None) -> None:
     """Draw bars from ρ = 1, up in the colour of the MLP and down in the colour of attention."""
     from matplotlib.ticker import MaxNLocator
 
     powers = np.log2(ratios)
     axes.bar(blocks, powers, color=np.where(powers > 0, MLP, ATTENTION), width=0.7)
     reach = max(2, math.ceil(float(np.nanmax(np.abs(powers))))) if np.isfinite(powers).any() else 2
-    if measurement.has_zone:
-        axes.axhspan(*np.log2(measurement.safe_zone), color="#999999", alpha=0.18, linewidth=0, zorder=0)
-        axes.text(0.995, np.log2(measurement.safe_zone[1]), "safe zone", color="#555555", fontsize=8, ha="right",
+    if zone is not None:
+        axes.axhspan(*np.log2(zone), color="#999999", alpha=0.18, linewidth=0, zorder=0)
+        axes.text(0.995, np.log2(zone[1]), "safe zone", color="#555555", fontsize=8, ha="right",
                   va="top", transform=axes.get_yaxis_transform())  # fmt: skip
     axes.axhline(0.0, color=INK, linewidth=0.8)
     ticks = range(-reach, reach + 1, max(1, reach // 4))

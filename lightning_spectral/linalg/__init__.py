@@ -1,14 +1,14 @@
 """Linear operators without matrices, and the solvers that measure their spectral norms. Knows no Transformer."""
 
-from lightning_spectral.linalg.exact import ExactSVD
-from lightning_spectral.linalg.frobenius import frobenius_norm, frobenius_norms_of_groups
 from lightning_spectral.linalg.jacobian import Jacobian
 from lightning_spectral.linalg.matrix import Matrix
+from lightning_spectral.linalg.norms.exact import ExactSVD
+from lightning_spectral.linalg.norms.frobenius import frobenius_norm, frobenius_norms_of_groups
+from lightning_spectral.linalg.norms.randomized import RandomizedSVD
+from lightning_spectral.linalg.norms.solution import Memory, Solver, SolverState, SpectralNorm
 from lightning_spectral.linalg.operators import Adjoint, Diagonal, Gather, LinearOperator, Product, Scaled
-from lightning_spectral.linalg.randomized import RandomizedSVD
-from lightning_spectral.linalg.sharded import Sharded
-from lightning_spectral.linalg.solution import Memory, Solver, SolverState, SpectralNorm
-from lightning_spectral.linalg.stacked import Stacked
+from lightning_spectral.linalg.sharding.sharded import Sharded
+from lightning_spectral.linalg.sharding.stacked import Stacked
 from lightning_spectral.linalg.sums import Sum
 
 __all__ = [

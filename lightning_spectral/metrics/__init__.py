@@ -1,4 +1,4 @@
-"""Metrics of torchmetrics over the definitions of :mod:`lightning_spectral.geometry` and over :func:`measure`.
+"""Metrics of torchmetrics over the definitions of :mod:`lightning_spectral.tokens` and over :func:`measure`.
 
 Every state that accumulates is a sum, over batches and over processes: the value over a stream is the value over the
 whole, however it was cut. Each class says what its whole is. What is not measurable (a token or a sequence with a value
@@ -12,8 +12,8 @@ over nothing is NaN. In none of them is higher better: each says what the model 
     metrics.compute()
 """
 
-from lightning_spectral.metrics.ranks import EffectiveRank, StableRank
+from lightning_spectral.metrics.per_sequence import TokenResidual, TokenSimilarity
 from lightning_spectral.metrics.ratio import SpectralRatio
-from lightning_spectral.metrics.tokens import TokenResidual, TokenSimilarity
+from lightning_spectral.metrics.whole_stream import EffectiveRank, StableRank
 
 __all__ = ["EffectiveRank", "SpectralRatio", "StableRank", "TokenResidual", "TokenSimilarity"]

@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_spectral._checks import choice
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.measure import measure
+from lightning_spectral.measuring.meter import measure
 from lightning_spectral.metrics.streamed import StreamedMetric
 from lightning_spectral.records import Linearization, Measurement
-from lightning_spectral.settings import choice
 
 __all__ = ["SpectralRatio", "Statistic"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_spectral.settings import number
+from lightning_spectral._checks import number
 
 __all__ = ["StreamedMetric"]
 

@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.utils.hooks import RemovableHandle
 
-from lightning_spectral import settings
+from lightning_spectral import _checks
 from lightning_spectral.alarms import Event
 from lightning_spectral.control import GainCeiling, ResidualRescaler
 from lightning_spectral.control.explain import explanation
 from lightning_spectral.control.law import Law
-from lightning_spectral.control.loading import lost_scales, refuse_lost_scales, restore_unsaved, saved_sites
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError
 from lightning_spectral.linalg import Solver
 from lightning_spectral.monitor.framework import Callback, overrides, rank_zero_info
 from lightning_spectral.monitor.late import AfterHook
 from lightning_spectral.monitor.order import check_order
-from lightning_spectral.monitor.runs import new_series, remember, remembered
+from lightning_spectral.monitor.remembered import new_series, remember, remembered
 from lightning_spectral.monitor.search import blocks_of
 from lightning_spectral.monitor.session import Session
 from lightning_spectral.monitor.strategies import (
@@ -30,7 +29,8 @@ from lightning_spectral.monitor.strategies import (
     will_shard,
 )
 from lightning_spectral.records import ResidualBlock
-from lightning_spectral.series import Series
+from lightning_spectral.runs.series import Series
+from lightning_spectral.scales.loading import lost_scales, refuse_lost_scales, restore_unsaved, saved_sites
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -120,25 +120,25 @@ class SpectralMonitor(Callback):
         prefix: str = "spectral",
     ) -> None:
         super().__init__()
-        self.every_n_steps = settings.steps("every_n_steps", every_n_steps)
+        self.every_n_steps = _checks.steps("every_n_steps", every_n_steps)
         self.auto_rescale = auto_rescale
-        self.linearization = settings.choice("linearization", linearization, ("circuit", "paper"))
-        self.safe_zone = settings.interval("safe_zone", safe_zone)
+        self.linearization = _checks.choice("linearization", linearization, ("circuit", "paper"))
+        self.safe_zone = _checks.interval("safe_zone", safe_zone)
         law = _law(auto_rescale)
         self._steering = None if law is None else Steering(law, self.safe_zone)
         self.blocks = blocks
         self.solver = solver
-        self.on_alarm = on_alarm if callable(on_alarm) else settings.choice("on_alarm", on_alarm, ("log", "stop"))
+        self.on_alarm = on_alarm if callable(on_alarm) else _checks.choice("on_alarm", on_alarm, ("log", "stop"))
         wanted = bool(auto_rescale) or on_alarm != "log"
-        self.geometry = wanted if geometry is None else settings.flag("geometry", geometry)
+        self.geometry = wanted if geometry is None else _checks.flag("geometry", geometry)
         if on_alarm != "log" and not self.geometry:
             raise ConfigurationError(
                 f"on_alarm={on_alarm!r} with geometry=False: an alarm needs the tokens as its second witness, so none "
                 "can come; leave geometry out"
             )
         self.per_layer = per_layer
-        self.on_error = settings.choice("on_error", on_error, ("warn", "raise"))
-        self.prefix = settings.name("prefix", prefix)
+        self.on_error = _checks.choice("on_error", on_error, ("warn", "raise"))
+        self.prefix = _checks.name("prefix", prefix)
         self._series = Series(self.linearization)
         self._restored: Series | None = None  # from the checkpoint that a fit goes on from
         self._stage: str | None = None

@@ -18,13 +18,13 @@ import torch
 from lightning_spectral.alarms import Event
 from lightning_spectral.control.actions import described_action
 from lightning_spectral.control.law import Action
-from lightning_spectral.durable import replace
-from lightning_spectral.history import history_of
-from lightning_spectral.journal import Journal
 from lightning_spectral.monitor.framework import log_to_bar, rank_zero_info, rank_zero_warn
+from lightning_spectral.pages import one_screen, send_figure
 from lightning_spectral.records import Measurement
-from lightning_spectral.report import one_screen, send_figure
-from lightning_spectral.series import Series
+from lightning_spectral.runs.durable import replace
+from lightning_spectral.runs.history import history_of
+from lightning_spectral.runs.journal import Journal
+from lightning_spectral.runs.series import Series
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

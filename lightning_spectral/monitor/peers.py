@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed
 
-from lightning_spectral.linalg.solution import NOT_FINITE, OUT_OF_RANGE
-from lightning_spectral.measure import EMPTY_NORM
+from lightning_spectral.linalg.norms.solution import NOT_FINITE, OUT_OF_RANGE
+from lightning_spectral.measuring.meter import EMPTY_NORM
 from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
 
 if TYPE_CHECKING:

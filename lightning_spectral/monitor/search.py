@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.discovery.find import blocks_in_calls
-from lightning_spectral.discovery.paths import module_at
 from lightning_spectral.errors import ExampleInputError
-from lightning_spectral.first_forward import Call, holds_any, trained_blocks
 from lightning_spectral.monitor.framework import overrides
 from lightning_spectral.records import ResidualBlock
+from lightning_spectral.watch.first_forward import Call, holds_any, trained_blocks
+from lightning_spectral.weights.paths import module_at
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

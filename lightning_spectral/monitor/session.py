@@ -17,24 +17,24 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.alarms import Event, Memory, falling_tokens, observe
 from lightning_spectral.control.actions import news
-from lightning_spectral.control.freshness import sign_of_training
 from lightning_spectral.control.law import Action
 from lightning_spectral.control.steering import Steering
-from lightning_spectral.discovery.plain import to_plain
 from lightning_spectral.errors import SpectralError
-from lightning_spectral.first_forward import Call, FirstForward
-from lightning_spectral.journal import described
-from lightning_spectral.measure import Meter
-from lightning_spectral.monitor.batch import BatchWatch, unheard
-from lightning_spectral.monitor.fingerprint import fingerprint, same_weights
+from lightning_spectral.measuring.freshness import sign_of_training
+from lightning_spectral.measuring.meter import Meter
+from lightning_spectral.monitor.counts import Steps
 from lightning_spectral.monitor.framework import rank_zero_info, rank_zero_warn, warn
 from lightning_spectral.monitor.outlets import Outlets
 from lightning_spectral.monitor.peers import Peers
 from lightning_spectral.monitor.search import guessed_blocks, shown_blocks, trained_parameters
-from lightning_spectral.monitor.steps import Steps
 from lightning_spectral.monitor.strategies import outermost, will_shard
 from lightning_spectral.records import Measurement, ResidualBlock
-from lightning_spectral.series import Series, logged_values
+from lightning_spectral.records.plain import to_plain
+from lightning_spectral.runs.journal import described
+from lightning_spectral.runs.series import Series, logged_values
+from lightning_spectral.watch.batch import BatchWatch, unheard
+from lightning_spectral.watch.fingerprint import fingerprint, same_weights
+from lightning_spectral.watch.first_forward import Call, FirstForward
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg.flattened import is_flattened
+from lightning_spectral.linalg.sharding.flattened import is_flattened
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy

@@ -17,6 +17,7 @@ from lightning_spectral.records.blocks import (
     ResidualBlock,
     alternatives,
 )
+from lightning_spectral.records.comparison import Comparison, compare
 from lightning_spectral.records.measurements import (
     FunctionalMeasurement,
     LayerMeasurement,
@@ -29,6 +30,7 @@ __all__ = [
     "Blocks",
     "Branch",
     "BranchKind",
+    "Comparison",
     "End",
     "Factor",
     "FactorRole",
@@ -39,4 +41,5 @@ __all__ = [
     "Path",
     "ResidualBlock",
     "alternatives",
+    "compare",
 ]

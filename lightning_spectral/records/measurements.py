@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
-from lightning_spectral.display import measurement_table, profile_figure
+from lightning_spectral.display import profile_figure
+from lightning_spectral.records.text import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -197,15 +198,52 @@ class Measurement:
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
         """
-        return profile_figure(self)
+        return profile_figure(
+            [layer.index for layer in self],
+            [layer.mlp_norm for layer in self],
+            [layer.attention_norm for layer in self],
+            [layer.ratio for layer in self],
+            zone=self.safe_zone if self.has_zone else None,
+            title=f"Step {self.step}, “{self.linearization}”",
+        )
 
     def __str__(self) -> str:
         """Return a readable table, one line per block."""
-        return measurement_table(self)
+        return self._table().text()
 
     def __repr__(self) -> str:
         """Return the same table: a measurement is looked at more often than it is evaluated."""
         return str(self)
+
+    def _repr_html_(self) -> str:
+        """Return the same table for a notebook."""
+        return self._table().html()
+
+    def _table(self) -> Table:
+        low, high = self.safe_zone
+        # Scales are shown where there are any: most models have none.
+        scaled = any(layer.mlp_scale != 1.0 or layer.attention_scale != 1.0 for layer in self)
+        zone = f"safe zone ({low:g}, {high:g})" if self.has_zone else "no zone is known"
+        part = "" if self.adapters == "sum" else f"adapters={self.adapters!r}, "
+        title = (
+            f"spectral ratio ‖mlp‖₂/‖attention‖₂, linearization={self.linearization!r}, {part}step {self.step}, {zone}"
+        )
+        columns = [">4", "<block", ">10mlp", ">10attention", ">8ratio", *([">13scales"] if scaled else []), "<"]
+        rows = [_row(layer, self._note(layer), scaled=scaled) for layer in self]
+        return Table(title, columns, rows, [f"note: {note}" for note in self.notes])
+
+    def _note(self, layer: LayerMeasurement) -> str:
+        low, high = self.safe_zone
+        note = layer.reason or ""
+        if self.has_zone and layer.ratio is not None and not low < layer.ratio < high:
+            note = "above the zone" if layer.ratio >= high else "below the zone"
+        return "; ".join(filter(None, [note, layer.doubt and f"not verified: {layer.doubt}"]))
+
+
+def _row(layer: LayerMeasurement, note: str, *, scaled: bool) -> list[str]:
+    numbers = ["-" if x is None else f"{x:.4g}" for x in (layer.mlp_norm, layer.attention_norm, layer.ratio)]
+    scales = [f"{layer.mlp_scale:>5.3g} : {layer.attention_scale:<5.3g}"] if scaled else []
+    return [str(layer.index), layer.name, *numbers, *scales, note]
 
 
 def _is_positive(norm: float | None) -> TypeGuard[float]:

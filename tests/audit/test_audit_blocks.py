@@ -14,8 +14,8 @@ import torch
 from zoo import example
 
 from lightning_spectral import audit, find_blocks
-from lightning_spectral.discovery.plain import from_plain, to_plain
 from lightning_spectral.errors import CheckpointError
+from lightning_spectral.records.plain import from_plain, to_plain
 
 
 @pytest.fixture(scope="module")

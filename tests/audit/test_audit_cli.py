@@ -17,7 +17,7 @@ from zoo import example
 
 from lightning_spectral import attach_scales, audit, find_blocks, measure
 from lightning_spectral.cli import main
-from lightning_spectral.discovery.plain import to_plain
+from lightning_spectral.records.plain import to_plain
 
 ROOT = Path(__file__).parents[2]
 

@@ -29,9 +29,9 @@ from torch.distributed.checkpoint.metadata import (
 from zoo import example
 
 from lightning_spectral import ExactSVD, audit, measure
-from lightning_spectral.audit.distributed import METADATA
-from lightning_spectral.audit.files import open_checkpoint
-from lightning_spectral.audit.inert import Inert, read_pickle
+from lightning_spectral.checkpoints.distributed import METADATA
+from lightning_spectral.checkpoints.files import open_checkpoint
+from lightning_spectral.checkpoints.inert import Inert, read_pickle
 from lightning_spectral.errors import CheckpointError
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from zoo import example
 
 from lightning_spectral import ExactSVD, ResidualBlock, audit, measure
-from lightning_spectral.audit.files import open_checkpoint
-from lightning_spectral.audit.untrusted import printable
+from lightning_spectral.checkpoints.files import open_checkpoint
+from lightning_spectral.checkpoints.untrusted import printable
 from lightning_spectral.errors import CheckpointError
 
 HOSTILE = ("../../x", "<script>alert(1)</script>", "=cmd()", "\x1b[31mred\x07", "two\nlines", "x" * 10_000, "‮abc")

@@ -21,8 +21,8 @@ from torch import nn
 from zoo import example
 
 from lightning_spectral import audit, find_blocks, measure
-from lightning_spectral.audit.hugging_face import _cleaned
-from lightning_spectral.audit.shrink import narrower
+from lightning_spectral.checkpoints.architecture import _cleaned
+from lightning_spectral.checkpoints.shrink import narrower
 from lightning_spectral.errors import CheckpointError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

@@ -14,9 +14,9 @@ from tiny_run import LitGPT, TinyGPT, fit
 from zoo import example
 
 from lightning_spectral import ExactSVD, SpectralMonitor, attach_scales, audit, find_blocks, fuse_scales, measure
-from lightning_spectral.audit import compare
 from lightning_spectral.cli import main
 from lightning_spectral.errors import CheckpointError
+from lightning_spectral.records import compare
 
 
 def numbers(measurement: Any) -> list[Any]:

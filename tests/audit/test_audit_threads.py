@@ -16,12 +16,12 @@ from torch import Tensor
 from zoo import example
 
 from lightning_spectral import ExactSVD, ResidualBlock, attach_scales, audit, find_blocks, measure
-from lightning_spectral.audit import blockwise
-from lightning_spectral.audit import two_at_a_time as room
-from lightning_spectral.audit.files import open_checkpoint
-from lightning_spectral.audit.skeleton import parameters_of
-from lightning_spectral.audit.source import Source
-from lightning_spectral.audit.two_at_a_time import two_at_a_time, weights_of
+from lightning_spectral.checkpoints import blockwise
+from lightning_spectral.checkpoints import two_at_a_time as room
+from lightning_spectral.checkpoints.files import open_checkpoint
+from lightning_spectral.checkpoints.skeleton import parameters_of
+from lightning_spectral.checkpoints.source import Source
+from lightning_spectral.checkpoints.two_at_a_time import two_at_a_time, weights_of
 from lightning_spectral.errors import CheckpointError
 
 

@@ -257,7 +257,7 @@ LLAMA_PARTS = {"v_proj": rows, "q_proj": rows, "k_proj": rows, "o_proj": columns
 @pytest.mark.parametrize("structure", ["blocks", "config", "monitor"])
 def test_a_part_of_every_matrix_is_told_by_its_shape(structure: str, tmp_path: Path):
     """The parts of one file fit together, and are alone in their folder: only sizes say that they are no whole."""
-    from lightning_spectral.discovery.plain import to_plain
+    from lightning_spectral.records.plain import to_plain
 
     model: Any = example("llama").build()
     blocks = find_blocks(model)

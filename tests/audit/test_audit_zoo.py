@@ -11,10 +11,10 @@ import torch
 from zoo import example, examples, hugging_face, unseen
 
 from lightning_spectral import ExactSVD, Measurement, audit, find_blocks, measure
-from lightning_spectral.audit import hugging_face as room
-from lightning_spectral.audit import shrink
-from lightning_spectral.discovery.plain import from_plain, to_plain
+from lightning_spectral.checkpoints import architecture as room
+from lightning_spectral.checkpoints import shrink
 from lightning_spectral.errors import CheckpointError
+from lightning_spectral.records.plain import from_plain, to_plain
 
 pytestmark = [
     pytest.mark.usefixtures("process_group"),  # some members are sharded

@@ -29,10 +29,10 @@ from lightning_spectral import (
     measure,
     read_actions,
 )
-from lightning_spectral.control.balance import balance_init_
+from lightning_spectral.balance.initialization import balance_init_
 from lightning_spectral.control.law import Reading
-from lightning_spectral.control.scales import attach_scales
 from lightning_spectral.records import LayerMeasurement, Measurement
+from lightning_spectral.scales.attach import attach_scales
 
 Kind = Literal["circuit", "paper"]
 POST_NORM = {"post-norm, 1 + w": "gemma2", "norms on both sides": "gemma3_text", "post-norm": "olmo2"}

@@ -29,7 +29,7 @@ from lightning_spectral import (
     read_journal,
 )
 from lightning_spectral.control.steering import Steering
-from lightning_spectral.measure import Meter
+from lightning_spectral.measuring.meter import Meter
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import wrong_starts

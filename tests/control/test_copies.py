@@ -17,9 +17,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from zoo import example
 
 from lightning_spectral import ResidualRescaler, SpectralMonitor, attach_scales, find_blocks, fuse_scales, measure
-from lightning_spectral.control.copies import branches_of_copies
-from lightning_spectral.control.scales import ResidualScale
 from lightning_spectral.control.steering import Steering
+from lightning_spectral.scales.attach import ResidualScale
+from lightning_spectral.scales.copies import branches_of_copies
 
 IDS = torch.arange(16).view(2, 8)
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_spectral import ConfigurationError, ExactSVD, attach_scales, audit, find_blocks, fuse_scales, measure
-from lightning_spectral.control.scales import ResidualScale
-from lightning_spectral.discovery.plain import to_plain
-from lightning_spectral.discovery.scaled import with_scales
+from lightning_spectral.records.plain import to_plain
+from lightning_spectral.scales.attach import ResidualScale
+from lightning_spectral.weights.scaled import with_scales
 
 IDS = torch.arange(8)[None]
 

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_spectral import ConfigurationError, ResidualRescaler, SpectralMonitor, attach_scales, find_blocks
-from lightning_spectral.control.liveness import Liveness
-from lightning_spectral.control.scales import ResidualScale
+from lightning_spectral.scales.attach import ResidualScale
+from lightning_spectral.scales.liveness import Liveness
 
 IDS = torch.arange(16).view(2, 8)
 HINTS = {"blocks.*": {"attention": "attention.inner.out_proj"}}

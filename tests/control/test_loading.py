@@ -23,11 +23,11 @@ from lightning_spectral import (
     attach_scales,
     find_blocks,
 )
-from lightning_spectral.control.loading import lost_scales, restore_unsaved, saved_sites
 from lightning_spectral.control.optimizers import plain_order, with_fresh_scales
-from lightning_spectral.control.scales import ResidualScale
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.monitor.framework import rank_zero_warn
+from lightning_spectral.scales.attach import ResidualScale
+from lightning_spectral.scales.loading import lost_scales, restore_unsaved, saved_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 IDS = torch.arange(16).view(2, 8)

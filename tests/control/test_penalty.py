@@ -30,10 +30,10 @@ from lightning_spectral import (
     find_blocks,
     measure,
 )
-from lightning_spectral.control import penalty as room
-from lightning_spectral.control.penalty import balance_penalty
-from lightning_spectral.control.scales import attach_scales
+from lightning_spectral.balance import penalty as room
+from lightning_spectral.balance.penalty import balance_penalty
 from lightning_spectral.records import Factor, Path, alternatives
+from lightning_spectral.scales.attach import attach_scales
 
 Kind = Literal["circuit", "paper"]
 NARROW = (0.99, 1.01)  # a zone that no random block hits

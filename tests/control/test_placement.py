@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from lightning_spectral import attach_scales, find_blocks, fuse_scales
-from lightning_spectral.control.scales import ResidualScale
+from lightning_spectral.scales.attach import ResidualScale
 
 WIDTH = 16
 

@@ -26,9 +26,9 @@ from lightning_spectral import (
     fuse_scales,
     measure,
 )
-from lightning_spectral.control.scales import ResidualScale
-from lightning_spectral.discovery.paths import absolute_path, relative_path
-from lightning_spectral.discovery.scaled import log_scale_tensor
+from lightning_spectral.scales.attach import ResidualScale
+from lightning_spectral.weights.paths import absolute_path, relative_path
+from lightning_spectral.weights.scaled import log_scale_tensor
 
 MEMBERS = [
     member.name

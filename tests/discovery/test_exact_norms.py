@@ -16,7 +16,7 @@ from zoo.gpt import MLP, Block, CausalSelfAttention, NanoGPT
 from zoo.vision import DiT, SingleStream, dit_operators, timed
 
 from lightning_spectral import ExactSVD, find_blocks, measure
-from lightning_spectral.functional import update_ratios, watch_updates
+from lightning_spectral.measuring.jacobians import update_ratios, watch_updates
 
 WIDTH = 32
 

@@ -16,7 +16,7 @@ from zoo import example, examples, survey
 from zoo.gpt import MLP, Block, CausalSelfAttention, NanoGPT
 
 from lightning_spectral import Branch, ResidualBlock, find_blocks
-from lightning_spectral.linearize import linearize
+from lightning_spectral.measuring.linearize import linearize
 from lightning_spectral.records import Factor, Path
 
 MATRICES = ("output", "value", "latent", "down", "up")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_spectral.discovery.listen import compiled_call, listen, stop_listening
+from lightning_spectral.passes.listen import compiled_call, listen, stop_listening
 
 
 class Notes:

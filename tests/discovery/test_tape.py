@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from zoo import Example, example, examples
 
-from lightning_spectral.discovery.recorder import record
-from lightning_spectral.discovery.replay import replay
-from lightning_spectral.discovery.tape import Tape
+from lightning_spectral.discovery.trace.recorder import record
+from lightning_spectral.discovery.trace.replay import replay
+from lightning_spectral.discovery.trace.tape import Tape
 
 RUNNING = [member.name for member in examples() if member.callable and len(member.blocks) > 1 and not member.compiled]
 

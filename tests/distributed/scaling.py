@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_spectral import RandomizedSVD, SpectralMonitor, find_blocks
 from lightning_spectral.linalg import LinearOperator, SolverState, SpectralNorm
-from lightning_spectral.measure import Meter
+from lightning_spectral.measuring.meter import Meter
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 # Width, heads, key/value heads, hidden channels, blocks: grouped queries, and batches of 8 and of 2 operators; plain.

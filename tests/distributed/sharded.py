@@ -36,9 +36,9 @@ from lightning_spectral import (
     measure,
 )
 from lightning_spectral.linalg import Adjoint, Diagonal, Matrix, Product, Sharded, frobenius_norm
-from lightning_spectral.linalg.flattened import is_flattened
-from lightning_spectral.linalg.tiles import stand_in
-from lightning_spectral.measure import Meter
+from lightning_spectral.linalg.sharding.flattened import is_flattened
+from lightning_spectral.linalg.sharding.tiles import stand_in
+from lightning_spectral.measuring.meter import Meter
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 CASES: dict[int, dict[str, Callable[[DeviceMesh], Any]]] = {2: {}, 4: {}}

@@ -14,7 +14,7 @@ from processes import run
 from training import STEPS, LitGPT
 
 from lightning_spectral import ExactSVD, attach_scales, audit, find_blocks, measure
-from lightning_spectral.audit.distributed import METADATA
+from lightning_spectral.checkpoints.distributed import METADATA
 from lightning_spectral.cli import main
 
 pytestmark = pytest.mark.slow

@@ -39,7 +39,7 @@ from lightning_spectral import (
     read_actions,
     read_journal,
 )
-from lightning_spectral.measure import Meter
+from lightning_spectral.measuring.meter import Meter
 
 VOCABULARY, WIDTH, HEADS, BLOCKS, CONTEXT, STEPS, STOP = 32, 32, 4, 4, 8, 8, 4
 # "full", or a precision, as `make test-distributed` sets it; the other tests run a part of the matrix.

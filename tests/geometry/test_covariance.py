@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral import ConfigurationError
-from lightning_spectral.geometry.covariance import GradedProduct, effective_ranks, product_spectrum
+from lightning_spectral.analysis.covariance import GradedProduct, effective_ranks, product_spectrum
 
 
 def normal(*shape: int, generator: torch.Generator) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_spectral import ConfigurationError
-from lightning_spectral.geometry.covariance import product_spectrum
-from lightning_spectral.geometry.lyapunov import (
+from lightning_spectral.analysis.covariance import product_spectrum
+from lightning_spectral.analysis.exponents import (
     LinearMap,
     LyapunovSpectrum,
     angle_exponent,

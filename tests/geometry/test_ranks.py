@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.geometry import (
+from lightning_spectral.tokens import (
     effective_rank,
     moment_shares,
     participation_ratio,

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from zoo.gpt import NanoGPT
 
 from lightning_spectral import ExactSVD, balance_penalty, find_blocks
-from lightning_spectral.geometry import effective_rank, token_residual, token_similarity
-from lightning_spectral.geometry.jacobian import gains
 from lightning_spectral.linalg import Adjoint, Jacobian, RandomizedSVD, frobenius_norm
+from lightning_spectral.measuring.response import gains
+from lightning_spectral.tokens import effective_rank, token_residual, token_similarity
 
 LAYERS = 24
 

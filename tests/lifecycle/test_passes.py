@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralMonitor, find_blocks, read_journal
-from lightning_spectral.geometry import token_residual
+from lightning_spectral.tokens import token_residual
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

@@ -159,7 +159,7 @@ def test_an_alarm_is_answered_once_though_a_saver_stood_in_front_of_the_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # Any run in which attention dominates is one whose tokens have become one vector.
-    monkeypatch.setattr(sys.modules["lightning_spectral.alarms.observe"], "COLLAPSED", 0.99)
+    monkeypatch.setattr(sys.modules["lightning_spectral.alarms.rules"], "COLLAPSED", 0.99)
 
     def run(name: str, others: list[Callback], **flags: Any) -> tuple[LitGPT, float]:
         module = unbalanced("attention", 64)

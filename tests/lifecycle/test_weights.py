@@ -34,7 +34,7 @@ from lightning_spectral import (
     read_actions,
     read_journal,
 )
-from lightning_spectral.discovery.tensors import reading
+from lightning_spectral.weights.tensors import reading
 
 pytestmark = [
     pytest.mark.usefixtures("undrawn"),

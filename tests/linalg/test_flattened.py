@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_spectral.linalg.flattened import boxes
-from lightning_spectral.linalg.tiles import stand_in, tiles
+from lightning_spectral.linalg.sharding.flattened import boxes
+from lightning_spectral.linalg.sharding.tiles import stand_in, tiles
 
 SHAPES = [(7,), (6, 4), (4, 1), (1, 9), (3, 4, 5)]
 

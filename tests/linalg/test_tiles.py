@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg.tiles import Cut, held, stand_in, tiles
+from lightning_spectral.linalg.sharding.tiles import Cut, held, stand_in, tiles
 
 VIEWS = {
     "whole": lambda w: w.flatten(1),

@@ -13,7 +13,7 @@ from made_runs import HOSTILE, STEPS, measurements, ratio, steered_run, watched_
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
-from lightning_spectral.report import report, write_checkpoint_page
+from lightning_spectral.pages import report, write_checkpoint_page
 
 CHARTS = [
     "heatmap", "ratio", "mlp_norm", "attention_norm", "mlp_scale", "attention_scale", "typical_token_residual",

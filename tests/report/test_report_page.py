@@ -30,13 +30,13 @@ from lightning_spectral.alarms import Event
 from lightning_spectral.cli import main
 from lightning_spectral.display.heatmap import step_edges
 from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.pages import curves as charts
+from lightning_spectral.pages.canvas import rounded
+from lightning_spectral.pages.curves import run_charts
+from lightning_spectral.pages.heat import SHADES, heat_chart, zone_palette
+from lightning_spectral.pages.tables import event_table
+from lightning_spectral.pages.words import clear, story
 from lightning_spectral.records import LayerMeasurement, Measurement
-from lightning_spectral.report import lines as charts
-from lightning_spectral.report.canvas import rounded
-from lightning_spectral.report.heat import SHADES, heat_chart, zone_palette
-from lightning_spectral.report.lines import run_charts
-from lightning_spectral.report.tables import event_table
-from lightning_spectral.report.words import clear, story
 
 
 class Reader(HTMLParser):

@@ -1,0 +1,6 @@
+"""What a model does to directions, block after block: Lyapunov exponents on real inputs, and without any data."""
+
+from lightning_spectral.analysis.lyapunov import lyapunov_exponents
+from lightning_spectral.analysis.zero_data import covariance_trajectory
+
+__all__ = ["covariance_trajectory", "lyapunov_exponents"]

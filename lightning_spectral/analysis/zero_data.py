@@ -1,0 +1,176 @@
+"""The zero-data iteration of 'The 1:1 Rule': what a model's weights alone would do to a sphere of inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_spectral import _checks
+from lightning_spectral.analysis.covariance import product_spectrum
+from lightning_spectral.discovery import find_blocks
+from lightning_spectral.discovery.inputs import arguments_of
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.measuring.linearize import WeightLinearization, linearize
+from lightning_spectral.records import Branch, ResidualBlock
+from lightning_spectral.weights.scaled import with_scales
+
+__all__ = ["CovarianceTrajectory", "covariance_trajectory"]
+
+
+@dataclass(frozen=True, slots=True)
+class CovarianceTrajectory:
+    """The covariance C_ℓ ∝ P Pᵀ with P = A_ℓ … A_1, after each block ℓ. One entry per block in every tuple.
+
+    A statement on weights, not on the residual stream: A has no norm, no activation, no attention pattern and no cross
+    term between its branches, and the effective rank of any long product tends to 1.
+
+    Attributes:
+        names: Module paths of the blocks.
+        linearization: The rule that turned branches into matrices. Never compare across rules.
+        effective_rank: exp H(λ/Σλ) over the eigenvalues λ of C, which are σ² of P: the paper's convention.
+        effective_rank_sigma: exp H(σ/Σσ) over the singular values of P (Roy and Vetterli, 2007), which is larger.
+        log_condition: ln of the condition number of C, twice that of P. Published condition numbers near 1e12 are not
+            comparable: they are the threshold 1/(ε d) under which eigenvalues were dropped.
+        at_floor: Whether ``log_condition`` is at a numerical floor, so that it says "at least".
+        gain: ‖A‖₂ of each block alone.
+        skipped: Names of the blocks that stand as the identity because they have no weight linearization.
+    """
+
+    names: tuple[str, ...]
+    linearization: WeightLinearization
+    effective_rank: tuple[float, ...]
+    effective_rank_sigma: tuple[float, ...]
+    log_condition: tuple[float, ...]
+    at_floor: tuple[bool, ...]
+    gain: tuple[float, ...]
+    skipped: tuple[str, ...] = ()
+
+
+def covariance_trajectory(
+    model: nn.Module,
+    blocks: Sequence[ResidualBlock] | None = None,
+    *,
+    linearization: WeightLinearization = "paper",
+    missing: Literal["raise", "identity"] = "raise",
+    batch: Any = None,
+) -> CovarianceTrajectory:
+    """Iterate C ← A C Aᵀ / ‖·‖₂ from C = I over the blocks, with A = I + W_mlp + W_attn ('The 1:1 Rule', unreviewed).
+
+    The iteration runs on the singular values of the product instead of on C (see
+    :mod:`lightning_spectral.analysis.covariance`), so that it does not lose what lies below ε of the largest one.
+    A branch that a block does not have adds nothing; cross-attention, which the paper does not know, is left out;
+    mixtures of experts, whose sum depends on the input, are refused. Encoder and decoder are two stacks: pass one.
+
+    Every A is formed, one at a time, in float64: a few factorizations of a width × width matrix per block.
+
+    Args:
+        model: Any module with residual blocks.
+        blocks: The blocks, in the order of execution; found in the model by default.
+        linearization: ``"paper"`` (W_mlp = W_down W_up; W_attn = W_o, or W_o W_oᵀ where W_o is not square) or
+            ``"circuit"`` (W_attn = W_o W_v, with norm gains and residual multipliers).
+        missing: What becomes of a block with a branch that no single matrix stands for (state spaces, mixtures of
+            experts, packed weights): ``"raise"``, or ``"identity"`` to leave the whole block out (see ``skipped``).
+        batch: Example input for finding the blocks, as for :func:`measure`.
+
+    Returns:
+        Effective ranks, condition numbers and gains, one per block.
+
+    Raises:
+        BlocksNotFoundError: The model has no residual block.
+        ExampleInputError: The model could not be run on any example input.
+        ConfigurationError: An argument is invalid, blocks differ in width, or, with ``missing="raise"``, blocks have no
+            weight linearization; the message names all of them.
+    """
+    _checks.choice("linearization", linearization, get_args(WeightLinearization))
+    _checks.choice("missing", missing, ("raise", "identity"))
+    blocks = with_scales(model, _found(model, batch) if blocks is None else blocks)
+    usable = [block for block in blocks if not _obstacle(model, block, linearization)]
+    skipped = [block for block in blocks if block not in usable]
+    if not usable or (skipped and missing == "raise"):
+        advice = (
+            "pass the other blocks as `blocks`, or missing='identity' to leave these out" if usable else "all of them"
+        )
+        lines = [f"  {block.name}: {_obstacle(model, block, linearization)}" for block in skipped]
+        raise ConfigurationError("\n".join([f"blocks without a weight linearization ({advice}):", *lines]))
+    return _trajectory(model, blocks, skipped, linearization)
+
+
+def _found(model: nn.Module, batch: Any) -> tuple[ResidualBlock, ...]:
+    args, kwargs = arguments_of(batch)
+    return find_blocks(model, *args, **kwargs)
+
+
+def _branches(block: ResidualBlock) -> Iterator[tuple[str, Branch]]:
+    for word, branch in (("attention", block.attention), ("mlp", block.mlp)):
+        if branch is not None:
+            yield word, branch
+
+
+def _obstacle(model: nn.Module, block: ResidualBlock, linearization: WeightLinearization) -> str | None:
+    """Return why no matrix stands for a block, ``None`` where one does."""
+    for word, branch in _branches(block):
+        if len(branch.paths) > 1:
+            return f"{word}: {len(branch.paths)} experts, of which no single matrix is the sum"
+        if not branch.paths:
+            return f"{word}: {branch.reason or 'the branch has no factors'}"
+        try:
+            item = linearize(model, branch.paths[0], linearization)
+        except (ConfigurationError, AttributeError) as error:
+            return f"{word}: {error}"
+        if item.operator.balanced() is None:
+            return f"{word}: weights are not finite (NaN or Inf)"
+    return None if block.branches else "it has no branch"
+
+
+def _trajectory(
+    model: nn.Module,
+    blocks: Sequence[ResidualBlock],
+    skipped: Sequence[ResidualBlock],
+    linearization: WeightLinearization,
+) -> CovarianceTrajectory:
+    used = {block: _width(model, block, linearization) for block in blocks if block not in skipped}
+    if len(set(used.values())) > 1:
+        found = ", ".join(f"{block.name} {width}" for block, width in used.items())
+        raise ConfigurationError(f"blocks must have one width, got {found}: pass `blocks` of one stack")
+    (width,) = set(used.values())
+    gains: list[float] = []
+
+    def matrices() -> Iterator[Tensor]:
+        for block in blocks:
+            A = torch.eye(width, dtype=torch.float64, device="cpu")
+            for _, branch in _branches(block) if block in used else ():
+                A += _dense(model, branch, linearization)
+            gains.append(float(torch.linalg.matrix_norm(A, ord=2)))
+            yield A
+
+    spectrum = product_spectrum(matrices())
+    return CovarianceTrajectory(
+        names=tuple(block.name for block in blocks),
+        linearization=linearization,
+        effective_rank=tuple(spectrum.effective_rank(power=2).tolist()),
+        effective_rank_sigma=tuple(spectrum.effective_rank(power=1).tolist()),
+        log_condition=tuple(spectrum.log_condition.tolist()),
+        at_floor=tuple(spectrum.at_floor.tolist()),
+        gain=tuple(gains),
+        skipped=tuple(block.name for block in skipped),
+    )
+
+
+def _width(model: nn.Module, block: ResidualBlock, linearization: WeightLinearization) -> int:
+    _, branch = next(_branches(block))
+    return linearize(model, branch.paths[0], linearization).operator.shape[0]
+
+
+def _dense(model: nn.Module, branch: Branch, linearization: WeightLinearization) -> Tensor:
+    """Return the matrix of a branch; a norm behind a matrix divides by the expected size of what enters it."""
+    item = linearize(model, branch.paths[0], linearization)
+    matrix = item.operator.dense()
+    if item.normalized is None:
+        return matrix
+    right = item.normalized.dense()
+    return matrix * (math.sqrt(len(right)) / float(torch.linalg.matrix_norm(right)))

@@ -1,0 +1,256 @@
+"""Balanced initialization: scale the branches of every block once, to a ratio and, if asked, to a strength."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_spectral import _checks
+from lightning_spectral.control.ceiling import strength
+from lightning_spectral.discovery import find_blocks
+from lightning_spectral.discovery.inputs import arguments_of
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.linalg import Adjoint, Product, Scaled, Solver
+from lightning_spectral.measuring.freshness import sign_of_training
+from lightning_spectral.measuring.linearize import WeightLinearization, linearize
+from lightning_spectral.measuring.meter import Meter
+from lightning_spectral.records import (
+    Branch,
+    LayerMeasurement,
+    Linearization,
+    Measurement,
+    Path,
+    ResidualBlock,
+)
+from lightning_spectral.scales.attach import ResidualScale
+from lightning_spectral.weights.paths import resolve
+
+__all__ = ["balance_init_"]
+
+_WITHOUT = "Balance the other blocks: blocks=[block for block in find_blocks(model) if block.name not in {names}]"
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """The branches of one kind in one block, and the factor that their norm needs."""
+
+    block: ResidualBlock
+    branches: tuple[Branch, ...]
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """One parameter to multiply: c · (offset + w) − offset."""
+
+    parameter: str
+    offset: float
+    factor: float
+
+
+def balance_init_(
+    model: nn.Module,
+    blocks: Sequence[ResidualBlock] | None = None,
+    *,
+    target: float = 1.0,
+    gain: float | None = None,
+    linearization: Linearization = "circuit",
+    solver: Solver | None = None,
+    batch: Any = None,
+    force: bool = False,
+) -> Measurement:
+    """Scale the branches of a freshly initialized model in place, such that every spectral ratio is the target.
+
+    In every block with a ratio ρ, the ends of the MLP branch (its last weights and biases, or the gain and bias of a
+    norm behind it; see :class:`~lightning_spectral.records.End`) are multiplied by √(target/ρ) and those of the
+    attention branch are divided by it, so that the geometric mean of the two norms stays. With ``gain=κ`` the geometric
+    mean of every block becomes κ/√N: the MLP gets the norm √target · κ/√N and attention κ/√N / √target. With
+    ``target=1.0`` both stand at the ceiling of :class:`~lightning_spectral.GainCeiling` with ``ceiling=κ``, which has
+    nothing to lower then. The measured ratio is the target up to rounding, also that of the dtype of the weights; the
+    true one up to the error of the solver, by default at most 1 %. The same holds for the norms with ``gain``.
+
+    N is the number of branches of ``blocks``, as the ceiling law counts them in a run with the same blocks: every kind
+    of branch of every block once. The branches of one kind, such as the two MLPs of a macaron block, get one factor,
+    and their sum has the norm; of a mixture of experts, the expert with the largest norm has it. Cross-attention counts
+    in N and is not scaled. A module that runs in several layers (ALBERT) counts once.
+
+    Blocks without a ratio (one branch, an unmeasured branch, weights that are not finite) are left alone. With ``gain``
+    a branch that is measured alone in its block gets the norm κ/√N, and the block still has no ratio. Blocks that
+    failed their self-check are left alone, because their weights may not be those of their branches; a warning names
+    them. They count in N.
+
+    In a post-norm block, a norm follows the sum. The branch in front of the sum is measured and scaled as any other: a
+    smaller branch lets more of the stream pass. Where a norm stands behind the branch itself (Gemma 2, OLMo 2), its
+    gain is scaled.
+
+    A trained model would lose what it has learned. It is recognized by its weights: those of a fresh model have
+    constant norm gains, and matrices of independent or orthogonal entries, whose spectral norm lies at the edge
+    (√m + √n) · ‖W‖_F / √(mn) of random matrices or below. So a model looks trained where the gain of a norm on one of
+    its paths is not constant, which takes one optimizer step in float32, or where a spectral norm exceeds
+    1.1 · (1 + 5 / (√m + √n)) times that edge. A model whose gains are not trained, or whose norms all stand behind the
+    sums, is recognized once a matrix has grown a dominant direction (the matrices of the GPT in ``examples``, between
+    its 20th and its 40th step). Before that, a weakly trained model passes for a fresh one.
+
+    Args:
+        model: The model. Its parameters are changed in place; their gradients and ``requires_grad`` stay.
+        blocks: The blocks to balance; found in the model by default. A sharded model needs them, found before, and all
+            processes have to call this together.
+        target: The ratio that every block gets.
+        gain: κ: the geometric mean of the two norms of every block becomes κ/√N. By default it stays.
+        linearization: The rule under which it is measured, ``"circuit"`` or ``"paper"``; as in :func:`measure`.
+        solver: How spectral norms are computed, :class:`RandomizedSVD` by default.
+        batch: Example input for finding the blocks, if none can be guessed: a tensor, a tuple of positional arguments
+            or a dict of keyword arguments.
+        force: Balance a model that looks trained.
+
+    Returns:
+        The measurement of the balanced model; what was left alone has its reason there.
+
+    Raises:
+        ConfigurationError: An argument cannot be used, a branch has no ends, an end serves two blocks, or the model
+            looks trained. Nothing has been changed then.
+        BlocksNotFoundError: The model has no residual block.
+        ExampleInputError: The model could not be run on any example input.
+    """
+    target = _checks.number("target", target, 0.0, math.inf, above=True)
+    gain = None if gain is None else _checks.number("gain", gain, 0.0, math.inf, above=True)
+    _checks.flag("force", force)
+    if blocks is None:
+        blocks = _found(model, batch)
+    meter = Meter(model, list(dict.fromkeys(blocks)), linearization=linearization, solver=solver)
+    trusted = _trusted(meter.blocks)
+    size = None if gain is None else strength(gain, (len(block.kinds) for block in meter.blocks))
+    layers = zip(meter.blocks, meter.measure(), strict=True)
+    kinds = [kind for block, layer in layers if block in trusted for kind in _kinds(block, layer, target, size)]
+    _check_ends(model, kinds)
+    writes = [write for kind in kinds for write in _writes(model, kind, meter.linearization)]
+    if not force:
+        _check_fresh(model, list(dict.fromkeys(kind.block for kind in kinds)), meter.solver)
+    with torch.no_grad():
+        for write in writes:
+            tensor = _stored(model, write.parameter)
+            assert isinstance(tensor, Tensor)
+            tensor.copy_((tensor.double() + write.offset) * write.factor - write.offset)
+    return Meter(model, blocks, linearization=linearization, solver=solver).measure()
+
+
+def _found(model: nn.Module, batch: Any) -> tuple[ResidualBlock, ...]:
+    args, kwargs = arguments_of(batch)
+    return find_blocks(model, *args, **kwargs)
+
+
+def _trusted(blocks: Sequence[ResidualBlock]) -> list[ResidualBlock]:
+    """Return the blocks that passed their self-check or were described by hints, and warn of the others."""
+    doubtful = [block for block in blocks if not block.verified and block.evidence != "hints"]
+    if doubtful:
+        names = "; ".join(f"{block.name} ({block.doubt})" for block in doubtful)
+        warnings.warn(
+            f"balance_init_ leaves {len(doubtful)} of {len(blocks)} blocks alone, because their self-check failed: "
+            f"{names}. If their sites are right, pass dataclasses.replace(block, verified=True) in their place.",
+            stacklevel=3,
+        )
+    return [block for block in blocks if block not in doubtful]
+
+
+def _kinds(block: ResidualBlock, layer: LayerMeasurement, target: float, size: float | None) -> Iterator[_Kind]:
+    """Yield the branches of one block that get another norm; a branch without the other one only with a size."""
+    sides = (
+        (block.attention_branches, layer.attention_norm, 1 / math.sqrt(target)),
+        (block.mlp_branches, layer.mlp_norm, math.sqrt(target)),
+    )
+    pair = bool(layer.ratio)
+    if size is None and pair:
+        # Roots before the product: the norms of a diverged model may be far apart.
+        size = math.prod(math.sqrt(norm) for _, norm, _ in sides if norm is not None)
+    for branches, norm, share in sides:
+        if size is not None and norm is not None and 0 < norm < math.inf:
+            yield _Kind(block, branches, size * (share if pair else 1.0) / norm)
+
+
+def _check_ends(model: nn.Module, kinds: Sequence[_Kind]) -> None:
+    """Refuse blocks that cannot be scaled, all of them in one message."""
+    problems: dict[str, str] = {}
+    users: defaultdict[str, list[str]] = defaultdict(list)
+    for kind in kinds:
+        block = kind.block
+        for branch in kind.branches:
+            tensors = {end.parameter: _stored(model, end.parameter) for end in branch.ends}
+            absent = [path for path, tensor in tensors.items() if tensor is None]
+            if not branch.ends:
+                reason = branch.ends_reason or "its ends are not known, so find the blocks anew"
+                problems[block.name] = f"{block.name} ({branch.kind}: {reason})"
+            elif absent:
+                problems[block.name] = f"{block.name} ({branch.kind}: {absent[0]} is parametrized or not there)"
+            for tensor in tensors.values():
+                users[str(id(tensor))].append(block.name)
+    if problems:
+        raise ConfigurationError(
+            f"{len(problems)} block(s) cannot be balanced: {'; '.join(problems.values())}. "
+            + _WITHOUT.format(names=sorted(problems))
+        )
+    shared = next((names for names in users.values() if len(names) > 1), None)
+    if shared is not None:
+        raise ConfigurationError(
+            f"{' and '.join(dict.fromkeys(shared))} end in the same parameter, so one scaling would undo the other: "
+            "pass blocks= with one of them"
+        )
+
+
+def _stored(model: nn.Module, path: str) -> Tensor | None:
+    """Return the tensor to write to, ``None`` where there is none that the value in use is proportional to."""
+    owner, _, name = path.rpartition(".")
+    try:
+        module = resolve(model, owner) if owner else model
+        if isinstance(module, nn.Module) and parametrize.is_parametrized(module, name):
+            applied = resolve(module, f"parametrizations.{name}")
+            assert isinstance(applied, nn.ModuleList)
+            found = applied.original if all(isinstance(item, ResidualScale) for item in applied) else None
+        else:
+            found = getattr(module, name)
+    except AttributeError:
+        return None
+    return found if isinstance(found, Tensor) else None
+
+
+def _writes(model: nn.Module, kind: _Kind, linearization: WeightLinearization) -> Iterator[_Write]:
+    """Yield what to multiply in one kind of branches."""
+    for branch in kind.branches:
+        degrees = {_degree(model, path, branch, linearization) for path in branch.paths}
+        if len(degrees) != 1 or degrees == {0}:
+            raise ConfigurationError(
+                f"linearization={linearization!r} does not see the size of {kind.block.name} ({branch.kind}), which is "
+                f"that of {branch.ends[0].parameter}: expected linearization='circuit', or blocks= without it"
+            )
+        factor = kind.factor ** (1 / degrees.pop())
+        yield from (_Write(end.parameter, end.offset, factor) for end in branch.ends)
+
+
+def _degree(model: nn.Module, path: Path, branch: Branch, linearization: WeightLinearization) -> int:
+    """Return how often the ends of a branch enter the operator of a path: twice where its adjoint is taken."""
+    ends = {end.parameter for end in branch.ends}
+    if linearization == "circuit":
+        return sum(factor.parameter in ends for factor in path.factors)
+    seen = [factor for factor in path.factors if factor.role in ("scale", "output", "down", "up")]
+    operator = linearize(model, path, linearization).operator
+    while isinstance(operator, Scaled):
+        operator = operator.operator
+    squared = isinstance(operator, Product) and isinstance(operator.operators[-1], Adjoint)
+    return sum(2 if squared and factor.role == "output" else 1 for factor in seen if factor.parameter in ends)
+
+
+def _check_fresh(model: nn.Module, blocks: Sequence[ResidualBlock], solver: Solver) -> None:
+    """Refuse weights that nobody would initialize a model with."""
+    sign = sign_of_training(model, blocks, solver)
+    if sign is not None:
+        raise ConfigurationError(
+            f"the model looks trained: {sign}. Scaling its branches would change the function that it has learned: "
+            "call balance_init_ before training, or pass force=True"
+        )

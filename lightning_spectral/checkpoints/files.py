@@ -1,0 +1,287 @@
+"""Open a checkpoint that nobody trusts: names, shapes and, one at a time, tensors. Nothing in it is ever executed."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.checkpoints.distributed import METADATA, open_distributed
+from lightning_spectral.checkpoints.folders import INDEX, weights_in
+from lightning_spectral.checkpoints.formats import HEAD, refuse_foreign, refuse_no_path
+from lightning_spectral.checkpoints.gguf import open_gguf
+from lightning_spectral.checkpoints.gguf_header import MAGIC
+from lightning_spectral.checkpoints.pieces import refuse_part
+from lightning_spectral.checkpoints.state_dicts import TORCH, load_plain, nested
+from lightning_spectral.checkpoints.untrusted import damage, printable, read_json, refuse_bomb
+from lightning_spectral.errors import CheckpointError
+from lightning_spectral.records.plain import FORMAT
+
+__all__ = ["Checkpoint", "open_checkpoint", "plain_name"]
+
+# No real file comes near these, and what lies beyond costs memory before it can be refused.
+_MAX_HEADER, _MAX_NAME = 2**26, 512
+
+# What wrappers put into the names of the modules that they wrap.
+_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_REST = "meta.pt"  # of a distributed checkpoint of Lightning
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """The tensors of a checkpoint, by name; a tensor is read when it is asked for.
+
+    Attributes:
+        path: What the user named.
+        folder: Where ``config.json`` would lie.
+        shapes: Shape of every tensor.
+        read: Returns a tensor. Its memory belongs to the file wherever the format allows it.
+        copied: Whether the format does not allow it.
+        dicts: What the names in each state dict of the file begin with, the last dot included.
+        step: Optimizer step at which it was written, 0 where the file does not say.
+        blocks: What a monitor of this package has left in the checkpoint, as it is; ``None`` where there was none.
+        config: The entries of a config, where the file has them itself.
+        notes: What a reader of the numbers should know of the file.
+    """
+
+    path: Path
+    folder: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    copied: bool = False
+    dicts: tuple[str, ...] = ()
+    step: int = 0
+    blocks: Any = None
+    config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def plain_name(path: str) -> str:
+    """Return the path of a module or a weight without what wrappers put into it.
+
+    Args:
+        path: The path, which may be that of the wrapper itself.
+    """
+    return _WRAPPERS.sub("", f"{path}.").removesuffix(".")
+
+
+def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
+    """Open a checkpoint file or a model folder.
+
+    Args:
+        path: A ``.safetensors`` file, a file of ``torch.save`` (a state dict, or dicts with state dicts in them), a
+            GGUF file, an index of shards, or a folder: of Hugging Face, or of ``torch.distributed.checkpoint``.
+        key: What the names of the wanted weights begin with, where there are several models: keys that lead to a state
+            dict, or the name of a module, joined by dots.
+
+    Raises:
+        CheckpointError: There is no such file, it is damaged, its format is not one of these, or it is not clear which
+            file of a folder is meant.
+    """
+    named, path = path, Path(path)
+    with damage(path, "a path"):
+        if not path.exists():
+            refuse_no_path(named)
+        is_folder = path.is_dir()
+        found = weights_in(path) if is_folder else path
+    folder = path if is_folder else path.parent
+    if found.name == METADATA:
+        return _named(path, folder, _open_distributed(found.parent), key)
+    if found.name.endswith(INDEX):
+        return _named(path, folder, _open_shards(found), key)
+    refuse_part(found)
+    return _named(path, folder, _open_file(found), key)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Opened:
+    """What files hold; see :class:`Checkpoint`. ``whole`` is what all names of the model begin with."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    copied: bool = False
+    dicts: tuple[str, ...] = ()
+    whole: str = ""
+    step: int = 0
+    blocks: Any = None
+    config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _named(path: Path, folder: Path, found: _Opened, key: str | None) -> Checkpoint:
+    """Leave out what wrappers add to names, names that belong to no module, and what was not asked for."""
+    begin = found.whole if key is None else _beginning(path, found, key)
+    stored: dict[str, list[str]] = defaultdict(list)
+    for name in found.shapes:
+        if name.startswith(begin) and len(name) <= _MAX_NAME and name.isprintable():
+            stored[plain_name(name.removeprefix(begin))].append(name)
+    if not stored:
+        remark = "".join(f" ({printable(note)})" for note in found.notes)
+        raise CheckpointError(f"{printable(path)}: found no tensors, expected the weights of a model{remark}")
+    names = {name: _only(path, name, held, found) for name, held in stored.items()}
+    return Checkpoint(
+        path,
+        folder,
+        {name: found.shapes[held] for name, held in names.items()},
+        lambda name: found.read(names[name]),
+        found.copied,
+        tuple(plain_name(item.removeprefix(begin)) for item in found.dicts if item.startswith(begin)),
+        found.step,
+        found.blocks,
+        found.config,
+        found.notes,
+    )
+
+
+def _beginning(path: Path, found: _Opened, key: str) -> str:
+    """Return what names begin with that a key means, with or without what all names of the model begin with."""
+    for begin in (f"{found.whole}{key}.", f"{key}."):
+        if any(name.startswith(begin) for name in found.shapes):
+            return begin
+    counts = Counter(".".join(name.split(".")[:-1][:2]) for name in found.shapes if name.isprintable())
+    listed = ", ".join(repr(printable(begin, 60)) for begin, _ in counts.most_common(6) if begin)
+    raise CheckpointError(
+        f"{printable(path)}: no name in it begins with the key {printable(key, 60)!r}, expected something like {listed}"
+    )
+
+
+def _only(path: Path, name: str, held: Sequence[str], found: _Opened) -> str:
+    """Return the one name under which a weight is held; several are one if they hold the same numbers."""
+    first, *others = held
+    for other in others:
+        if found.shapes[first] != found.shapes[other] or not torch.equal(found.read(first), found.read(other)):
+            raise CheckpointError(
+                f"{printable(path)}: found {printable(name)} twice, as {printable(first)!r} and as "
+                f"{printable(other)!r}, with different numbers, expected one copy"
+            )
+    return first
+
+
+def _open_shards(index: Path) -> _Opened:
+    """Open the files that an index names, and take all that is in them, as transformers does."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        raise CheckpointError(f"{printable(index)}: expected an object 'weight_map' from tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or "\\" in name or not name.isprintable():
+            raise CheckpointError(
+                f"{printable(index)}: the shard {printable(name)!r} is not the name of a file beside it"
+            )
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{printable(index)}: {len(missing)} of its {len(names)} files are not there, {printable(missing[0], 80)}: "
+            "no such file, expected all of them beside the index (is it that of an older model, or is a download "
+            "incomplete?)"
+        )
+    shards = {name: _open_file(index.parent / name) for name in names}
+    absent = [key for key, name in weight_map.items() if key not in shards[name].shapes]
+    if absent:
+        raise CheckpointError(
+            f"{printable(index)}: {len(absent)} tensor(s) are not in the shard that the index names, the first is "
+            f"{printable(absent[0])}"
+        )
+    places: dict[str, str] = {}
+    for name, shard in shards.items():
+        for key in shard.shapes:
+            if places.setdefault(key, name) != name:
+                raise CheckpointError(
+                    f"{printable(index)}: {printable(key)} is in {printable(places[key], 80)} and in "
+                    f"{printable(name, 80)}: they are not of one model, expected the files of one"
+                )
+    shapes = {key: shards[name].shapes[key] for key, name in places.items()}
+    return _Opened(shapes, lambda key: shards[places[key]].read(key))
+
+
+def _open_file(path: Path) -> _Opened:
+    if not path.is_file():
+        refuse_no_path(path)
+    with damage(path, "a file"), path.open("rb") as file:
+        start = file.read(HEAD)
+    if not start:
+        raise CheckpointError(f"{printable(path)}: the file is empty, expected a checkpoint")
+    if start.startswith(MAGIC):
+        return _open_gguf(path)
+    # A safetensors file begins with the length of its header and the brace that opens it.
+    is_safe = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+    if not is_safe:
+        refuse_foreign(path, start)
+    if is_safe or path.suffix == ".safetensors":
+        return _open_safetensors(path, start)
+    if not start.startswith((_ZIP, _PICKLE)):
+        raise CheckpointError(
+            f"{printable(path)}: not readable as {TORCH}: it begins with {printable(start[:16])}, as no known format "
+            "does"
+        )
+    return _open_torch(path, mapped=start.startswith(_ZIP))
+
+
+def _open_safetensors(path: Path, start: bytes) -> _Opened:
+    expected = "a safetensors file"
+    with damage(path, expected):
+        try:
+            from safetensors import safe_open
+        except ModuleNotFoundError:
+            raise CheckpointError(
+                f"{printable(path)}: reading it needs the package safetensors: pip install 'lightning-spectral[cli]'"
+            ) from None
+        size, length = path.stat().st_size, int.from_bytes(start[:8], "little")
+        if length > min(size - 8, _MAX_HEADER):
+            raise ValueError(f"it announces a header of {length} bytes and has {size} bytes in all")
+        file: Any = safe_open(path, "pt")
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    def read(name: str) -> Tensor:
+        with damage(path, expected):
+            tensor = file.get_tensor(name)
+            assert isinstance(tensor, Tensor)
+            return tensor
+
+    return _Opened(shapes, read)
+
+
+def _open_torch(path: Path, *, mapped: bool) -> _Opened:
+    with damage(path, TORCH):
+        if mapped:
+            refuse_bomb(path)
+        loaded = load_plain(path, mapped=mapped)
+        found = nested(loaded)
+        step, blocks = _facts(loaded)
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.tensors.items()}
+    notes = (f"tensors of these kinds were not read: {', '.join(found.others)}",) if found.others else ()
+    return _Opened(
+        shapes, found.tensors.__getitem__, False, found.dicts, found.whole, step=step, blocks=blocks, notes=notes
+    )
+
+
+def _open_gguf(path: Path) -> _Opened:
+    found = open_gguf(path)
+    return _Opened(found.shapes, found.read, True, config=found.config, notes=found.notes)
+
+
+def _open_distributed(folder: Path) -> _Opened:
+    found = open_distributed(folder)
+    step, blocks, rest = 0, None, folder / _REST
+    if rest.is_file():
+        expected = "what Lightning writes beside the shards"
+        with damage(rest, expected):
+            refuse_bomb(rest)
+            step, blocks = _facts(load_plain(rest, expected, mapped=False))
+    return _Opened(found.shapes, found.read, True, found.dicts, found.whole, step, blocks)
+
+
+def _facts(loaded: Mapping[Any, Any]) -> tuple[int, Any]:
+    """Return what a Lightning checkpoint says besides its tensors: its step, and the blocks that a monitor left."""
+    step, callbacks = loaded.get("global_step", 0), loaded.get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, Mapping) else ()
+    kept = (state.get("blocks") for state in states if isinstance(state, Mapping))
+    blocks = next((item for item in kept if isinstance(item, Mapping) and FORMAT in item), None)
+    return (step if isinstance(step, int) else 0), blocks

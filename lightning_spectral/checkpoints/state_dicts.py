@@ -1,0 +1,149 @@
+"""What a file of ``torch.save`` holds: its state dicts, under the names that say where they stand."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.checkpoints.untrusted import damage, is_plain, printable
+from lightning_spectral.errors import CheckpointError
+
+__all__ = ["Nested", "is_of_optimizer", "load_plain", "nested", "roots"]
+
+TORCH = "a file of torch.save that holds tensors and plain values only"
+"""What is expected of a file that is neither safetensors nor GGUF."""
+
+_LIGHTNING = "pytorch-lightning_version"
+_DEPTH = 5  # of dicts in dicts
+_OPTIMIZER = re.compile(r"(^|_)opt(im.*|s|_.*)?$")
+_CLASS = re.compile(r"(?:GLOBAL|global|class|function) ([A-Za-z_][\w.]*\.\w+)")
+
+
+def load_plain(path: Path, expected: str = TORCH, *, mapped: bool) -> Any:
+    """Load a file of ``torch.save`` without running anything that it names.
+
+    Args:
+        path: The file.
+        expected: What it should be, for messages.
+        mapped: Whether its tensors stay in the file, which its format has to allow.
+
+    Raises:
+        CheckpointError: It holds something else than tensors and plain values, or is damaged.
+    """
+    with damage(path, expected), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on pickles that it refuses next
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            named = _CLASS.search(str(error))
+            raise CheckpointError(
+                f"{printable(path)}: not readable as {expected}: UnpicklingError: "
+                + ("its pickle is damaged, or of another kind" if named is None else _named(named[1]))
+            ) from None
+        except (LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+            # The machine that reads pickles does not check that there is anything on its stack.
+            raise ValueError(f"its pickle is damaged, or of another kind ({type(error).__name__})") from None
+
+
+def _named(name: str) -> str:
+    return (
+        f"it names {printable(name, 100)}, which is not run. Where you trust the file, load it with weights_only=False "
+        "and save the state dict alone: torch.save(model.state_dict(), 'weights.pt')"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """Tensors of dicts in dicts.
+
+    Attributes:
+        tensors: By the keys that lead to them, joined by dots.
+        dicts: What the names of each dict begin with, the last dot included; "" for the outermost one.
+        whole: What the names of the model begin with, as far as the file says: the keys that all dicts have in common,
+            or ``state_dict`` in a checkpoint of Lightning.
+        others: Kinds of the tensors that are left out because they are more, or less, than numbers in memory.
+    """
+
+    tensors: dict[str, Tensor]
+    dicts: tuple[str, ...]
+    whole: str
+    others: tuple[str, ...]
+
+
+def nested(loaded: Any) -> Nested:
+    """Return the tensors in a dict and in the dicts in it.
+
+    What belongs to an optimizer is left out: its tensors have the names and the shapes of weights.
+
+    Args:
+        loaded: What a file holds.
+
+    Raises:
+        TypeError: It holds no dict.
+        ValueError: Two tensors have one name.
+    """
+    if not isinstance(loaded, Mapping):
+        raise TypeError(f"it holds a {type(loaded).__name__}, expected a state dict")
+    stored = list(_walk(loaded, (), set()))
+    found = [(keys, tensor) for keys, tensor in stored if is_plain(tensor)]
+    others = dict.fromkeys(_kind(tensor) for _, tensor in stored if not is_plain(tensor))
+    tensors = {".".join(keys): tensor for keys, tensor in found}
+    if len(tensors) < len(found):
+        raise ValueError("two of its tensors have one name: a key with a dot in it stands for two keys")
+    lightning = _LIGHTNING in loaded and isinstance(loaded.get("state_dict"), Mapping)
+    model = roots(keys for keys, _ in found if keys[0] == "state_dict" or not lightning)
+    return Nested(tensors, *model, tuple(others))
+
+
+def _kind(tensor: Tensor) -> str:
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return type(tensor).__name__
+    if tensor.is_quantized or tensor.layout != torch.strided or tensor.is_meta:
+        return "quantized" if tensor.is_quantized else "meta" if tensor.is_meta else str(tensor.layout)
+    return "a view that is larger than its memory"
+
+
+def roots(paths: Iterable[Sequence[str]]) -> tuple[tuple[str, ...], str]:
+    """Return what the names in each dict begin with, and what they all begin with.
+
+    Args:
+        paths: The keys that lead to each tensor.
+    """
+    dicts = list(dict.fromkeys(tuple(path[:-1]) for path in paths))
+    return tuple(map(_prefix, dicts)), _prefix(_common(dicts))
+
+
+def _common(paths: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    first, last = min(paths, default=()), max(paths, default=())
+    count = next((place for place, key in enumerate(first) if last[place : place + 1] != (key,)), len(first))
+    return first[:count]
+
+
+def _prefix(keys: Iterable[str]) -> str:
+    return "".join(f"{key}." for key in keys)
+
+
+def _walk(place: Mapping[Any, Any], keys: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    if id(place) in seen or len(keys) > _DEPTH:  # a pickle may hold a dict that holds itself
+        return
+    seen.add(id(place))
+    for key, value in place.items():
+        if not isinstance(key, str):
+            continue
+        if isinstance(value, Tensor):
+            yield (*keys, key), value
+        elif isinstance(value, Mapping) and not is_of_optimizer(key):
+            yield from _walk(value, (*keys, key), seen)
+
+
+def is_of_optimizer(key: str) -> bool:
+    """Whether a key leads to the state of an optimizer, by the words that training scripts have for it."""
+    return _OPTIMIZER.search(key.lower()) is not None

@@ -1,5 +1,0 @@
-"""Passes aside: the user's code runs, and nothing of it is left."""
-
-from lightning_spectral.discovery.aside.undisturbed import kept, undisturbed
-
-__all__ = ["kept", "undisturbed"]

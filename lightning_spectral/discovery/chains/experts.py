@@ -1,0 +1,243 @@
+"""Extend the chains of the experts that ran on the example batch to all experts of a mixture."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from lightning_spectral.discovery.chains.factors import Chain, FoundChain
+from lightning_spectral.discovery.chains.products import MATRICES, STACK, as_ranges
+from lightning_spectral.discovery.trace.operands import UnmeasurableError
+from lightning_spectral.records import Factor, Path
+from lightning_spectral.weights.paths import common_parts, resolve
+
+__all__ = ["with_all_experts"]
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+# For each matrix of a chain, the component of its path that numbers the expert; −1 for one that all experts share.
+Level = tuple[int, ...]
+
+
+def with_all_experts(
+    modules: Mapping[str, nn.Module], block: str, chains: Sequence[FoundChain], ran: Collection[str]
+) -> tuple[Path, ...]:
+    """Return one path per chain, and per expert where the data chooses between chains.
+
+    Chains that every token takes are added up. A chain that the data chooses is that of an expert: which experts run
+    depends on the batch, and all are measured. Experts lie in one of three ways: stacked along dimension 0 of a
+    parameter and multiplied in one batched product, stacked and picked one by one, or in lists, one for whole experts
+    or one for each of their matrices.
+
+    Args:
+        modules: The modules of the model by path.
+        block: Module path of the block; containers above it hold blocks, not experts.
+        chains: The chains that were found on the tape.
+        ran: The names of the parameters that took part in the recorded pass.
+
+    Raises:
+        UnmeasurableError: Not all experts can be known.
+    """
+    chosen = [chain.factors for chain in chains if chain.selective]
+    classes: dict[tuple[int, ...], list[Chain]] = {}
+    for factors in chosen:
+        classes.setdefault(_make(factors), []).append(factors)
+    levels = {make: _levels(modules, block, members) for make, members in classes.items()}
+    found: dict[Path, None] = {}
+    known: set[Chain] = set()
+    shared: list[Path] = []
+    for chain in chains:
+        if chain.factors in known:
+            continue
+        family = _stacked(modules, chain.factors)
+        if chain.selective and not family:
+            family = _listed(modules, chain.factors, levels[_make(chain.factors)])
+        if chain.selective and family:
+            found.update(dict.fromkeys(family))
+            known.update(path.factors for path in family)
+        else:  # not chosen: all entries of a stack are added up
+            shared += [replace(path, expert=None) for path in family] or [Path(chain.factors)]
+    if not found:
+        return tuple(shared)
+    experts = _as_they_ran(found, chosen)
+    _check_complete(modules, [path.factors for path in (*experts, *shared)], chosen, ran)
+    return (*experts, *(replace(path, expert="shared") for path in shared))
+
+
+def _as_they_ran(found: Iterable[Path], chosen: Sequence[Chain]) -> list[Path]:
+    """Drop chains that were made after another expert's, of experts that ran and are built otherwise.
+
+    Raises:
+        UnmeasurableError: There are some, and experts that did not run: how these are built is not known.
+    """
+    ran, seen = set(chosen), {_matrices(chain) for chain in chosen}
+    made = [path for path in found if path.factors not in ran]
+    if not any(_matrices(path.factors) in seen for path in made):
+        return list(found)
+    if any(_matrices(path.factors) not in seen for path in made):
+        raise UnmeasurableError("its experts are not built alike, and some of them did not run on the example input")
+    return [path for path in found if path.factors in ran]
+
+
+def _matrices(chain: Chain) -> tuple[Factor, ...]:
+    return tuple(factor for factor in chain if factor.role in MATRICES)
+
+
+def _make(chain: Chain) -> tuple[int, ...]:
+    """Return how deep in the model each matrix lies: the same for experts of one list."""
+    return tuple(name.count(".") for name in _matrix_names(chain))
+
+
+def _stacked(modules: Mapping[str, nn.Module], chain: Chain) -> list[Path]:
+    """Experts along dimension 0 of a parameter, in a batched product or picked by index."""
+    matrices = [factor for factor in chain if factor.role in MATRICES]
+    stacks = [factor for factor in matrices if STACK in factor.layout]
+    if stacks:
+        count = _count(modules, stacks[0], stacks[0].layout.index(STACK))
+        return [Path(_map_layout(chain, STACK, number, count), number) for number in range(count)]
+    picked = [[step for step in factor.layout if step[:2] == ("select", 0)] for factor in matrices]
+    if len(matrices) > 1 and all(steps and steps[0] == picked[0][0] for steps in picked):
+        step = picked[0][0]
+        count = _count(modules, matrices[0], matrices[0].layout.index(step))
+        return [Path(_map_layout(chain, step, number, count), number) for number in range(count)] if count > 1 else []
+    return []
+
+
+def _map_layout(chain: Chain, step: tuple[object, ...], number: int, count: int) -> Chain:
+    """Return the chain of one expert: its entry of the stack, or its share of rows that hold all experts."""
+    result = []
+    for factor in chain:
+        adapters = tuple(_map_layout(adapter, step, number, count) for adapter in factor.adapters)
+        factor = replace(factor, adapters=adapters)
+        if step in factor.layout:
+            layout = tuple(("select", 0, number) if item == step else item for item in factor.layout)
+            factor = replace(factor, layout=layout)
+        elif step == STACK and factor.rows is not None and factor.role in MATRICES:
+            rows = [row for run in factor.rows for row in run]
+            share = len(rows) // count
+            factor = replace(factor, rows=as_ranges(tuple(rows[number * share : (number + 1) * share])))
+        result.append(factor)
+    return tuple(result)
+
+
+def _count(modules: Mapping[str, nn.Module], factor: Factor, position: int) -> int:
+    """Return the size of dimension 0 before the step that picks from it."""
+    assert factor.parameter is not None
+    tensor = resolve(modules[""], factor.parameter)
+    for name, *arguments in factor.layout[:position]:
+        tensor = getattr(tensor, name)(*arguments)
+    return int(tensor.shape[0])  # type: ignore[attr-defined]
+
+
+def _matrix_names(chain: Chain) -> list[str]:
+    return [factor.parameter for factor in chain if factor.role in MATRICES and factor.parameter]
+
+
+def _levels(modules: Mapping[str, nn.Module], block: str, chosen: Sequence[Chain]) -> list[Level]:
+    """Return where in the paths of their matrices the experts are numbered: several places where lists are nested.
+
+    The chains are of one make. Experts that ran differ in just these components. Where one expert ran alone, it is
+    numbered by the outermost list inside the block that holds all of its matrices under one key.
+    """
+    split = [[name.split(".") for name in _matrix_names(chain)] for chain in chosen]
+    if not split:
+        return []
+    first = split[0]
+    differ = [
+        [depth for depth in range(len(path)) if len({parts[place][depth] for parts in split}) > 1]
+        for place, path in enumerate(first)
+    ]
+    count = max(map(len, differ))
+    if count and all(len(depths) in (0, count) for depths in differ):
+        return list(zip(*(depths or [-1] * count for depths in differ), strict=True))
+    start = len(block.split(".")) if block else 0
+    entries = [
+        [depth for depth in range(start, len(path)) if isinstance(modules.get(".".join(path[:depth])), _CONTAINERS)]
+        for path in first
+    ]
+    for level in itertools.product(*(depths or [-1] for depths in entries)):
+        if len({path[depth] for path, depth in zip(first, level, strict=True) if depth >= 0}) == 1:
+            return [level]
+    return []
+
+
+def _listed(modules: Mapping[str, nn.Module], chain: Chain, levels: Sequence[Level]) -> list[Path]:
+    """Experts in lists inside the block: the entries that are built as the chain's are."""
+    if not levels:
+        return []
+    chains: list[tuple[tuple[str, ...], Chain]] = [((), chain)]
+    for level in levels:
+        chains = [((*keys, key), moved) for keys, known in chains for key, moved in _siblings(modules, known, level)]
+    return [
+        Path(moved, int(keys[0]) if len(keys) == 1 and keys[0].isdigit() else ".".join(keys))
+        for keys, moved in chains
+        if all(_exists(modules[""], item) for factor in moved for item in factor.flat())
+    ]
+
+
+def _siblings(modules: Mapping[str, nn.Module], chain: Chain, level: Level) -> Iterator[tuple[str, Chain]]:
+    """Yield the chain with every key that the lists at one level have in common."""
+    split = [name.split(".") for name in _matrix_names(chain)]
+    heads = {".".join(path[:depth]): path[depth] for path, depth in zip(split, level, strict=True) if depth >= 0}
+    keys = [_keys(modules.get(head)) for head in heads]
+    for key in keys[0]:
+        if all(key in others for others in keys):
+            yield key, tuple(_moved(factor, heads, key) for factor in chain)
+
+
+def _keys(container: nn.Module | None) -> list[str]:
+    if container is None:
+        return []
+    return [name for name, _ in (*container.named_children(), *container.named_parameters(recurse=False))]
+
+
+def _moved(factor: Factor, heads: Mapping[str, str], key: str) -> Factor:
+    adapters = tuple(tuple(_moved(item, heads, key) for item in chain) for chain in factor.adapters)
+    factor = replace(factor, adapters=adapters)
+    for head, old in heads.items():
+        start = f"{head}.{old}" if head else old
+        if factor.parameter == start or (factor.parameter or "").startswith(f"{start}."):
+            assert factor.parameter is not None
+            new = f"{head}.{key}" if head else key
+            return replace(factor, parameter=new + factor.parameter[len(start) :])
+    return factor
+
+
+def _check_complete(
+    modules: Mapping[str, nn.Module], known: Iterable[Chain], chosen: Iterable[Chain], ran: Collection[str]
+) -> None:
+    """Refuse a mixture with weights that did not run and belong to no expert that is known.
+
+    Raises:
+        UnmeasurableError: There are some, so that the largest norm is not known.
+    """
+    head = ".".join(common_parts(name.rpartition(".")[0] for chain in chosen for name in _matrix_names(chain)))
+    owner = modules.get(head)
+    if owner is None:
+        return
+    covered = {item.parameter for chain in known for factor in chain for item in factor.flat() if item.parameter}
+    inside = {tuple(name.split(".")[:depth]) for name in covered for depth in range(1, name.count(".") + 2)}
+    for name, weight in owner.named_parameters(head):
+        if weight.ndim > 1 and name not in ran and name not in covered and not _is_beside(modules, head, name, inside):
+            raise UnmeasurableError(
+                f"its weight {name} did not take part in the forward pass on the example input, and belongs to no "
+                "expert that is built as those that did"
+            )
+
+
+def _is_beside(modules: Mapping[str, nn.Module], head: str, name: str, known: Collection[tuple[str, ...]]) -> bool:
+    """Whether a weight stands beside known ones and is no expert: the gate of an expert that did not run."""
+    parts, start = name.split("."), len(head.split(".")) if head else 0
+    depth = next(depth for depth in range(start, len(parts)) if tuple(parts[: depth + 1]) not in known)
+    single = depth == len(parts) - 2  # a layer
+    listed = isinstance(modules.get(".".join(parts[:depth])), _CONTAINERS)
+    return not listed and (depth > start or single)
+
+
+def _exists(model: nn.Module, factor: Factor) -> bool:
+    try:
+        return factor.parameter is None or resolve(model, factor.parameter) is not None
+    except AttributeError:
+        return False

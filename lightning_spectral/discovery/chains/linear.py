@@ -1,0 +1,321 @@
+"""Run the linear part of a branch forwards, and hold the products of its factors against it.
+
+The linear part follows the steps of a branch (``steps``): a product multiplies without its bias, an activation passes
+its input on, a gate the half that it gates, an attention pattern the values, a norm multiplies by its gain. What it
+makes of one vector u, the same at every position, has to be Σᵢ cᵢ Mᵢ u, where the Mᵢ are the products of the factors
+that were found and the cᵢ are numbers. A permutation, a gain or a term that the factors miss shows here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterable, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.discovery.chains.recipes import attribute_path
+from lightning_spectral.discovery.chains.steps import Step, Steps
+from lightning_spectral.discovery.trace.operands import UnmeasurableError
+from lightning_spectral.discovery.trace.operations import (
+    Divisor,
+    base_name,
+    is_attention,
+    is_norm,
+    matrix_operands,
+    norm_channels_second,
+    norm_gain,
+)
+from lightning_spectral.discovery.trace.probe import is_mute, made_up
+from lightning_spectral.discovery.trace.replay import execute
+from lightning_spectral.discovery.trace.tape import Operation
+from lightning_spectral.records import Factor
+from lightning_spectral.records.layout import arranged
+
+__all__ = ["LinearPart"]
+
+
+class LinearPart:
+    """The linear part of one branch.
+
+    Args:
+        steps: The steps of the branch.
+        mixes_tokens: Whether products of data with data are attention, which passes the values on; else they add up
+            experts, and each counts once.
+    """
+
+    def __init__(self, steps: Steps, *, mixes_tokens: bool) -> None:
+        self.steps, self.tape, self.region, self.mixes_tokens = steps, steps.tape, steps.region, mixes_tokens
+        self._outside: dict[int, Tensor] = {}
+
+    def run(self, target: int, sources: Mapping[int, Tensor]) -> Tensor:
+        """Return what the linear part makes of some values.
+
+        Args:
+            target: The value to compute.
+            sources: Content for the values to begin with. The stream, and what is no source, is zero.
+
+        Raises:
+            UnmeasurableError: An operation on the way is no step of a linear map.
+        """
+        made = {value: self._laid_out(value, content) for value, content in sources.items()}
+        for value in sorted(self._needed(target, sources)):
+            if value not in made:
+                made[value] = self._laid_out(value, self._carried(value, self.steps.step(value), made))
+        return made[target]
+
+    def end_channel(self, channel: int) -> int:
+        """Return the dimension of the channels at the end of the branch.
+
+        Args:
+            channel: The dimension of the channels in the stream.
+        """
+        alike = len(self.tape.shape(self.region.leaf)) == len(self.tape.shape(self.region.stream))
+        return channel if alike else -1
+
+    def _laid_out(self, value: int, content: Tensor) -> Tensor:
+        """Return content in the memory layout that a value was recorded in: views of it must stay possible."""
+        like = self.tape.tensors[value]
+        if content.stride() == like.stride():
+            return content
+        return torch.empty_like(like, dtype=content.dtype, requires_grad=False).copy_(content)
+
+    def channels(
+        self, source: tuple[int, int], target: tuple[int, ...], held: Iterable[int] = ()
+    ) -> tuple[int, ...] | None:
+        """Find which channel of one value each channel of another one comes from.
+
+        Channel j of the source holds the number j + 1, and then 1: the quotient is the number, whatever multiplies it.
+
+        Args:
+            source: Value and channel dimension.
+            target: Value and channel dimension (several dimensions together form the channels).
+            held: Values on other ways to the target, which count as zero.
+
+        Returns:
+            For each target channel the number of its source channel, −1 where none feeds it; ``None`` where channels
+            are mixed.
+        """
+        value, dimension = source
+        ones = torch.ones_like(self.tape.wide(value))
+        if ones.is_complex():
+            raise UnmeasurableError("its matrices multiply complex numbers")
+        count = ones.shape[dimension]
+        numbers = torch.arange(1, count + 1, dtype=ones.dtype, device=ones.device)
+        shape = [1] * ones.dim()
+        shape[dimension] = count
+        # Roots of the numbers, too: a mixture of channels can hit one number by chance, not both.
+        contents = (ones, ones * numbers.view(shape), ones * numbers.sqrt().view(shape))
+        silent = {item: torch.zeros_like(self.tape.wide(item)) for item in held}
+        plain, numbered, rooted = (self._columns({**silent, value: content}, target) for content in contents)
+        fed = plain != 0
+        quotients = torch.where(fed, numbered / plain, 0.0)
+        roots = torch.where(fed, rooted / plain, 0.0)
+        found = quotients.amax(0)
+        whole = found.round()
+        alike = (quotients - whole).abs().where(fed, torch.zeros_like(quotients)).amax() <= 1e-6
+        apart = (roots - whole.sqrt()).abs().where(fed, torch.zeros_like(roots)).amax() <= 1e-6
+        unfed = bool((~fed).all(0).logical_or(whole >= 1).all())
+        if not (bool(alike) and bool(apart) and unfed and float(whole.max()) <= count):
+            return None
+        return tuple(int(number) - 1 for number in whole.tolist())
+
+    def gain_channels(self, anchor: int, gain: int, target: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Find which entry of a gain multiplies each channel of a value.
+
+        Args:
+            anchor: The value at which the way to the target begins.
+            gain: The value of the gain, by which something on this way is multiplied or divided.
+            target: Value and channel dimensions.
+
+        Returns:
+            For each channel the number of the entry, −1 where none multiplies it; ``None`` where several do.
+        """
+        places = self._multiplied_by(anchor, target[0], gain)
+        if len(places) != 1:
+            return None
+        like = self._fixed(gain)
+        shape = self.tape.shape(places[0])
+        numbers = (
+            torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device).view(like.shape).expand(shape)
+        )
+        contents = (torch.ones_like(numbers), numbers)
+        plain, numbered = (self._columns({places[0]: content}, target) for content in contents)
+        fed = plain != 0
+        quotients = torch.where(fed, numbered / plain, 0.0)
+        found = quotients.amax(0)
+        whole = found.round()
+        spread = (quotients - whole).abs().where(fed, torch.zeros_like(quotients)).amax()
+        return None if float(spread) > 1e-6 else tuple(int(number) - 1 for number in whole.tolist())
+
+    def _multiplied_by(self, anchor: int, target: int, gain: int) -> list[int]:
+        operations = ((value, self.tape.producer(value)) for value in sorted(self._needed(target, {anchor})))
+        return [value for value, operation in operations if operation is not None and gain in operation.inputs]
+
+    def product(self, factors: Sequence[Factor], u: Tensor) -> Tensor:
+        """Multiply a vector by the product of a chain of factors, as their parameters are. Norms count by their gains.
+
+        Args:
+            factors: The chain, the factor nearest the site first.
+            u: ``(width,)``.
+
+        Raises:
+            RuntimeError, IndexError, KeyError: The chain does not fit together, or a parameter is not on the tape.
+        """
+        for factor in reversed(factors):
+            u = self._times(factor, u) if factor.parameter is not None else u * factor.constant
+        return u
+
+    def _times(self, factor: Factor, u: Tensor) -> Tensor:
+        assert factor.parameter is not None
+        content = arranged(self._fixed(self._values[factor.parameter]), factor.layout)
+        rows = None if factor.rows is None else [row for run in factor.rows for row in run]
+        if factor.role == "scale" or factor.role.endswith("_norm"):
+            gain = content.flatten() if rows is None else content.flatten()[rows]
+            return u * gain.repeat(len(u) // len(gain))
+        result = content @ u
+        for chain in factor.adapters:
+            result = result + self.product(chain, u)
+        return result if rows is None else result[rows]
+
+    def knows(self, factors: Iterable[Factor]) -> bool:
+        """Whether all parameters of a chain took part in the pass: those of an idle expert did not."""
+        return all(
+            item.parameter is None or item.parameter in self._values for factor in factors for item in factor.flat()
+        )
+
+    @cached_property
+    def _values(self) -> dict[str, int]:
+        """The values of parameters and of parametrized weights by attribute path."""
+        return {attribute_path(name): value for value, name in self.tape.names.items()} | self.tape.attributes
+
+    def _columns(self, sources: Mapping[int, Tensor], target: tuple[int, ...]) -> Tensor:
+        value, *dimensions = target
+        result = self.run(value, sources)
+        width = math.prod(result.shape[dimension] for dimension in dimensions)
+        return result.movedim(dimensions, tuple(range(-len(dimensions), 0))).reshape(-1, width)
+
+    def _needed(self, target: int, sources: Container[int]) -> set[int]:
+        seen, queue = {target}, [target]
+        while queue:
+            value = queue.pop()
+            if value in sources:
+                continue
+            further = [item for item in self._carriers(value) if item not in seen]
+            seen.update(further)
+            queue += further
+        return seen
+
+    def _carriers(self, value: int) -> Iterable[int]:
+        step = self.steps.step(value)
+        return (self.steps.carrier(value),) if step.kind == "mixing" else step.sources
+
+    def _carried(self, value: int, step: Step, made: Mapping[int, Tensor]) -> Tensor:
+        """Return what one step makes."""
+        shape = self.tape.shape(value)
+        if step.kind in ("stream", "none"):
+            return torch.zeros_like(self.tape.wide(value))
+        operation = self.tape.producer(value)
+        assert operation is not None
+        if step.kind == "activation":
+            assert isinstance(step.multiplier, float)
+            return made[step.sources[0]] * step.multiplier
+        if step.kind == "gate":
+            passed = made[step.sources[0]]
+            if base_name(operation) == "glu":
+                return passed.chunk(2, operation.args[1] if len(operation.args) > 1 else -1)[0]
+            return passed.expand(shape)
+        if step.kind == "mixing":
+            carrier = self.steps.carrier(value)
+            dimension = _token_dim(operation, carrier)
+            if not self.mixes_tokens and not is_attention(operation):
+                return made[carrier].sum(dimension, keepdim=True).expand(shape)
+            return _spread(made[carrier], dimension, shape)
+        if step.kind == "norm":
+            return self._normed(operation, step, made[step.sources[0]])
+        return self._executed(operation, value, made)
+
+    def _executed(self, operation: Operation, value: int, made: Mapping[int, Tensor]) -> Tensor:
+        """Run an operation that is affine in what it carries, without its constant part."""
+        carried = {item: made[item] for item in operation.inputs if item in made}
+        silent = {item: torch.zeros_like(content) for item, content in carried.items()}
+        place = operation.outputs.index(value)
+
+        def end(part: Mapping[int, Tensor]) -> Tensor:
+            made = execute(self.tape, operation, lambda item: part[item] if item in part else self._fixed(item))[place]
+            assert made is not None
+            return made
+
+        return end(carried) - end(silent)
+
+    def _normed(self, operation: Operation, step: Step, content: Tensor) -> Tensor:
+        """Multiply by the gain of a norm. The norm takes out what scaled the stream before it."""
+        content = content / self._scalar_before(step.sources[0])
+        if not is_norm(operation):
+            assert isinstance(step.multiplier, float)
+            return content * step.multiplier
+        gain = norm_gain(operation)
+        if gain is None:
+            return content
+        factor = self._fixed(gain)
+        return content.mul(factor.view(-1, *[1] * (content.dim() - 2)) if norm_channels_second(operation) else factor)
+
+    def _scalar_before(self, value: int) -> float:
+        """Return the number that multiplies the stream on its way to a value, 1 where there is more on the way."""
+        product = 1.0
+        while True:
+            step = self.steps.step(value)
+            if step.kind == "stream":
+                return product
+            if step.kind not in ("move", "multiply"):
+                return 1.0
+            multiplier = self._number(step)
+            if multiplier is None:
+                return 1.0
+            product, value = product * multiplier, step.sources[0]
+
+    def _number(self, step: Step) -> float | None:
+        if isinstance(step.multiplier, float):
+            return step.multiplier
+        divides = isinstance(step.multiplier, Divisor)
+        content = self._fixed(step.multiplier.value if isinstance(step.multiplier, Divisor) else step.multiplier)
+        if content.numel() != 1 or not float(content):
+            return None
+        return 1 / float(content) if divides else float(content)
+
+    def _fixed(self, value: int) -> Tensor:
+        """Return a value that does not depend on the stream, or is held: with made-up weights where they are mute."""
+        if value not in self._outside:
+            self._outside[value] = self._computed(value)
+        return self._outside[value]
+
+    def _computed(self, value: int) -> Tensor:
+        tape = self.tape
+        if not tape.made_of_parameters(value):
+            return tape.wide(value)
+        if value in tape.names:
+            weight = tape.wide(value)
+            return made_up(weight) if weight.is_floating_point() and is_mute(weight) else weight
+        operation = tape.producer(value)
+        assert operation is not None
+        found = execute(tape, operation, self._fixed)[operation.outputs.index(value)]
+        assert found is not None
+        return found
+
+
+def _token_dim(operation: Operation, carrier: int) -> int:
+    """Return the dimension of the carrier that an attention product sums over."""
+    if "attention" in operation.name:
+        return -2
+    return -2 if carrier == matrix_operands(operation)[1] else -1
+
+
+def _spread(content: Tensor, dimension: int, shape: Sequence[int]) -> Tensor:
+    """Give every position what the positions of a value hold, which is the same at all that hold anything."""
+    count = (content != 0).sum(dimension, keepdim=True).clamp(min=1)
+    one = content.sum(dimension, keepdim=True) / count
+    for place, (have, want) in enumerate(zip(one.shape, shape, strict=True)):
+        if have != want and have != 1:  # heads that several query heads read
+            one = one.repeat_interleave(want // have, place)
+    return one.expand(tuple(shape))

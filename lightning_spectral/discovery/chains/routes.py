@@ -1,0 +1,193 @@
+"""Walk a branch backwards from its output to the stream, along the steps on which it is linear in its matrices.
+
+On these routes lie the matrices of the circuit linearization: output and value projection for attention (the attention
+pattern is held fixed), down and up projection for an MLP (its activation and gate are left out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from lightning_spectral.discovery.chains.steps import Step, Steps
+from lightning_spectral.discovery.trace.operations import (
+    Multiplier,
+    added_operand,
+    base_name,
+    matrix_operands,
+    moved_values,
+    term_factor,
+    weight_operand,
+)
+from lightning_spectral.discovery.trace.tape import Operation
+
+__all__ = ["Addend", "Route", "Router"]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How a value is reached from the nearest anchor (a product, an attention product, a norm or the stream).
+
+    Attributes:
+        anchor: The value at which the route starts.
+        kind: ``"product"``, ``"sum"`` (of products that read one value), ``"mixing"``, ``"norm"`` or ``"stream"``.
+        multipliers: Constants and parameters that multiply the value on the route, nearest its end first.
+        is_linear: Whether nothing but multipliers lies on the route: no activation and no gate.
+        selective: Whether the data chooses what goes this way: a router's weight, tokens that are picked.
+    """
+
+    anchor: int
+    kind: str
+    multipliers: tuple[Multiplier, ...] = ()
+    is_linear: bool = True
+    selective: bool = False
+
+    def scaled(self, multiplier: Multiplier) -> Route:
+        """Return the route with one more multiplier at its end."""
+        if isinstance(multiplier, float) and multiplier == 1.0:
+            return self
+        return replace(self, multipliers=(multiplier, *self.multipliers))
+
+    def through(self, step: Step) -> Route:
+        """Return the route after one more step."""
+        route = self.scaled(step.multiplier) if step.kind in ("multiply", "activation") else self
+        linear = self.is_linear and step.kind not in ("activation", "gate")
+        selective = self.selective or step.selective
+        if linear == route.is_linear and selective == route.selective:
+            return route
+        return replace(route, is_linear=linear, selective=selective)
+
+
+class Addend(NamedTuple):
+    """One term of a sum of matrices: products in a row.
+
+    Attributes:
+        links: The routes to the products, the last product first.
+        source: The value that the first product reads, up to data movement.
+    """
+
+    links: tuple[Route, ...]
+    source: int
+
+
+class Router:
+    """Finds the routes of one branch.
+
+    Attributes:
+        sums: The terms of every sum of products that read one value: a matrix and the adapters beside it.
+    """
+
+    def __init__(self, steps: Steps) -> None:
+        """Prepare for one branch."""
+        self.tape, self.region, self.steps = steps.tape, steps.region, steps
+        self.sums: dict[int, tuple[Addend, ...]] = {}
+        self._known: dict[int, tuple[Route, ...]] = {}
+
+    def routes(self, value: int) -> tuple[Route, ...]:
+        """Return the different routes that end at ``value``; none where nothing of the stream does.
+
+        Raises:
+            UnmeasurableError: A way back to the stream leads through an operation that is no step of a linear map.
+        """
+        # A mixture collects its experts in a chain of sums, one per expert: a stack of our own has no depth limit.
+        stack = [value]
+        while stack:
+            step = self.steps.step(stack[-1])
+            waiting = (
+                [] if step.kind in ("mixing", "norm") else [item for item in step.sources if self._is_open(step, item)]
+            )
+            if waiting:
+                stack += waiting
+                continue
+            top = stack.pop()
+            if top not in self._known:
+                self._known[top] = tuple(dict.fromkeys(self._routes(top, step)))
+        return self._known[value]
+
+    def _is_open(self, step: Step, source: int) -> bool:
+        return source not in self._known and (step.kind != "product" or source != step.sources[0])
+
+    def _routes(self, value: int, step: Step) -> Iterable[Route]:
+        """Return the routes to a value; those to what its step carries on are known."""
+        if step.kind == "none":
+            return []
+        if step.kind in ("stream", "norm", "mixing"):
+            return [Route(value, step.kind)]
+        operation = self.tape.producer(value)
+        assert operation is not None
+        if step.kind == "product":
+            return self._product(operation, value, step)
+        if step.kind == "sum":
+            return self._added(value, [(self._known[item], _factor(operation, item)) for item in step.sources])
+        return [route.through(step) for item in step.sources for route in self._known[item]]
+
+    def _product(self, operation: Operation, value: int, step: Step) -> Iterable[Route]:
+        """A product is an anchor; fused with the addition of something that depends on the stream, it is a term."""
+        product = Route(value, "product").scaled(float(operation.kwargs.get("alpha", 1)))
+        if len(step.sources) == 1:
+            return [product]
+        added = added_operand(operation)
+        assert added is not None
+        return self._added(value, [(self._known[added], float(operation.kwargs.get("beta", 1))), ((product,), 1.0)])
+
+    def _added(self, value: int, terms: Sequence[tuple[Sequence[Route], float]]) -> Iterable[Route]:
+        """Routes to a sum of terms, each with the number that multiplies it."""
+        parts = self._products(terms)
+        if parts:
+            self.sums[value] = parts
+            return [Route(value, "sum")]
+        return [route.scaled(factor) for routes, factor in terms for route in routes]
+
+    def _products(self, terms: Sequence[tuple[Sequence[Route], float]]) -> tuple[Addend, ...]:
+        """Return terms as products in a row, if all of them read one value and one is a single product; else none."""
+        rows: list[list[Addend]] = []
+        for routes, factor in terms:
+            if len(routes) != 1 or not routes[0].is_linear or routes[0].kind not in ("product", "sum"):
+                return ()
+            if routes[0].selective:
+                return ()
+            route = routes[0].scaled(factor)
+            if route.kind == "product":
+                rows.append(list(self._rows(route)))
+            else:
+                inner = self.sums[route.anchor]
+                rows += [[Addend((_behind(part.links[0], route), *part.links[1:]), part.source)] for part in inner]
+        sources = [row[0].source for row in rows if len(row[0].links) == 1]
+        for source in sources:
+            found = [next((part for part in row if part.source == source), None) for row in rows]
+            if None not in found:
+                return tuple(part for part in found if part is not None)
+        return ()
+
+    def _rows(self, route: Route) -> Iterator[Addend]:
+        """Yield the products that lie in a row behind one, each time with one more."""
+        links = [route]
+        while True:
+            source = self._read_by(links[-1])
+            yield Addend(tuple(links), source)
+            further = self.routes(source)
+            if len(further) != 1 or further[0].kind != "product" or not further[0].is_linear or further[0].selective:
+                return
+            links.append(further[0])
+
+    def _read_by(self, route: Route) -> int:
+        """Return what the product at the start of a route multiplies, before data movement."""
+        operation = self.tape.producer(route.anchor)
+        assert operation is not None
+        weight = weight_operand(self.tape, operation)
+        data = next(item for item in matrix_operands(operation) if item != weight)
+        for value in moved_values(self.tape, data):
+            if value == self.region.stream:
+                break
+        return value
+
+
+def _factor(operation: Operation, value: int) -> float:
+    """Return the number by which a sum multiplies one of its terms."""
+    return term_factor(operation, value) if base_name(operation) in ("add", "sub", "rsub") else 1.0
+
+
+def _behind(route: Route, outer: Route) -> Route:
+    """Return a route with the multipliers of another one that goes on from its end."""
+    return replace(route, multipliers=(*outer.multipliers, *route.multipliers))

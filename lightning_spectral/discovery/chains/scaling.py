@@ -1,0 +1,191 @@
+"""Walk backwards from a value to the parameters in which it is homogeneous of degree one: the last ones on its way.
+
+The way leads through data movement, through sums (then into all terms), and through gates, routing weights, multipliers
+and constants (then into one operand), up to a matrix and its bias, or to the gain and bias of a norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lightning_spectral.discovery.trace.operands import normalized_operand
+from lightning_spectral.discovery.trace.operations import (
+    base_name,
+    is_contraction,
+    is_norm,
+    is_product,
+    matrix_operands,
+    moved_input,
+    norm_gain,
+    refs,
+    scattered_inputs,
+    weight_operand,
+)
+from lightning_spectral.discovery.trace.tape import Operation, Tape
+
+__all__ = ["PARAMETRIZED", "Scaling", "ScalingWalk", "UnscalableError"]
+
+# What an allocation holds is zero, or is written before anyone reads it.
+_EMPTY = {"zeros_like", "new_zeros", "empty_like", "new_empty", "empty", "zero_"}
+PARAMETRIZED = "its last weight is parametrized ({})"
+
+
+class UnscalableError(Exception):
+    """No parameters scale the value; the message is the reason that the user sees."""
+
+
+@dataclass(slots=True)
+class Scaling:
+    """Parameters by their value on the tape, with the offset at which each is used, and the data that they multiply."""
+
+    leaves: dict[int, float] = field(default_factory=dict)
+    read: set[int] = field(default_factory=set)
+
+    def update(self, other: Scaling) -> None:
+        """Take in the parameters of another term of a sum."""
+        for leaf, offset in other.leaves.items():
+            if self.leaves.setdefault(leaf, offset) != offset:
+                raise UnscalableError("its last weight is used with and without an offset")
+        self.read |= other.read
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingWalk:
+    """Walks backwards from a value to the parameters in which it is homogeneous of degree one."""
+
+    tape: Tape
+    stream: int
+    refused: Mapping[int, str]
+
+    def ends(self, value: int) -> Scaling:
+        """Return those parameters; none where the value is zero."""
+        found = Scaling()
+        seen, queue = {value}, [value]
+        while queue:
+            value = queue.pop()
+            terms = self._terms(value)
+            if terms is None:
+                found.update(self._factor(value))
+            else:
+                queue += [term for term in terms if term not in seen]
+                seen.update(terms)
+        return found
+
+    def _terms(self, value: int) -> Sequence[int] | None:
+        """Return the values that are moved or added up to make a value; ``None`` for everything else."""
+        operation = self.tape.producer(value)
+        if value in self.tape.names or value == self.stream or self._is_zero(value, operation):
+            return None
+        if operation is None:
+            return None
+        name, moved = base_name(operation), moved_input(operation)
+        if name == "where":
+            return [item for position in (1, 2) for item in refs(operation, position)]
+        if moved is not None:
+            return [moved]
+        if name in ("cat", "stack", "refresh", "neg") or (name in ("add", "sub") and _number(operation) is None):
+            return operation.inputs
+        return scattered_inputs(operation) or None
+
+    def _factor(self, value: int) -> Scaling:
+        """Return the parameters of a value that is no sum."""
+        tape, operation = self.tape, self.tape.producer(value)
+        if value in tape.names:
+            if value in self.refused:
+                raise UnscalableError(self.refused[value])
+            return Scaling({value: 0.0})
+        if self._is_zero(value, operation):
+            return Scaling()
+        if value == self.stream or (operation is None and tape.is_data(value)):
+            raise UnscalableError("a part of it reaches its end without a weight")
+        if operation is None:
+            raise UnscalableError("a constant is added to it")
+        if is_norm(operation):
+            return self._normed(operation)
+        if is_product(tape, operation):
+            weight, operands = weight_operand(tape, operation), matrix_operands(operation)
+            assert weight is not None
+            found = self._sum([weight, *self._added(operation)])
+            found.read.update(item for item in operands if item != weight and tape.is_data(item))
+            return found
+        return self._multiplied(operation)
+
+    def _added(self, operation: Operation) -> list[int]:
+        """Return what a product adds to its result, and none of the numbers that say how its operands are grouped."""
+        operands = matrix_operands(operation)
+        others = [value for value in operation.inputs if value not in operands]
+        return [value for value in others if self.tape.tensors[value].is_floating_point()]
+
+    def _sum(self, values: Iterable[int]) -> Scaling:
+        found = Scaling()
+        for value in values:
+            found.update(self.ends(value))
+        return found
+
+    def _normed(self, operation: Operation) -> Scaling:
+        gain = norm_gain(operation)
+        if gain is None:
+            raise UnscalableError("a norm without weights stands behind it")
+        position = next(place for place in range(len(operation.args)) if refs(operation, place) == (gain,))
+        return self._sum([gain, *refs(operation, position + 1)])
+
+    def _multiplied(self, operation: Operation) -> Scaling:
+        """Return the parameters of one operand of a product of values; the other operands are held."""
+        tape, name = self.tape, base_name(operation)
+        if normalized_operand(tape, operation) is not None:
+            raise UnscalableError("a norm without weights stands behind it")
+        if name in ("div", "true_divide"):
+            return self._sum(refs(operation, 0))
+        if "attention" in name:
+            return self._sum(refs(operation, 2))
+        if name in ("mul", "multiply"):
+            return self._first(operation.inputs)
+        if is_contraction(operation):
+            operands = matrix_operands(operation)
+            found = self._first(operands)
+            found.update(self._sum(self._added(operation)))
+            return found
+        number = _number(operation)
+        if name == "add" and number is not None:
+            found = self._sum(operation.inputs)
+            if number == 0:
+                return found
+            if tape.made_of_parameters(operation.outputs[0]) and len(found.leaves) == 1:
+                return Scaling({leaf: offset + number for leaf, offset in found.leaves.items()})
+            raise UnscalableError("a constant is added to it")
+        if tape.made_of_parameters(operation.outputs[0]):
+            name = tape.names[tape.parents_with_names(operation.outputs[0])[0]]
+            raise UnscalableError(
+                PARAMETRIZED.format(name)
+                if ".parametrizations." in name
+                else f"its last weight is computed from {name} by the operation {operation.name!r}"
+            )
+        raise UnscalableError(f"no weight follows the operation {operation.name!r} at its end")
+
+    def _first(self, operands: Iterable[int]) -> Scaling:
+        """Return the parameters of the first operand that has some: data before multipliers, large before narrow."""
+        reason: UnscalableError | None = None
+        for value in sorted(operands, key=lambda item: (-self.tape.is_data(item), -self.tape.tensors[item].numel())):
+            try:
+                found = self.ends(value)
+            except UnscalableError as error:
+                reason = reason or error
+                continue
+            if found.leaves:
+                return found
+        if reason is not None:
+            raise reason
+        return Scaling()
+
+    def _is_zero(self, value: int, operation: Operation | None) -> bool:
+        tape = self.tape
+        if operation is not None and operation.name in _EMPTY:
+            return True
+        constant = not tape.ancestors[value] & (tape.parameters | tape.data)
+        return constant and not bool(tape.tensors[value].any())
+
+
+def _number(operation: Operation) -> float | None:
+    """Return the number among the arguments of an addition."""
+    return next((float(item) for item in operation.args if isinstance(item, int | float)), None)

@@ -1,0 +1,319 @@
+"""How each operation of a branch carries the stream on, where the branch is taken as linear in its matrices.
+
+A branch is a program. Its circuit is what remains of the program when an activation passes its input on, a gate passes
+on the half that it gates, an attention pattern passes on the values, and a norm multiplies by its gain. This file
+decides, operation by operation, which of these an operation is. The routes of a branch (``routes``) and its linear part
+(``linear``) are both read off these decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_spectral.discovery.trace.operands import UnmeasurableError, normalized_operand, value_operand
+from lightning_spectral.discovery.trace.operations import (
+    Multiplier,
+    added_operand,
+    addends,
+    base_name,
+    is_contraction,
+    is_norm,
+    is_product,
+    matrix_operands,
+    moved_input,
+    multiplied_input,
+    refs,
+    scattered_inputs,
+    shifted_input,
+    term_factor,
+    weight_operand,
+)
+from lightning_spectral.discovery.trace.probe import Prober, Region
+from lightning_spectral.discovery.trace.tape import Operation, Tape
+
+__all__ = ["Step", "Steps", "picks_by_data"]
+
+Kind = Literal["stream", "none", "move", "multiply", "gate", "sum", "join", "product", "mixing", "norm", "activation"]
+
+# Operations that read the shape of their input and nothing else.
+_ONLY_SHAPE = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
+# Activations that have a parameter.
+_LEARNED_ACTIVATIONS = {"prelu", "_prelu_kernel"}
+_PICKS = {"index", "index_select", "gather", "take_along_dim", "masked_select", "embedding"}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one operation does to the stream.
+
+    Attributes:
+        kind: ``"stream"`` (the beginning), ``"none"`` (nothing of the stream goes on), ``"move"`` (data movement and
+            linear reductions), ``"multiply"`` (by a constant or parameters), ``"gate"``, ``"sum"``, ``"join"`` (several
+            values side by side), ``"product"`` (with a weight), ``"mixing"`` (of tokens), ``"norm"``, ``"activation"``.
+        sources: The values that are carried on.
+        multiplier: What a ``"multiply"`` multiplies by; the slope of an activation that is written out.
+        selective: Whether the data chooses what goes this way: a router's weight, tokens that are picked.
+    """
+
+    kind: Kind
+    sources: tuple[int, ...] = ()
+    multiplier: Multiplier = 1.0
+    selective: bool = False
+
+
+class Steps:
+    """The steps of one branch, each decided once."""
+
+    def __init__(self, tape: Tape, region: Region, prober: Prober) -> None:
+        """Prepare for one branch."""
+        self.tape, self.region, self.prober = tape, region, prober
+        self._known: dict[int, Step] = {}
+
+    def step(self, value: int) -> Step:
+        """Return how a value came from the stream.
+
+        Raises:
+            UnmeasurableError: An operation is neither linear, nor a gate, nor an activation.
+        """
+        if value not in self._known:
+            self._known[value] = self._decided(value)
+        return self._known[value]
+
+    def _decided(self, value: int) -> Step:
+        tape, stream = self.tape, self.region.stream
+        if value == stream:
+            return Step("stream")
+        operation = tape.producer(value)
+        if not tape.depends(value, stream) or operation is None or operation.name in _ONLY_SHAPE:
+            return Step("none")
+        if not tape.tensors[value].numel():
+            return Step("none")  # an expert without a token: its siblings tell what it is
+        if is_product(tape, operation):
+            return self._product(operation)
+        if is_norm(operation):
+            return Step("norm", operation.inputs[:1])
+        if is_contraction(operation):
+            return Step("mixing", tuple(item for item in operation.inputs if tape.depends(item, stream)))
+        normalized = normalized_operand(tape, operation)
+        if normalized is not None:
+            return Step("norm", (normalized,), self._size_of_norm(normalized, value))
+        if base_name(operation) in ("where", "masked_fill"):
+            return self._masked(operation, value)
+        return self._linear(operation, value) or self._joined(operation, value)
+
+    def _masked(self, operation: Operation, value: int) -> Step:
+        """Return the step of a choice between two values; by a mask that is made of them it is an activation."""
+        masks = refs(operation, 0 if base_name(operation) == "where" else 1)
+        inputs = tuple(dict.fromkeys(item for item in operation.inputs if self.tape.depends(item, self.region.stream)))
+        if any(mask in inputs for mask in masks):
+            return self._written_activation(value, inputs) or Step(
+                "join", tuple(item for item in inputs if item not in masks), selective=True
+            )
+        return Step("join", inputs)
+
+    def _size_of_norm(self, source: int, value: int) -> float:
+        """Return the root mean square of what a written-out norm returns: 1/√d where it divides by the length."""
+        size = self.prober.size_of_norm(self.region, source, value)
+        if size is None:
+            raise UnmeasurableError(
+                "it passes through a norm that does not fix the root mean square of what it returns"
+            )
+        return size
+
+    def carrier(self, value: int) -> int:
+        """Return the operand of a mixing that carries the values.
+
+        Raises:
+            UnmeasurableError: Neither operand does, or both.
+        """
+        operation = self.tape.producer(value)
+        assert operation is not None
+        return value_operand(self.tape, operation)
+
+    def _product(self, operation: Operation) -> Step:
+        tape = self.tape
+        weight, added = weight_operand(tape, operation), added_operand(operation)
+        data = tuple(item for item in matrix_operands(operation) if item != weight)
+        if added is not None and tape.depends(added, self.region.stream):
+            return Step("product", (*data[:1], added))
+        return Step("product", data[:1])
+
+    def _linear(self, operation: Operation, value: int) -> Step | None:
+        """Return the step of an operation that is linear in one value."""
+        moved = moved_input(operation)
+        if moved is not None:
+            return Step("move", (moved,), selective=picks_by_data(self.tape, operation))
+        multiplied = multiplied_input(self.tape, operation)
+        if multiplied is not None:
+            return Step("multiply", multiplied[:1], multiplied[1])
+        shifted = shifted_input(self.tape, operation, self.region.stream)
+        if shifted is not None:
+            return Step("multiply", (shifted,), term_factor(operation, shifted))
+        return None
+
+    def _joined(self, operation: Operation, value: int) -> Step:
+        """Return the step of an operation that joins several values, or is an activation."""
+        tape, name = self.tape, base_name(operation)
+        inputs = tuple(dict.fromkeys(item for item in operation.inputs if tape.depends(item, self.region.stream)))
+        if name in ("add", "sub", "rsub") or len(addends(tape, operation)) > 1:
+            return Step("sum", inputs)
+        if name in ("cat", "stack", "refresh"):
+            return Step("join", inputs)
+        scattered = scattered_inputs(operation)
+        if scattered:
+            kept = tuple(item for item in scattered if item in inputs)
+            return Step("join", kept, selective=picks_by_data(tape, operation))
+        if name in ("mul", "div") and len(operation.inputs) == 2:
+            return self._multiplied(operation, value, inputs)
+        if name == "glu":
+            return Step("gate", inputs)
+        return self._activation(operation, value, inputs)
+
+    def _multiplied(self, operation: Operation, value: int, inputs: tuple[int, ...]) -> Step:
+        """Follow the linear operand of a gate; two operands that are functions of one value make an activation."""
+        if len(inputs) == 1:  # gated by data of another origin, such as a conditioning vector
+            if self._is_narrow(inputs[0], operation) or self._is_bounded(inputs[0]):
+                return Step("none")  # it gates what is not of the stream, such as a value embedding
+            return Step("gate", inputs, selective=self._is_narrow_beside(operation, inputs[0]))
+        first, second = inputs
+        narrow = [item for item in inputs if self._is_narrow(item, operation)]
+        if len(narrow) == 1:
+            return Step("gate", (second if narrow[0] == first else first,), selective=True)
+        activation = self._written_activation(value, inputs)
+        if activation is not None:
+            return activation
+        if base_name(operation) == "div":
+            return Step("gate", (first,))
+        return Step("gate", (self._gated(first, second),))
+
+    def _gated(self, first: int, second: int) -> int:
+        """Return which of two operands is the linear one, and not the gate."""
+        affine = [self._is_affine(item) for item in (first, second)]
+        if affine[1] and not affine[0]:
+            return second
+        if affine[0] == affine[1] and self._is_sigmoid(first) != self._is_sigmoid(second):
+            return second if self._is_sigmoid(first) else first
+        if affine[0] == affine[1] and self._named_gate(first):
+            # Both halves (or none) are linear: structure cannot tell, the name of the weight can.
+            return second
+        if all(affine) and not self._named_gate(second):
+            raise UnmeasurableError(
+                "its two halves multiply each other and both are linear, so that none of them is the gate (a weight "
+                "with 'gate' in its name would be)"
+            )
+        return first
+
+    def _is_sigmoid(self, value: int) -> bool:
+        """Whether a value was made by a sigmoid, and moved and multiplied by numbers since."""
+        while (operation := self.tape.producer(value)) is not None and "sigmoid" not in operation.name:
+            step = self.step(value)
+            if step.kind not in ("move", "multiply"):
+                return False
+            (value,) = step.sources
+        return operation is not None
+
+    def _is_affine(self, value: int) -> bool:
+        return self.prober.is_affine(self.region, self._anchors(value), value)
+
+    def _is_bounded(self, value: int) -> bool:
+        return self.prober.is_bounded(self.region, self._anchors(value), value)
+
+    def _anchors(self, value: int) -> set[int]:
+        """Return the products, mixings and norms from which a value is made by elementwise operations."""
+        found, seen, queue = set[int](), {value}, [value]
+        while queue:
+            item = queue.pop()
+            operation = self.tape.producer(item)
+            if item == self.region.stream or operation is None or self._is_anchor(operation):
+                found.add(item)
+                continue
+            further = [parent for parent in operation.inputs if self.tape.depends(parent, self.region.stream)]
+            queue += [parent for parent in further if parent not in seen]
+            seen.update(further)
+        return found
+
+    def _is_anchor(self, operation: Operation) -> bool:
+        tape = self.tape
+        if is_product(tape, operation) or is_norm(operation) or is_contraction(operation):
+            return True
+        return normalized_operand(tape, operation) is not None
+
+    def _named_gate(self, value: int) -> bool:
+        names = [
+            tape_name.rpartition(".")[0]
+            for anchor in self._anchors(value)
+            if (operation := self.tape.producer(anchor)) is not None and is_product(self.tape, operation)
+            for weight in [weight_operand(self.tape, operation)]
+            if weight is not None
+            for tape_name in (self.tape.names[known] for known in self.tape.parents_with_names(weight))
+        ]
+        return bool(names) and all("gate" in name for name in names)
+
+    def _is_narrow(self, value: int, operation: Operation) -> bool:
+        """Whether the value has one entry per token: a router's weight, not a gate per channel."""
+        whole = self.tape.shape(operation.outputs[0])
+        while True:
+            shape = self.tape.shape(value)
+            if not shape or not whole or (shape[-1] == 1 and whole[-1] != 1):
+                return True
+            producer = self.tape.producer(value)
+            if producer is None or producer.name not in ("expand", "unsqueeze", "_to_copy"):
+                return False
+            value = producer.inputs[0]
+            if len(self.tape.shape(value)) < len(whole):
+                return producer.name == "unsqueeze" and not self.tape.shape(value)
+
+    def _is_narrow_beside(self, operation: Operation, value: int) -> bool:
+        return any(item != value and self._is_narrow(item, operation) for item in operation.inputs)
+
+    def _written_activation(self, value: int, inputs: Iterable[int]) -> Step | None:
+        """Return the step of a function of one value, entry by entry, that was written as several operations.
+
+        It counts with the slope that it has for large arguments, which is 1 for every common activation however its
+        constants are arranged: 0.5 · (x · (1 + erf(x/√2))) must not differ from gelu(x).
+        """
+        source = self.region.common_source(inputs)
+        if self.tape.shape(source) != self.tape.shape(value) or not self._is_weightless(source, value):
+            return None
+        if not self.prober.is_elementwise(self.region, source, value):
+            return None
+        learned = any(self.tape.made_of_parameters(item) for item in self._read_between(source, value))
+        return Step("activation", (source,), 1.0 if learned else self.prober.slope(self.region, source, value))
+
+    def _read_between(self, source: int, value: int) -> set[int]:
+        operations = (self.tape.producer(item) for item in self.tape.between(source, value)[1:])
+        return {item for operation in operations if operation is not None for item in operation.inputs}
+
+    def _is_weightless(self, source: int, value: int) -> bool:
+        operations = (self.tape.producer(item) for item in self.tape.between(source, value)[1:])
+        return not any(operation is not None and self._is_anchor(operation) for operation in operations)
+
+    def _activation(self, operation: Operation, value: int, inputs: tuple[int, ...]) -> Step:
+        tape, name = self.tape, base_name(operation)
+        learned = any(
+            tape.made_of_parameters(item) and tape.tensors[item].is_floating_point() for item in operation.inputs
+        )
+        if learned and name not in _LEARNED_ACTIVATIONS:
+            raise UnmeasurableError(f"it passes through the operation {operation.name!r}, which takes a parameter")
+        if len(inputs) != 1:
+            written = self._written_activation(value, inputs)
+            if written is None:
+                raise UnmeasurableError(
+                    f"it passes through the operation {operation.name!r}, which joins several values"
+                )
+            return written
+        if not self.prober.is_elementwise(self.region, inputs[0], value):
+            raise UnmeasurableError(
+                f"it passes through the operation {operation.name!r}, which mixes channels or tokens"
+            )
+        return Step("activation", inputs)
+
+
+def picks_by_data(tape: Tape, operation: Operation) -> bool:
+    """Whether an operation picks or writes entries at places that depend on the model's inputs: tokens of an expert."""
+    name = base_name(operation)
+    if name not in _PICKS and not scattered_inputs(operation):
+        return False
+    return any(tape.is_data(item) and not tape.tensors[item].is_floating_point() for item in operation.inputs)

@@ -1,0 +1,91 @@
+"""The parts of a model: which of them a pass has looked at, and which can be looked at by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from lightning_spectral.discovery.trace.operations import refs
+from lightning_spectral.discovery.trace.tape import Tape
+from lightning_spectral.records import ResidualBlock
+
+__all__ = ["attends_to_one", "has_lists", "idle_parts", "parts", "unseen"]
+
+
+def parts(module: nn.Module) -> list[nn.Module]:
+    """Return the parts of a module that may hold residual blocks and can be called.
+
+    Single layers hold none, lists cannot be called. What is trained counts: a frozen teacher, a frozen loss network and
+    the like are left out, unless all is frozen.
+    """
+    return _trained(child for child in module.children() if not isinstance(child, nn.ModuleList | nn.ModuleDict))
+
+
+def has_lists(module: nn.Module) -> bool:
+    """Whether a module calls the entries of a list itself: its layers, most of the time."""
+    return any(isinstance(child, nn.ModuleList | nn.ModuleDict) for child in module.children())
+
+
+def _trained(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    composed = [module for module in modules if any(True for _ in module.children()) and _has_parameters(module)]
+    trained = [module for module in composed if any(parameter.requires_grad for parameter in module.parameters())]
+    return trained or composed
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def idle_parts(model: nn.Module, tapes: Iterable[Tape]) -> list[nn.Module]:
+    """Return the largest parts of a model that had no part in some passes, those that are trained if any part is."""
+    idle = [module for _, module in _idle(model, "", _taken(tapes))]
+    trains = any(parameter.requires_grad for parameter in model.parameters())
+    found = _trained(idle)
+    return [part for part in found if not trains or any(parameter.requires_grad for parameter in part.parameters())]
+
+
+def unseen(model: nn.Module, tapes: Iterable[Tape], blocks: Iterable[ResidualBlock]) -> tuple[str, ...]:
+    """Say which parts of a model had no part in any pass, so that nobody has looked for blocks there.
+
+    Experts that did not run are known all the same by those that did.
+    """
+    factors = (factor for block in blocks for branch in block.branches for factor in branch.factors)
+    known = {item.parameter for factor in factors for item in factor.flat()}
+    idle = (
+        (name, module)
+        for name, module in _idle(model, "", _taken(tapes))
+        if known.isdisjoint(f"{name}.{parameter}" for parameter, _ in module.named_parameters())
+    )
+    names = [name for name, module in idle if any(True for _ in module.children())]
+    if not names:
+        return ()
+    listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return (f"took no part in the forward pass, so nobody looked for blocks there: {listed}",)
+
+
+def attends_to_one(tape: Tape) -> bool:
+    """Whether some attention has one position to attend to, so that nobody sees that it mixes positions."""
+    for operation in tape.operations:
+        if "softmax" in operation.name and tape.shape(operation.outputs[0])[int(operation.args[1])] == 1:
+            return True
+        if "attention" in operation.name and len(found := refs(operation, 1)) == 1 and tape.shape(found[0])[-2] == 1:
+            return True
+    return False
+
+
+def _taken(tapes: Iterable[Tape]) -> set[str]:
+    return {name for tape in tapes for name in tape.names.values()}
+
+
+def _idle(module: nn.Module, path: str, taken: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the outermost modules inside one, none of whose parameters is among some names."""
+    for name, child in module.named_children():
+        inner = f"{path}.{name}" if path else name
+        names = [f"{inner}.{parameter}" for parameter, _ in child.named_parameters()]
+        if not names:
+            continue
+        if taken.isdisjoint(names):
+            yield inner, child
+        elif not taken.issuperset(names):
+            yield from _idle(child, inner, taken)

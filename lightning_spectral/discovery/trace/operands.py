@@ -1,0 +1,115 @@
+"""Which operand of an operation carries the values: not the attention pattern, not a statistic of the value itself."""
+
+from __future__ import annotations
+
+from lightning_spectral.discovery.trace.operations import (
+    base_name,
+    is_attention,
+    is_contraction,
+    is_norm,
+    is_product,
+    matrix_operands,
+    norm_channels_second,
+    refs,
+)
+from lightning_spectral.discovery.trace.tape import Operation, Tape
+
+__all__ = ["UnmeasurableError", "is_statistic", "norm_channel", "normalized_operand", "value_operand"]
+
+
+class UnmeasurableError(Exception):
+    """The branch has no weight linearization; the message is the reason that the user sees."""
+
+
+def normalized_operand(tape: Tape, operation: Operation) -> int | None:
+    """Return the value that is multiplied by a statistic of itself: a norm written out in elementary operations."""
+    if base_name(operation) not in ("mul", "div") or len(operation.inputs) != 2:
+        return None
+    if not tape.is_data(operation.outputs[0]):
+        return None  # a weight that is divided by its own norm
+    first, second = operation.inputs
+    for value, statistic in ((first, second), (second, first)):
+        source = tape.producer(statistic)
+        while source is not None and source.name in ("expand", "unsqueeze", "_to_copy", "view"):
+            statistic = source.inputs[0]
+            source = tape.producer(statistic)
+        if not is_statistic(tape, statistic, value):
+            continue
+        for base in (value, _centred(tape, value)):
+            if tape.depends(statistic, base):
+                inside = tape.between(base, statistic)[1:]
+                return None if any(_is_weighted(tape, item) for item in inside) else base
+    return None
+
+
+def is_statistic(tape: Tape, statistic: int, value: int) -> bool:
+    """Whether something has one entry for all channels of a value."""
+    return _reduced(tape, statistic, value) is not None
+
+
+def _reduced(tape: Tape, statistic: int, value: int) -> int | None:
+    """Return the dimension of the channels of a value, last or second, along which something has one entry."""
+    shape = tape.shape(value)
+    whole = (1,) * (len(shape) - len(tape.shape(statistic))) + tape.shape(statistic)
+    dims = (-1, 1) if len(shape) > 2 else (-1,) * len(shape[:1])
+    return next((dim for dim in dims if whole[dim] == 1 and shape[dim] > 1), None)
+
+
+def norm_channel(tape: Tape, operation: Operation) -> int:
+    """Return the dimension of the channels of a norm: the last, or the second of feature maps."""
+    if is_norm(operation):
+        return 1 if norm_channels_second(operation) else -1
+    statistics = (value for value in operation.inputs if tape.is_data(value))  # a gain is none
+    found = (_reduced(tape, statistic, operation.outputs[0]) for statistic in statistics)
+    return next((dim for dim in found if dim is not None), -1)
+
+
+def _centred(tape: Tape, value: int) -> int:
+    """Return x for x − mean(x): the variance may have been computed from x in another way."""
+    operation = tape.producer(value)
+    return operation.inputs[0] if operation is not None and base_name(operation) == "sub" else value
+
+
+def _is_weighted(tape: Tape, value: int) -> bool:
+    operation = tape.producer(value)
+    return operation is not None and (is_product(tape, operation) or is_attention(operation))
+
+
+def value_operand(tape: Tape, operation: Operation) -> int:
+    """Return the operand of an attention product that carries the values, not the pattern."""
+    if "attention" in operation.name:
+        found = refs(operation, 2)
+        if found:
+            return found[0]
+    operands = matrix_operands(operation)
+    # Talking heads multiply the pattern by a weight that mixes heads.
+    patterns = ([value for value in operands if _is_pattern(tape, value, through)] for through in (False, True))
+    weighted: list[int] = next(filter(None, patterns), [])
+    others = [value for value in operands if value not in weighted]
+    if not all(map(tape.is_data, others)):
+        raise UnmeasurableError("it is multiplied by a matrix that belongs to no parameter and no buffer")
+    if len(others) != 1:
+        raise UnmeasurableError(f"no value path: both operands of {operation.name!r} depend on the tokens alike")
+    return others[0]
+
+
+def _is_pattern(tape: Tape, value: int, through: bool) -> bool:
+    """Whether the value was made by a softmax, read backwards through everything but another product of data.
+
+    Args:
+        tape: The recorded forward pass.
+        value: The value.
+        through: Whether products with weights are passed, too.
+    """
+    seen, queue = set(), [value]
+    while queue:
+        operation = tape.producer(queue.pop())
+        if operation is None or operation.index in seen:
+            continue
+        if is_contraction(operation) and not (through and is_product(tape, operation)):
+            continue
+        if "softmax" in operation.name:
+            return True
+        seen.add(operation.index)
+        queue += operation.inputs
+    return False

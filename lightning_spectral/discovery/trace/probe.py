@@ -1,0 +1,385 @@
+"""Numerical questions to a recorded graph: does a branch mix tokens, is it affine here, which channel feeds which.
+
+Every probe replays a slice of the tape in float64 on made-up content, so that its answer is a property of the program
+and not of the weights. Blocks that run the same program share their answers: a probe runs once per distinct program.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.discovery.trace.operations import base_name, is_attention, is_product, matrix_operands, refs
+from lightning_spectral.discovery.trace.positions import moved_by_half, moved_by_one
+from lightning_spectral.discovery.trace.programs import program_hash
+from lightning_spectral.discovery.trace.replay import replay
+from lightning_spectral.discovery.trace.tape import Operation, Tape, probe_device, probe_dtype
+
+__all__ = ["Prober", "Region", "is_mute", "made_up"]
+
+_Answer = TypeVar("_Answer")
+_TOLERANCE = 1e-8
+
+
+class Region:
+    """The part of a tape between the stream and the output of one branch."""
+
+    def __init__(self, tape: Tape, stream: int, leaf: int) -> None:
+        """Collect the values between ``stream`` and ``leaf``."""
+        self.tape = tape
+        self.stream = stream
+        self.leaf = leaf
+        self.values = tape.between(stream, leaf)
+        self._local = {value: position for position, value in enumerate(self.values)}
+
+    def local(self, value: int) -> int:
+        """Return the position of a value in the region, which is the same in every region of one program."""
+        return self._local.get(value, -1)
+
+    @cached_property
+    def program(self) -> int:
+        """Hash of the program: equal for blocks that compute the same function, whatever their weights are."""
+        return program_hash(self.tape, self.values)
+
+    def common_source(self, values: Iterable[int]) -> int:
+        """Return the last value through which every way from the stream to any of the values leads."""
+        found, *others = values
+        for value in others:
+            # The tree of dominators is climbed from the later of two values, because numbers grow along the way.
+            while found != value:
+                found, value = (self._gateways[found], value) if found > value else (found, self._gateways[value])
+        return found
+
+    def gateways(self) -> list[int]:
+        """Return the values between stream and output that every way leads through, both included, in order."""
+        found = [self.leaf]
+        while found[-1] != self.stream:
+            found.append(self._gateways[found[-1]])
+        return found[::-1]
+
+    @cached_property
+    def _gateways(self) -> dict[int, int]:
+        """For each value the last one before it that every way from the stream leads through (immediate dominator)."""
+        self_map: dict[int, int] = {self.stream: self.stream}
+        self.__dict__["_gateways"] = self_map  # `common_source` climbs what is known so far
+        for value in self.values[1:]:
+            operation = self.tape.producer(value)
+            assert operation is not None
+            parents = [parent for parent in operation.inputs if self.tape.depends(parent, self.stream)]
+            self_map[value] = self.common_source(parents)
+        return self_map
+
+
+class Prober:
+    """Asks the questions and remembers the answers per program."""
+
+    def __init__(self, tape: Tape) -> None:
+        """Start without answers."""
+        self.tape = tape
+        self._answers: dict[Hashable, Any] = {}
+
+    def once(self, region: Region, question: Hashable, ask: Callable[[], _Answer]) -> _Answer:
+        """Return the answer to a question about a region, asking only once per program."""
+        key = (region.program, question)
+        if key not in self._answers:
+            self._answers[key] = ask()
+        answer: _Answer = self._answers[key]
+        return answer
+
+    def moved_positions(self, region: Region) -> int:
+        """Return how many positions of the branch output move when others of the stream are perturbed.
+
+        One position is perturbed or, where none other moves, every second one. A random direction is used, because a
+        constant shift is invisible behind a LayerNorm; it is small, so that no router changes its choice.
+        """
+        return self._moved(region)[0]
+
+    def mixed_dims(self, region: Region) -> tuple[int, ...]:
+        """Return the dimensions of the stream along which a branch mixes positions: where its tokens stand."""
+        return self._moved(region)[1]
+
+    def _moved(self, region: Region) -> tuple[int, tuple[int, ...]]:
+        return self.once(region, "moved", lambda: self._moved_positions(region))
+
+    def _moved_positions(self, region: Region) -> tuple[int, tuple[int, ...]]:
+        # A branch that starts at zero moves nothing; with made-up weights in place of zeros it shows what it is.
+        try:
+            return self._moved_with(region, self.made_up_weights(region))
+        except (RuntimeError, IndexError):  # a router chose otherwise, and shapes depend on its choice
+            return self._moved_with(region, {})
+
+    def _moved_with(self, region: Region, held: Mapping[int, Tensor]) -> tuple[int, tuple[int, ...]]:
+        held = {**self.finite_around(region), **held}
+        channel = self._channel_dim(region)
+        rows = self.finite(region.stream).movedim(channel, -1)
+        count, dims = moved_by_one(self._change(region, channel, held), rows)
+        # The first position can be padding, which no other one attends to, or all can attend to themselves alone.
+        for patterns in (self._flat_patterns(region), {}) if not count else ():
+            try:
+                count, dims = moved_by_half(self._change(region, channel, {**held, **patterns}), rows)
+            except (RuntimeError, IndexError):  # a router without a preference
+                continue
+            if count or not patterns:
+                break
+        places = [dim for dim in range(rows.dim()) if dim != channel % rows.dim()]
+        return count, tuple(places[dim] for dim in dims)
+
+    def _change(self, region: Region, channel: int, held: Mapping[int, Tensor]) -> Callable[[Tensor, float], Tensor]:
+        """Return a function that perturbs the stream at some positions, and says how far each one moves."""
+        stream = self.finite(region.stream)
+        rows = stream.movedim(channel, -1)
+        noise = _noise(rows) * (float(rows.abs().mean()) or 1.0)
+
+        def output(content: Tensor) -> Tensor:
+            return replay(self.tape, {region.stream: content}, region.leaf, held=held).movedim(channel, -1)
+
+        before = output(stream)
+
+        def change(places: Tensor, size: float) -> Tensor:
+            content = stream.clone()
+            content.movedim(channel, -1)[places] += size * noise[places]
+            moved = (output(content) - before).abs().amax(-1)
+            return torch.where(moved.isfinite(), moved, 0.0)  # tokens that attend to nothing are NaN
+
+        return change
+
+    def _flat_patterns(self, region: Region) -> dict[int, Tensor]:
+        """Return content with which attention attends to all alike: equal weights, or queries that are zero."""
+        content = {}
+        for value in region.values[1:]:
+            operation = self.tape.producer(value)
+            if operation is None or not is_attention(operation):
+                continue
+            if "softmax" in operation.name:
+                content[value] = torch.full_like(self.tape.wide(value), 1 / self.tape.shape(value)[operation.args[1]])
+            else:
+                content |= {query: torch.zeros_like(self.tape.wide(query)) for query in refs(operation, 0)}
+        return content
+
+    def made_up_weights(self, region: Region) -> dict[int, Tensor]:
+        """Return content for the weights, gains and gates of a region that show nothing as they are."""
+        content = {}
+        for value in region.values[1:]:
+            operation = self.tape.producer(value)
+            if operation is None or base_name(operation) in ("add", "sub"):
+                continue
+            for item in matrix_operands(operation) if is_product(self.tape, operation) else operation.inputs:
+                like = self.tape.tensors[item]
+                mute = like.is_floating_point() and is_mute(like) and self.tape.made_of_parameters(item)
+                if mute or self._is_gate_at_zero(region, operation, item):
+                    content[item] = made_up(like)
+        return content
+
+    def _is_gate_at_zero(self, region: Region, operation: Operation, value: int) -> bool:
+        """Whether the branch is multiplied by zeros of another origin: by the gate of a conditioning vector."""
+        gate = base_name(operation) in ("mul", "multiply") and not self.tape.depends(value, region.stream)
+        return gate and self.tape.is_data(value) and not bool(self.tape.tensors[value].any())
+
+    def finite(self, value: int) -> Tensor:
+        """Return the recorded content of a value, or noise where it holds NaN: a run diverges, its program does not."""
+        content = self.tape.wide(value)
+        return _noise(content, seed=13) if content.is_floating_point() and bool(content.isnan().any()) else content
+
+    def finite_around(self, region: Region) -> dict[int, Tensor]:
+        """Return noise for the values outside a region that it reads, and that hold NaN."""
+        producers = (self.tape.producer(value) for value in region.values[1:])
+        read = {item for operation in producers if operation is not None for item in operation.inputs}
+        outside = (item for item in read if region.local(item) < 0 and self.tape.tensors[item].is_floating_point())
+        return {item: self.finite(item) for item in outside if bool(self.tape.tensors[item].isnan().any())}
+
+    def channel_dim(self, region: Region) -> int:
+        """Return the dimension of the stream that holds its channels: the last, or the second of feature maps."""
+        return self.once(region, "channels", lambda: self._channel_dim(region))
+
+    def _channel_dim(self, region: Region) -> int:
+        """Ask the first convolution, whose channels stand second, which dimension of the stream they come from."""
+        shape = self.tape.shape(region.stream)
+        operations = (self.tape.producer(value) for value in region.values[1:])
+        first = next((item for item in operations if item is not None and "convolution" in item.name), None)
+        if first is None or len(shape) < 3 or not self.tape.depends(first.inputs[0], region.stream):
+            return -1
+        between = (self.tape.producer(value) for value in self.tape.between(region.stream, first.inputs[0])[1:])
+        if any(operation is not None and is_product(self.tape, operation) for operation in between):
+            return -1  # it reads channels of the branch
+        # A channel can have a gain of nearly zero.
+        return 1 if any(self._keeps_channel(region, first.inputs[0], place) for place in {0, shape[1] // 2}) else -1
+
+    def _keeps_channel(self, region: Region, target: int, place: int) -> bool:
+        """Whether what an entry of dimension 1 of the stream holds stands at the same entry of a later value."""
+        stream = _noise(self.tape.tensors[region.stream], seed=14)
+        other = stream.clone()
+        other.select(1, place).add_(1.0)
+        try:
+            ends = [replay(self.tape, {region.stream: part}, target) for part in (stream, other)]
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return False
+        change = (ends[1] - ends[0]).abs().movedim(1, 0).flatten(1).sum(1)
+        # Norms over channels spread a change of one channel thinly over the others.
+        others = torch.cat([change[:place], change[place + 1 :]])
+        return place < len(change) and len(others) > 0 and float(change[place]) > 2 * float(others.amax())
+
+    def is_affine(self, region: Region, sources: Iterable[int], target: int) -> bool:
+        """Whether ``target`` is an affine function of all the sources together (midpoint test)."""
+        sources = sorted(sources)
+        question = ("affine", *map(region.local, sources), region.local(target))
+        return self.once(region, question, lambda: self._is_affine(sources, target))
+
+    def _is_affine(self, sources: Iterable[int], target: int) -> bool:
+        first = {value: _noise(self.tape.tensors[value], seed=1) for value in sources}
+        second = {value: _noise(self.tape.tensors[value], seed=2) for value in sources}
+        middle = {value: (first[value] + second[value]) / 2 for value in first}
+        try:
+            ends = [replay(self.tape, content, target) for content in (first, second, middle)]
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return False  # content-dependent shapes: certainly not affine
+        if not ends[0].is_floating_point():
+            return False
+        chord = (ends[0] + ends[1]) / 2
+        return bool((ends[2] - chord).abs().max() <= _TOLERANCE * (chord.abs().max() + 1e-30))
+
+    def is_bounded(self, region: Region, sources: Iterable[int], target: int) -> bool:
+        """Whether a value stays as it is while all that it is made of grows: a gate, not a path."""
+        sources = sorted(sources)
+        question = ("bounded", *map(region.local, sources), region.local(target))
+        return self.once(region, question, lambda: self._is_bounded(sources, target))
+
+    def _is_bounded(self, sources: Iterable[int], target: int) -> bool:
+        contents = {value: 1e3 * _noise(self.tape.tensors[value], seed=18) for value in sources}
+        larger = {value: 1e3 * content for value, content in contents.items()}
+        try:
+            once, grown = (replay(self.tape, part, target).abs().max() for part in (contents, larger))
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return False
+        return bool((grown - once).abs() <= 1e-2 * grown)
+
+    def is_elementwise(self, region: Region, source: int, target: int) -> bool:
+        """Whether every entry of ``target`` is a function of the same entry of ``source``, which has the same shape."""
+        question = ("elementwise", region.local(source), region.local(target))
+        return self.once(region, question, lambda: self._is_elementwise(source, target))
+
+    def _is_elementwise(self, source: int, target: int) -> bool:
+        if self.tape.shape(source) != self.tape.shape(target):
+            return False
+        content = _noise(self.tape.tensors[source], seed=5)
+        coin = torch.rand(content.shape, generator=torch.Generator().manual_seed(6), device="cpu") < 0.5
+        stays = coin.to(content.device)
+        other = torch.where(stays, content, _noise(content, seed=7))
+        try:
+            one, two = (replay(self.tape, {source: part}, target) for part in (content, other))
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return False
+        return one.is_floating_point() and torch.equal(one[stays], two[stays])
+
+    def size_of_norm(self, region: Region, source: int, target: int) -> float | None:
+        """Return the root mean square of a value that a norm makes of another, ``None`` where it varies."""
+        question = ("size", region.local(source), region.local(target))
+        return self.once(region, question, lambda: self._size_of_norm(source, target))
+
+    def _size_of_norm(self, source: int, target: int) -> float | None:
+        sizes = []
+        for seed in (16, 17):
+            content = 1e3 * _noise(self.tape.tensors[source], seed=seed)  # large beside what keeps the norm from 0 / 0
+            try:
+                sizes.append(float(replay(self.tape, {source: content}, target).square().mean().sqrt()))
+            except (RuntimeError, IndexError, ValueError, TypeError):
+                return None
+        alike = abs(sizes[0] - sizes[1]) <= 1e-6 * sizes[0] and sizes[0] > 0
+        return (1.0 if abs(sizes[0] - 1) < 1e-6 else sizes[0]) if alike else None
+
+    def slope(self, region: Region, source: int, target: int) -> float:
+        """Return the slope that an elementwise function has far from zero, 1 where it is not a straight line there."""
+        return self.once(
+            region, ("slope", region.local(source), region.local(target)), lambda: self._slope(source, target)
+        )
+
+    def _slope(self, source: int, target: int) -> float:
+        found = []
+        for far in (-1e3, 1e3):
+            content = torch.full_like(_noise(self.tape.tensors[source]), far)
+            once, twice = (replay(self.tape, {source: c * content}, target) / far for c in (1, 2))
+            slopes = twice - once
+            if bool((slopes - slopes.flatten()[0]).abs().max() <= 1e-6) and bool(
+                (twice - 2 * once).abs().max() <= 1e-2
+            ):
+                found.append(float(slopes.flatten()[0]))
+        slope = max(found, key=abs, default=0.0)
+        return slope if abs(slope) > 1e-6 and abs(slope - 1) > 1e-6 else 1.0
+
+    def same_rows(self, region: Region, source: int, first: tuple[int, int], second: tuple[int, int]) -> bool:
+        """Whether two values, each given with its channel dimension, hold the same channels at the same positions.
+
+        Args:
+            region: The branch.
+            source: What both were made of by data movement.
+            first: A value and its channel dimension.
+            second: Another one.
+        """
+        question = ("same", region.local(source), region.local(first[0]), first[1], region.local(second[0]), second[1])
+        return self.once(region, question, lambda: self._same_rows(source, first, second))
+
+    def _same_rows(self, source: int, first: tuple[int, int], second: tuple[int, int]) -> bool:
+        content = {source: _noise(self.tape.tensors[source], seed=10)}
+        try:
+            one, other = (self._columns(content, target, {}) for target in (first, second))
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return False
+        return torch.equal(one, other)
+
+    def keeps_positions(self, region: Region, source: tuple[int, int], target: tuple[int, int]) -> bool:
+        """Whether what a value holds at a position reaches another value there, and nowhere else.
+
+        Args:
+            region: The branch.
+            source: A value and its channel dimension.
+            target: A value that is affine in it, and its channel dimension.
+        """
+        question = ("positions", region.local(source[0]), source[1], region.local(target[0]), target[1])
+        return self.once(region, question, lambda: self._keeps_positions(region, source, target))
+
+    def _keeps_positions(self, region: Region, source: tuple[int, int], target: tuple[int, int]) -> bool:
+        value, dimension = source
+        held = self.made_up_weights(region)
+        rows = _noise(self.tape.tensors[value], seed=11).movedim(dimension, -1)
+        coin = torch.rand(rows.shape[:-1], generator=torch.Generator().manual_seed(12), device="cpu")
+        signs = coin.to(rows.device).round() * 2 - 1
+        contents = (torch.zeros_like(rows), rows, rows * signs.unsqueeze(-1))
+        try:
+            silent, once, signed = (
+                self._columns({value: content.movedim(-1, dimension)}, target, held) for content in contents
+            )
+            error = (signed - silent) - (once - silent) * signs.reshape(-1, 1)
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return False
+        return bool(error.abs().max() <= _TOLERANCE * (once - silent).abs().max())
+
+    def _columns(self, sources: Mapping[int, Tensor], target: tuple[int, ...], held: Mapping[int, Tensor]) -> Tensor:
+        value, *dimensions = target
+        result = replay(self.tape, sources, value, held=held)
+        channels = math.prod(result.shape[dimension] for dimension in dimensions)
+        return result.movedim(dimensions, tuple(range(-len(dimensions), 0))).reshape(-1, channels)
+
+
+def is_mute(weight: Tensor) -> bool:
+    """Whether a weight shows nothing of its place: zeros that pass nothing on, numbers that are not finite."""
+    if not bool(weight.isfinite().all()):
+        return True
+    return not bool(weight.any()) or (sum(size > 1 for size in weight.shape) < 2 and not bool(weight.all()))
+
+
+def made_up(weight: Tensor) -> Tensor:
+    """Return content in place of a weight: a matrix of noise, or a gain around 1."""
+    noise = _noise(weight, seed=8)
+    matrix = sum(size > 1 for size in weight.shape) > 1
+    return noise / math.sqrt(max(weight.shape[-2:])) if matrix else 1 + 0.1 * noise
+
+
+def _noise(like: Tensor, seed: int = 0) -> Tensor:
+    """Return normal noise with the shape and the strides of a tensor: views of it must stay possible."""
+    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
+    device = probe_device(like.device)
+    return torch.empty_like(like, dtype=probe_dtype(like), device=device, requires_grad=False).copy_(noise)

@@ -1,0 +1,268 @@
+"""Record one forward pass, and leave the model as it was."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_spectral.discovery.trace.tape import Call, Operation, Place, Ref, Tape
+from lightning_spectral.errors import ExampleInputError
+from lightning_spectral.passes.arguments import map_leaves, tensors_in, written_tensors
+from lightning_spectral.passes.aside import undisturbed
+from lightning_spectral.passes.aside.writes import whole_storage
+
+__all__ = ["record"]
+
+
+# Fused operations that hide a sum are recorded as what they compute: x, what multiplies it, and what is added.
+_SPELLED_OUT: dict[str, Callable[..., tuple[Tensor, Any, Tensor]]] = {
+    "lerp": lambda x, y, weight: (x, 1 - weight, y * weight),
+    "addcmul": lambda x, y, z, value=1: (x, 1, value * (y * z)),
+    "addcdiv": lambda x, y, z, value=1: (x, 1, value * (y / z)),
+}
+
+_NESTED = (
+    "the forward pass computes with nested tensors, which cannot be traced. Pass a padded batch as the example input, "
+    "find_blocks(model, x.to_padded_tensor(0.0)): it shows the same blocks"
+)
+
+
+@dataclass(slots=True)
+class _Storage:
+    """What is known of one storage: the values in it, those that a write made stale, and the writes so far."""
+
+    current: dict[Place, int] = field(default_factory=dict)
+    stale: dict[Place, tuple[int, int]] = field(default_factory=dict)
+    writes: list[int] = field(default_factory=list)
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Appends every operation below autograd to a tape."""
+
+    supports_higher_order_operators = True  # flex_attention
+
+    def __init__(self, tape: Tape, names: Mapping[Place, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tape = tape
+        self.storages: defaultdict[int, _Storage] = defaultdict(_Storage)
+        self.names = names
+        self.stack: list[int] = []
+        self.keep: list[Tensor] = []
+
+    def lookup(self, tensor: Tensor, *, data: bool = False) -> int:
+        """Return the value that a tensor holds now, adding it where it is new."""
+        place = _place(tensor)
+        storage = self.storages[place.storage]
+        if place in storage.current:
+            return storage.current[place]
+        if place in storage.stale:
+            return self._refresh(tensor, place, storage)
+        value = self.tape.add_value(tensor.detach(), place, -1, ())
+        self.keep.append(tensor)
+        if place in self.names:
+            self.tape.names[value] = self.names[place]
+            self.tape.parameters |= 1 << value
+        if data:
+            self.tape.data |= 1 << value
+        storage.current[place] = value
+        return value
+
+    def _refresh(self, tensor: Tensor, place: Place, storage: _Storage) -> int:
+        old, since = storage.stale.pop(place)
+        inputs = (old, *storage.writes[since:])
+        covered = self.tape.places[inputs[-1]].covers(place)
+        operation = Operation(len(self.tape.operations), "refresh", None, (covered,), {}, inputs, call=self._call)
+        value = self._append(operation, [tensor.detach()], [place])
+        storage.current[place] = value
+        return value
+
+    @property
+    def _call(self) -> int:
+        return self.stack[-1] if self.stack else -1
+
+    def _append(self, operation: Operation, tensors: Sequence[Tensor], places: Sequence[Place]) -> int:
+        tape = self.tape
+        tape.operations.append(operation)
+        operation.outputs = tuple(
+            tape.add_value(tensor, place, operation.index, operation.inputs)
+            for tensor, place in zip(tensors, places, strict=True)
+        )
+        for parent in operation.inputs:
+            tape.readers[parent].append(operation.index)
+        return operation.outputs[0] if operation.outputs else -1
+
+    def _before_write(self, tensor: Tensor) -> None:
+        """Keep what a storage holds before it is written to, in every value that lives in it."""
+        place = _place(tensor)
+        storage = self.storages[place.storage]
+        flat = whole_storage(tensor).clone()
+        for known, value in storage.current.items():
+            if known.dtype == place.dtype:
+                self.tape.tensors[value] = flat.as_strided(known.shape, known.strides, known.offset)
+            storage.stale[known] = (value, len(storage.writes))
+        storage.current.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and note it."""
+        kwargs = kwargs or {}
+        name = _name(func)
+        spelled_out = _SPELLED_OUT.get(name.removesuffix("_")) if "out" not in kwargs else None
+        if spelled_out is not None:
+            with self:
+                x, factor, added = spelled_out(*args, **kwargs)
+                return x.mul_(factor).add_(added) if name.endswith("_") else x * factor + added
+        if torch.is_inference_mode_enabled():
+            with self:  # composite operations arrive whole there, such as einsum and linear
+                result = func.decompose(*args, **kwargs) if hasattr(func, "decompose") else NotImplemented
+            if result is not NotImplemented:
+                return result
+        inputs: list[int] = []
+
+        def note(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            inputs.append(self.lookup(leaf))
+            return Ref(inputs[-1])
+
+        noted_args, noted_kwargs = map_leaves(note, tuple(args)), map_leaves(note, dict(kwargs))
+        written = written_tensors(func, args, kwargs)
+        for tensor in written:
+            self._before_write(tensor)
+        result = func(*args, **kwargs)
+        self._note_result(func, noted_args, noted_kwargs, tuple(dict.fromkeys(inputs)), written, result)
+        return result
+
+    def _note_result(
+        self, func: Any, args: Any, kwargs: Any, inputs: tuple[int, ...], written: list[Tensor], result: Any
+    ) -> None:
+        tensors = written + tensors_in(result)
+        places = [_place(tensor) for tensor in tensors]
+        operation = Operation(len(self.tape.operations), _name(func), func, args, kwargs, inputs, call=self._call)
+        if not written and len(places) == 1 and places[0] in self.storages[places[0].storage].current:
+            return  # a view of the whole (detach, alias, view to the same shape) is the value itself
+        self._append(operation, [tensor.detach() for tensor in tensors], places)
+        self.keep += tensors
+        for number, (place, value) in enumerate(zip(places, operation.outputs, strict=True)):
+            storage = self.storages[place.storage]
+            if number < len(written):
+                storage.writes.append(value)
+            if number < len(written) or place not in storage.current:
+                storage.current[place] = value
+                storage.stale.pop(place, None)
+
+    def computed_weights(self, model: nn.Module) -> dict[str, int]:
+        """Return the weights that modules compute anew for every pass: parametrized ones, and those that hooks make."""
+        found = {}
+        for call in self.tape.calls:
+            owner, _, name = call.path.rpartition(".")
+            if owner.endswith("parametrizations") and call.outputs:
+                found[f"{owner.removesuffix('parametrizations')}{name}"] = call.outputs[0][1]
+        for path, module in model.named_modules():
+            for name, tensor in vars(module).items() if module._forward_pre_hooks else ():
+                if isinstance(tensor, Tensor):
+                    value = self.storages[_place(tensor).storage].current.get(_place(tensor))
+                    if value is not None and self.tape.made_of_parameters(value):
+                        found[f"{path}.{name}" if path else name] = value
+        return found
+
+
+def _name(func: Any) -> str:
+    schema = getattr(func, "_schema", None)
+    name: str = func.name() if schema is None else schema.name.split("::")[-1]
+    return name
+
+
+def _place(tensor: Tensor) -> Place:
+    if tensor.is_nested:
+        raise ExampleInputError(_NESTED)
+    shape = tuple(map(int, tensor.shape))
+    try:
+        storage = tensor.untyped_storage()._cdata
+        return Place(storage, int(tensor.storage_offset()), shape, tuple(map(int, tensor.stride())), tensor.dtype)
+    except (NotImplementedError, RuntimeError):  # sparse tensors and wrappers have no storage of their own
+        return Place(id(tensor), 0, shape, (), tensor.dtype)
+
+
+def _watch_calls(model: nn.Module, recorder: _Recorder, stack: ExitStack) -> None:
+    """Hook every module until the stack closes, so that the tape knows which call made which value."""
+    calls = recorder.tape.calls
+
+    def enter(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            inputs = tuple(value for _, value in _values(recorder, [args, kwargs]))
+            call = Call(len(calls), path, recorder.stack[-1] if recorder.stack else -1, inputs)
+            calls.append(call)
+            recorder.stack.append(call.index)
+
+        return hook
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls[recorder.stack.pop()].outputs = tuple(_values(recorder, output))
+
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            stack.callback(module.register_forward_pre_hook(enter(path), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
+
+
+def _values(recorder: _Recorder, output: Any) -> Iterator[tuple[int | str | None, int]]:
+    """Yield the place in a returned structure (index or key) and the value there, for every tensor in it."""
+    if isinstance(output, Tensor):
+        yield None, recorder.lookup(output)
+        return
+    if not isinstance(output, Mapping | tuple | list):
+        return
+    for key, part in output.items() if isinstance(output, Mapping) else enumerate(output):
+        for leaf in _tensors(part):
+            yield key, recorder.lookup(leaf)
+
+
+def _tensors(structure: Any, around: tuple[int, ...] = ()) -> Iterator[Tensor]:
+    """Yield the tensors in a structure. Data classes that nobody registered with torch are structures, too."""
+    for leaf in tree_leaves(structure):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf) and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in around:
+            for item in fields(leaf):
+                yield from _tensors(getattr(leaf, item.name, None), (*around, id(leaf)))
+
+
+def record(model: nn.Module, run: Callable[[], Any], inputs: Any) -> Tape:
+    """Record one forward pass.
+
+    The pass runs in evaluation mode, without autocast and with grad enabled (which keeps the fused fast path of
+    ``torch.nn`` transformer layers off). Parameters, buffers, hooks, training flags and every random stream are as
+    before afterwards.
+
+    Args:
+        model: The model whose modules are watched.
+        run: Runs the forward pass.
+        inputs: The arguments of that pass; every tensor in them counts as data.
+
+    Returns:
+        The recorded graph.
+    """
+    tape = Tape()
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model, inputs))
+        stack.enter_context(torch.enable_grad())
+        if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+            run()  # a pass of its own gives lazy layers their weights, for as long as the model is disturbed
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        recorder = _Recorder(tape, {_place(tensor): name for name, tensor in reversed(tensors)})
+        for leaf in _tensors(inputs):
+            recorder.lookup(leaf, data=True)
+        _watch_calls(model, recorder, stack)
+        with recorder:
+            run()
+        tape.attributes |= recorder.computed_weights(model)
+    return tape

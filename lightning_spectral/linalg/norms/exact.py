@@ -1,0 +1,71 @@
+"""The slow, obvious solver: form every operator in float64 and factorize it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lightning_spectral.linalg.norms.solution import NOT_FINITE, OUT_OF_RANGE, Memory, SolverState, SpectralNorm
+from lightning_spectral.linalg.operators import LinearOperator
+from lightning_spectral.linalg.sharding.sharded import balanced
+
+__all__ = ["ExactSVD", "largest_singular"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExactSVD:
+    """Dense singular value decomposition in float64 on the CPU. For references and small models.
+
+    Forms the (m, n) product of every operator, one at a time. The bound is the rounding error of the factorization.
+
+    Attributes:
+        n_components: Right singular vectors kept in the state.
+    """
+
+    n_components: int = 8
+
+    def init(self, operators: Sequence[LinearOperator]) -> SolverState:
+        """Return an empty state: nothing is carried over, the state only offers the singular vectors."""
+        return SolverState(seed=0, memories=(None,) * len(operators))
+
+    def compute(
+        self, operators: Sequence[LinearOperator], state: SolverState
+    ) -> tuple[tuple[SpectralNorm, ...], SolverState]:
+        """Return the spectral norm of every operator, and a state with its right singular vectors."""
+        norms: list[SpectralNorm] = []
+        memories: list[Memory | None] = []
+        for operator in operators:
+            with torch.no_grad(), torch.autocast(operator.device.type, enabled=False):
+                norm, memory = largest_singular(operator, self.n_components)
+            norms.append(norm)
+            memories.append(memory)
+        return tuple(norms), SolverState(state.seed, tuple(memories))
+
+
+def largest_singular(operator: LinearOperator, count: int) -> tuple[SpectralNorm, Memory | None]:
+    """Solve one operator densely.
+
+    Args:
+        operator: The operator, ``(m, n)``.
+        count: Right singular vectors wanted.
+
+    Returns:
+        The norm, and the memory with a subspace ``(n, min(m, n, count))``.
+    """
+    scaled = balanced(operator)
+    if scaled is None:
+        return SpectralNorm(None, None, NOT_FINITE), None
+    A, exponent = scaled[0].dense(), scaled[1]
+    _, sigma, Vh = torch.linalg.svd(A, full_matrices=False)
+    subspace = Vh[:count].mT.to(operator.device, operator.dtype)
+    memory = Memory(subspace, subspace.new_zeros(0, operator.shape[0]), float(sigma[0]), exponent)
+    try:
+        value = math.ldexp(float(sigma[0]), exponent)
+    except OverflowError:
+        return SpectralNorm(None, None, OUT_OF_RANGE), None
+    # Weights of 64 bits were balanced and multiplied in float64, all others converted to it without error.
+    bound = torch.finfo(torch.float64).eps * max(operator.shape) if value else 0.0
+    return SpectralNorm(value, bound), memory

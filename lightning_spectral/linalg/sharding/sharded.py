@@ -1,0 +1,257 @@
+"""Weights that are spread over processes: each multiplies what it holds, and blocks of vectors are added up.
+
+Let W be the sum of the parts W_r that the processes r of a mesh hold, each padded with zeros to the size of W. Then
+WX = Σ W_r X and WᵀY = Σ W_rᵀ Y: what travels is the sum of a ``(m, k)`` block, never a weight.
+
+Every process of the mesh has to take part in every product, in the same order, so all of them have to decide alike. An
+all-reduce leaves the same bits on all of them, but that is not enough: what every process has for itself, such as norm
+gains beside a tensor-parallel matrix, drifts apart in training by rounding errors. Numbers that something is decided
+from are therefore those of the first process (:func:`agreed`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeGuard, final
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.linalg.operators import (
+    LinearOperator,
+    balanced_by_largest,
+    check_weight,
+    dense_by_columns,
+    vector_dtype,
+)
+from lightning_spectral.linalg.sharding.flattened import FlatShard, boxes, flat_meshes
+from lightning_spectral.linalg.sharding.tiles import Cut, held, stand_in, tiles
+
+__all__ = [
+    "Sharded",
+    "Share",
+    "added",
+    "agreed",
+    "balanced",
+    "in_one_piece",
+    "is_sharded",
+    "mesh_around",
+    "replicated",
+]
+
+
+class Share(NamedTuple):
+    """What one process contributes to a sum over the processes of a mesh.
+
+    Attributes:
+        block: The contribution, of one shape on all processes.
+        mesh: The processes.
+        dims: The dimensions of the mesh to sum over; along the others all contributions are equal.
+    """
+
+    block: Tensor
+    mesh: DeviceMesh
+    dims: tuple[int, ...]
+
+
+@final
+class Sharded(LinearOperator):
+    """A weight of which this process holds a part, read like a :class:`~lightning_spectral.linalg.matrix.Matrix`.
+
+    Args:
+        weight: A DTensor with the placements ``Shard`` and ``Replicate``, such as ``fully_shard`` and tensor
+            parallelism make, or what ``FullyShardedDataParallel`` has left of a weight. Shards may be uneven or empty.
+        view: How the weight is read, as a Matrix would be: ``(m, n)`` or ``(groups, rows, n)``, a view of what
+            :func:`~lightning_spectral.linalg.sharding.tiles.stand_in` returned for it. By default the weight itself.
+
+    Raises:
+        ConfigurationError: If the weight has no numbers to multiply with, if it has another placement, if this process
+            is not part of its mesh, or if it is read in an order that is no view. All but the third are decided alike
+            on all processes.
+    """
+
+    def __init__(self, weight: DTensor | FlatShard, view: Tensor | None = None) -> None:
+        self.mesh: DeviceMesh
+        self._dims: tuple[int, ...]
+        if isinstance(weight, FlatShard):
+            # As large as the whole, so that all processes refuse alike.
+            check_weight(weight.entries.new_empty(1).expand(weight.shape), "weight", dims=(len(weight.shape),))
+            self.mesh, self._dims, local = weight.mesh, (0,), weight.entries
+            parts = list(boxes(weight.entries, weight.shape, weight.start))
+        else:
+            check_weight(weight, "weight", dims=(weight.ndim,))
+            self.mesh, self._dims, local = weight.device_mesh, _sharded_dims(weight), weight.to_local().detach()
+            parts = [(local, _held(weight))]
+        view = stand_in(weight.shape) if view is None else view
+        if view.ndim not in (2, 3) or view.numel() == 0:
+            raise ConfigurationError(f"weight must be read in 2 or 3 dimensions, got shape {tuple(view.shape)}.")
+        self.shape, self.dtype = (view.shape[:-1].numel(), view.shape[-1]), vector_dtype(local)
+        self.device = local.device
+        self._tiles = [tile for part, indices in parts for tile in tiles(part, weight.shape, indices, view)]
+
+    def share(self, X: Tensor, *, transposed: bool) -> Share:
+        """Return what this process adds to ``W @ X``, or to ``Wᵀ @ X``."""
+        total = X.new_zeros(self.shape[1 if transposed else 0], X.shape[1])
+        for matrix, rows, columns in self._tiles:
+            if transposed:
+                total[columns] += matrix.adjoint(X[rows])
+            else:
+                total[rows] += matrix.matmat(X[columns])
+        return self._share(total)
+
+    def matmat(self, X: Tensor) -> Tensor:
+        """Multiply, together with the other processes: ``(n, k) -> (m, k)``."""
+        return added([self.share(X, transposed=False)])[0]
+
+    def adjoint(self, Y: Tensor) -> Tensor:
+        """Multiply by the transpose, together with the other processes: ``(m, k) -> (n, k)``."""
+        return added([self.share(Y, transposed=True)])[0]
+
+    def dense(self) -> Tensor:
+        """Multiply by every unit vector: the matrix is gathered column by column. For small operators."""
+        return dense_by_columns(self)
+
+    def balanced(self) -> tuple[LinearOperator, int] | None:
+        """Take out the power of two of the largest entry of all processes."""
+        largest = torch.zeros((), dtype=self.dtype, device=self.device)
+        for matrix, _, _ in self._tiles:
+            low, high = matrix.weight.aminmax()
+            largest = torch.maximum(largest, torch.maximum(-low, high).to(self.dtype))
+        # What the maximum of a number and NaN is depends on the backend.
+        largest = torch.where(largest.isnan(), torch.inf, largest)
+        return balanced_by_largest(self, float(added([self._share(largest)], "max")[0]))
+
+    def weighted_norm(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+        """Return √Σ (rowsᵢ · weightᵢⱼ · columnsⱼ)²; see :meth:`Matrix.weighted_norm`."""
+        total = torch.zeros((), dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+        for matrix, r, c in self._tiles:
+            left, right = (None if rows is None else rows[r]), (None if columns is None else columns[c])
+            total = total + matrix.weighted_norm(left, right).square()
+        return added([self._share(total)])[0].sqrt()
+
+    def _share(self, block: Tensor) -> Share:
+        return Share(block, self.mesh, self._dims)
+
+
+def is_sharded(tensor: Tensor | FlatShard) -> TypeGuard[DTensor | FlatShard]:
+    """Whether a tensor is spread over processes, so that no process holds all of it."""
+    if isinstance(tensor, FlatShard):
+        return True
+    return isinstance(tensor, DTensor) and not all(placement.is_replicate() for placement in tensor.placements)
+
+
+def mesh_around(model: nn.Module) -> DeviceMesh | None:
+    """Return the largest mesh over which parameters of a model are cut, ``None`` where every process has all."""
+    cut = [parameter for parameter in model.parameters() if is_sharded(parameter)]
+    meshes = [item.mesh if isinstance(item, FlatShard) else item.device_mesh for item in cut]
+    return max((*meshes, *flat_meshes(model)), key=lambda mesh: mesh.size(), default=None)
+
+
+def replicated(tensor: Tensor | FlatShard) -> Tensor:
+    """Return a tensor in one piece, gathered from the processes that hold it. For vectors and numbers only."""
+    return in_one_piece([tensor])[0]
+
+
+def in_one_piece(tensors: Sequence[Tensor | FlatShard]) -> list[Tensor]:
+    """Return tensors in one piece, with one collective for all that are cut along one mesh. For small ones only."""
+    shares = {i: _padded(tensor) for i, tensor in enumerate(tensors) if is_sharded(tensor)}
+    whole = dict(zip(shares, added(list(shares.values())), strict=True))
+    return [whole[i] if i in whole else _local(tensor) for i, tensor in enumerate(tensors)]
+
+
+def _padded(tensor: DTensor | FlatShard) -> Share:
+    """Return what this process holds of a tensor, with zeros for what others hold."""
+    if isinstance(tensor, FlatShard):
+        flat = tensor.entries.new_zeros(tensor.shape.numel())
+        flat[tensor.start : tensor.start + len(tensor.entries)] = tensor.entries
+        return Share(flat.view(tensor.shape), tensor.mesh, (0,))
+    local = tensor.to_local().detach()
+    padded = local.new_zeros(tensor.shape)
+    padded[torch.meshgrid(*_held(tensor), indexing="ij")] = local
+    return Share(padded, tensor.device_mesh, _sharded_dims(tensor))
+
+
+def _local(tensor: Tensor | FlatShard) -> Tensor:
+    assert isinstance(tensor, Tensor)
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def added(shares: Sequence[Share], operation: str = "sum") -> list[Tensor]:
+    """Add up the contributions of all processes: one collective for all shares of one mesh.
+
+    Args:
+        shares: Of this process, in the same order on all processes.
+        operation: What to do instead, such as ``"max"``.
+
+    Returns:
+        The sums, the same bits on every process.
+    """
+    groups: dict[tuple[DeviceMesh, tuple[int, ...], torch.dtype], list[int]] = {}
+    for i, share in enumerate(shares):
+        groups.setdefault((share.mesh, share.dims, share.block.dtype), []).append(i)
+    sums: list[Tensor] = [share.block for share in shares]
+    for (mesh, dims, _), members in groups.items():
+        blocks = [shares[i].block for i in members]
+        placements = [Partial(operation) if dim in dims else Replicate() for dim in range(mesh.ndim)]
+        flat = DTensor.from_local(torch.cat([block.flatten() for block in blocks]), mesh, placements, run_check=False)
+        total = flat.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
+        for i, block, part in zip(
+            members, blocks, torch.split(total, [block.numel() for block in blocks]), strict=True
+        ):
+            sums[i] = part.to(block.device).view(block.shape)
+    return sums
+
+
+def agreed(tensors: Sequence[Tensor], meshes: Sequence[DeviceMesh | None]) -> list[Tensor]:
+    """Return what the first process of its mesh has, for every tensor; a tensor without mesh as it is."""
+    shares = []
+    for tensor, mesh in zip(tensors, meshes, strict=True):
+        if mesh is not None:
+            first = not any(mesh.get_coordinate() or ())
+            shares.append(Share(tensor if first else torch.zeros_like(tensor), mesh, tuple(range(mesh.ndim))))
+    sums = iter(added(shares))
+    return [tensor if mesh is None else next(sums) for tensor, mesh in zip(tensors, meshes, strict=True)]
+
+
+def balanced(operator: LinearOperator) -> tuple[LinearOperator, int] | None:
+    """Take out a power of two as :meth:`LinearOperator.balanced` does; ``None`` if it is ``None`` on any process."""
+    result = operator.balanced()
+    if operator.mesh is not None:
+        missing = torch.tensor(float(result is None), device=operator.device)
+        if added([Share(missing, operator.mesh, tuple(range(operator.mesh.ndim)))])[0] > 0:
+            return None
+    return result
+
+
+def _sharded_dims(weight: DTensor) -> tuple[int, ...]:
+    """Return the dimensions of the mesh along which the processes hold different parts."""
+    dims = []
+    for dim, placement in enumerate(weight.placements):
+        if placement.is_partial():
+            raise ConfigurationError(
+                "the weight is a sum that has not been taken yet (placement Partial): redistribute it first"
+            )
+        if isinstance(placement, Shard) or hasattr(placement, "split_factor"):
+            dims.append(dim)
+        elif not placement.is_replicate():
+            raise ConfigurationError(
+                f"the placement {placement} of the weight is not known: expected Shard or Replicate"
+            )
+    if weight.device_mesh.get_coordinate() is None:
+        raise ConfigurationError("the weight is spread over processes of which this one is none")
+    return tuple(dims)
+
+
+def _held(weight: DTensor) -> list[Tensor]:
+    """Return, for every dimension of a weight, the indices that this process holds."""
+    coordinate = weight.device_mesh.get_coordinate()
+    assert coordinate is not None
+    cuts: list[list[Cut]] = [[] for _ in weight.shape]
+    for mesh_dim, placement in enumerate(weight.placements):
+        if not placement.is_replicate():
+            cut = Cut(weight.device_mesh.size(mesh_dim), coordinate[mesh_dim], getattr(placement, "split_factor", 1))
+            cuts[placement.dim].append(cut)  # type: ignore[attr-defined]
+    return [held(size, several) for size, several in zip(weight.shape, cuts, strict=True)]

@@ -1,0 +1,376 @@
+"""Model, linearization and solver in, :class:`Measurement` out. No Trainer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_spectral import _checks
+from lightning_spectral.discovery import find_blocks
+from lightning_spectral.discovery.inputs import arguments_of
+from lightning_spectral.discovery.trace.surprises import SURPRISES, surprise
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.linalg import RandomizedSVD, Solver, SolverState, SpectralNorm, frobenius_norm
+from lightning_spectral.linalg.operators import largest_mesh
+from lightning_spectral.linalg.sharding.sharded import agreed, in_one_piece, mesh_around
+from lightning_spectral.measuring.jacobians import measure_functions
+from lightning_spectral.measuring.linearize import (
+    EXACT_WIDTH,
+    PROBES,
+    Adapters,
+    Linearized,
+    WeightLinearization,
+    linearize_sum,
+)
+from lightning_spectral.records import (
+    Alternative,
+    Blocks,
+    Branch,
+    LayerMeasurement,
+    Linearization,
+    Measurement,
+    Path,
+    ResidualBlock,
+    alternatives,
+)
+from lightning_spectral.weights.fsdp import flattened
+from lightning_spectral.weights.paths import module_at, resolve
+from lightning_spectral.weights.scaled import common_scale, log_scale_path, with_scales
+from lightning_spectral.weights.tensors import small_tensors
+
+__all__ = ["EMPTY_NORM", "Meter", "measure"]
+
+EMPTY_NORM = "what enters the norm behind the branch is zero"
+
+# Standard deviations that the error bound allows for, where the size that a norm layer divides by is estimated.
+_DEVIATIONS = 3.0
+
+Kind = tuple[Branch, ...]  # the branches of one kind in one block, which are added up
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """The norm of a branch: its value and bound, the expert that has it, or why there is none."""
+
+    norm: float | None = None
+    bound: float | None = None
+    expert: int | str | None = None
+    reason: str | None = None
+
+
+class _Part(NamedTuple):
+    """One of the operators whose largest norm is that of a kind."""
+
+    expert: int | str | None
+    key: str
+    item: Linearized
+
+
+def _kinds(block: ResidualBlock) -> list[Kind]:
+    """Return the branches of attention and those of the MLP, without a kind that the block does not have."""
+    return [kind for kind in (block.attention_branches, block.mlp_branches) if kind]
+
+
+def _has_adapters(alternative: Alternative) -> bool:
+    return any(factor.adapters for path in alternative.paths for factor in path.factors)
+
+
+class Meter:
+    """Measures one model again and again, each time starting from the singular subspaces of the last time.
+
+    Args:
+        model: The model that the blocks were found in.
+        blocks: The blocks to measure.
+        linearization: ``"circuit"`` or ``"paper"``.
+        adapters: What is measured of branches with adapters; see :func:`measure`.
+        solver: How spectral norms are computed, :class:`RandomizedSVD` by default.
+        safe_zone: Passed on to the measurements.
+        among: All blocks of the model, where ``blocks`` are some of them: with these they may share branches.
+
+    Raises:
+        ConfigurationError: The linearization is unknown.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[ResidualBlock],
+        *,
+        linearization: Linearization = "circuit",
+        adapters: Adapters = "sum",
+        solver: Solver | None = None,
+        safe_zone: tuple[float, float] = (0.5, 2.0),
+        among: Sequence[ResidualBlock] | None = None,
+    ) -> None:
+        self.model = model
+        self.blocks = with_scales(model, blocks)
+        branches = (branch for block in self.blocks for kind in _kinds(block) for branch in kind)
+        self._scales = {branch: path for branch in branches if (path := log_scale_path(model, branch))}
+        self.linearization = _checked(linearization)
+        self.adapters: Adapters = _checks.choice("adapters", adapters, get_args(Adapters))
+        self.solver: Solver = RandomizedSVD() if solver is None else solver
+        self.safe_zone = safe_zone
+        self.notes = blocks.notes if isinstance(blocks, Blocks) else ()
+        self._shared = _shared(blocks if among is None else among)
+        self._reasons: dict[Kind, str | None] = {}
+        self._keys: tuple[str, ...] = ()
+        self._state: SolverState | None = None
+
+    def measure(self, step: int = 0, share: tuple[int, int] = (0, 1)) -> Measurement:
+        """Measure every block now, or a share of them.
+
+        Args:
+            step: The optimizer step that the measurement is labelled with.
+            share: ``(r, w)``: measure only the blocks at the positions r, r + w, r + 2w, …, because w - 1 other
+                processes measure the rest. No effect where weights are spread over the processes: then all of them
+                take part in every product.
+
+        Returns:
+            One layer per block. A norm that cannot be computed is ``None`` with a reason; one that belongs to the
+            share of another process is ``None``, with a reason only if there is no weight linearization.
+        """
+        start = time.perf_counter()
+        cut = mesh_around(self.model)
+        first, stride = share if cut is None else (0, 1)
+        mine = {kind for block in self.blocks[first::stride] for kind in _kinds(block)}
+        kinds = [kind for block in self.blocks for kind in _kinds(block)]
+        wanted = (path for kind in kinds if kind in mine for branch in kind for path in branch.paths)
+        small = {} if cut is None else small_tensors(self.model, wanted, cut)
+        built = [self._linearized(kind, small) if kind in mine else ([], self._reason(kind)) for kind in kinds]
+        operators = [part for parts, _ in built for part in parts]
+        mesh = largest_mesh(part.item.operator for part in operators)
+        keys = tuple(part.key for part in operators)
+        norms = iter(_agreed(self._solve([part.item for part in operators], keys), mesh))
+        values = {
+            kind: _largest([(part.expert, next(norms)) for part in parts], reason)
+            if kind in mine
+            else _Value(reason=reason)
+            for kind, (parts, reason) in zip(kinds, built, strict=True)
+        }
+        scales = _read_scales(self.model, self._scales, mesh)
+        layers = tuple(_layer(block, values, scales, self._shared) for block in self.blocks)
+        seconds = time.perf_counter() - start
+        return Measurement(step, self.linearization, layers, self.safe_zone, seconds, self.adapters, self.notes)
+
+    def _reason(self, kind: Kind) -> str | None:
+        """Return why a kind has no weight linearization, which does not depend on the values of its weights."""
+        if kind not in self._reasons:
+            self._reasons[kind] = self._linearized(kind, {})[1]
+        return self._reasons[kind]
+
+    def _linearized(self, kind: Kind, small: Mapping[str, Tensor]) -> tuple[list[_Part], str | None]:
+        """Return the operators whose largest norm is that of a kind, or why there are none."""
+        reason = next((branch.reason for branch in kind if branch.reason is not None), None)
+        if reason is not None or not all(branch.paths for branch in kind):
+            return [], reason or "the branch has no factors"
+        build = partial(
+            linearize_sum, self.model, linearization=self.linearization, adapters=self.adapters, small=small
+        )
+        try:
+            chosen = alternatives(kind)
+            if self.adapters == "delta":  # of a mixture, some experts may have adapters
+                chosen = tuple(item for item in chosen if _has_adapters(item)) or chosen
+            return [_Part(item.expert, _key(item.paths), build(item.paths)) for item in chosen], None
+        except (ConfigurationError, AttributeError, ValueError) as error:
+            return [], str(error)
+        except SURPRISES as error:
+            return [], surprise("its matrices could not be read", error)
+
+    def _solve(self, items: Sequence[Linearized], keys: tuple[str, ...]) -> list[SpectralNorm]:
+        """Return the spectral norms of the normalized operators, warm-started if they are the ones of last time."""
+        operators = [item.operator for item in items]
+        if self._state is None or keys != self._keys:
+            self._state = self.solver.init(operators)
+        norms, self._state = self.solver.compute(operators, self._state)
+        self._keys = keys
+        subspaces = self._state.subspaces
+        return [_normalized(norm, item, subspace) for norm, item, subspace in zip(norms, items, subspaces, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the warm start as plain values and tensors."""
+        state = None if self._state is None else self._state.state_dict()
+        return {"linearization": self.linearization, "keys": list(self._keys), "solver": state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the warm start of an earlier run; a state of another linearization or of other keys is dropped."""
+        if state.get("linearization") != self.linearization or not state.get("solver"):
+            return
+        self._keys, self._state = tuple(state["keys"]), SolverState.from_state_dict(state["solver"])
+
+
+def measure(
+    model: nn.Module,
+    blocks: Sequence[ResidualBlock] | None = None,
+    *,
+    linearization: Linearization = "circuit",
+    adapters: Adapters = "sum",
+    solver: Solver | None = None,
+    batch: Any = None,
+) -> Measurement:
+    """Measure every residual block of a model once.
+
+    The norm of a block with several branches of a kind, such as two MLPs of half a step, is that of the sum of their
+    operators. To measure one of them by itself, pass a block with it alone: ``dataclasses.replace(block,
+    branches=block.branches[1:2])``.
+
+    Args:
+        model: Any module with residual blocks.
+        blocks: The blocks to measure; found in the model by default. A module that several blocks share is measured
+            once, in the first of them; the others have a reason that names it.
+        linearization: The rule that turns branches into linear operators: ``"circuit"`` (W_o W_v against
+            W_down W_up, norm gains and residual multipliers included), ``"paper"`` (W_o against W_down W_up, as in
+            'The 1:1 Rule') or ``"jacobian"`` (the derivatives of both branches on ``batch``, which are dearer: see
+            :func:`~lightning_spectral.measuring.jacobians.measure_functions`). Never compare across rules.
+        adapters: What is measured of a branch whose matrices have adapters (W x + α/r · B(A(x))): ``"sum"``, which is
+            what the network computes; ``"base"``, what the branch would be without them; or ``"delta"``, what they
+            change, the operator of the sum minus that of the base. A branch without adapters has no delta.
+        solver: How spectral norms are computed: :class:`RandomizedSVD` by default, or :class:`ExactSVD`.
+        batch: Example input, if none can be guessed: a tensor, a tuple of positional arguments or a dict of keyword
+            arguments. The blocks are found on it, and Jacobians measured; guessed tokens are random ones.
+
+    Returns:
+        The measurement; ``print`` shows it as a table.
+
+    Raises:
+        BlocksNotFoundError: The model has no residual block.
+        ExampleInputError: The model could not be run on any example input.
+        ConfigurationError: The linearization is unknown, or it does not know the part of the adapters.
+    """
+    if linearization != "jacobian":
+        _checked(linearization, get_args(Linearization))
+    elif _checks.choice("adapters", adapters, get_args(Adapters)) != "sum":
+        raise ConfigurationError(f"adapters={adapters!r}: Jacobians are those of the model as it runs, expected 'sum'")
+    args, kwargs = arguments_of(batch)
+    if blocks is None:
+        blocks = find_blocks(model, *args, **kwargs)
+    if linearization == "jacobian":
+        return measure_functions(model, blocks, args, kwargs, solver=solver)
+    return Meter(model, blocks, linearization=linearization, adapters=adapters, solver=solver).measure()
+
+
+def _checked(linearization: Any, known: tuple[Any, ...] = get_args(WeightLinearization)) -> WeightLinearization:
+    if linearization not in known:
+        expected = " or ".join(map(repr, known))
+        raise ConfigurationError(f"linearization={linearization!r}: expected {expected} in this version")
+    return linearization  # type: ignore[no-any-return]
+
+
+def _key(paths: Iterable[Path]) -> str:
+    """Name an operator by its parameters, so that a warm start is never taken for another one."""
+    factors = ((item for factor in path.factors for item in factor.flat()) for path in paths)
+    return "||".join("|".join(f"{item.parameter}{item.layout}{item.rows}" for item in chain) for chain in factors)
+
+
+def _normalized(norm: SpectralNorm, item: Linearized, subspace: Tensor | None) -> SpectralNorm:
+    """Divide by the expected size of what enters a norm behind a matrix."""
+    right = item.normalized
+    if norm.value is None or (right is None and not item.deviation):
+        return norm
+    value, deviation = norm.value, item.deviation
+    if right is not None:
+        probes = max(PROBES, right.shape[1] if right.shape[1] <= EXACT_WIDTH else 0)
+        generator = torch.Generator().manual_seed(0)
+        size = float(frobenius_norm(right, generator=generator, n_probes=probes, subspace=subspace))
+        if not size:
+            return SpectralNorm(None, None, EMPTY_NORM, norm.iterations)
+        value *= math.sqrt(right.shape[0]) / size
+        if right.shape[1] > probes and subspace is not None:
+            # Relative standard deviation of the estimate: at most 1 / √(2 · probes · r), r the stable rank.
+            largest = float(torch.linalg.matrix_norm(right.matmat(subspace), ord=2))
+            deviation += largest / size / math.sqrt(2 * probes)
+    return SpectralNorm(value, (norm.error_bound or 0.0) + _DEVIATIONS * deviation, None, norm.iterations)
+
+
+def _largest(norms: Sequence[tuple[int | str | None, SpectralNorm]], reason: str | None) -> _Value:
+    """Return the largest norm of a kind (over the experts of a mixture)."""
+    if not norms:
+        return _Value(reason=reason)
+    failed = next((norm.reason for _, norm in norms if norm.value is None), None)
+    if failed is not None:
+        return _Value(reason=failed)
+    expert, norm = max(norms, key=lambda item: item[1].value or 0.0)
+    return _Value(norm.value, norm.error_bound, expert)
+
+
+def _agreed(norms: Sequence[SpectralNorm], mesh: DeviceMesh | None) -> list[SpectralNorm]:
+    """Return the norms as the first process has them: weights that are not sharded may differ by rounding errors."""
+    if mesh is None:
+        return list(norms)
+    numbers = torch.tensor(
+        [[norm.value or 0.0, norm.error_bound or 0.0] for norm in norms], dtype=torch.float64, device="cpu"
+    )
+    same = agreed([numbers], [mesh])[0].tolist()
+    return [
+        norm if norm.value is None else replace(norm, value=value, error_bound=bound)
+        for norm, (value, bound) in zip(norms, same, strict=True)
+    ]
+
+
+def _read_scales(model: nn.Module, paths: Mapping[Branch, str], mesh: DeviceMesh | None) -> dict[Branch, float]:
+    """Return the residual scale of every branch that has one, read in a single transfer from the device."""
+    # Whoever changes a model while it trains may have taken a branch out, and its scale with it.
+    paths = {branch: path for branch, path in paths.items() if module_at(model, path.rpartition(".")[0]) is not None}
+    tensors: list[Any] = [flattened(model, path) or resolve(model, path) for path in paths.values()]
+    logs = [log.detach().double() for log in in_one_piece(tensors)]
+    if not logs:
+        return {}
+    (together,) = agreed([torch.cat([log.to(logs[0].device) for log in logs])], [mesh])
+    return dict(zip(paths, together.exp().tolist(), strict=True))
+
+
+def _shared(blocks: Sequence[ResidualBlock]) -> dict[tuple[str, str], str]:
+    """Return where a branch is listed that a block shares with an earlier one, by the block's name and the kind."""
+    found = {}
+    for block in blocks:
+        for word, branches in (("attention", block.attention_branches), ("mlp", block.mlp_branches)):
+            for alias in (alias for branch in branches for alias in branch.aliases):
+                users = (other for other in blocks if other != block and alias.startswith(f"{other.name}."))
+                found.update({(other.name, word): block.name for other in users})
+    return found
+
+
+def _left_out(block: ResidualBlock, word: str) -> str | None:
+    """Say which branch is there in place of one that the block has not, ``None`` where there is none."""
+    kind = "mixer" if word == "mlp" else "cross_attention"
+    sites = [branch.site for branch in block.branches if branch.kind == kind and branch not in block.attention_branches]
+    what = "mixes tokens and is not attention" if word == "mlp" else "is cross-attention"
+    return f"{', '.join(sites)} {what}, which is not measured" if sites else None
+
+
+def _layer(
+    block: ResidualBlock,
+    values: Mapping[Kind, _Value],
+    scales: Mapping[Branch, float],
+    shared: Mapping[tuple[str, str], str],
+) -> LayerMeasurement:
+    def value(word: str, kind: Kind) -> _Value:
+        if kind:
+            return values[kind]
+        owner = shared.get((block.name, word))
+        return _Value(
+            reason=_left_out(block, word) if owner is None else f"it is that of {owner}, where it is measured"
+        )
+
+    attention, mlp = value("attention", block.attention_branches), value("mlp", block.mlp_branches)
+    bounds = [value.bound for value in (attention, mlp) if value.bound is not None]
+    return LayerMeasurement(
+        index=block.index,
+        name=block.name,
+        mlp_norm=mlp.norm,
+        attention_norm=attention.norm,
+        mlp_scale=common_scale([scales.get(branch, 1.0) for branch in block.mlp_branches]),
+        attention_scale=common_scale([scales.get(branch, 1.0) for branch in block.attention_branches]),
+        mlp_expert=mlp.expert,
+        mlp_reason=mlp.reason,
+        attention_reason=attention.reason,
+        error_bound=max(bounds, default=None),
+        doubt=block.doubt,
+    )

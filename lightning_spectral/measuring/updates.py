@@ -1,0 +1,150 @@
+"""How what the two branches of a block add to the residual stream compares, in passes that run anyway."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_spectral.passes.chosen import Passes
+from lightning_spectral.passes.listen import Listener, listen, stop_listening
+from lightning_spectral.records import Branch, ResidualBlock
+from lightning_spectral.weights.paths import module_at
+
+__all__ = ["Update", "UpdateWatch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """How what two branches add to the stream compares.
+
+    Attributes:
+        ratio: ‖s_m B_m‖_F / ‖s_a B_a‖_F; ``None`` where one of them is zero or not finite.
+        cosine: ⟨s_m B_m, s_a B_a⟩ / (‖s_m B_m‖_F ‖s_a B_a‖_F); ``None`` there too, and where the shapes differ.
+    """
+
+    ratio: float | None = None
+    cosine: float | None = None
+
+    @classmethod
+    def of(cls, mlp: Tensor, attention: Tensor) -> Update:
+        """Compare two updates."""
+        return cls.from_norms(*_norms(mlp, attention).tolist())
+
+    @classmethod
+    def from_norms(cls, m: float, a: float, cosine: float) -> Update:
+        """Compare two updates by their norms and the cosine between them, NaN where there is none."""
+        if not (0 < m < math.inf and 0 < a < math.inf):
+            return cls()
+        return cls(m / a, None if math.isnan(cosine) else max(-1.0, min(1.0, cosine)))
+
+
+def _norms(mlp: Tensor, attention: Tensor) -> Tensor:
+    """Return ‖m‖_F, ‖a‖_F and the cosine of the angle between them, in at least float32."""
+    mlp, attention = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (mlp, attention))
+    m, a = (torch.linalg.vector_norm(part) for part in (mlp, attention))
+    inner = torch.vdot(mlp.flatten(), attention.flatten()) if mlp.shape == attention.shape else m * math.nan
+    return torch.stack([m, a, inner / m / a])
+
+
+class UpdateWatch:
+    """Compares what the branches of each block add, in whatever forward passes run while it listens.
+
+    Several branches of a kind are added up. It costs no pass of its own: it sees the outputs of the sites, residual
+    scales included, and keeps a copy of each branch of a block until all have run. Use it as a context around a
+    training step.
+
+    Attributes:
+        model: The model that the blocks were found in.
+        blocks: The blocks.
+        behind: For each branch the constant that follows its site (see :attr:`BranchFunction.behind`); a block with
+            a branch that is not here, because the output of its site is not what is added, or with two branches on one
+            site is left out.
+        error: What went wrong since it began to listen, ``None`` where nothing did.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock], behind: Mapping[Branch, float]) -> None:
+        self.model, self.blocks, self.behind = model, blocks, behind
+        self.passes = Passes()
+        self.error: Exception | None = None
+        self._listeners: list[Listener] = []
+        self._fused = True
+
+    def __enter__(self) -> UpdateWatch:
+        """Begin to listen; the last pass counts. Sites are run as modules meanwhile, and not by a fused kernel."""
+        self._fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the model as it was."""
+        self.stop()
+        torch.backends.mha.set_fastpath_enabled(self._fused)
+
+    def start(self, passes: Passes | None = None, *, leave_out: Callable[[nn.Module], bool] | None = None) -> None:
+        """Begin to listen, unless it does already.
+
+        Args:
+            passes: Where what is heard is kept; by default the last pass counts.
+            leave_out: Says which modules not to listen to.
+        """
+        if self._listeners:
+            return
+        self.passes, self.error = Passes() if passes is None else passes, None
+        for block in self.blocks:
+            branches = [*block.attention_branches, *block.mlp_branches]
+            sites = [module_at(self.model, branch.site) for branch in branches if branch in self.behind]
+            found = [site for site in sites if site is not None and not (leave_out is not None and leave_out(site))]
+            # Else a branch has no constant, or shares its site with another, or the user has taken it out of the model.
+            if block.attention and block.mlp and len(set(found)) == len(branches):
+                held: dict[Branch, Tensor] = {}
+                for branch, site in zip(branches, found, strict=True):
+                    self._listeners += listen([site], _Site(self, block, branch, held))
+
+    def stop(self) -> None:
+        """Leave the model as it was."""
+        stop_listening(self._listeners)
+
+    @property
+    def updates(self) -> dict[int, Update]:
+        """The comparisons of the pass that counts, by the index of the block, read in one transfer from the device."""
+        seen = self.passes.numbers
+        if not seen:
+            return {}
+        numbers = torch.stack([*seen.values()]).tolist()
+        return {index: Update.from_norms(*norms) for index, norms in zip(seen, numbers, strict=True)}
+
+
+class _Site:
+    """Hears one branch of a block. What goes wrong in it must not go wrong in the user's forward pass."""
+
+    def __init__(self, watch: UpdateWatch, block: ResidualBlock, branch: Branch, held: dict[Branch, Tensor]) -> None:
+        self._watch, self._block, self._branch, self._held = watch, block, branch, held
+
+    def __call__(
+        self, module: nn.Module, call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        output = call()
+        if self._watch.passes.listens:
+            try:
+                self._note(output if self._branch.output_index is None else output[self._branch.output_index])
+            except Exception as error:
+                self._watch.error = error
+        return output
+
+    def _note(self, part: Tensor) -> None:
+        kinds = self._block.mlp_branches, self._block.attention_branches
+        with torch.no_grad():
+            # A copy: the model may add the stream to this very tensor before the other branches have run.
+            self._held[self._branch] = part * self._watch.behind[self._branch]
+            if len(self._held) == sum(map(len, kinds)):
+                parts = [[self._held[branch] for branch in kind] for kind in kinds]
+                self._held.clear()
+                if all(item.shape == kind[0].shape for kind in parts for item in kind):
+                    mlp, attention = (sum(others, first) for first, *others in parts)
+                    self._watch.passes.note(self._block.index, part, _norms(mlp, attention))

@@ -1,0 +1,97 @@
+"""Means over all sequences of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.metrics.streamed import StreamedMetric
+from lightning_spectral.tokens import token_residual, token_similarity
+
+__all__ = ["TokenResidual", "TokenSimilarity"]
+
+
+class _SequenceMean(StreamedMetric):
+    """The mean over sequences of one value for each; subclasses name the value and the state it is summed in."""
+
+    is_differentiable = True
+    plot_upper_bound = 1.0
+
+    # The name tells metrics apart in a collection, which compares states: both sums are 0 after a batch of zeros.
+    _sum: ClassVar[str]
+    _value: ClassVar[Callable[..., Tensor]]
+
+    sequences: Tensor
+
+    def __init__(self, *, massive: float | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._add_massive(massive)
+        self._add_sum(self._sum)
+        self._add_count("sequences")
+        self._add_count("unmeasured")
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add sequences.
+
+        Args:
+            x: ``(..., tokens, width)``, of any real dtype; one sequence for each leading index.
+            mask: ``(..., tokens)``, true or non-zero where a token counts.
+
+        Raises:
+            ConfigurationError: The shapes do not fit.
+        """
+        values = self._value(x, mask, massive=self.massive)
+        measured = ~values.isnan()
+        setattr(self, self._sum, getattr(self, self._sum) + torch.where(measured, values, 0.0).sum())
+        self.sequences = self.sequences + measured.sum()
+        self.unmeasured = self.unmeasured + (~measured).sum()
+
+    def compute(self) -> Tensor:
+        """Return the mean as a scalar; NaN without measurable sequences."""
+        mean: Tensor = getattr(self, self._sum) / self.sequences
+        return mean
+
+
+class TokenResidual(_SequenceMean):
+    """The mean over sequences of ‖X − 1x̄ᵀ‖_F / ‖X‖_F: 0 where the tokens of each have become one vector.
+
+    The whole is the set of all sequences of all batches and processes, each of the same weight whatever its length.
+    States: the sum of the residuals, the number of sequences, and the number of sequences left out because they are
+    zero, empty or not finite.
+
+    Args:
+        massive: Leave out, in each sequence, massive activations above this multiple of the median; see
+            :func:`lightning_spectral.tokens.massive_activations`.
+        **kwargs: Passed on to ``torchmetrics.Metric``.
+
+    Raises:
+        ConfigurationError: An argument cannot be used.
+    """
+
+    plot_lower_bound = 0.0
+    _sum = "residual_sum"
+    _value = staticmethod(token_residual)
+
+
+class TokenSimilarity(_SequenceMean):
+    """The mean over sequences of the mean cosine over all pairs of tokens: 1 where those of each have one direction.
+
+    The whole is the set of all sequences of all batches and processes, each of the same weight whatever its length.
+    States: the sum of the cosines, the number of sequences, and the number of sequences left out because fewer than
+    two of their tokens have a direction, or because they are not finite.
+
+    Args:
+        massive: Leave out, in each sequence, massive activations above this multiple of the median; see
+            :func:`lightning_spectral.tokens.massive_activations`.
+        **kwargs: Passed on to ``torchmetrics.Metric``.
+
+    Raises:
+        ConfigurationError: An argument cannot be used.
+    """
+
+    plot_lower_bound = -1.0
+    _sum = "similarity_sum"
+    _value = staticmethod(token_similarity)

@@ -1,0 +1,12 @@
+"""Measurements in; figures, pages and text out.
+
+Figures need the extra ``plot``, pages the extra ``report``; importing this package needs neither.
+"""
+
+from lightning_spectral.pages.checkpoint import write_checkpoint_page
+from lightning_spectral.pages.loggers import send_figure
+from lightning_spectral.pages.page import check_installed
+from lightning_spectral.pages.run import report
+from lightning_spectral.pages.screen import one_screen
+
+__all__ = ["check_installed", "one_screen", "report", "send_figure", "write_checkpoint_page"]

@@ -1,0 +1,167 @@
+"""Series of every block over time, what was announced and what the controller did, as charts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_spectral.display.heatmap import step_edges
+from lightning_spectral.pages.canvas import (
+    INK,
+    Floats,
+    canvas,
+    colour_bar,
+    counting,
+    depth_colours,
+    hover,
+    log_range,
+    rounded,
+    shade_zone,
+    tick_powers_of_two,
+)
+from lightning_spectral.pages.heat import heat_chart
+from lightning_spectral.pages.words import clear, zone_of
+from lightning_spectral.runs.history import History
+
+if TYPE_CHECKING:
+    from bokeh.models import ColumnDataSource, Range1d
+    from bokeh.plotting import figure
+
+__all__ = ["QUANTITIES", "run_charts"]
+
+# By their name in LayerMeasurement: what the axis says, and whether it is logarithmic.
+QUANTITIES = {
+    "ratio": ("ρ = ‖MLP‖₂ / ‖attention‖₂", "log"),
+    "mlp_norm": ("‖MLP‖₂", "log"),
+    "attention_norm": ("‖attention‖₂", "log"),
+    "mlp_scale": ("scale of the MLP", "log"),
+    "attention_scale": ("scale of attention", "log"),
+    "typical_token_residual": ("token residual", "linear"),
+    "effective_rank": ("effective rank", "linear"),
+}
+# Announcements, from the bottom up; told apart by place, shape and colour.
+LEVELS = {"info": ("circle", "#0072b2"), "warning": ("triangle", "#e69f00"), "alarm": ("square", "#d55e00")}
+
+
+def run_charts(history: History) -> dict[str, figure]:
+    """Return the charts of a run, by name: those for which something was measured. All share their steps."""
+    from bokeh.models import Range1d
+
+    edges = step_edges(history.steps)
+    x_range = Range1d(float(edges[0]), float(edges[-1]))
+    values = {name: _drawable(history.values(name), scale) for name, (_, scale) in QUANTITIES.items()}
+    shown = {name: table for name, table in values.items() if np.isfinite(table).any() and not _constant(name, table)}
+    source = _source(history, shown)
+    zone = zone_of(history.measurements[-1])
+    charts = {"heatmap": heat_chart(history, x_range, zone)} if "ratio" in shown else {}
+    for name, table in shown.items():
+        charts[name] = _lines(name, table, source, x_range, zone)
+    if history.events:
+        charts["events"] = _events(history, x_range)
+    if history.actions:
+        charts["actions"] = _actions(history, x_range)
+    return charts
+
+
+def _drawable(table: Floats, scale: str) -> Floats:
+    """Make a gap of a norm of zero, which has no place on a logarithmic axis."""
+    return np.where(table > 0, table, np.nan) if scale == "log" else table
+
+
+def _constant(name: str, table: Floats) -> bool:
+    """Tell whether scales stayed where they are without a controller."""
+    return name.endswith("_scale") and bool(np.all(table == 1.0))
+
+
+def _source(history: History, shown: dict[str, Floats]) -> ColumnDataSource:
+    """Return one row per block, which all charts of lines share: what differs is the column that is their ordinate."""
+    from bokeh.models import ColumnDataSource
+
+    steps = np.asarray(history.steps, dtype=np.int32 if history.steps[-1] < 2**31 else np.float64)
+    names = {layer.index: clear(layer.name) for measurement in history.measurements for layer in measurement}
+    blocks = range(max(names) + 1)
+    columns: dict[str, Any] = {"block": list(blocks), "name": [names.get(block, "") for block in blocks]}
+    columns["steps"] = [steps for _ in blocks]
+    return ColumnDataSource(columns | {name: list(rounded(table)) for name, table in shown.items()})
+
+
+def _lines(
+    name: str, table: Floats, source: ColumnDataSource, x_range: Range1d, zone: tuple[float, float] | None
+) -> figure:
+    from bokeh.models import LinearColorMapper, PrintfTickFormatter
+
+    label, scale = QUANTITIES[name]
+    wanted = [table, zone or 1.0] if name == "ratio" else [table]
+    y_range = log_range(*wanted) if scale == "log" else (0.0, float(np.nanmax(table)) * 1.05 or 1.0)
+    plot = canvas(name, 380 if name == "ratio" else 300, x_range, y_axis_type=scale, y_range=y_range)
+    plot.xaxis.axis_label, plot.yaxis.axis_label = "optimizer step", label
+    plot.yaxis.formatter = PrintfTickFormatter(format="%.4g")
+    if name == "ratio":
+        shade_zone(plot, zone)
+        tick_powers_of_two(plot)
+    blocks = table.shape[0]
+    mapper = LinearColorMapper(depth_colours(blocks), low=-0.5, high=max(blocks, 2) - 0.5)
+    colour = {"field": "block", "transform": mapper}
+    # Many lines are thin and opaque: a browser draws these several times as fast.
+    style = {"line_width": 1.6, "line_alpha": 0.9} if blocks <= 24 else {"line_width": 1.0, "line_alpha": 1.0}
+    lines = plot.multi_line("steps", name, source=source, line_color=colour, **style)
+    lines.hover_glyph = lines.glyph.clone(line_color=INK, line_width=3, line_alpha=1.0)
+    tooltips = [("block", "@block @name"), ("step", "$snap_x{0}"), (label, "$snap_y{%.4g}")]
+    hover(plot, lines, tooltips, formatters={"$snap_y": "printf"}, line_policy="nearest")
+    _lonely(plot, table, source, colour)
+    colour_bar(plot, mapper, "block").ticker = counting()
+    return plot
+
+
+def _lonely(plot: figure, table: Floats, source: ColumnDataSource, colour: Any) -> None:
+    """Mark values without a neighbour in time: no line runs through them."""
+    there = np.pad(np.isfinite(table), ((0, 0), (1, 1)))
+    rows, columns = np.nonzero(there[:, 1:-1] & ~there[:, :-2] & ~there[:, 2:])
+    if rows.size == 0:
+        return
+    steps = source.data["steps"][0]
+    points = {"step": steps[columns], "value": table[rows, columns], "block": rows}
+    marks = plot.scatter("step", "value", size=7, color=colour, source=points)
+    tooltips = [("block", "@block"), ("step", "@step"), ("value", "@value{%.4g}")]
+    hover(plot, marks, tooltips, formatters={"@value": "printf"})
+
+
+def _events(history: History, x_range: Range1d) -> figure:
+    plot = canvas("events", 170, x_range, y_range=list(LEVELS))
+    events = history.events
+    source = {
+        "step": [event.step for event in events],
+        "level": [event.level for event in events],
+        "message": [clear(event.message, 600) for event in events],
+        "marker": [LEVELS[event.level][0] for event in events],
+        "colour": [LEVELS[event.level][1] for event in events],
+    }
+    marks = plot.scatter("step", "level", marker="marker", fill_color="colour", line_color=INK, size=13, source=source)
+    plot.ygrid.grid_line_color = None
+    plot.xaxis.axis_label = "optimizer step"
+    hover(plot, marks, [("step", "@step"), ("", "@message")])
+    return plot
+
+
+def _actions(history: History, x_range: Range1d) -> figure:
+    """Draw how many blocks were moved, and held, after each measurement."""
+    steps = sorted({action["step"] for action in history.actions})
+    place = {step: position for position, step in enumerate(steps)}
+    counts = {"rescale": np.zeros(len(steps), dtype=np.int32), "hold": np.zeros(len(steps), dtype=np.int32)}
+    for action in history.actions:
+        if action["action"] in counts:
+            counts[action["action"]][place[action["step"]]] += 1
+    most = max(int((counts["rescale"] + counts["hold"]).max()), 1)
+    plot = canvas("actions", 200, x_range, y_range=(0, 1.4 * most))  # the legend stands above
+    width = 0.8 * float(np.min(np.diff(history.steps), initial=np.ptp(history.steps) / 20 or 1.0))
+    source = {"step": steps, **counts}
+    names, labels = list(counts), ["scales moved", "held"]
+    style = {"width": width, "fill_color": ["#009e73", "#cc79a7"], "line_color": None, "legend_label": labels}
+    bars = plot.vbar_stack(names, x="step", source=source, **style)
+    for bar in bars:
+        hover(plot, bar, [("step", "@step"), ("blocks moved", "@rescale"), ("blocks held", "@hold")])
+    plot.xaxis.axis_label, plot.yaxis.axis_label = "optimizer step", "blocks"
+    plot.yaxis.ticker = counting()
+    plot.legend.update(background_fill_alpha=0, border_line_color=None, label_text_color=INK, orientation="horizontal")
+    return plot

@@ -1,0 +1,120 @@
+"""A run as a page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.pages.captions import ACTIONS, EVENTS, LINES, ZONE
+from lightning_spectral.pages.curves import QUANTITIES, run_charts
+from lightning_spectral.pages.page import Section, check_installed, write_page
+from lightning_spectral.pages.tables import (
+    action_table,
+    block_table,
+    event_table,
+    norms_table,
+    series_table,
+    settings,
+)
+from lightning_spectral.pages.words import clear, damaged_lines, story, zone_of
+from lightning_spectral.runs.entries import entries
+from lightning_spectral.runs.history import History
+from lightning_spectral.runs.predecessor import is_set_aside
+
+if TYPE_CHECKING:
+    from bokeh.plotting import figure
+
+__all__ = ["find_run", "report"]
+
+FILE = "spectral.jsonl"
+LISTED = 10  # runs named in an error
+
+
+def report(run_dir: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
+    """Draw a run, also one that is still going, as one HTML file that needs no network.
+
+    Args:
+        run_dir: The folder of a run, or one above it, or the file of a run, ``spectral.jsonl``.
+        output: The page. By default it lies beside the file of the run.
+
+    Returns:
+        The page.
+
+    Raises:
+        ConfigurationError: There is no run, or more than one, or nothing that was measured can be read.
+        ModuleNotFoundError: The extra ``report`` is not installed.
+        OSError: A file cannot be read or written.
+    """
+    check_installed()
+    source = find_run(Path(run_dir))
+    history = History.read(source)
+    if not history.measurements:
+        why = damaged_lines(history) if history.damaged else "nothing was measured yet"
+        raise ConfigurationError(f"{clear(str(source), 300)}: {why}")
+    page = source.with_suffix(".html") if output is None else Path(output)
+    charts = run_charts(history)
+    write_page(
+        page, "Spectral report", clear(str(source), 300), list(story(history)), _sections(history, charts), charts
+    )
+    return page
+
+
+def find_run(place: Path) -> Path:
+    """Return the file of the one run that a path names.
+
+    Raises:
+        ConfigurationError: There is none, or there are several.
+    """
+    if place.is_file():
+        return place
+    if not place.is_dir():
+        raise ConfigurationError(f"{clear(str(place), 300)}: no such file or folder")
+    if (place / FILE).is_file():
+        return place / FILE
+    # A monitor with another prefix writes a file with another name.
+    runs = sorted(path for path in place.rglob("*.jsonl") if path.is_file() and _is_run(path))
+    found = [path for path in runs if not is_set_aside(path)] or runs
+    if not found:
+        raise ConfigurationError(f"{clear(str(place), 300)}: no {FILE} in this folder or below")
+    if len(found) > 1:
+        listed = "; ".join(clear(str(path), 300) for path in found[:LISTED])
+        more = f"; and {len(found) - LISTED} more" if len(found) > LISTED else ""
+        raise ConfigurationError(f"{clear(str(place), 300)}: {len(found)} runs, name one of them: {listed}{more}")
+    return found[0]
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        return bool(next(entries(path)).header)
+    except (ConfigurationError, OSError):
+        return False
+
+
+def _sections(history: History, charts: Mapping[str, figure]) -> Sequence[Section]:
+    """Return the parts of the page for which there is something to show."""
+    last = norms_table(history.measurements[-1])
+    told = (settings(history.header), *block_table(history.header))
+    return [
+        *_drawn(history, charts),
+        Section("Blocks at the end", "The last measurement.", tables=(last,), unfolded=True),
+        Section("Settings of the run", "What the run was told and what it found.", tables=told, unfolded=True),
+    ]
+
+
+def _drawn(history: History, charts: Mapping[str, figure]) -> Iterator[Section]:
+    zone = zone_of(history.measurements[-1])
+    for title, caption, names in LINES:
+        shown = tuple(name for name in names if name in charts)
+        if not shown:
+            continue
+        quantity = "ratio" if "heatmap" in shown else shown[0]
+        numbers = {name: QUANTITIES[name][0] for name in (quantity, *shown[1:])}
+        tables = () if "ratio" in shown else (series_table(history, numbers),)
+        yield Section(title, caption + (ZONE.format(*zone) if zone and quantity == "ratio" else ""), shown, tables)
+    if "events" in charts:
+        yield Section("Alarms, warnings and notes", EVENTS, ("events",), (event_table(history),))
+    if "actions" in charts:
+        yield Section("What the controller did", ACTIONS, ("actions",), (action_table(history),))

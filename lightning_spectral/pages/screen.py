@@ -1,0 +1,59 @@
+"""One screen of text about one measurement."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from lightning_spectral.pages.words import clear
+from lightning_spectral.records import LayerMeasurement, Measurement
+
+__all__ = ["one_screen"]
+
+LONGEST = 200  # letters of a name or a reason
+
+
+def one_screen(measurement: Measurement, rows: int = 24) -> str:
+    """Return the table of a measurement, shortened to the blocks farthest from balance where there are many.
+
+    Args:
+        measurement: What to show.
+        rows: Number of blocks that are shown at most.
+
+    Returns:
+        Lines of text: a title, one line per block, and the summary.
+    """
+    layers = measurement.layers
+    distance = [_distance(layer, measurement.safe_zone) for layer in layers]
+    farthest = sorted(range(len(layers)), key=distance.__getitem__, reverse=True)[:rows]
+    shown = [str(replace(measurement, layers=tuple(_on_one_line(layers[place]) for place in sorted(farthest))))]
+    if len(layers) > rows:
+        shown.append(f"      … and {len(layers) - rows} blocks nearer to balance")
+    return "\n".join([*shown, _summary(measurement)])
+
+
+def _on_one_line(layer: LayerMeasurement) -> LayerMeasurement:
+    """Return a layer with short texts without line breaks: a reason may be what torch says, with its call stack."""
+    mlp, attention = (None if why is None else _flat(why) for why in (layer.mlp_reason, layer.attention_reason))
+    return replace(layer, name=_flat(layer.name), mlp_reason=mlp, attention_reason=attention)
+
+
+def _flat(text: str) -> str:
+    return clear(" ".join(text.split()), LONGEST)
+
+
+def _distance(layer: LayerMeasurement, zone: tuple[float, float]) -> float:
+    if layer.log_ratio is None:
+        return -math.inf
+    return abs(layer.log_ratio - sum(map(math.log, zone)) / 2)
+
+
+def _summary(measurement: Measurement) -> str:
+    values = measurement.summary()
+    if "ratio_median" not in values:
+        return "no block has a ratio"
+    measured = sum(layer.ratio is not None for layer in measurement)
+    return (
+        f"min {values['ratio_min']:.3g}, median {values['ratio_median']:.3g}, max {values['ratio_max']:.3g}; "
+        f"{round(values['in_zone'] * measured)} of {measured} blocks inside the zone; {values['seconds'] * 1e3:.0f} ms"
+    )

@@ -1,0 +1,173 @@
+"""The numbers behind the charts, for whoever cannot or does not want to see them."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lightning_spectral.pages.words import clear, zone_of
+from lightning_spectral.records import LayerMeasurement, Measurement
+from lightning_spectral.runs.entries import FORMAT
+from lightning_spectral.runs.history import History
+
+__all__ = [
+    "Table",
+    "action_table",
+    "block_table",
+    "comparison_table",
+    "event_table",
+    "norms_table",
+    "number",
+    "series_table",
+    "settings",
+]
+
+ROWS = 2000  # of a list of events; a page with more is no longer read
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Text in rows.
+
+    Attributes:
+        title: What it holds.
+        head: Title of every column.
+        rows: One text per column; numbers are right-aligned by their look.
+    """
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def series_table(history: History, quantities: Mapping[str, str]) -> Table:
+    """Return first, smallest, largest and last value of some quantities of every block."""
+    names = _names(history)
+    head = [f"{label}, {which}" for label in quantities.values() for which in ("first", "smallest", "largest", "last")]
+    columns = [history.values(quantity) for quantity in quantities]
+    rows = [
+        (str(block), names[block], *(text for values in columns for text in _extremes(values[block])))
+        for block in sorted(names)
+    ]
+    return Table(f"Values of every block: {', '.join(quantities.values())}", ("block", "name", *head), tuple(rows))
+
+
+def _names(history: History) -> dict[int, str]:
+    return {layer.index: clear(layer.name) for measurement in history.measurements for layer in measurement}
+
+
+def _extremes(series: Any) -> Iterator[str]:
+    seen = series[np.isfinite(series)]
+    values = (seen[0], seen.min(), seen.max(), seen[-1]) if seen.size else (None,) * 4
+    return map(number, values)
+
+
+def norms_table(measurement: Measurement) -> Table:
+    """Return one measurement, one row per block."""
+    head = ("block", "name", "‖MLP‖₂", "‖attention‖₂", "ρ", "note")
+    zone = zone_of(measurement)
+    rows = [
+        (
+            str(layer.index),
+            clear(layer.name),
+            number(layer.mlp_norm),
+            number(layer.attention_norm),
+            number(layer.ratio),
+            _note(layer, zone),
+        )
+        for layer in measurement
+    ]
+    return Table("Every block", head, tuple(rows))
+
+
+def comparison_table(before: Measurement, after: Measurement) -> Table:
+    """Return two measurements of the same blocks, one row per block."""
+    names = {"mlp_norm": "‖MLP‖₂", "attention_norm": "‖attention‖₂", "ratio": "ρ"}
+    head = [f"{label}, {which}" for label in names.values() for which in ("before", "after")]
+    rows = []
+    for one, two in zip(before, after, strict=True):
+        change = None if one.log_ratio is None or two.log_ratio is None else two.log_ratio - one.log_ratio
+        values = [number(getattr(layer, name)) for name in names for layer in (one, two)]
+        rows.append((str(two.index), clear(two.name), *values, number(change)))
+    return Table("Every block", ("block", "name", *head, "change of ln ρ"), tuple(rows))
+
+
+def _note(layer: LayerMeasurement, zone: tuple[float, float] | None) -> str:
+    if layer.reason is not None:
+        return clear(" ".join(layer.reason.split()), 300)
+    if zone is None or layer.ratio is None or zone[0] < layer.ratio < zone[1]:
+        return ""
+    return "above the zone" if layer.ratio >= zone[1] else "below the zone"
+
+
+def event_table(history: History) -> Table:
+    """Return everything that was announced, the last first."""
+    rows = [(f"{event.step:,}", event.level, clear(event.message, 2000)) for event in reversed(history.events)]
+    title = "Events" if len(rows) <= ROWS else f"Events, the last {ROWS:,} of {len(rows):,}"
+    return Table(title, ("step", "level", "what was said"), tuple(rows[:ROWS]))
+
+
+def action_table(history: History) -> Table:
+    """Return what the controller did to every block, over the whole run."""
+    acted: defaultdict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for action in history.actions:
+        acted[action["block"]].append(action)
+    names = _names(history)
+    rows = [
+        (
+            str(block),
+            names.get(block, ""),
+            str(sum(action["action"] == "rescale" for action in actions)),
+            str(sum(action["action"] == "hold" for action in actions)),
+            number(math.exp(sum(action["mlp_log_change"] for action in actions))),
+            number(math.exp(sum(action["attention_log_change"] for action in actions))),
+            clear(actions[-1]["reason"], 200),
+        )
+        for block, actions in sorted(acted.items())
+    ]
+    head = ("block", "name", "moved", "held", "MLP scale times", "attention scale times", "last reason")
+    return Table("Actions of the controller, by block", head, tuple(rows))
+
+
+def block_table(header: Mapping[str, Any]) -> tuple[Table, ...]:
+    """Return the blocks as the run found them, nothing where the header does not tell."""
+    blocks = header.get("blocks")
+    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+        return ()
+    keys = ("index", "name", "attention", "mlp", "verified")
+    rows = tuple(tuple(_plain(block.get(key)) for key in keys) for block in blocks)
+    return (Table("Blocks and their branches", ("block", "name", "attention", "MLP", "verified"), rows),)
+
+
+def settings(header: Mapping[str, Any]) -> Table:
+    """Return the settings of a run, those of its controller included."""
+    rows = tuple((clear(name), _plain(value)) for name, value in _flat(header) if name not in ("blocks", "file"))
+    return Table("Settings", ("setting", "value"), rows)
+
+
+def _flat(header: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in header.items():
+        if name == FORMAT:
+            yield "format of the file", value
+        elif isinstance(value, dict):
+            yield from ((f"{name}.{inner}", what) for inner, what in value.items())
+        else:
+            yield name, value
+
+
+def _plain(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "–", True: "yes", False: "no"}[value]
+    if isinstance(value, list):
+        return clear(", ".join(map(_plain, value[:20])), 300)
+    return clear(str(value), 300)
+
+
+def number(value: float | None) -> str:
+    """Return four digits, or a dash for what is missing."""
+    return "–" if value is None or not math.isfinite(value) else format(value, ".4g").replace("-", "−")

@@ -1,0 +1,95 @@
+"""Run the code of a user and leave nothing of it behind."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from lightning_spectral.passes.aside.kinds import kind_of
+from lightning_spectral.passes.aside.memento import Memento
+from lightning_spectral.passes.aside.streams import random_streams_kept
+from lightning_spectral.passes.aside.writes import Writes
+
+__all__ = ["kept", "undisturbed"]
+
+_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+)
+
+
+@contextmanager
+def kept(*roots: Any) -> Iterator[set[torch.device]]:
+    """Put back, at the end, all that Python can reach from some objects; meanwhile nothing is logged or warned of.
+
+    Put back, in place and after an exception too, are attributes, containers, tensors that were written to or replaced,
+    random generators, closures, and the globals and class attributes that the code of the objects names. Not put back
+    is what threads, files, C code and running generators have become.
+
+    Args:
+        roots: The objects; as a rule a model and the arguments of a pass.
+
+    Yields:
+        The devices of the tensors that were reached.
+    """
+    with ExitStack() as stack:
+        models = [root for root in roots if isinstance(root, nn.Module)]
+        memento = Memento(kind_of, {type(module).__module__ for model in models for module in model.modules()})
+        stack.callback(memento.restore)
+        for root in (*roots, *_hooks_of_all_modules()):
+            memento.see(root)
+        memento.look()
+        devices = {tensor.device for tensor in memento.tensors}
+        stack.enter_context(random_streams_kept(devices))
+        stack.enter_context(_settings_kept())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # the run itself will say it
+        writes = Writes(memento.tensors)
+        stack.callback(writes.undo)
+        stack.enter_context(writes)
+        yield devices
+
+
+@contextmanager
+def undisturbed(model: nn.Module, *inputs: Any) -> Iterator[None]:
+    """Evaluation mode, no autocast, no compilation, no fused layers; afterwards all is as before (:func:`kept`).
+
+    Args:
+        model: The model.
+        inputs: What its forward is called with.
+    """
+    with ExitStack() as stack:
+        devices = stack.enter_context(kept(model, *inputs))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        for kind in {"cpu", *(device.type for device in devices)} - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+            module.training = False  # not .eval(), which a module may have overridden
+        yield
+
+
+def _hooks_of_all_modules() -> list[object]:
+    return [hooks for name, hooks in vars(torch_module).items() if name.startswith("_global_")]
+
+
+@contextmanager
+def _settings_kept() -> Iterator[None]:
+    """Put back what a forward may set for the whole process."""
+    before = [read() for read, _ in _SETTINGS]
+    try:
+        yield
+    finally:
+        for (read, write), value in zip(_SETTINGS, before, strict=True):
+            if read() != value:
+                write(value)

@@ -1,0 +1,48 @@
+"""Tables of text, for a terminal and for a notebook."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Table"]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table that is ready to be read.
+
+    Attributes:
+        title: The line above it.
+        columns: The name of each column behind its alignment and least width, as in ``">10mlp"`` and ``"<block"``.
+        rows: The cells of each row.
+        notes: The lines below it.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+    def text(self) -> str:
+        """Return it as text, a line per row."""
+        names = [column.lstrip("<>^0123456789") for column in self.columns]
+        least = [
+            int(column[1 : len(column) - len(name)] or 0) for column, name in zip(self.columns, names, strict=True)
+        ]
+        cells = zip(names, *self.rows, strict=True)
+        widths = [max(width, *map(len, column)) for width, column in zip(least, cells, strict=True)]
+        aligned = [f"{column[0]}{width}" for column, width in zip(self.columns, widths, strict=True)]
+        rows = [
+            "  ".join(format(cell, width) for cell, width in zip(row, aligned, strict=True)).rstrip()
+            for row in (names, *self.rows)
+        ]
+        return "\n".join([self.title, *rows, *self.notes])
+
+    def html(self) -> str:
+        """Return it as HTML without any style of its own."""
+        names = "".join(f"<th>{html.escape(column.lstrip('<>^0123456789'))}</th>" for column in self.columns)
+        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in self.rows)
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        return f"<table><caption>{html.escape(self.title)}</caption><tr>{names}</tr>{rows}</table>{notes}"

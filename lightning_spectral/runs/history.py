@@ -1,0 +1,285 @@
+"""A run as its file tells it: one frozen record, read from ``spectral.jsonl``.
+
+The file may be of a run that is still going, or that was killed, and it may come from somebody else. So a line that is
+not as this package writes it is left out and told, and entries of a kind that is not known yet are passed over.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_spectral.alarms import Event
+from lightning_spectral.display import heatmap_figure
+from lightning_spectral.runs.entries import Line, entries
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
+from lightning_spectral.alarms.trends import Forecast
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["History", "heatmap", "history_of", "in_order"]
+
+MOST = 2**53  # beyond it a float no longer counts, and neither does a chart
+MOST_BLOCKS = 2**12  # a picture has a row for each
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """A run: its description, what was measured, what was announced and what the controller did.
+
+    Attributes:
+        header: What the run was told: linearization, zone, interval, settings of the controller, blocks. Empty where
+            that line is damaged.
+        measurements: In the order of their steps; of two at the same step the later one counted.
+        events: What was announced, in order.
+        actions: What the controller did, in order: plain values, as in the file.
+        torn: Whether the file breaks off within a line, as it does while it is being written.
+        damaged: Why each of the other lines that were left out cannot be read, by the number of the line.
+    """
+
+    header: Mapping[str, Any]
+    measurements: tuple[Measurement, ...]
+    events: tuple[Event, ...] = ()
+    actions: tuple[Mapping[str, Any], ...] = ()
+    torn: bool = False
+    damaged: Mapping[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> History:
+        """Read the file of a run.
+
+        Args:
+            path: A ``spectral.jsonl``.
+
+        Raises:
+            ConfigurationError: The file is not one of ours, or has measurements of several linearizations.
+            OSError: The file cannot be read.
+        """
+        return history_of(entries(path))
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Optimizer step of every measurement."""
+        return tuple(measurement.step for measurement in self.measurements)
+
+    def values(self, quantity: str) -> NDArray[np.float64]:
+        """Return a quantity of every block in every measurement, by its name in :class:`LayerMeasurement`.
+
+        Returns:
+            Shape ``(blocks, measurements)``, NaN where it does not exist; a row per index up to the largest.
+        """
+        blocks = 1 + max((layer.index for measurement in self.measurements for layer in measurement), default=-1)
+        values = np.full((blocks, len(self.measurements)), np.nan)
+        for column, measurement in enumerate(self.measurements):
+            for layer in measurement:
+                if (value := getattr(layer, quantity)) is not None:
+                    values[layer.index, column] = value
+        return values
+
+    def plot_heatmap(self) -> Figure:
+        """Draw ln ρ of every block (upwards) at every measured step (to the right).
+
+        Blue blocks are dominated by attention, red ones by their MLP, white ones balanced. Lines enclose what lies
+        outside the safe zone, where one is known. Blocks without a ratio are hatched.
+
+        Returns:
+            A figure that belongs to no global state. Save it with ``figure.savefig(path)``.
+
+        Raises:
+            ConfigurationError: Nothing was measured.
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        if not self.measurements:
+            raise ConfigurationError("a heatmap needs at least one measurement; none came")
+        last = self.measurements[-1]
+        zone = last.safe_zone if last.has_zone else None
+        return heatmap_figure(self.values("log_ratio"), self.steps, last.linearization, zone)
+
+
+def history_of(lines: Iterable[Line]) -> History:
+    """Read the lines of a run's file.
+
+    Args:
+        lines: They, the header first.
+
+    Raises:
+        ConfigurationError: The measurements are of several linearizations.
+    """
+    header: Mapping[str, Any] = {}
+    measurements: list[Measurement] = []
+    events: list[Event] = []
+    actions: list[Mapping[str, Any]] = []
+    damaged: dict[int, str] = {}
+    torn = False
+    for line in lines:
+        header = header or line.header
+        entry, torn = line.entry or {}, line.torn
+        if line.entry is None and not torn:
+            damaged[line.number] = "it is no JSON object"
+        try:
+            if "layers" in entry:
+                measurements.append(_measurement(entry))
+            elif "level" in entry:
+                events.append(_event(entry))
+            elif "action" in entry:
+                actions.append(_action(entry))
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            damaged[line.number] = _shortened(error)
+    return History(header, in_order(measurements), tuple(events), tuple(actions), torn, damaged)
+
+
+def heatmap(measurements: Sequence[Measurement | Mapping[str, Any]]) -> Figure:
+    """Draw measurements as :meth:`History.plot_heatmap` does.
+
+    Args:
+        measurements: Measurements of one run in one linearization, or the dictionaries that :meth:`Measurement.to_dict`
+            makes and ``spectral.jsonl`` holds. Of two at the same step the later one counts.
+
+    Raises:
+        ConfigurationError: There is nothing to draw, or the measurements are of different linearizations.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    records = [item if isinstance(item, Measurement) else _measurement(item) for item in measurements]
+    return History({}, in_order(records)).plot_heatmap()
+
+
+def in_order(measurements: Sequence[Measurement]) -> tuple[Measurement, ...]:
+    """Sort measurements by step; of two at the same step the later one counts.
+
+    Raises:
+        ConfigurationError: They are of different linearizations.
+    """
+    linearizations = sorted({measurement.linearization for measurement in measurements})
+    if len(linearizations) > 1:
+        raise ConfigurationError(f"a history has one linearization; these came: {', '.join(linearizations)}")
+    by_step = {measurement.step: measurement for measurement in measurements}
+    return tuple(by_step[step] for step in sorted(by_step))
+
+
+def _measurement(entry: Mapping[str, Any]) -> Measurement:
+    """Rebuild what :meth:`Measurement.to_dict` made."""
+    low, high = map(_number, entry["safe_zone"])
+    if not 0 < low < high:
+        raise ValueError(f"the zone is ({low}, {high})")
+    layers = tuple(map(_layer, entry["layers"]))
+    step, seconds = _count(entry["step"]), _optional(_number)(entry["seconds"]) or 0.0
+    linearization: Any = _text(entry["linearization"])
+    adapters: Any = _text(entry.get("adapters", "sum"))
+    return Measurement(step, linearization, layers, (low, high), seconds, adapters)
+
+
+def _layer(entry: Mapping[str, Any]) -> LayerMeasurement:
+    values = {name: read(entry[name]) for name, read in _LAYER.items() if name in entry}
+    if values["index"] >= MOST_BLOCKS:
+        raise ValueError(f"block {values['index']}")
+    return LayerMeasurement(**values)
+
+
+def _functional(entry: Mapping[str, Any]) -> FunctionalMeasurement:
+    values = {item.name: entry[item.name] for item in fields(FunctionalMeasurement) if item.name in entry}
+    finite_differences = bool(values.pop("finite_differences", False))
+    numbers = {name: _optional(_real)(value) for name, value in values.items()}
+    return FunctionalMeasurement(**numbers, finite_differences=finite_differences)
+
+
+def _event(entry: Mapping[str, Any]) -> Event:
+    if entry["level"] not in ("info", "warning", "alarm"):
+        raise ValueError(f"level {entry['level']!r}")
+    blocks, coming = tuple(map(_count, entry["blocks"])), entry.get("forecast")
+    forecast = None if coming is None else Forecast(**{name: _moment(value) for name, value in coming.items()})
+    since, message = _count(entry["since"]), _text(entry["message"])
+    return Event(entry["level"], _count(entry["step"]), since, blocks, message, forecast)
+
+
+def _action(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name, read in _ACTION.items():
+        read(entry[name])
+    return entry
+
+
+def _real(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST**8:
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
+
+
+def _number(value: Any) -> float:
+    if _real(value) < 0:
+        raise ValueError(f"{value!r} is negative")
+    return float(value)
+
+
+def _moment(value: Any) -> float:
+    """Read a step in the future; JSON has no infinity, so that never is null."""
+    return math.inf if value is None else float(value)
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _expert(value: Any) -> int | str:
+    return value if isinstance(value, str) else _count(value)
+
+
+def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Read what may be missing; a run that diverged has values that are not finite, and they are missing too."""
+    return lambda value: None if value is None or _is_not_finite(value) else read(value)
+
+
+def _scale(value: Any) -> float:
+    return math.nan if value is None or _is_not_finite(value) else _number(value)
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+_LAYER: Mapping[str, Callable[[Any], Any]] = {
+    "index": _count,
+    "name": _text,
+    "mlp_norm": _optional(_number),
+    "attention_norm": _optional(_number),
+    "mlp_scale": _scale,
+    "attention_scale": _scale,
+    "mlp_expert": _optional(_expert),
+    "mlp_reason": _optional(_text),
+    "attention_reason": _optional(_text),
+    "error_bound": _optional(_number),
+    "doubt": _optional(_text),
+    "functional": _optional(_functional),
+    "token_residual": _optional(_number),
+    "typical_token_residual": _optional(_number),
+    "effective_rank": _optional(_number),
+}
+_ACTION: Mapping[str, Callable[[Any], Any]] = {
+    "step": _count,
+    "action": _text,
+    "block": _count,
+    "ratio": _optional(_number),
+    "mlp_log_change": _real,
+    "attention_log_change": _real,
+    "reason": _text,
+}
+
+
+def _shortened(error: Exception) -> str:
+    """Return what an error says, in one short line of ASCII: it begins with a quotation from the file."""
+    text = f"{type(error).__name__}: {error}".encode("ascii", "backslashreplace").decode()
+    return text if len(text) <= 120 else f"{text[:60]}...{text[-60:]}"

@@ -1,0 +1,6 @@
+"""A model with residual scales: attach them, save and load them, fold them into the weights. No run is needed."""
+
+from lightning_spectral.scales.attach import ResidualScales, attach_scales
+from lightning_spectral.scales.fuse import fuse_scales
+
+__all__ = ["ResidualScales", "attach_scales", "fuse_scales"]

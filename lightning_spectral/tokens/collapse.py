@@ -1,0 +1,67 @@
+"""How far the tokens of a sequence are from being one vector."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.tokens.selection import centred_tokens, select, unit_scaled
+
+__all__ = ["token_residual", "token_similarity"]
+
+
+def token_residual(X: Tensor, mask: Tensor | None = None, *, massive: float | None = None) -> Tensor:
+    """Return ‖X − 1x̄ᵀ‖_F / ‖X‖_F, x̄ the mean token.
+
+    0 where all tokens have become one vector, 1 where their mean is zero. x̄ is the best x in the Frobenius norm:
+    Dong, Cordonnier and Loukas, "Attention is not all you need" (arXiv:2103.03404), define the residual with it.
+
+    Args:
+        X: ``(..., tokens, width)``, of any real dtype.
+        mask: ``(..., tokens)``, true or non-zero where a token counts; the same as dropping the others.
+        massive: Leave out :func:`massive_activations` above this multiple of the median.
+
+    Returns:
+        ``(...)`` in float64 (float32 on a device without float64), from 0 to 1. Not measurable is NaN: all tokens
+        are zero, none counts, or a value is not finite. A single token gives 0.
+
+    Raises:
+        ConfigurationError: The shapes do not fit, or ``massive`` is not above 1.
+    """
+    X, valid = select(X, mask, massive=massive)
+    X, measurable = unit_scaled(X)
+    size = torch.linalg.vector_norm(X, dim=(-2, -1))
+    residual = torch.linalg.vector_norm(centred_tokens(X, valid), dim=(-2, -1))
+    return torch.where(measurable, residual / torch.where(measurable, size, 1.0), math.nan)
+
+
+def token_similarity(X: Tensor, mask: Tensor | None = None, *, massive: float | None = None) -> Tensor:
+    """Return the mean cosine over all pairs of different tokens.
+
+    In closed form, with unit tokens uᵢ: (‖Σuᵢ‖² − n) / (n(n − 1)); no n × n matrix is formed. Tokens that are zero
+    have no direction and are left out.
+
+    Args:
+        X: ``(..., tokens, width)``, of any real dtype.
+        mask: ``(..., tokens)``, true or non-zero where a token counts; the same as dropping the others.
+        massive: Leave out :func:`massive_activations` above this multiple of the median.
+
+    Returns:
+        ``(...)`` in float64 (float32 on a device without float64), from −1/(n − 1) to 1. Not measurable is NaN:
+        fewer than two tokens have a direction, or a value is not finite.
+
+    Raises:
+        ConfigurationError: The shapes do not fit, or ``massive`` is not above 1.
+    """
+    X, _ = select(X, mask, massive=massive)
+    finite = X.detach().isfinite().all(-1).all(-1)
+    tokens, present = unit_scaled(X[..., None, :])
+    length = torch.linalg.vector_norm(tokens[..., 0, :], dim=-1, keepdim=True)
+    units = tokens[..., 0, :] / torch.where(present[..., None], length, 1.0)
+    n = present.sum(-1)
+    squares = units.square().sum((-2, -1))  # n, but for the same rounding as in the sum of all
+    pairs = torch.where(n > 1, n * (n - 1), 1)
+    cosine = (units.sum(-2).square().sum(-1) - squares) / pairs
+    return torch.where(finite & (n > 1), cosine, math.nan)

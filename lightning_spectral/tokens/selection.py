@@ -1,0 +1,118 @@
+"""Which tokens and dimensions of X are looked at: masks, massive activations, centring, scaling against overflow."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_spectral._checks import number
+from lightning_spectral.errors import ConfigurationError
+
+__all__ = ["centred_tokens", "massive_activations", "select", "unit_scaled"]
+
+
+def select(X: Tensor, mask: Tensor | None = None, *, massive: float | None = None) -> tuple[Tensor, Tensor]:
+    """Return X in the precision that everything is computed in, with zeros for what is left out.
+
+    Args:
+        X: ``(..., tokens, width)``, of any real dtype.
+        mask: ``(..., tokens)``, true or non-zero where a token counts. What masked tokens hold, NaN included, has no
+            influence.
+        massive: Leave out the :func:`massive_activations` that exceed this multiple of the median.
+
+    Returns:
+        X in float64, or float32 on a device without float64, and the tokens that count, ``(..., tokens)``.
+
+    Raises:
+        ConfigurationError: X has no tokens or no width, the mask does not fit, or ``massive`` is not above 1.
+    """
+    if X.dim() < 2 or not X.shape[-1] or not X.shape[-2]:
+        raise ConfigurationError(f"X has the shape {tuple(X.shape)}: expected (..., tokens, width), neither of them 0")
+    if mask is not None and mask.shape != X.shape[:-1]:
+        expected = tuple(X.shape[:-1])
+        raise ConfigurationError(
+            f"mask has the shape {tuple(mask.shape)}: expected {expected}, that of X without width"
+        )
+    X = X.to(torch.float32 if X.device.type == "mps" else torch.float64)
+    valid = X.new_ones(X.shape[:-1], dtype=torch.bool) if mask is None else mask.to(X.device, torch.bool)
+    X = X.masked_fill(~valid[..., None], 0.0)
+    if massive is not None:
+        multiple = number("massive", massive, 1.0, math.inf, above=True)
+        tokens, dimensions = massive_activations(X, valid, multiple=multiple)
+        valid = valid & ~tokens
+        X = X.masked_fill(tokens[..., None] | dimensions[..., None, :], 0.0)
+    return X, valid
+
+
+def massive_activations(X: Tensor, mask: Tensor | None = None, *, multiple: float = 100.0) -> tuple[Tensor, Tensor]:
+    """Return the tokens and the dimensions that massive activations stand in.
+
+    In healthy language models a few fixed dimensions of a few tokens, the first above all, are up to 100 000 times as
+    large as the rest (Sun, Chen, Kolter and Liu, "Massive Activations in Large Language Models", arXiv:2402.17762),
+    so that every rank is near one and says nothing about the other tokens.
+
+    The rule, for each sequence on its own: the peak of a token or of a dimension is its largest magnitude. A
+    token is massive where its peak exceeds ``multiple`` times the median peak of the tokens; a dimension is massive
+    where its peak exceeds ``multiple`` times the median peak of the dimensions. Tokens and dimensions that are zero
+    throughout have no say in the median. At most half of the tokens and half of the dimensions can be massive: a
+    dimension that is large in every token costs that dimension and not one token, a token that is large in every
+    dimension costs that token and not one dimension. Peaks that are not finite are never massive: they are faults, to
+    be seen.
+
+    Args:
+        X: ``(..., tokens, width)``.
+        mask: ``(..., tokens)``, true or non-zero where a token counts.
+        multiple: Above 1. The default is a choice of this package.
+
+    Returns:
+        Massive tokens, ``(..., tokens)``, and massive dimensions, ``(..., width)``, both boolean.
+
+    Raises:
+        ConfigurationError: The shapes do not fit, or the multiple is not a number above 1.
+    """
+    multiple = number("multiple", multiple, 1.0, math.inf, above=True)
+    size = select(X, mask)[0].detach().abs()
+    return _outliers(size.amax(-1), multiple), _outliers(size.amax(-2), multiple)
+
+
+def _outliers(peaks: Tensor, multiple: float) -> Tensor:
+    median = peaks.masked_fill(peaks == 0, math.nan).nanmedian(-1, keepdim=True).values
+    return (peaks / multiple > median) & peaks.isfinite()
+
+
+def centred_tokens(X: Tensor, valid: Tensor) -> Tensor:
+    """Return X minus the mean token, zero where a token does not count.
+
+    Tokens that are equal give exact zeros: the first one is subtracted before the mean is taken, so that no rounding
+    of the mean is left over for a rank to measure.
+
+    Args:
+        X: ``(..., tokens, width)``, zero where a token does not count.
+        valid: ``(..., tokens)``, boolean.
+
+    Returns:
+        ``(..., tokens, width)``.
+    """
+    first = valid.to(torch.uint8).argmax(-1, keepdim=True)[..., None].expand(*X.shape[:-2], 1, X.shape[-1])
+    X = (X - X.gather(-2, first)).masked_fill(~valid[..., None], 0.0)
+    count = valid.sum(-1)[..., None, None].clamp(min=1)
+    return (X - X.sum(-2, keepdim=True) / count).masked_fill(~valid[..., None], 0.0)
+
+
+def unit_scaled(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide each matrix by its largest magnitude, so that squares neither overflow nor vanish.
+
+    Args:
+        X: ``(..., rows, columns)``.
+
+    Returns:
+        The scaled matrices, and where that was possible, ``(...)``: a matrix of zeros and a matrix with a value that
+        is not finite are not measurable, and come back as zeros.
+    """
+    # A constant for gradients too: what is computed from scaled matrices does not depend on the scale.
+    size = X.detach().abs().amax((-2, -1))
+    measurable = (size > 0) & size.isfinite()
+    scale = torch.where(measurable, size, 1.0)[..., None, None]
+    return torch.where(measurable[..., None, None], X, 0.0) / scale, measurable
