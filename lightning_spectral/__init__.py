@@ -29,6 +29,7 @@ from lightning_spectral.records import Branch, LayerMeasurement, Measurement, Re
 from lightning_spectral.runs.history import History, heatmap
 from lightning_spectral.runs.journal import read_actions, read_events, read_journal
 from lightning_spectral.scales import ResidualScales, attach_scales, fuse_scales
+from lightning_spectral.watch import Watch
 
 __version__ = "0.1.0.dev0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "StableRank",
     "TokenResidual",
     "TokenSimilarity",
+    "Watch",
     "attach_scales",
     "audit",
     "balance_init_",

@@ -22,7 +22,7 @@ from tiny_run import LitGPT, fit
 
 from lightning_spectral import ConfigurationError, History, SpectralMonitor, read_actions, read_journal
 from lightning_spectral.linalg import RandomizedSVD
-from lightning_spectral.monitor.framework import rank_zero_info, rank_zero_warn
+from lightning_spectral.watch.telling import inform, warn
 
 STEPS = [0, 2, 4, 6]
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")
@@ -159,7 +159,7 @@ def test_everything_breaks_at_once_and_the_run_is_the_run(
     assert read_actions(tmp_path / "run" / "spectral.jsonl")
     assert good.pictures == ["spectral/heatmap"]
     wanted = [message for _, message in BROKEN.values() if message]
-    wanted += ["publishing (AttributeError: 'mappingproxy' object has no attribute 'update')"]
+    wanted += ["publishing to callback_metrics (AttributeError: 'mappingproxy' object has no attribute 'update')"]
     wanted += ["drawing (IsADirectoryError: [Errno 21] Is a directory: '{}')".format(tmp_path / "run" / "spectral.png")]
     kept = f"{tmp_path / 'run' / 'spectral.jsonl'} is empty. It is kept as"
     assert sum(kept in text for text in said) == 1
@@ -297,20 +297,20 @@ def test_a_mistake_that_shows_only_in_the_middle_of_a_run_does_not_end_it(tmp_pa
 def test_messages_can_be_muted_by_the_name_of_the_package(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     package = logging.getLogger("lightning_spectral")
-    rank_zero_info("heard")
+    inform("heard")
     with pytest.warns(UserWarning, match="heard too"):
-        rank_zero_warn("heard too")
+        warn("heard too")
     package.setLevel(logging.ERROR)
     try:
-        rank_zero_info("muted")
-        rank_zero_warn("muted")
+        inform("muted")
+        warn("muted")
     finally:
         package.setLevel(logging.NOTSET)
     assert [record.name for record in caplog.records if record.getMessage() == "heard"] == ["lightning_spectral"]
     assert "muted" not in caplog.text
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     try:
-        rank_zero_info("muted")
+        inform("muted")
     finally:
         logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
     assert "muted" not in caplog.text
@@ -324,12 +324,12 @@ def test_nobody_to_talk_to_is_no_failure(monkeypatch: pytest.MonkeyPatch):
     package.addHandler(handler)
     monkeypatch.setattr(sys, "stderr", closed)
     try:
-        rank_zero_info("into the void")
+        inform("into the void")
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             monkeypatch.setattr(warnings, "showwarning", lambda message, *args: closed.write(str(message)))
-            rank_zero_warn("into the void")
+            warn("into the void")
     finally:
         package.removeHandler(handler)
     with pytest.raises(UserWarning, match="not swallowed"):  # warnings are errors here
-        rank_zero_warn("not swallowed")
+        warn("not swallowed")

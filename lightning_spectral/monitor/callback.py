@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch.utils.hooks import RemovableHandle
-
-from lightning_spectral import _checks
 from lightning_spectral.alarms import Event
 from lightning_spectral.control import GainCeiling, ResidualRescaler
 from lightning_spectral.control.explain import explanation
-from lightning_spectral.control.law import Law
 from lightning_spectral.control.steering import Steering
-from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError
+from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import Solver
-from lightning_spectral.monitor.framework import Callback, overrides, rank_zero_info
-from lightning_spectral.monitor.late import AfterHook
+from lightning_spectral.monitor.attaching import Attachment
+from lightning_spectral.monitor.framework import Callback
 from lightning_spectral.monitor.order import check_order
-from lightning_spectral.monitor.remembered import new_series, remember, remembered
-from lightning_spectral.monitor.search import blocks_of
-from lightning_spectral.monitor.session import Session
-from lightning_spectral.monitor.strategies import (
-    brings_back_own_weights,
-    check_strategy,
-    is_tensor_parallel,
-    will_shard,
-)
+from lightning_spectral.monitor.remembered import remember, remembered
+from lightning_spectral.monitor.strategies import brings_back_own_weights, check_strategy, will_shard
+from lightning_spectral.monitor.trainer_host import LightningHost
 from lightning_spectral.records import ResidualBlock
 from lightning_spectral.runs.series import Series
-from lightning_spectral.scales.loading import lost_scales, refuse_lost_scales, restore_unsaved, saved_sites
+from lightning_spectral.scales.loading import lost_scales, restore_unsaved, saved_sites
+from lightning_spectral.watch.options import Options
+from lightning_spectral.watch.search import blocks_of
+from lightning_spectral.watch.session import Session
+from lightning_spectral.watch.telling import inform
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -120,38 +113,41 @@ class SpectralMonitor(Callback):
         prefix: str = "spectral",
     ) -> None:
         super().__init__()
-        self.every_n_steps = _checks.steps("every_n_steps", every_n_steps)
-        self.auto_rescale = auto_rescale
-        self.linearization = _checks.choice("linearization", linearization, ("circuit", "paper"))
-        self.safe_zone = _checks.interval("safe_zone", safe_zone)
-        law = _law(auto_rescale)
-        self._steering = None if law is None else Steering(law, self.safe_zone)
-        self.blocks = blocks
-        self.solver = solver
-        self.on_alarm = on_alarm if callable(on_alarm) else _checks.choice("on_alarm", on_alarm, ("log", "stop"))
-        wanted = bool(auto_rescale) or on_alarm != "log"
-        self.geometry = wanted if geometry is None else _checks.flag("geometry", geometry)
-        if on_alarm != "log" and not self.geometry:
-            raise ConfigurationError(
-                f"on_alarm={on_alarm!r} with geometry=False: an alarm needs the tokens as its second witness, so none "
-                "can come; leave geometry out"
-            )
-        self.per_layer = per_layer
-        self.on_error = _checks.choice("on_error", on_error, ("warn", "raise"))
-        self.prefix = _checks.name("prefix", prefix)
-        self._series = Series(self.linearization)
+        self.options = Options(
+            every_n_steps=every_n_steps,
+            auto_rescale=auto_rescale,
+            linearization=linearization,
+            safe_zone=safe_zone,
+            blocks=blocks,
+            solver=solver,
+            geometry=geometry,
+            per_layer=per_layer,
+            on_alarm=on_alarm,
+            on_error=on_error,
+            prefix=prefix,
+        )
+        law = self.options.law
+        self._steering = None if law is None else Steering(law, self.options.safe_zone)
+        self._attachment = Attachment(blocks)
+        self._series = Series(self.options.linearization)
         self._restored: Series | None = None  # from the checkpoint that a fit goes on from
         self._stage: str | None = None
-        self._load_hook: RemovableHandle | None = None
-        self._late: list[AfterHook] = []
-        self._modules: set[int] = set()  # those that the model had when scales were attached
-        self._early: tuple[ResidualBlock, ...] | None = None  # found before the model was sharded
         self._session: Session | None = None  # between on_train_start and on_fit_end
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a setting, by the name of its argument."""
+        if name in Options.__slots__ and "options" in vars(self):
+            return getattr(self.options, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        """Return the call that makes such a monitor."""
+        return f"{type(self).__name__}({self.options.changed()})"
 
     @property
     def state_key(self) -> str:
         """Key of the state in a checkpoint: one per prefix and linearization, so that other settings may change."""
-        return self._generate_state_key(prefix=self.prefix, linearization=self.linearization)
+        return self._generate_state_key(prefix=self.options.prefix, linearization=self.options.linearization)
 
     # When: Lightning's hooks, in the order in which they are called.
 
@@ -163,49 +159,20 @@ class SpectralMonitor(Callback):
                 copies the model comes before this one, or weights cannot be read under the Trainer's strategy.
             ExampleInputError, BlocksNotFoundError: The blocks to steer cannot be found.
         """
-        self._stage, self._early = stage, None
+        self._stage = stage
         if stage == "fit":  # what is saved before the first measurement is not of an earlier run
-            self._series = remembered(trainer, pl_module, self.state_key) or Series(self.linearization)
+            self._series = remembered(trainer, pl_module, self.state_key) or Series(self.options.linearization)
         if self._steering is not None and not self._steering.is_of(pl_module):
-            self._steering = Steering(self._steering.rescaler, self.safe_zone)  # another model, another run
+            self._steering = Steering(self._steering.rescaler, self.options.safe_zone)  # another model, another run
         check_strategy(trainer.strategy)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not declared
-        self._check_rivals([other for other in callbacks if isinstance(other, SpectralMonitor) and other is not self])
-        shards = will_shard(trainer.strategy)
+        others = [item for item in callbacks if item is not self]
+        self._check_rivals([other for other in others if isinstance(other, SpectralMonitor)])
         if self._steering is None:
-            hook = pl_module.register_load_state_dict_pre_hook(refuse_lost_scales)  # type: ignore[no-untyped-call]
-            self._load_hook = hook
-            if stage == "fit" and shards:
-                self._early = _found(pl_module, self.blocks)
-            return
-        check_order(callbacks, self)
-        self._steering.set_up()
-        if is_tensor_parallel(trainer.strategy):
-            self._load_hook = self._steering.listen(pl_module)
-            return
-        # A model may be built in hooks that come later. What is sharded there is never attached to: see on_fit_start.
-        hooks = [hook for hook in ("setup", "configure_model") if overrides(pl_module, hook)]
-        later = [hook for hook in hooks if hook == "setup" or not shards]
-        attach = partial(self._attach, self._steering, pl_module, [item for item in callbacks if item is not self])
-        attach(may_fail=bool(hooks))
-        for hook in later:
-            self._late.append(AfterHook(pl_module, hook, partial(attach, may_fail=hook != hooks[-1])))
-
-    def _attach(
-        self, steering: Steering, pl_module: LightningModule, others: Sequence[Callback], *, may_fail: bool
-    ) -> None:
-        """Attach the scales, also to what was built since the last time."""
-        if self._modules != set(map(id, pl_module.modules())):
-            steering.scales = None
-        try:
-            steering.attach(pl_module, None if self.blocks is None else blocks_of(pl_module, self.blocks), others)
-        except (BlocksNotFoundError, ExampleInputError, ConfigurationError):
-            if not may_fail:
-                raise
-        self._modules = set(map(id, pl_module.modules()))
-        if self._load_hook is not None:
-            self._load_hook.remove()
-        self._load_hook = steering.listen(pl_module)
+            self._attachment.set_up(trainer, pl_module, fits=stage == "fit")
+        else:
+            check_order(callbacks, self)
+            self._attachment.set_up_scales(self._steering, trainer, pl_module, others)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the optimizers train the scales.
@@ -216,13 +183,13 @@ class SpectralMonitor(Callback):
         if self._steering is None:
             return
         if self._steering.scales is None:
-            self._steering.adopt(pl_module, blocks_of(pl_module, self.blocks))
+            self._steering.adopt(pl_module, blocks_of(pl_module, self.options.blocks))
         if brings_back_own_weights(trainer.strategy):
             self._steering.check_foldable()
         self._steering.begin(trainer.optimizers)
         for told in (self._steering.held_still(), self._steering.doubt):
             if told is not None:
-                rank_zero_info(told)
+                inform(told)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks and measure them for the first time; on resume, publish what was measured last."""
@@ -231,16 +198,23 @@ class SpectralMonitor(Callback):
         if self._steering is not None:
             self._steering.start(trainer.optimizers)
         if trainer.barebones:
-            rank_zero_info("SpectralMonitor is off, because the Trainer is barebones")
+            inform("SpectralMonitor is off, because the Trainer is barebones")
             return
         restored, self._restored = self._restored, None
         known = restored or remembered(trainer, pl_module, self.state_key)
         goes_on = known is not None and (known.measured_step is None or known.reaches(trainer.global_step))
-        self._series = known if known is not None and goes_on else new_series(trainer, self.linearization)
+        self._series = known if known is not None and goes_on else Series.begin(self.options.linearization)
         remember(trainer, pl_module, self.state_key, self._series)
-        blocks = self._early if self._steering is None else self._steering.blocks
-        self._session = Session(self, self._series, self._steering, blocks, trainer, pl_module, goes_on=goes_on)
+        blocks = self._attachment.early if self._steering is None else self._steering.blocks
+        host = LightningHost(trainer, pl_module, self._series, self.options)
+        self._session = Session(
+            self.options, self._series, self._steering, blocks, host, self.should_measure, goes_on=goes_on
+        )
         self._session.begin()
+
+    def should_measure(self, step: int) -> bool:
+        """Whether to measure at an optimizer step; a subclass may decide otherwise, but alike in all processes."""
+        return self._series.due(step, self.options.every_n_steps)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Have measured the weights that the batch will use, and listen to its forward pass if they were."""
@@ -310,7 +284,7 @@ class SpectralMonitor(Callback):
         if self._steering is None or stage != "fit" or not brings_back_own_weights(trainer.strategy):
             return
         if count := self._steering.fold():
-            rank_zero_info(
+            inform(
                 f"SpectralMonitor folded {count} residual scales into the weights, because the main process gets back "
                 "only weights that its module has. To keep them as scales, call attach_scales(module) before "
                 "trainer.fit(module)"
@@ -335,7 +309,7 @@ class SpectralMonitor(Callback):
             raise ConfigurationError(message)
         restore_unsaved(pl_module, checkpoint)
         if not sites and self._steering is not None and not self._steering.rescaler.dry_run:
-            rank_zero_info("SpectralMonitor: the checkpoint has no residual scales; they start at 1")
+            inform("SpectralMonitor: the checkpoint has no residual scales; they start at 1")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an exact resume needs, as copies of plain values and tensors."""
@@ -343,48 +317,24 @@ class SpectralMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up an earlier state; what is unknown or missing in it does no harm."""
-        self._series = Series(self.linearization)
+        self._series = Series(self.options.linearization)
         self._series.load_state_dict(state_dict)
         # A test loads a checkpoint too, perhaps an older one, and a fit after it does not go on from there.
         self._restored = self._series if self._stage in (None, "fit") else None
 
     def _check_rivals(self, rivals: Sequence[SpectralMonitor]) -> None:
-        if any(other.prefix == self.prefix for other in rivals):
+        if any(other.options.prefix == self.options.prefix for other in rivals):
             raise ConfigurationError(
-                f"two monitors in one Trainer would both write the keys '{self.prefix}/…'; "
-                f"give one of them another prefix, such as prefix='{self.prefix}_{self.linearization}'"
+                f"two monitors in one Trainer would both write the keys '{self.options.prefix}/…'; "
+                f"give one of them another prefix, such as prefix='{self.options.prefix}_{self.options.linearization}'"
             )
-        if self.auto_rescale and any(other.auto_rescale for other in rivals):
+        if self.options.auto_rescale and any(other.options.auto_rescale for other in rivals):
             raise ConfigurationError(
                 "two monitors in one Trainer would both move the scales: let one of them only watch"
             )
 
     def _remove_hooks(self) -> None:
-        if self._load_hook is not None:
-            self._load_hook.remove()
-            self._load_hook = None
-        while self._late:
-            self._late.pop().remove()
+        self._attachment.release()
         self._stage = None
         if self._steering is not None:
             self._steering.release()
-
-
-def _found(
-    pl_module: LightningModule, blocks: Sequence[ResidualBlock] | Mapping[str, Any] | None
-) -> tuple[ResidualBlock, ...] | None:
-    """Find the blocks of a model that ``configure_model`` may shard, and that is no longer readable then."""
-    try:
-        return blocks_of(pl_module, blocks)
-    except (BlocksNotFoundError, ExampleInputError):  # built there: it has found its blocks itself, or will say how to
-        return None
-
-
-def _law(auto_rescale: bool | GainCeiling | ResidualRescaler) -> Law | None:
-    if isinstance(auto_rescale, GainCeiling | ResidualRescaler):
-        return auto_rescale
-    if not isinstance(auto_rescale, bool):
-        raise ConfigurationError(
-            f"auto_rescale={auto_rescale!r}: expected True, False, a GainCeiling(...) or a ResidualRescaler(...)"
-        )
-    return GainCeiling() if auto_rescale else None

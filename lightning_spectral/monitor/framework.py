@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Callback", "log_to_bar", "overrides", "rank_zero_info", "rank_zero_warn", "warn"]
+__all__ = ["Callback", "log_to_bar", "overrides"]
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
     from lightning.pytorch.callbacks import Callback
-    from lightning.pytorch.utilities import rank_zero_only
 
     FRAMEWORK: str
 else:
@@ -21,10 +18,8 @@ else:
     # accepted by either Trainer, also where types are checked (command line).
     try:
         from lightning.pytorch.callbacks import Callback
-        from lightning.pytorch.utilities import rank_zero_only
     except ModuleNotFoundError:
         from pytorch_lightning.callbacks import Callback
-        from pytorch_lightning.utilities import rank_zero_only
 
     FRAMEWORK = Callback.__module__.partition(".callbacks")[0]
     if "pytorch_lightning" in sys.modules and not Callback.__module__.startswith("pytorch_lightning"):
@@ -33,37 +28,7 @@ else:
         Callback = type("Callback", (Callback, Twin), {})
 
 # Messages stand where Lightning's do, and can be muted by the name of this package or by that of Lightning.
-LOG = logging.getLogger("lightning_spectral")
-LOG.parent = logging.getLogger(FRAMEWORK)
-
-
-@rank_zero_only
-def rank_zero_info(message: str) -> None:
-    """Say something, in the first process."""
-    with suppress(Exception):  # of a closed stream
-        LOG.info(message)
-
-
-@rank_zero_only
-def rank_zero_warn(message: str) -> None:
-    """Warn of something, in the first process."""
-    warn(message)
-
-
-def warn(message: str) -> None:
-    """Warn of something, in this process.
-
-    Raises:
-        UserWarning: Warnings are errors in this run.
-    """
-    if LOG.level > logging.WARNING:  # of its own: many set Lightning's to ERROR, to be spared its information
-        return
-    try:
-        warnings.warn(message, stacklevel=4)
-    except Warning:
-        raise
-    except Exception:  # a closed stream: nobody reads it
-        return
+logging.getLogger("lightning_spectral").parent = logging.getLogger(FRAMEWORK)
 
 
 def overrides(pl_module: LightningModule, hook: str) -> bool:

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import uuid
 import weakref
 from typing import TYPE_CHECKING
 
-from lightning_spectral.records import Linearization
 from lightning_spectral.runs.series import Series
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["new_series", "remember", "remembered"]
+__all__ = ["remember", "remembered"]
 
 # A Trainer that fits a module again goes on with its run, also with another monitor: configure_callbacks makes a new
 # one for every fit.
 _SERIES: weakref.WeakKeyDictionary[Trainer, dict[str, tuple[weakref.ref[LightningModule], Series]]]
 _SERIES = weakref.WeakKeyDictionary()
-
-
-def new_series(trainer: Trainer, linearization: Linearization) -> Series:
-    """Begin the series of a new run. Its name is the same in all processes."""
-    run = uuid.uuid4().hex  # of the operating system's randomness, not of a stream that the run draws from
-    if trainer.world_size > 1:
-        run = trainer.strategy.broadcast(run)
-    return Series(linearization, run=run)
 
 
 def remember(trainer: Trainer, pl_module: LightningModule, key: str, series: Series) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -50,6 +51,11 @@ class Series:
     law: list[dict[str, Any]] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)
     unanswered: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, linearization: Linearization) -> Series:
+        """Begin the series of a new run, under a new name."""
+        return cls(linearization, run=uuid.uuid4().hex)  # of the operating system's randomness: no stream is drawn from
 
     def reaches(self, step: int) -> bool:
         """Tell whether the series can go on from an optimizer step: it has begun, and not later than there."""

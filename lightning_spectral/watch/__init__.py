@@ -1,3 +1,5 @@
-"""The core of a watched run, which needs no Trainer."""
+"""The core of a watched run, which needs no Trainer, and :class:`Watch`, its shell for loops of one's own."""
 
-__all__: list[str] = []
+from lightning_spectral.watch.loop import Watch
+
+__all__ = ["Watch"]

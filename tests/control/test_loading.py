@@ -25,9 +25,9 @@ from lightning_spectral import (
 )
 from lightning_spectral.control.optimizers import plain_order, with_fresh_scales
 from lightning_spectral.control.steering import Steering
-from lightning_spectral.monitor.framework import rank_zero_warn
 from lightning_spectral.scales.attach import ResidualScale
 from lightning_spectral.scales.loading import lost_scales, restore_unsaved, saved_sites
+from lightning_spectral.watch.telling import warn
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 IDS = torch.arange(16).view(2, 8)
@@ -262,6 +262,6 @@ def test_a_warning_of_this_package_is_heard_where_lightning_is_mute():
     lightning.setLevel(logging.ERROR)
     try:
         with pytest.warns(UserWarning, match="heard"):
-            rank_zero_warn("heard")
+            warn("heard")
     finally:
         lightning.setLevel(level)

@@ -1,7 +1,7 @@
-"""One call of fit: find the blocks, measure when it is due, act on it. What fails here does no harm to the run.
+"""The core of a watched run: find the blocks, measure when it is due, act on it. What fails does no harm to the run.
 
 The weights of step k are measured when step k is done, and looked at again when they are next about to be used: the
-module's own hooks and other callbacks may have changed them meanwhile. Nothing follows from a measurement before the
+user's code and other callbacks may have changed them meanwhile. Nothing follows from a measurement before the
 forward pass that uses these weights has run: its tokens belong to them too. Then, before the optimizer steps, the
 measurement is written, and the law acts. So a checkpoint between two batches is one of a run that has not measured yet,
 wherever the callback stands that saves it, and a run that goes on from there measures and acts first thing.
@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_spectral.alarms import Event, Memory, falling_tokens, observe
 from lightning_spectral.control.actions import news
@@ -22,12 +22,6 @@ from lightning_spectral.control.steering import Steering
 from lightning_spectral.errors import SpectralError
 from lightning_spectral.measuring.freshness import sign_of_training
 from lightning_spectral.measuring.meter import Meter
-from lightning_spectral.monitor.counts import Steps
-from lightning_spectral.monitor.framework import rank_zero_info, rank_zero_warn, warn
-from lightning_spectral.monitor.outlets import Outlets
-from lightning_spectral.monitor.peers import Peers
-from lightning_spectral.monitor.search import guessed_blocks, shown_blocks, trained_parameters
-from lightning_spectral.monitor.strategies import outermost, will_shard
 from lightning_spectral.records import Measurement, ResidualBlock
 from lightning_spectral.records.plain import to_plain
 from lightning_spectral.runs.journal import described
@@ -35,11 +29,12 @@ from lightning_spectral.runs.series import Series, logged_values
 from lightning_spectral.watch.batch import BatchWatch, unheard
 from lightning_spectral.watch.fingerprint import fingerprint, same_weights
 from lightning_spectral.watch.first_forward import Call, FirstForward
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
-
-    from lightning_spectral.monitor.callback import SpectralMonitor
+from lightning_spectral.watch.host import Host
+from lightning_spectral.watch.options import Options
+from lightning_spectral.watch.outlets import Outlets
+from lightning_spectral.watch.peers import Peers
+from lightning_spectral.watch.search import guessed_blocks, shown_blocks
+from lightning_spectral.watch.telling import inform, warn, warn_here
 
 __all__ = ["Session"]
 
@@ -64,33 +59,35 @@ class _Look:
 
 
 class Session:
-    """What a monitor knows and does between the start and the end of one call of fit.
+    """What is known and done between the start and the end of a run, or of one call of fit.
 
     Args:
-        monitor: Its settings.
+        options: Its settings.
         series: The series of measurements that the session goes on with.
         steering: What moves the residual scales, ``None`` in a run that is only watched.
         blocks: The blocks, ``None`` where they are to be found.
-        trainer: The trainer.
-        pl_module: The module that it trains.
+        host: The loop around it.
+        should_measure: Whether to measure at a step.
         goes_on: Whether the series was begun by an earlier session.
     """
 
     def __init__(
         self,
-        monitor: SpectralMonitor,
+        options: Options,
         series: Series,
         steering: Steering | None,
         blocks: tuple[ResidualBlock, ...] | None,
-        trainer: Trainer,
-        pl_module: LightningModule,
+        host: Host,
+        should_measure: Callable[[int], bool],
         *,
         goes_on: bool,
     ) -> None:
-        self._monitor, self.series, self._steering, self._blocks = monitor, series, steering, blocks
-        self._trainer, self._module, self._goes_on = trainer, pl_module, goes_on
-        self._rehearses = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # public, but not declared
-        self.peers, self.outlets = Peers(trainer, pl_module), Outlets(monitor.prefix)
+        self._options, self.series, self._steering, self._blocks = options, series, steering, blocks
+        self._host, self._should_measure, self._goes_on = host, should_measure, goes_on
+        self.peers = Peers(*host.processes, host.model)
+        self.outlets = Outlets(host.name, options.prefix, host.outlets)
+        if not goes_on:
+            series.run = self.peers.same(series.run)
         self.meter: Meter | None = None
         self._batch_watch: BatchWatch | None = None
         self._awaits_forward = False  # no input could be guessed: the first real forward pass will show one
@@ -99,9 +96,8 @@ class Session:
         self._look: _Look | None = None
         self._latest: Measurement | None = None  # of all processes
         self._weights: dict[str, tuple[bool, int]] = {}  # fingerprint of those that were measured last
-        self._weights_step = 0  # and what the Trainer had counted then
+        self._weights_step = 0  # and what the loop had counted then
         self._unseen = False  # whether weights may have been changed up to the forward pass of this batch
-        self._steps = Steps(trainer, pl_module, series)
         self._failures = 0  # in a row
         self._told: set[str] = set()
 
@@ -110,25 +106,25 @@ class Session:
     def begin(self) -> None:
         """Find the blocks and measure for the first time; on resume, publish what was measured last."""
         if self.series.measured_step is not None:
-            self.outlets.publish(self._trainer, self._module, self.series.values)
+            self.outlets.publish(self.series.values)
         self._search(self._find)
-        self._look_if_due(self._steps.now())
-        if self.meter is not None and self._look is None and not self._module.automatic_optimization:
+        self._look_if_due(self._host.now())
+        if self.meter is not None and self._look is None and self._host.by_hand:
             self._mark(self.meter)
         self._answer(self.series.take_alarms())
 
     def begin_batch(self, batch: Any) -> None:
         """Have measured the weights that the batch will use, and listen to how it uses them."""
-        self._unseen = self._module.automatic_optimization
+        self._unseen = not self._host.by_hand
         if not self._unseen:  # by hand, weights may be changed within the batch in ways that Lightning does not see
             self._look_again()
-        self._look_if_due(self._steps.now())
+        self._look_if_due(self._host.now())
         if self._look is not None:
             self._look = replace(self._labelled(self._look), settled=True)
             if self._batch_watch is not None:
                 self._batch_watch.start()
         if self._awaits_forward:
-            self._awaits_forward, self._first_forward = False, FirstForward(self._module, batch)
+            self._awaits_forward, self._first_forward = False, FirstForward(self._host.model, batch)
 
     def in_use(self) -> None:
         """Look whether the weights that the forward pass has used are those that were measured."""
@@ -142,14 +138,14 @@ class Session:
         if self._look is None or not self._look.settled:
             return
         # By hand, another model may step first, and this one has not even run yet.
-        watch = None if self._module.automatic_optimization else self._batch_watch
+        watch = self._batch_watch if self._host.by_hand else None
         if watch is None or self.peers.agree(watch.complete):
             self._conclude()
 
     def end_batch(self) -> None:
         """Measure if it is due, and do what an alarm asks for."""
         self._notice_uncounted()
-        step = self._steps.now(done=1)
+        step = self._host.now(done=1)
         if self._look is not None and self._look.settled and self._look.measurement.step != step:
             self._conclude()  # the optimizer is one that Lightning does not see
         if self._first_forward is not None:
@@ -157,7 +153,7 @@ class Session:
             self._first_forward = None
         self._look_if_due(step, done=1)
         self._answer(self.series.take_alarms())
-        self.outlets.show(self._module, self.series.values)
+        self.outlets.show(self.series.values)
 
     def refresh(self) -> None:
         """Publish what is true of the weights now, for callbacks that save or stop by it."""
@@ -165,12 +161,12 @@ class Session:
 
     def end(self) -> None:
         """Measure the final weights, while they are where they were trained."""
-        self._look_at_last(also=self._latest is None or self._latest.step != self._steps.now())
+        self._look_at_last(also=self._latest is None or self._latest.step != self._host.now())
         self._stop_listening()
 
     def close(self) -> None:
         """Look whether others have put other weights into their place; write, draw and print the last measurement."""
-        if not will_shard(self._trainer.strategy):  # those can no longer be read then, and nobody averages them
+        if not self._host.shards:  # those can no longer be read then, and nobody averages them
             self._look_at_last()
         if self._look is not None:
             look, self._look = self._look, None
@@ -178,15 +174,15 @@ class Session:
             # A run that goes on takes this measurement anew, with its tokens: nothing else follows from it now.
             if self._guard("writing", self._write, look, memory, events):
                 self.series.measured_step = look.measurement.step
-            if callable(self._monitor.on_alarm):
+            if callable(self._options.on_alarm):
                 self._answer([event for event in events if event.level == "alarm"])
-        self.outlets.draw(self._trainer, self.series.batches)
+        self.outlets.draw(self.series.batches)
         if self._latest is not None:
             self.outlets.print(self._latest)
 
     def abandon(self) -> None:
         """Write down what was measured last of a run that breaks off, and leave no listener in the model."""
-        if self._look is not None and not self._rehearses:
+        if self._look is not None and not self._host.rehearses:
             look, self._look = self._look, None
             with suppress(Exception):  # each process for itself: the others may be somewhere else
                 self._write(look, self.series.memory, ())
@@ -200,13 +196,13 @@ class Session:
 
     def _notice_uncounted(self) -> None:
         """See whether weights change although the Trainer counts no step; then batches count as steps."""
-        self._steps.end_batch()
-        doubtful = self._steps.doubtful(self._monitor.every_n_steps) and self._weights_step == self._steps.counted
+        self._host.end_batch()
+        doubtful = self._host.doubtful(self._options.every_n_steps) and self._weights_step == self._host.counted()
         if self.meter is None or not doubtful or self._unchanged(self.meter):
             return
         self.series.counts_batches = True
         if self._look is not None:  # taken before the first batch of which this can be known
-            step = max(self._steps.counted, self._look.index)
+            step = max(self._host.counted(), self._look.index)
             self._look = replace(self._look, measurement=replace(self._look.measurement, step=step))
 
     # Finding the blocks.
@@ -218,8 +214,8 @@ class Session:
     def _find(self) -> None:
         blocks = self._blocks
         if blocks is None:
-            trained = trained_parameters(self._trainer, self._module)
-            blocks = guessed_blocks(self._module, self._monitor.blocks, trained)
+            trained = self._host.trained()
+            blocks = guessed_blocks(self._host.model, self._options.blocks, trained)
         if blocks is None:
             self._awaits_forward = True
         else:
@@ -227,42 +223,46 @@ class Session:
 
     def _find_late(self, first_forward: FirstForward) -> None:
         first_forward.stop()
-        trained = trained_parameters(self._trainer, self._module)
+        trained = self._host.trained()
         calls = first_forward.calls(trained)
-        self._watch(*shown_blocks(self._module, self._monitor.blocks, calls, trained))
+        self._watch(*shown_blocks(self._host.model, self._options.blocks, calls, trained))
 
     def _watch(self, blocks: tuple[ResidualBlock, ...], calls: Sequence[Call] = ()) -> None:
-        monitor, zone, model = self._monitor, self._monitor.safe_zone, self._module
-        rule = monitor.linearization
-        read = outermost(self._trainer.strategy, model)
-        self.meter = Meter(read, blocks, linearization=rule, solver=monitor.solver, safe_zone=zone)
+        options, model = self._options, self._host.model
+        self.meter = Meter(
+            self._host.weights,
+            blocks,
+            linearization=options.linearization,
+            solver=options.solver,
+            safe_zone=options.safe_zone,
+        )
         self.series.blocks = to_plain(blocks)
         for note in (*getattr(blocks, "notes", ()), *_doubts(blocks)):
-            rank_zero_info(f"SpectralMonitor: {note}")
-        if monitor.geometry:
+            inform(f"{self._host.name}: {note}")
+        if options.geometry:
             self._batch_watch = BatchWatch(model, blocks, calls)
             if told := unheard(model, blocks):
-                rank_zero_info(f"SpectralMonitor: {told}")
+                inform(f"{self._host.name}: {told}")
         if self.series.warm_start:
             self.meter.load_state_dict(self.series.warm_start)
-        if not self._rehearses:
-            header = {"linearization": rule, "safe_zone": zone, "every_n_steps": monitor.every_n_steps}
+        if not self._host.rehearses:
+            header = {name: getattr(options, name) for name in ("linearization", "safe_zone", "every_n_steps")}
             header |= {"run": self.series.run}
             header["rescaler"] = None if self._steering is None else self._steering.rescaler.to_dict()
             header["blocks"] = [described(block) for block in blocks]
-            step = self._steps.now()
+            step = self._host.now()
             # What is due is measured now, also if the file has it already: it was written at the end of a fit.
-            kept = step - 1 if self.series.due(step, monitor.every_n_steps) else step
-            self.outlets.open(self._trainer, header, kept if self._goes_on else None)
+            kept = step - 1 if self._should_measure(step) else step
+            self.outlets.open(header, kept if self._goes_on else None)
 
     # Measuring.
 
     def _look_if_due(self, step: int, *, done: int = 0) -> None:
-        rehearsed = self._rehearses and self._latest is not None
+        rehearsed = self._host.rehearses and self._latest is not None
         if self.meter is None or self._look is not None or rehearsed:
             return
-        if self.series.due(step, self._monitor.every_n_steps):
-            self._measure(self.meter, step, self._steps.index(done=done))
+        if self._should_measure(step):
+            self._measure(self.meter, step, self._host.index(done=done))
 
     def _look_again(self) -> None:
         """Measure again, from where the last measurement began, if the weights are others by now."""
@@ -272,22 +272,22 @@ class Session:
 
     def _labelled(self, look: _Look) -> _Look:
         """Label a measurement anew: a Trainer that resumes brings its counts up to date only when it begins a batch."""
-        measurement = replace(look.measurement, step=self._steps.now())
-        return replace(look, measurement=measurement, index=self._steps.index())
+        measurement = replace(look.measurement, step=self._host.now())
+        return replace(look, measurement=measurement, index=self._host.index())
 
     def _look_at_last(self, *, also: bool = False) -> None:
         """Measure the weights that the user will get if they are not those that were measured last, or if told to."""
-        if self._rehearses or self.meter is None:
+        if self._host.rehearses or self.meter is None:
             return
         if self._look is not None:
             self._look_again()
             if self._look is not None:
                 self._look = self._labelled(self._look)
         elif also or (self._latest is not None and not self._unchanged(self.meter)):
-            self._measure(self.meter, self._steps.now(), self._steps.index())
+            self._measure(self.meter, self._host.now(), self._host.index())
 
     def _mark(self, meter: Meter) -> None:
-        self._weights, self._weights_step = fingerprint(meter.model, meter.blocks), self._trainer.global_step
+        self._weights, self._weights_step = fingerprint(meter.model, meter.blocks), self._host.counted()
 
     def _unchanged(self, meter: Meter) -> bool:
         """Whether no process sees other weights than those that were measured last."""
@@ -303,13 +303,13 @@ class Session:
         measurement, alike = self.peers.combined(self._share)
         if not alike and self._steering is not None and not self._steering.disarmed:
             self._steering.disarmed = True
-            rank_zero_warn(
-                f"SpectralMonitor found residual scales that differ between processes at step {measurement.step}: "
+            warn(
+                f"{self._host.name} found residual scales that differ between processes at step {measurement.step}: "
                 "something else has changed them in one process. It steers no more in this run"
             )
         self._look, self._latest = _Look(measurement, index, meter, settled), measurement
         _, memory = observe(self.series.memory, measurement)
-        self.outlets.publish(self._trainer, self._module, self._values(measurement, memory))
+        self.outlets.publish(self._values(measurement, memory))
 
     def _take_part(self, meter: Meter, step: int) -> None:
         """Measure the share of this process."""
@@ -334,14 +334,14 @@ class Session:
         """Add what was heard. What goes wrong with it costs the tokens, and is told once."""
         if not watch.heard and "heard" not in self._told:
             self._told.add("heard")
-            rank_zero_info(
-                f"SpectralMonitor: no token geometry at step {measurement.step}, because no block ran in a pass that "
+            inform(
+                f"{self._host.name}: no token geometry at step {measurement.step}, because no block ran in a pass that "
                 "trained; compiled code and passes in evaluation are not heard"
             )
         try:
             measurement = watch.add_to(measurement)
         except Exception as error:
-            if self._monitor.on_error == "raise":
+            if self._options.on_error == "raise":
                 raise
             self._tell_once(f"no token geometry at step {measurement.step} ({type(error).__name__}: {error})")
         return self.peers.combined(measurement)[0]
@@ -351,9 +351,9 @@ class Session:
         actions: tuple[Action, ...] = ()
         events = self.series.observe(measurement)
         if self._steering is not None and (steer or self._steering.rescaler.at_once):
-            law, optimizers = self.series.law, self._trainer.optimizers
+            law, optimizers = self.series.law, self._host.optimizers
             for notice in self._steering.notices(optimizers):
-                rank_zero_warn(f"SpectralMonitor, step {measurement.step}: {notice}")
+                warn(f"{self._host.name}, step {measurement.step}: {notice}")
             falling = falling_tokens(self.series.memory)
             actions, self.series.law = self._steering.act(
                 measurement,
@@ -364,42 +364,40 @@ class Session:
             )
         self._write(look, self.series.memory, events, actions)
         if self._steering is not None and (told := news(actions, measurement, dry_run=self._steering.rescaler.dry_run)):
-            rank_zero_info(told)
+            inform(told)
 
     def _is_trained(self) -> bool:
         """Whether the law meets a model that was trained before: what it has learned to use, is not taken from it."""
         assert self.meter is not None
         sign = sign_of_training(self.meter.model, self.meter.blocks)
         if sign is not None:
-            rank_zero_info(
-                f"SpectralMonitor: the model looks trained ({sign}), so no branch is lowered below the norm it has now"
+            inform(
+                f"{self._host.name}: the model looks trained ({sign}), so no branch is lowered below the norm that it "
+                "has now"
             )
         return sign is not None
 
     def _write(self, look: _Look, memory: Memory, events: Sequence[Event], actions: Sequence[Action] = ()) -> None:
         self._latest, self.series.batches = look.measurement, look.index
         self.series.values = self._values(look.measurement, memory, sum(action.moves for action in actions))
-        self.outlets.write(self._trainer, self._module, self.series, look.measurement, events, actions)
+        self.outlets.write(self.series, look.measurement, events, actions)
 
     def _values(self, measurement: Measurement, memory: Memory, moved: int = 0) -> dict[str, float]:
         rescaled = None if self._steering is None else moved
-        prefix, per_layer = self._monitor.prefix, self._monitor.per_layer
+        prefix, per_layer = self._options.prefix, self._options.per_layer
         return logged_values(measurement, memory, prefix, per_layer=per_layer, rescaled=rescaled)
 
     def _answer(self, alarms: Sequence[Event]) -> None:
         """Do at an alarm what the user asked for; what the user's own function raises is no telemetry that failed."""
         for event in alarms:
-            if callable(self._monitor.on_alarm):
-                self._monitor.on_alarm(self._trainer, self._module, event)
-            elif self._monitor.on_alarm == "stop":
-                self._trainer.should_stop = True
+            self._host.answer(event)
 
     # Failures.
 
     def _tell_once(self, message: str) -> None:
         if message.partition(" at step")[0] not in self._told:
             self._told.add(message.partition(" at step")[0])
-            rank_zero_warn(f"SpectralMonitor: {message}; training goes on, and so do the other measurements")
+            warn(f"{self._host.name}: {message}; training goes on, and so do the other measurements")
 
     def _guard(self, what: str, action: Callable[..., None], *args: Any) -> bool:
         """Run one piece of telemetry and return whether it went well, in all processes.
@@ -413,16 +411,16 @@ class Session:
         if self.peers.agree(error is None):
             return True
         mendable = isinstance(error, SpectralError) and self._latest is None
-        if not self.peers.agree(error is None or not (mendable or self._monitor.on_error == "raise")):
-            raise error or SpectralError(f"SpectralMonitor failed in {what} in another process, whose error says why")
+        if not self.peers.agree(error is None or not (mendable or self._options.on_error == "raise")):
+            raise error or SpectralError(f"{self._host.name} failed in {what} in another process, whose error says why")
         failure = None if error is None else f"{type(error).__name__}: {error}"
         self._failures += 1
         end = "it is switched off now" if self._failures == PATIENCE else "training goes on"
-        told = f"SpectralMonitor failed in {what} ({failure or 'in another process'}); {end}"
+        told = f"{self._host.name} failed in {what} ({failure or 'in another process'}); {end}"
         if failure is None or self.peers.rank == 0:
-            rank_zero_warn(told)
-        else:  # the process that knows why
             warn(told)
+        else:  # the process that knows why
+            warn_here(told)
         return False
 
 

@@ -10,17 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from lightning_spectral.linalg.norms.solution import NOT_FINITE, OUT_OF_RANGE
 from lightning_spectral.measuring.meter import EMPTY_NORM
 from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 __all__ = ["Peers"]
 
@@ -30,20 +26,32 @@ _OWN, _ALL = 6, 5  # numbers per block: of the one process that measured it, and
 
 
 class Peers:
-    """The processes of one call of fit, seen from one of them.
+    """The processes of one run, seen from one of them.
 
     Args:
-        trainer: Its strategy has the collectives.
-        pl_module: Its device is where they run.
+        rank: Number of this process.
+        count: How many there are.
+        model: Its device is where collectives run.
     """
 
-    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._strategy, self._device = trainer.strategy, pl_module.device
-        self.rank, self.count = trainer.global_rank, trainer.world_size
+    def __init__(self, rank: int, count: int, model: nn.Module) -> None:
+        self.rank, self.count = rank, count
+        self._device = next((item.device for item in model.parameters()), torch.device("cpu"))
 
     def agree(self, fine: bool) -> bool:
         """Whether all is fine in every process."""
-        return fine if self.count == 1 else bool(self._strategy.reduce_boolean_decision(fine, all=True))
+        if self.count == 1:
+            return fine
+        doubts = torch.tensor(int(not fine), device=self._device)
+        distributed.all_reduce(doubts)
+        return not int(doubts)
+
+    def same(self, text: str) -> str:
+        """Return the text of the first process, in all of them."""
+        texts = [text]
+        if self.count > 1:
+            distributed.broadcast_object_list(texts, device=self._device)
+        return texts[0]
 
     def combined(self, measurement: Measurement) -> tuple[Measurement, bool]:
         """Return the measurement of all processes, and whether the residual scales are the same in all of them.

@@ -1,0 +1,193 @@
+"""``SpectralCallback``: the shell for the Trainer of Hugging Face's transformers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import CallbackHandler, ExportableState
+
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.scales import attach_scales, fuse_scales
+from lightning_spectral.watch import Watch
+from lightning_spectral.watch.options import AutoRescale, Options
+from lightning_spectral.watch.search import blocks_of
+from lightning_spectral.watch.telling import inform, warn
+
+__all__ = ["SpectralCallback"]
+
+
+class SpectralCallback(TrainerCallback, ExportableState):
+    """Measures the spectral ratio of MLP to attention of every residual block while a transformers.Trainer trains.
+
+    .. code-block:: python
+
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[SpectralCallback(every_n_steps=50)])
+
+    What ``report_to`` names gets the keys of :class:`SpectralMonitor` (behind ``train/``, as those do with every key),
+    and so does ``state.log_history``. ``output_dir`` gets ``spectral.jsonl`` and ``spectral.png``. A checkpoint gets
+    ``spectral.pt``, from which a run that is resumed goes on exactly.
+
+    With ``auto_rescale``, the model has residual scales, which ``save_pretrained`` writes and ``from_pretrained`` does
+    not read: fold them into the weights before (:func:`fuse_scales`), or ask for it with ``fuse_at_end``.
+
+    Args:
+        every_n_steps: Optimizer steps between two measurements.
+        auto_rescale: Whether to steer, as in :class:`SpectralMonitor`.
+        fuse_at_end: Whether to fold the scales into the weights when training ends. The model computes what it did.
+        options: The other settings of :class:`Watch`. ``on_alarm="stop"`` ends training.
+
+    Raises:
+        ConfigurationError: An argument cannot be used.
+    """
+
+    def __init__(
+        self, every_n_steps: int = 50, auto_rescale: AutoRescale = False, *, fuse_at_end: bool = False, **options: Any
+    ) -> None:
+        self._options = {"every_n_steps": every_n_steps, "auto_rescale": auto_rescale, **options}
+        self._fuse_at_end = fuse_at_end
+        try:
+            self._checked = Options(**self._options)
+        except TypeError as error:  # a name that is none
+            raise ConfigurationError(f"SpectralCallback: {error}; the options are those of Watch") from None
+        self._handler: CallbackHandler | None = None
+        self._watch: Watch | None = None
+        self._state: Mapping[str, Any] | None = None  # plain values, from a checkpoint
+        self._warned = False
+
+    # In the order in which the Trainer calls them.
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
+    ) -> None:
+        """Attach the scales, so that a checkpoint of a steered run can be loaded."""
+        self._handler = _caller()
+        law = self._checked.law
+        if law is not None and not law.dry_run:
+            blocks = self._checked.blocks
+            named = None if blocks is None else blocks_of(model, blocks)
+            attach_scales(model, named, learnable=law.learnable)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **others: Any,
+    ) -> None:
+        """Begin to watch, where a resumed run had stopped."""
+        if self._watch is not None:  # of a run that failed, of which callbacks hear nothing
+            self._watch.abandon()
+        self._watch = _Watch(model, args.output_dir, optimizers=[optimizer], **self._options)
+        known = _saved(args, state, self._checked.prefix) or self._state
+        if known is not None and state.global_step:
+            self._watch.load_state_dict({**known, "step": state.global_step})
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take note that forward passes come next."""
+        if self._watch is not None:
+            self._watch.before_step()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
+    ) -> TrainerControl | None:
+        """Measure if it is time to, and report what is complete."""
+        if self._watch is None:
+            return None
+        self._report(self._watch.step(state.global_step), args, state, control, model)
+        if self._watch.should_stop:
+            control.should_training_stop = True
+        return control
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
+    ) -> None:
+        """Leave what an exact resume needs in the checkpoint."""
+        if self._watch is None:
+            return
+        if state.is_world_process_zero and (folder := _checkpoint(args, state)).is_dir():
+            torch.save(self._watch.state_dict(), folder / f"{self._checked.prefix}.pt")
+        if self._checked.law is not None and not self._checked.law.dry_run and not self._warned:
+            self._warned = True
+            warn(
+                "SpectralCallback: checkpoints of this run have residual scales. A Trainer with this callback resumes "
+                "from them, from_pretrained does not read them: call fuse_scales(model) before save_pretrained, or "
+                "SpectralCallback(fuse_at_end=True)"
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
+    ) -> None:
+        """Measure the final weights; fold the scales if asked."""
+        if self._watch is None:
+            return
+        watch, self._watch = self._watch, None
+        self._report(watch.close(), args, state, control, model)
+        if self._fuse_at_end:
+            fuse_scales(model)
+
+    # Resume through the state of the Trainer, which is JSON and therefore has no warm start.
+
+    def state(self) -> dict[str, Any]:
+        """Return the settings that are plain values, and what is known of the run without tensors."""
+        known = {} if self._watch is None else self._watch.state_dict()
+        plain = {name: value for name, value in self._options.items() if isinstance(value, bool | int | float | str)}
+        kept = {name: value for name, value in known.items() if name not in ("warm_start", "blocks")}
+        return {"args": {**plain, "fuse_at_end": self._fuse_at_end}, "attributes": {"_state": kept or None}}
+
+    def _report(
+        self,
+        values: Mapping[str, float],
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any,
+    ) -> None:
+        """Hand values to whatever reports, past the callbacks that would print them among the losses."""
+        if not values:
+            return
+        state.log_history.append({**values, "step": state.global_step})
+        for reporter in () if self._handler is None else self._handler.callbacks:
+            if reporter is not self and not isinstance(reporter, PrinterCallback | ProgressCallback):
+                reporter.on_log(args, state, control, logs=dict(values), model=model)
+
+
+class _Watch(Watch):
+    """A watch that speaks in the name of the callback."""
+
+    speaker = "SpectralCallback"
+
+
+def _caller() -> CallbackHandler | None:
+    """Return the handler that calls a callback: it knows who reports, and the Trainer passes neither of them on."""
+    found = sys._getframe(2).f_locals.get("self")
+    if isinstance(found, CallbackHandler):
+        return found
+    inform("SpectralCallback: report_to gets no values, because the callback was not called by a Trainer")
+    return None
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+
+
+def _saved(args: TrainingArguments, state: TrainerState, prefix: str) -> Mapping[str, Any] | None:
+    """Return the state in the checkpoint that a run goes on from, ``None`` where there is none."""
+    path = _checkpoint(args, state) / f"{prefix}.pt"
+    if not state.global_step or not path.is_file():
+        return None
+    loaded: Mapping[str, Any] = torch.load(path, weights_only=True)
+    return loaded

@@ -1,0 +1,354 @@
+"""``Watch``: the shell for a loop of one's own, plain or of Lightning Fabric or Accelerate."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_spectral import _checks
+from lightning_spectral.alarms import Event
+from lightning_spectral.control.steering import Steering
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.linalg import Solver
+from lightning_spectral.linalg.sharding.flattened import is_flattened
+from lightning_spectral.runs.series import Series
+from lightning_spectral.watch.options import AutoRescale, Options, Wanted
+from lightning_spectral.watch.outlets import Folder, Outlet
+from lightning_spectral.watch.search import blocks_of, trained_parameters
+from lightning_spectral.watch.session import Session
+from lightning_spectral.watch.telling import inform
+
+__all__ = ["Watch"]
+
+
+class Watch:
+    """Watches the training loop of a model, and steers it if asked: :class:`SpectralMonitor` without a Trainer.
+
+    .. code-block:: python
+
+        optimizer = AdamW(model.parameters())
+        with Watch(model, "runs/first", every_n_steps=10, optimizers=optimizer) as watch:
+            for step, batch in enumerate(loader, start=1):
+                watch.before_step(batch)
+                model(batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                print(watch.step(step))
+
+    The weights are measured before the first step, then after every ``every_n_steps`` steps, and at the end. What
+    follows from a measurement (tokens, alarms, moves of scales) follows within the next batch, behind its forward pass
+    and before the optimizer steps. In several processes, every one of them has a watch and calls the same methods.
+
+    Args:
+        model: The model, or what ``DistributedDataParallel`` or ``FullyShardedDataParallel`` made of it. Scales are
+            attached here, so a model that will be wrapped, sharded or compiled comes before that, or with scales
+            (:func:`attach_scales`).
+        folder: Gets ``spectral.jsonl`` and ``spectral.png``. Without one nothing is written.
+        optimizers: What trains the model. Needed for steering, which acts between a backward pass and a step.
+        every_n_steps: As in :class:`SpectralMonitor`, like all that follow.
+        auto_rescale: Whether to steer.
+        linearization: The rule that turns branches into linear operators.
+        safe_zone: The interval of ratios that counts as balanced.
+        blocks: The blocks, or hints for finding them.
+        solver: How spectral norms are computed.
+        geometry: Whether to measure tokens and updates too.
+        per_layer: Whether values are given for every block, besides the summary.
+        on_alarm: What to do at an alarm beyond telling it: nothing, ``"stop"``, which sets :attr:`should_stop`, or call
+            ``on_alarm(event)``.
+        on_error: What to do when a measurement fails.
+        prefix: First part of every key and file name.
+
+    Attributes:
+        should_stop: Whether an alarm has asked for the end of the run.
+
+    Raises:
+        ConfigurationError: An argument cannot be used, or a scale would not be trained.
+        BlocksNotFoundError, ExampleInputError: The blocks to steer cannot be found.
+    """
+
+    speaker = "Watch"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: str | PathLike[str] | None = None,
+        *,
+        optimizers: Optimizer | Iterable[Optimizer] = (),
+        every_n_steps: int = 50,
+        auto_rescale: AutoRescale = False,
+        linearization: Literal["circuit", "paper"] = "circuit",
+        safe_zone: tuple[float, float] = (0.5, 2.0),
+        blocks: Wanted = None,
+        solver: Solver | None = None,
+        geometry: bool | None = None,
+        per_layer: bool = False,
+        on_alarm: Literal["log", "stop"] | Callable[[Event], object] = "log",
+        on_error: Literal["warn", "raise"] = "warn",
+        prefix: str = "spectral",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigurationError(f"model is a {type(model).__name__}, expected the torch.nn.Module that is trained")
+        self.options = Options(
+            every_n_steps=every_n_steps,
+            auto_rescale=auto_rescale,
+            linearization=linearization,
+            safe_zone=safe_zone,
+            blocks=blocks,
+            solver=solver,
+            geometry=geometry,
+            per_layer=per_layer,
+            on_alarm=on_alarm,
+            on_error=on_error,
+            prefix=prefix,
+        )
+        self.should_stop = False
+        self._host = _LoopHost(self, model, _unwrapped(optimizers), None if folder is None else Path(folder))
+        self._series = Series.begin(linearization)
+        self._goes_on = self._closed = self._in_batch = False
+        self._session: Session | None = None
+        self._hooks: list[RemovableHandle] = []
+        law = self.options.law
+        self._steering = None if law is None else Steering(law, self.options.safe_zone)
+        if self._steering is not None:
+            self._attach(self._steering)
+
+    def _attach(self, steering: Steering) -> None:
+        host = self._host
+        if not host.optimizers:
+            raise ConfigurationError(
+                "auto_rescale without optimizers: steering acts between a backward pass and a step, so name what "
+                "steps, Watch(model, ..., auto_rescale=True, optimizers=optimizer)"
+            )
+        steering.set_up()
+        steering.attach(host.model, None if host.wanted is None else blocks_of(host.model, host.wanted))
+        steering.begin(host.optimizers)
+        for told in (steering.held_still(), steering.doubt):
+            if told is not None:
+                inform(f"{host.name}: {told}")
+
+    # In a loop.
+
+    def should_measure(self, step: int) -> bool:
+        """Whether to measure at a step; a subclass may decide otherwise, but alike in all processes."""
+        return self._series.due(step, self.options.every_n_steps)
+
+    def before_step(self, batch: Any = None) -> None:
+        """Take note that a forward pass comes next.
+
+        Args:
+            batch: What it is of. It is needed only where the model is called with nothing else, which is not a forward
+                pass but a strategy's way into one.
+        """
+        self._begin().begin_batch(batch)
+        self._in_batch = True
+
+    def step(self, step: int) -> Mapping[str, float]:
+        """Take note that an optimizer step is done, and measure if it is time to.
+
+        Args:
+            step: How many steps are done: 1 after the first.
+
+        Returns:
+            What was measured of the weights before this step and is complete now, by the keys of
+            :class:`SpectralMonitor`; empty where nothing was.
+        """
+        session, host = self._begin(), self._host
+        step = _checks.steps("step", step, least=host.now())
+        if not self._in_batch:  # the user says nothing of forward passes, so nothing is heard of them
+            session.begin_batch(None)
+        self._in_batch = False
+        host.steps = step
+        session.end_batch()
+        return host.take()
+
+    def close(self) -> Mapping[str, float]:
+        """Measure the final weights, write and draw what is left, and leave no hook in the model. Scales stay.
+
+        Returns:
+            What was measured last.
+        """
+        if self._session is not None and not self._closed:
+            self._closed = True
+            self._session.end()
+            self._session.close()
+            self._release()
+        return self._host.take()
+
+    def __enter__(self) -> Self:
+        """Return the watch, which :meth:`close` ends."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the watch; where the loop failed, write what there is and measure nothing any more."""
+        if error is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """End without another measurement: write what there is, and leave no hook in the model."""
+        if self._session is not None and not self._closed:
+            self._closed = True
+            self._session.abandon()
+            self._release()
+
+    # What a checkpoint keeps.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an exact resume needs, as copies of plain values and tensors."""
+        return {"step": self._host.now(), **self._series.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from an earlier state, before the first step.
+
+        Raises:
+            ConfigurationError: The watch has begun already.
+        """
+        if self._session is not None:
+            raise ConfigurationError("load_state_dict comes before the first before_step() or step() of a watch")
+        series = Series(self.options.linearization)
+        series.load_state_dict(copy.deepcopy(dict(state)))
+        self._host.steps = _checks.steps("step", state.get("step", series.measured_step or 0), least=0)
+        if series.reaches(self._host.steps):
+            self._series, self._goes_on = series, True
+
+    # Behind it.
+
+    def _begin(self) -> Session:
+        if self._closed:
+            raise ConfigurationError("the watch is closed: make another one to go on")
+        if self._session is None:
+            steering, host = self._steering, self._host
+            self._hooks = [item.register_step_pre_hook(self._before_optimizer) for item in host.optimizers]
+            if steering is not None:
+                steering.start(host.optimizers)
+            blocks = None if steering is None else steering.blocks
+            self._session = Session(
+                self.options, self._series, steering, blocks, host, self.should_measure, goes_on=self._goes_on
+            )
+            self._session.begin()
+        return self._session
+
+    def _before_optimizer(self, optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Act between a backward pass and a step. A step that is given a closure runs its passes later."""
+        if self._session is None or not self._in_batch or any(map(callable, (*args, *kwargs.values()))):
+            return
+        if self._steering is not None:
+            self._steering.check_gradients()
+        self._session.before_step()
+
+    def _release(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        if self._steering is not None:
+            self._steering.release()
+
+    def __repr__(self) -> str:
+        """Return the call that makes such a watch."""
+        return f"{type(self).__name__}({type(self._host.model).__name__}, {self.options.changed()})"
+
+
+class _LoopHost:
+    """A loop that counts its own steps. :class:`~lightning_spectral.watch.host.Host` says what each member is for."""
+
+    rehearses = False
+
+    def __init__(self, watch: Watch, model: nn.Module, optimizers: Sequence[Optimizer], folder: Path | None) -> None:
+        self._watch, self._outer, self.optimizers = watch, model, optimizers
+        self.name, self.steps = watch.speaker, 0
+        self.wanted = watch.options.blocks
+        self._values = _Values()
+        self._outlets: list[Outlet] = [self._values, *([] if folder is None else [Folder(folder)])]
+
+    @property
+    def model(self) -> nn.Module:
+        wraps = isinstance(self._outer, DistributedDataParallel) or is_flattened(self._outer)
+        inner = self._outer.module if wraps else self._outer
+        assert isinstance(inner, nn.Module)
+        return inner
+
+    @property
+    def weights(self) -> nn.Module:
+        return self._outer if is_flattened(self._outer) else self.model
+
+    @property
+    def processes(self) -> tuple[int, int]:
+        together = distributed.is_available() and distributed.is_initialized()
+        return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+
+    @property
+    def shards(self) -> bool:
+        return any(hasattr(parameter, "device_mesh") for parameter in self._outer.parameters())
+
+    @property
+    def by_hand(self) -> bool:
+        return len(self.optimizers) > 1
+
+    def counted(self) -> int:
+        return self.steps
+
+    def now(self, *, done: int = 0) -> int:
+        return self.steps
+
+    def index(self, *, done: int = 0) -> int:
+        return self.steps
+
+    def end_batch(self) -> None:
+        pass
+
+    def doubtful(self, every_n_steps: int) -> bool:
+        return False
+
+    def trained(self) -> Sequence[Tensor]:
+        return trained_parameters(self.model, self.optimizers)
+
+    def outlets(self) -> Sequence[Outlet]:
+        return self._outlets
+
+    def answer(self, alarm: Event) -> None:
+        on_alarm = self._watch.options.on_alarm
+        if callable(on_alarm):
+            on_alarm(alarm)
+        elif on_alarm == "stop":
+            self._watch.should_stop = True
+
+    def take(self) -> Mapping[str, float]:
+        """Return the values of a measurement that has become complete, once."""
+        return self._values.take()
+
+
+class _Values(Outlet):
+    """Keeps the values of a measurement until they are taken."""
+
+    def __init__(self) -> None:
+        self._kept: Mapping[str, float] = {}
+
+    def log(self, values: Mapping[str, float], index: int) -> None:
+        self._kept = values
+
+    def take(self) -> Mapping[str, float]:
+        kept, self._kept = self._kept, {}
+        return kept
+
+
+def _unwrapped(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
+    """Return optimizers without what Fabric and Accelerate put around them: hooks are called on the inner ones."""
+    found = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    for number, item in enumerate(found):
+        while isinstance(inner := getattr(item, "optimizer", None), Optimizer):
+            item = inner
+        if not isinstance(item, Optimizer):
+            raise ConfigurationError(f"optimizers has a {type(item).__name__}, expected torch.optim.Optimizer")
+        found[number] = item
+    return found

@@ -1,0 +1,47 @@
+"""Run by ``test_loops.py`` in two processes: one run in every kind of loop, and what this process saw of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from processes import join
+from shells import SHELLS, Run, built
+from torch import distributed, nn
+
+from lightning_spectral import History
+from lightning_spectral.control import GainCeiling
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def strong() -> nn.Module:
+    model = built()
+    for block in model.blocks:
+        block.mlp[2].weight.data *= 30
+    return model
+
+
+def seen(shell: str, folder: Path) -> dict[str, object]:
+    """Train with one shell, and return what the law did to this process's scales and what the first process wrote."""
+    run = Run(folder / shell, options={"every_n_steps": 2, "auto_rescale": GainCeiling()}, model=strong())
+    SHELLS[shell](run)
+    if distributed.is_initialized():
+        distributed.barrier()
+    history = History.read(run.journal)
+    return {
+        "scales": {name: float(item) for name, item in run.model.named_parameters() if "log_scale" in name},
+        "steps": history.steps,
+        "ratios": history.values("ratio").tolist(),
+        "tokens": history.values("token_residual").tolist(),
+        "moves": [[action["step"], action["block"], action["mlp_log_change"]] for action in history.actions],
+    }
+
+
+if __name__ == "__main__":
+    target, shell = Path(sys.argv[1]), sys.argv[2]
+    if shell == "plain":  # nobody else does
+        join(target)
+    (target / f"{RANK}.json").write_text(json.dumps(seen(shell, target)))

@@ -1,0 +1,402 @@
+"""What a watched run promises, whatever loop it is watched in: the same tests for every shell."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shells import BATCHES, GPT, SHELLS, Run, built, loader
+from torch import Tensor, nn
+
+from lightning_spectral import (
+    ConfigurationError,
+    GainCeiling,
+    History,
+    ResidualRescaler,
+    attach_scales,
+    find_blocks,
+    fuse_scales,
+)
+from lightning_spectral.alarms import Event
+from lightning_spectral.hugging_face import SpectralCallback
+from lightning_spectral.linalg import ExactSVD, RandomizedSVD
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:The dataloader, train_dataloader, does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:SpectralCallback. checkpoints of this run have residual scales"),
+]
+Shell = Callable[[Run], Any]
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "watched": {"every_n_steps": 2},
+    "tokens": {"every_n_steps": 2, "geometry": True},
+    "ceiling": {"every_n_steps": 2, "auto_rescale": True},
+    "learned": {"every_n_steps": 2, "auto_rescale": GainCeiling(learnable=True)},
+    "band": {"every_n_steps": 2, "auto_rescale": ResidualRescaler(patience=1, inner_zone=(0.99, 1.01))},
+}
+
+
+@pytest.fixture(params=SHELLS)
+def shell(request: pytest.FixtureRequest) -> Shell:
+    found: Shell = SHELLS[request.param]
+    return found
+
+
+@pytest.fixture(params=[name for name in SHELLS if name != "lightning"])
+def other(request: pytest.FixtureRequest) -> Shell:
+    found: Shell = SHELLS[request.param]
+    return found
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def hooks(model: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_load_state_dict_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def unbalanced() -> GPT:
+    """A model whose MLPs are far too strong, which every law has to do with."""
+    model = built()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp[2].weight *= 30
+    return model
+
+
+def told(action: Callable[[], Any]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action()
+    return [str(warning.message) for warning in caught]
+
+
+# One run is the same run in every shell.
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_it_measures_what_the_lightning_shell_measures(other: Shell, options: dict[str, Any], tmp_path: Path):
+    runs = [Run(tmp_path / name, options=options, model=unbalanced()) for name in ("one", "two")]
+    for run, loop in zip(runs, (SHELLS["lightning"], other), strict=True):
+        loop(run)
+    one, two = (History.read(run.journal) for run in runs)
+    assert one.steps == two.steps == (0, 2, 4, 6)
+    for quantity in ("ratio", "mlp_norm", "attention_norm", "mlp_scale", "attention_scale", "token_residual"):
+        assert torch.equal(*(torch.from_numpy(run.values(quantity)).nan_to_num(-1) for run in (one, two)))
+    assert [{**action, "name": ""} for action in one.actions] == [{**action, "name": ""} for action in two.actions]
+    assert bool(one.actions) == ("auto_rescale" in options)
+    messages = [[event.message.replace("model.blocks", "blocks") for event in run.events] for run in (one, two)]
+    assert messages[0] == messages[1]
+
+
+# Watching changes nothing.
+
+
+@pytest.mark.parametrize("options", [OPTIONS["watched"], OPTIONS["tokens"]], ids=["watched", "tokens"])
+def test_a_watched_run_is_bitwise_the_run_that_nobody_watches(shell: Shell, options: dict[str, Any], tmp_path: Path):
+    runs = [Run(tmp_path / str(number), options=wanted) for number, wanted in enumerate((None, options))]
+    for run in runs:
+        shell(run)
+    assert same(*(weights(run.model) for run in runs))
+
+
+def test_it_leaves_the_random_stream_alone(shell: Shell, tmp_path: Path):
+    drawn = []
+    for number, options in enumerate((None, {"every_n_steps": 1, "geometry": True})):
+        torch.manual_seed(3)
+        shell(Run(tmp_path / str(number), options=options))
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("options", [OPTIONS["tokens"], OPTIONS["ceiling"]], ids=["tokens", "ceiling"])
+def test_it_leaves_no_hook_behind(shell: Shell, options: dict[str, Any], tmp_path: Path):
+    run = Run(tmp_path, options=options)
+    twin = built()
+    if "auto_rescale" in options:
+        attach_scales(twin)  # a scale is hooks on its site
+    shell(run)
+    assert hooks(run.model) == hooks(twin)
+
+
+@pytest.mark.parametrize("shell", [SHELLS[name] for name in SHELLS if name != "transformers"])
+def test_a_loop_that_fails_leaves_no_hook_and_keeps_what_was_measured(shell: Shell, tmp_path: Path):
+    def fail(step: int) -> None:
+        if step == 3:
+            raise ArithmeticError("the loss is gone")
+
+    run = Run(tmp_path, options={"every_n_steps": 1, "geometry": True}, between=fail)
+    bare = hooks(run.model)
+    with pytest.raises(ArithmeticError, match="the loss is gone"):
+        shell(run)
+    assert hooks(run.model) == bare
+    assert set(History.read(run.journal).steps) >= {0, 1, 2}
+
+
+def test_the_next_run_cleans_up_after_one_that_failed_in_transformers_which_tells_callbacks_nothing(tmp_path: Path):
+    def fail(step: int) -> None:
+        if fails and step == 3:
+            raise ArithmeticError("the loss is gone")
+
+    fails = True
+    shell = SHELLS["transformers"]
+    callback = SpectralCallback(every_n_steps=1, geometry=True)
+    run = Run(tmp_path / "one", options=callback, between=fail)
+    bare = hooks(run.model)
+    with pytest.raises(ArithmeticError, match="the loss is gone"):
+        shell(run)
+    fails = False
+    again = Run(tmp_path / "two", options=callback, model=run.model)
+    shell(again)
+    assert hooks(run.model) == bare
+    assert History.read(again.journal).steps == (0, 1, 2, 3, 4, 5, 6)
+
+
+# What a run leaves.
+
+
+def test_it_writes_the_run(shell: Shell, tmp_path: Path):
+    run = Run(tmp_path)
+    shell(run)
+    history = History.read(run.journal)
+    assert history.steps == (0, 2, 4, 6)
+    assert history.header["every_n_steps"] == 2
+    assert len(history.header["run"]) == 32
+    assert len(history.header["blocks"]) == 3
+    assert run.journal.with_suffix(".png").stat().st_size > 1000
+
+
+def test_the_last_weights_are_measured(shell: Shell, tmp_path: Path):
+    run = Run(tmp_path, steps=5)
+    shell(run)
+    assert History.read(run.journal).steps == (0, 2, 4, 5)
+
+
+def test_scales_stay_and_can_be_folded(shell: Shell, tmp_path: Path):
+    run = Run(tmp_path, options=OPTIONS["ceiling"], model=unbalanced())
+    shell(run)
+    batch = next(iter(loader()))["ids"]
+    run.model.eval()
+    before = run.model(batch)
+    assert any("log_scale" in name for name in run.model.state_dict())
+    fuse_scales(run.model)
+    assert not any("log_scale" in name for name in run.model.state_dict())
+    torch.testing.assert_close(run.model(batch), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prefix_names_everything(shell: Shell, tmp_path: Path):
+    run = Run(tmp_path, options={"every_n_steps": 3, "prefix": "geometry.spectral"})
+    shell(run)
+    assert run.journal.name == "geometry.spectral.jsonl"
+
+
+# Resume.
+
+
+@pytest.mark.parametrize("options", [OPTIONS["watched"], OPTIONS["ceiling"]], ids=["watched", "ceiling"])
+def test_a_resumed_run_is_the_run_that_was_never_stopped(shell: Shell, options: Any, tmp_path: Path):
+    resumed_equals_whole(shell, options, BATCHES, tmp_path)
+
+
+@pytest.mark.parametrize("options", [OPTIONS["watched"], OPTIONS["ceiling"]], ids=["watched", "ceiling"])
+def test_a_run_that_was_stopped_between_two_measurements_is_too(other: Shell, options: Any, tmp_path: Path):
+    resumed_equals_whole(other, options, BATCHES - 1, tmp_path)
+
+
+def resumed_equals_whole(shell: Shell, options: Any, at: int, tmp_path: Path) -> None:
+    whole = Run(tmp_path / "whole", options=options, model=unbalanced())
+    first = Run(tmp_path / "parts", options=options, model=unbalanced(), save_at=at)
+    second = Run(tmp_path / "parts", options=options, model=unbalanced(), resume=first.folder)
+    for run in (whole, first, second):
+        shell(run)
+    assert same(weights(whole.model), weights(second.model))
+    one, two = (History.read(run.journal) for run in (whole, second))
+    rows = [dict(zip(run.steps, run.values("ratio").T.tolist(), strict=True)) for run in (one, two)]
+    assert set(rows[0]) == {0, 2, 4, 6}
+    assert rows[0] == {step: rows[1][step] for step in rows[0]}
+
+
+# Trouble.
+
+
+class Failing(RandomizedSVD):
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        raise ArithmeticError("no norm today")
+
+
+def test_what_fails_is_told_and_training_goes_on(shell: Shell, tmp_path: Path):
+    run = Run(tmp_path, options={"every_n_steps": 1, "solver": Failing()})
+    messages = told(lambda: shell(run))
+    failed = [message for message in messages if "failed in measuring (ArithmeticError: no norm today)" in message]
+    assert len(failed) == 3
+    assert failed[-1].endswith("it is switched off now")
+    twin = Run(tmp_path / "twin", options=None)
+    shell(twin)
+    assert same(weights(run.model), weights(twin.model))
+
+
+def test_what_fails_is_raised_if_asked(shell: Shell, tmp_path: Path):
+    run = Run(tmp_path, options={"every_n_steps": 1, "solver": Failing(), "on_error": "raise"})
+    with pytest.raises(ArithmeticError, match="no norm today"):
+        shell(run)
+
+
+def test_a_bad_setting_is_refused_before_anything_runs(shell: Shell, tmp_path: Path):
+    for options, match in (
+        ({"every_n_steps": 0}, r"every_n_steps=0: expected an integer of at least 1"),
+        ({"safe_zone": (2, 1)}, r"safe_zone=\(2, 1\): expected two ratios"),
+        ({"auto_rescale": "yes"}, r"auto_rescale='yes': expected True, False, a GainCeiling"),
+        ({"on_alarm": "stop", "geometry": False}, r"on_alarm='stop' with geometry=False"),
+    ):
+        with pytest.raises(ConfigurationError, match=match):
+            shell(Run(tmp_path, options=options))
+
+
+# Alarms.
+
+
+class Collapsing:
+    """Makes all tokens one vector while attention dominates."""
+
+    def __init__(self, model: GPT) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> None:
+        for block in self.model.blocks:
+            block.mlp[2].weight.zero_().add_(1e-6)
+            block.attention.qkv.weight[:32].zero_()
+            block.attention.proj.bias.fill_(1e4)
+
+
+def collapsing(tmp_path: Path, **options: Any) -> Run:
+    run = Run(tmp_path, steps=30, options={"every_n_steps": 1, "geometry": True, **options})
+    run.between = Collapsing(run.model)
+    return run
+
+
+def test_an_alarm_can_stop_the_run(shell: Shell, tmp_path: Path):
+    run = collapsing(tmp_path, on_alarm="stop")
+    told(lambda: shell(run))
+    history = History.read(run.journal)
+    assert [event for event in history.events if event.level == "alarm"]
+    assert history.steps[-1] < 30
+
+
+def test_an_alarm_calls_a_function(shell: Shell, tmp_path: Path):
+    seen: list[Any] = []
+    told(lambda: shell(collapsing(tmp_path, on_alarm=lambda *args: seen.append(args[-1]))))
+    assert seen
+    assert isinstance(seen[0], Event)
+    assert seen[0].level == "alarm"
+
+
+# Which blocks.
+
+
+class Picky(GPT):
+    """Takes an input that nobody would guess."""
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> Any:
+        if int(ids.max()) < 1000:
+            raise ValueError("these are not my ids")
+        return super().forward(ids - 1000, labels)
+
+
+def picky() -> Picky:
+    torch.manual_seed(0)
+    return Picky()
+
+
+@pytest.fixture
+def large_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    import shells
+
+    plain = shells.Tokens.__getitem__
+    monkeypatch.setattr(
+        shells.Tokens,
+        "__getitem__",
+        lambda self, number: {**(item := plain(self, number)), "ids": item["ids"] + 1000},
+    )
+
+
+@pytest.mark.usefixtures("large_ids")
+def test_blocks_are_found_in_the_first_forward_pass(shell: Shell, tmp_path: Path):
+    run = Run(tmp_path, model=picky())
+    shell(run)
+    history = History.read(run.journal)
+    assert len(history.measurements[-1].layers) == 3
+    assert history.steps[-1] == 6
+
+
+class Inside(nn.Module):
+    """A model as an attribute of another module, as in a LightningModule."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.model(ids)
+
+
+def test_named_blocks_are_watched(shell: Shell, tmp_path: Path):
+    inner = built()
+    chosen = find_blocks(Inside(inner) if shell is SHELLS["lightning"] else inner)[1:2]
+    run = Run(tmp_path, options={"every_n_steps": 2, "blocks": chosen})
+    shell(run)
+    assert [layer.name for layer in History.read(run.journal).measurements[-1]] == [chosen[0].name]
+
+
+def test_numbers_of_every_block_are_given_if_asked(shell: Shell, tmp_path: Path):
+    run = Run(tmp_path, options={"every_n_steps": 2, "per_layer": True})
+    shell(run)
+    values = History.read(run.journal).values("ratio")
+    assert values.shape == (3, 4)
+    assert not any(math.isnan(value) for value in values.flatten())
+
+
+def test_weights_that_change_between_steps_are_measured_as_they_are_used(shell: Shell, tmp_path: Path):
+    def shrink(step: int) -> None:
+        if step == 2:
+            with torch.no_grad():
+                run.model.blocks[0].mlp[2].weight *= 1e-3
+
+    run = Run(tmp_path, steps=4, options={"every_n_steps": 2, "solver": ExactSVD()}, between=shrink)
+    shell(run)
+    ratios = History.read(run.journal).values("ratio")[0]
+    assert ratios[1] < 0.1 * ratios[0]
+
+
+def test_one_model_can_be_watched_again(shell: Shell, tmp_path: Path):
+    run = Run(tmp_path / "one", options=OPTIONS["ceiling"], model=unbalanced())
+    shell(run)
+    model = copy.deepcopy(run.model)
+    again = Run(tmp_path / "two", options=OPTIONS["ceiling"], model=run.model)
+    shell(again)
+    twin = Run(tmp_path / "three", options=OPTIONS["ceiling"], model=model)
+    shell(twin)
+    assert same(weights(again.model), weights(twin.model))
+    assert History.read(again.journal).steps == (0, 2, 4, 6)
+
+
+def test_more_steps_than_an_epoch_are_one_run(shell: Shell, tmp_path: Path):
+    run = Run(tmp_path, steps=BATCHES + 3, options={"every_n_steps": 3})
+    shell(run)
+    assert History.read(run.journal).steps == (0, 3, 6, 7)
