@@ -27,7 +27,7 @@ from overhead import Config, Windows, read_standard_library
 from torch.utils.data import DataLoader
 from train_gpt import LitGPT
 
-from lightning_spectral import SpectralMonitor, read_events, read_journal
+from lightning_spectral import History, SpectralMonitor
 from lightning_spectral.alarms.rules import COLLAPSED
 
 
@@ -79,19 +79,19 @@ def run(layers: int, gain: float, seed: int, steps: int, every_n_steps: int) -> 
 
 def described(journal: Path) -> str:
     """Return one run as one line."""
+    history = History.read(journal)
     residuals = {
-        record["step"]: record["layers"][-1]["typical_token_residual"]
-        for record in read_journal(journal)[1]
-        if record["layers"][-1]["typical_token_residual"] is not None
+        measurement.step: measurement.layers[-1].typical_token_residual
+        for measurement in history.measurements
+        if measurement.layers[-1].typical_token_residual is not None
     }
-    events = read_events(journal)
-    alarm = next((event for event in events if event["level"] == "alarm"), None)
+    alarm = next((event for event in history.events if event.level == "alarm"), None)
     reached = next((step for step, value in residuals.items() if value < COLLAPSED), None)
-    forecast = "" if alarm is None or alarm["forecast"] is None else f"{alarm['forecast']['at']:.0f}"
+    forecast = "" if alarm is None or alarm.forecast is None else f"{alarm.forecast.at:.0f}"
     return (
-        f"{'-' if alarm is None else alarm['step']:>6}{forecast or '-':>10}{'-' if reached is None else reached:>9}"
+        f"{'-' if alarm is None else alarm.step:>6}{forecast or '-':>10}{'-' if reached is None else reached:>9}"
         f"{f'{min(residuals.values()):.3f}' if residuals else '-':>10}"
-        f"{sum(event['level'] == 'warning' for event in events):>10}"
+        f"{sum(event.level == 'warning' for event in history.events):>10}"
     )
 
 

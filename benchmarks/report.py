@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 from machine import describe
 
-from lightning_spectral import History, LayerMeasurement, Measurement, report
+from lightning_spectral import History, Measurement, report
 from lightning_spectral.alarms import Event
+from lightning_spectral.records import LayerMeasurement
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "report"))
 

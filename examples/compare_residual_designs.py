@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from train_gpt import Block, Config, LitGPT, Windows, read_standard_library
 
-from lightning_spectral import ResidualBlock, find_blocks, lyapunov_exponents, measure
+from lightning_spectral import ResidualBlock, find_blocks, measure
+from lightning_spectral.analysis import lyapunov_exponents
 from lightning_spectral.tokens import token_residual
 
 # Of the Okabe-Ito palette, which stays apart under every common colour blindness.

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 from train_gpt import Config, LitGPT, Windows, read_standard_library
 
-from lightning_spectral import SpectralMonitor, read_actions, read_journal
+from lightning_spectral import History, SpectralMonitor
 
 ZONE = (0.5, 2.0)
 BRANCHES = {"mlp": "MLP", "attention": "attention"}
@@ -47,8 +47,7 @@ class Run:
         steered: Whether the scales were attached and moved.
         losses: Training loss of every step.
         validation: Steps and validation losses.
-        records: Measurements, as the journal holds them.
-        actions: What the controller did, as the journal holds it.
+        history: What was measured, and what the controller did.
     """
 
     branch: str
@@ -56,20 +55,19 @@ class Run:
     steered: bool
     losses: list[float]
     validation: list[tuple[int, float]]
-    records: list[dict[str, Any]]
-    actions: list[dict[str, Any]]
+    history: History
 
     @property
     def steps(self) -> list[int]:
         """The measured steps."""
-        return [record["step"] for record in self.records]
+        return list(self.history.steps)
 
     @property
     def inside(self) -> list[float]:
         """Fraction of the blocks inside the zone at every measured step."""
         return [
-            sum(ZONE[0] < layer["ratio"] < ZONE[1] for layer in record["layers"]) / len(record["layers"])
-            for record in self.records
+            sum(ZONE[0] < ratio < ZONE[1] for ratio in ratios) / len(ratios)
+            for ratios in self.history.values("ratio").T
         ]
 
     @property
@@ -154,7 +152,7 @@ def read_run(folder: Path, branch: str, rate: float, *, steered: bool) -> Run:
     losses = [float(row["train/loss"]) for row in rows if row.get("train/loss")]
     validation = [(int(row["step"]) + 1, float(row["val/loss"])) for row in rows if row.get("val/loss")]
     journal = folder / "spectral.jsonl"
-    return Run(branch, rate, steered, losses, validation, read_journal(journal)[1], read_actions(journal))
+    return Run(branch, rate, steered, losses, validation, History.read(journal))
 
 
 def report(runs: list[Run], factor: float) -> None:
@@ -164,13 +162,13 @@ def report(runs: list[Run], factor: float) -> None:
         f"{'max loss':>9} {'spike':>6} {'train':>6} {'val':>6} {'scales':>15}"
     )
     for run in runs:
-        scales = [layer[f"{name}_scale"] for layer in run.records[-1]["layers"] for name in BRANCHES]
+        scales = [getattr(layer, f"{name}_scale") for layer in run.history.measurements[-1] for name in BRANCHES]
         last = run.losses[-20:]
         first, final = ("never" if step is None else f"step {step}" for step in (run.arrival, run.settled))
         what = f"{BRANCHES[run.branch]}, {factor:g}x" if run.branch in BRANCHES else "as it is"
         print(
             f"{what:<15} {run.rate:>6g}  {'on' if run.steered else 'off':<8} {first:>10} "
-            f"{final:>10} {len(run.actions):>8} {max(run.losses):>9.3f} {run.spike:>6.3f} "
+            f"{final:>10} {len(run.history.actions):>8} {max(run.losses):>9.3f} {run.spike:>6.3f} "
             f"{sum(last) / len(last):>6.3f} {run.validation[-1][1]:>6.3f} "
             f"{f'{min(scales):.3f} to {max(scales):.3f}':>15}"
         )
@@ -238,7 +236,7 @@ def name_of(run: Run) -> str:
 
 def draw_ratio(axes: Axes, run: Run) -> None:
     """Draw the band of the ratios of all blocks, over the safe zone."""
-    ratios = [[layer["ratio"] for layer in record["layers"]] for record in run.records]
+    ratios = run.history.values("ratio").T
     low, high = [min(row) for row in ratios], [max(row) for row in ratios]
     middle = [math.exp(sum(map(math.log, row)) / len(row)) for row in ratios]
     if not run.steered:  # once per panel
@@ -270,12 +268,11 @@ def draw_loss(axes: Axes, run: Run) -> None:
 def draw_scales(axes: Axes, run: Run) -> None:
     """Draw the scale of every branch, and when the controller last moved one."""
     for name, colour, dashes in (("mlp", MLP, "-"), ("attention", ATTENTION, "-.")):
-        for index in range(len(run.records[0]["layers"])):
-            scales = [record["layers"][index][f"{name}_scale"] for record in run.records]
+        for index, scales in enumerate(run.history.values(f"{name}_scale")):
             label = f"{BRANCHES[name]}, each block" if index == 0 else None
             axes.plot(run.steps, scales, color=colour, linewidth=1.1, linestyle=dashes, alpha=0.8, label=label)
-    if run.actions:
-        axes.axvline(run.actions[-1]["step"], color=INK, linewidth=0.8, linestyle=":", label="last action")
+    if run.history.actions:
+        axes.axvline(run.history.actions[-1]["step"], color=INK, linewidth=0.8, linestyle=":", label="last action")
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1 else f"1/{1 / value:g}")
 

@@ -1,4 +1,7 @@
-"""The command line: ``lightning-spectral audit PATH`` and ``lightning-spectral report RUN_DIR``."""
+"""The command line: ``lightning-spectral audit PATH`` and ``lightning-spectral report RUN_DIR``.
+
+What a command needs is imported when it runs, so that help comes at once.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_spectral.checkpoints import audit, printable
 from lightning_spectral.errors import SpectralError
-from lightning_spectral.pages import check_installed, report, write_checkpoint_page
-from lightning_spectral.records import Comparison, Measurement, compare
-from lightning_spectral.runs.durable import replace
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+
+    from lightning_spectral.records import Comparison, Measurement
 
 __all__ = ["main"]
 
@@ -72,11 +73,18 @@ def _parser() -> ArgumentParser:
 
 
 def _report(options: Any) -> int:
+    from lightning_spectral.pages import report
+
     _say(sys.stdout, str(report(options.run_dir, options.output)))
     return _OK
 
 
 def _audit(options: Any) -> int:
+    from lightning_spectral.checkpoints import printable
+    from lightning_spectral.pages import check_installed, write_checkpoint_page
+    from lightning_spectral.records import compare
+    from lightning_spectral.runs.durable import replace
+
     if options.html is not None:
         check_installed()  # before the work
     paths = [path for path in (options.path, options.other) if path is not None]
@@ -98,6 +106,8 @@ def _audit(options: Any) -> int:
 
 
 def _measured(path: str, options: Any) -> Measurement:
+    from lightning_spectral.checkpoints import audit
+
     with _progress() as advance:
         return audit(
             path, linearization=options.linearization, config=options.config, key=options.key, progress=advance

@@ -17,16 +17,8 @@ from zoo import example
 from zoo.adapters import SCALE, Adapted, each_linear, merged, plain
 from zoo.gpt import MLP, Block, NanoGPT
 
-from lightning_spectral import (
-    ConfigurationError,
-    ExactSVD,
-    Measurement,
-    attach_scales,
-    balance_penalty,
-    find_blocks,
-    fuse_scales,
-    measure,
-)
+from lightning_spectral import ExactSVD, Measurement, attach_scales, balance_penalty, find_blocks, fuse_scales, measure
+from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.measuring.linearize import linearize
 from lightning_spectral.measuring.meter import Meter
 

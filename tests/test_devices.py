@@ -22,9 +22,9 @@ from lightning_spectral import (
     balance_penalty,
     find_blocks,
     fuse_scales,
-    lyapunov_exponents,
     measure,
 )
+from lightning_spectral.analysis import lyapunov_exponents
 from lightning_spectral.discovery.structure.assembly import blocks_of
 from lightning_spectral.discovery.trace.recorder import record
 from lightning_spectral.discovery.trace.tape import probe_device

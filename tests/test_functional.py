@@ -20,17 +20,8 @@ from zoo import example, examples
 from zoo.example import HIDDEN, blocks_of, seeded, token_inputs
 from zoo.gpt import ATTENTION_SITES, BLOCKS, MLP_SITES, Block, NanoGPT
 
-from lightning_spectral import (
-    ConfigurationError,
-    ExactSVD,
-    ExampleInputError,
-    Measurement,
-    RandomizedSVD,
-    ResidualBlock,
-    attach_scales,
-    find_blocks,
-    measure,
-)
+from lightning_spectral import ExactSVD, Measurement, RandomizedSVD, ResidualBlock, attach_scales, find_blocks, measure
+from lightning_spectral.errors import ConfigurationError, ExampleInputError
 from lightning_spectral.linalg import Jacobian
 from lightning_spectral.measuring.branch_functions import BranchFunction, branch_functions
 from lightning_spectral.measuring.jacobians import update_ratios, watch_updates

@@ -18,7 +18,7 @@ from lightning_spectral.alarms import Event
 from lightning_spectral.alarms.trends import Forecast
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
-from lightning_spectral.runs.history import _LAYER, History, _measurement, heatmap, in_order
+from lightning_spectral.runs.history import _LAYER, History, _measurement, in_order
 from lightning_spectral.runs.journal import Journal
 
 HEADER = {"linearization": "circuit"}
@@ -179,14 +179,6 @@ def test_figures_are_written_in_every_format(tmp_path: Path, kind: str):
     for name, figure in {"heatmap": history.plot_heatmap(), "profile": measurement(0).plot()}.items():
         figure.savefig(tmp_path / f"{name}.{kind}")
         assert (tmp_path / f"{name}.{kind}").stat().st_size > 5000
-
-
-def test_both_ways_to_a_heatmap_draw_the_same(tmp_path: Path):
-    measurements = (measurement(0), measurement(5, 3.0))
-    one, two = History({}, measurements).plot_heatmap(), heatmap([item.to_dict() for item in measurements])
-    one.savefig(tmp_path / "one.png")
-    two.savefig(tmp_path / "two.png")
-    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
 def test_a_profile_shows_norms_and_ratios_of_every_block():

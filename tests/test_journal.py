@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from test_durable import full_disk
 
-from lightning_spectral import journal as room
+from lightning_spectral.alarms import Event
 from lightning_spectral.alarms.trends import Forecast
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
-from lightning_spectral.runs.entries import LONGEST
+from lightning_spectral.runs import journal as room
+from lightning_spectral.runs.entries import LONGEST, entries
 from lightning_spectral.runs.history import History, history_of
-from lightning_spectral.runs.journal import Journal, read_actions, read_events, read_journal
+from lightning_spectral.runs.journal import Journal
 
 HEADER = {"linearization": "circuit"}
 EVENT = {"level": "info", "step": 5, "since": 5, "blocks": [0], "message": "block 0 leaves", "forecast": None}
@@ -33,8 +34,29 @@ def measurement(step: int, linearization: Any = "circuit", norm: float = 2.0) ->
     return Measurement(step, linearization, layers)
 
 
+def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    lines = list(entries(path))
+    return lines[0].header, [line.entry for line in lines if line.entry is not None and "layers" in line.entry]
+
+
+def read_actions(path: Path) -> list[dict[str, Any]]:
+    return [dict(action) for action in History.read(path).actions]
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    return [plain(event) for event in History.read(path).events]
+
+
+def plain(event: Event) -> dict[str, Any]:
+    return {**asdict(event), "blocks": list(event.blocks)}
+
+
+def measured(journal: Journal) -> list[dict[str, Any]]:
+    return [line.entry for line in journal.lines() if line.entry is not None and "layers" in line.entry]
+
+
 def steps(journal: Journal | Path) -> list[int]:
-    records = journal.records() if isinstance(journal, Journal) else read_journal(journal)[1]
+    records = measured(journal) if isinstance(journal, Journal) else read_journal(journal)[1]
     return [record["step"] for record in records]
 
 
@@ -58,7 +80,7 @@ def test_what_is_appended_is_read_back(tmp_path: Path, in_memory: bool):
     journal = Journal(None if in_memory else tmp_path / "new" / "spectral.jsonl", HEADER)
     journal.append(measurement(0))
     journal.append(measurement(5), [EVENT, ACTION])
-    assert journal.records() == [measurement(step).to_dict() | {"safe_zone": [0.5, 2.0]} for step in (0, 5)]
+    assert measured(journal) == [measurement(step).to_dict() | {"safe_zone": [0.5, 2.0]} for step in (0, 5)]
     history = history_of(journal.lines())
     assert history.measurements == (measurement(0), measurement(5))
     assert [event.message for event in history.events] == ["block 0 leaves"]
@@ -119,7 +141,7 @@ def test_a_run_that_takes_another_way_after_a_resume_keeps_both(tmp_path: Path):
         journal = Journal(path, HEADER, resume_step=0)
         for step in (5, 10):
             journal.append(measurement(step, norm=norm))
-    assert [record["layers"][0]["mlp_norm"] for record in journal.records()] == [2.0, 4.0, 4.0]
+    assert [record["layers"][0]["mlp_norm"] for record in measured(journal)] == [2.0, 4.0, 4.0]
     names = ["spectral.from-5-1.jsonl", "spectral.from-5-2.jsonl"]
     norms = [[record["layers"][0]["mlp_norm"] for record in read_journal(tmp_path / name)[1]] for name in names]
     assert norms == [[2.0, 2.0], [3.0, 3.0]]

@@ -8,22 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_journal
 from lightning.pytorch import seed_everything
 from pictures import assert_same_pictures, pictures
 from tiny_run import VOCABULARY, WIDTH, LitGPT, fit
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_spectral import (
-    ConfigurationError,
-    ResidualRescaler,
-    SpectralMonitor,
-    attach_scales,
-    find_blocks,
-    lyapunov_exponents,
-    measure,
-    read_journal,
-)
+from lightning_spectral import ResidualRescaler, SpectralMonitor, attach_scales, find_blocks, measure
+from lightning_spectral.analysis import lyapunov_exponents
+from lightning_spectral.errors import ConfigurationError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 IDS = torch.arange(16).view(2, 8)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from zoo import example, survey
 from zoo.example import HEADS
 
-from lightning_spectral import Branch, ConfigurationError, ResidualBlock, find_blocks
+from lightning_spectral import ResidualBlock, find_blocks
+from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.measuring.linearize import linearize, linearize_sum
-from lightning_spectral.records import Factor, Path, alternatives
+from lightning_spectral.records import Branch, Factor, Path, alternatives
 
 Fused = Literal["no", "last", "per head"]
 

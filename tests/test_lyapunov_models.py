@@ -15,9 +15,10 @@ from zoo import example
 from zoo.example import HIDDEN, tokens
 from zoo.gpt import MLP, CausalSelfAttention
 
-from lightning_spectral import ConfigurationError, ExampleInputError, ResidualBlock, attach_scales, find_blocks
+from lightning_spectral import ResidualBlock, attach_scales, find_blocks
 from lightning_spectral.analysis.lyapunov import empirical_exponents, lyapunov_exponents
 from lightning_spectral.analysis.zero_data import CovarianceTrajectory, covariance_trajectory
+from lightning_spectral.errors import ConfigurationError, ExampleInputError
 
 SMALL = tokens(1, 4)
 

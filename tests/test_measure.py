@@ -16,19 +16,10 @@ import torch
 from torch import Tensor, nn
 from zoo import example, examples
 
-from lightning_spectral import (
-    BlocksNotFoundError,
-    Branch,
-    ConfigurationError,
-    ExactSVD,
-    Measurement,
-    ResidualBlock,
-    attach_scales,
-    find_blocks,
-    measure,
-)
+from lightning_spectral import ExactSVD, Measurement, ResidualBlock, attach_scales, find_blocks, measure
+from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError
 from lightning_spectral.measuring.meter import Meter
-from lightning_spectral.records import Factor, Path
+from lightning_spectral.records import Branch, Factor, Path
 
 HEADS, WIDTH = 4, 32
 MEASURED = [

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_journal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -26,7 +27,6 @@ from torch import Tensor, nn
 
 from lightning_spectral import RandomizedSVD, SpectralMonitor, find_blocks
 from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError
-from lightning_spectral.runs.journal import read_journal
 
 SUMMARY = {
     "spectral/ratio_min",

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_events, read_journal
 from lightning.pytorch import seed_everything
 from tiny_run import BLOCKS, Block, LitGPT, fit
 from torch import Tensor, nn
 
-from lightning_spectral import ConfigurationError, SpectralMonitor, read_events, read_journal
+from lightning_spectral import SpectralMonitor
+from lightning_spectral.errors import ConfigurationError
 
 DEPTH = 48
 ALARM = (

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_journal
 from lightning.pytorch import seed_everything
 from test_monitor_neutral import MODES, assert_same, run
 from tiny_run import BLOCKS, LitGPT, fit
 from torch import Tensor
 
-from lightning_spectral import ConfigurationError, SpectralMonitor, find_blocks, read_journal
+from lightning_spectral import SpectralMonitor, find_blocks
+from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.tokens import token_residual
 
 

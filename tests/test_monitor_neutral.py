@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from journals import read_journal
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from restless import PickyRestless, Restless, fresh, outside
 from tiny_run import LitGPT, PickyLitGPT, SaveAt, fit
 
-from lightning_spectral import ResidualRescaler, SpectralMonitor, read_journal
+from lightning_spectral import ResidualRescaler, SpectralMonitor
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_journal
 from lightning.pytorch.loggers import CSVLogger
 from tiny_run import LitGPT, SaveAt, fit, loader
 
 from lightning_spectral import SpectralMonitor
-from lightning_spectral.runs.journal import read_journal
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 import tiny_run
+from journals import read_actions, read_journal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from test_steering import unbalanced
 from tiny_run import LitGPT, fit
 
-from lightning_spectral import ConfigurationError, History, SpectralMonitor, read_actions, read_journal
+from lightning_spectral import History, SpectralMonitor
+from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import RandomizedSVD
 from lightning_spectral.watch.telling import inform, warn
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.collections import LineCollection, QuadMesh
+from matplotlib.figure import Figure
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import LayerMeasurement, Measurement
-from lightning_spectral.runs.history import heatmap
+from lightning_spectral.runs.history import History, in_order
 
 
 def measurement(step: int, ratios: Sequence[float | None], **fields: object) -> Measurement:
@@ -26,6 +27,10 @@ def measurement(step: int, ratios: Sequence[float | None], **fields: object) -> 
         for index, ratio in enumerate(ratios)
     )
     return Measurement(step, **{"linearization": "circuit", "layers": layers} | fields)  # type: ignore[arg-type]
+
+
+def heatmap(measurements: Sequence[Measurement]) -> Figure:
+    return History({}, in_order(measurements)).plot_heatmap()
 
 
 def painted(figure) -> np.ma.MaskedArray:
@@ -50,10 +55,11 @@ def test_missing_ratios_are_masked_and_hatched():
     assert figure.axes[0].patch.get_hatch()
 
 
-def test_records_read_back_from_json_give_the_same_picture():
+def test_a_run_read_back_gives_the_same_picture(tmp_path: Path):
     measurements = [measurement(0, [1.0, None]), measurement(7, [2.0, 3.0])]
-    read_back = [json.loads(json.dumps(item.to_dict())) for item in measurements]
-    np.testing.assert_array_equal(painted(heatmap(read_back)), painted(heatmap(measurements)))
+    path = tmp_path / "spectral.jsonl"
+    path.write_text("\n".join(json.dumps(item.to_dict()) for item in measurements))
+    np.testing.assert_array_equal(painted(History.read(path).plot_heatmap()), painted(heatmap(measurements)))
 
 
 def test_of_two_measurements_at_one_step_the_later_counts():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_actions, read_journal
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
 from test_monitor_neutral import MODES, assert_same
@@ -18,9 +19,7 @@ from torch import Tensor, nn
 from zoo import example
 
 from lightning_spectral import (
-    ConfigurationError,
     ExactSVD,
-    ExampleInputError,
     GainCeiling,
     ResidualBlock,
     ResidualRescaler,
@@ -29,10 +28,9 @@ from lightning_spectral import (
     find_blocks,
     fuse_scales,
     measure,
-    read_actions,
-    read_journal,
 )
 from lightning_spectral.control.steering import Steering
+from lightning_spectral.errors import ConfigurationError, ExampleInputError
 from lightning_spectral.measuring.meter import Meter
 
 pytestmark = [

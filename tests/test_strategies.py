@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 
-from lightning_spectral import ConfigurationError
+from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.monitor.strategies import check_strategy
 
 

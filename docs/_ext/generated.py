@@ -16,9 +16,9 @@ import zoo
 from zoo import Example, hugging_face
 from zoo.reasons import CROSS, expected_reasons, has_ratio
 
-from lightning_spectral import LayerMeasurement, Measurement, SpectralMonitor
+from lightning_spectral import Measurement, SpectralMonitor
 from lightning_spectral.alarms import Memory
-from lightning_spectral.records import FunctionalMeasurement
+from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement
 from lightning_spectral.runs.series import logged_values
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral.control.optimizers import own_copies
+from lightning_spectral.linalg.sharding.kinds import is_dtensor
 
 __all__ = ["Moves"]
 
@@ -63,7 +63,7 @@ class Moves:
         trained: dict[str, tuple[nn.Parameter, float]] = {}
         still: dict[str, tuple[nn.Parameter, float]] = {}
         for site, (scale, change) in moved.items():
-            if not isinstance(scale, DTensor) and scale.numel() == 1:
+            if not is_dtensor(scale) and scale.numel() == 1:
                 (trained if scale.requires_grad else still)[site] = scale, change
         self._trained = _Watched(trained, _groups(optimizers) if trained else {})
         self._still = _Watched(still, {})

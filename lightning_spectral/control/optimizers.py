@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.linalg.sharding.kinds import is_dtensor
 from lightning_spectral.scales.attach import ResidualScales
 
 __all__ = [
@@ -139,9 +139,9 @@ def _in_list(values: Sequence[object], places: Mapping[int, int], parameter: Ten
 
 def held(scale: Tensor) -> Tensor:
     """Return what this process holds of a scale: ``(1,)``, or ``(0,)`` where another process has it."""
-    if scale.requires_grad or isinstance(scale, DTensor):
+    if scale.requires_grad or is_dtensor(scale):
         scale = scale.detach()
-    return scale.to_local() if isinstance(scale, DTensor) else scale
+    return scale.to_local() if is_dtensor(scale) else scale
 
 
 def lost_steps(

@@ -9,8 +9,6 @@ from traceback import walk_tb
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from lightning_spectral.discovery.hints import with_hints
 from lightning_spectral.discovery.inputs import guesses
@@ -22,6 +20,7 @@ from lightning_spectral.discovery.trace.surprises import SURPRISES, surprise
 from lightning_spectral.discovery.trace.tape import Tape
 from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
 from lightning_spectral.linalg.sharding.flattened import is_flattened
+from lightning_spectral.linalg.sharding.kinds import is_dtensor, is_fully_sharded
 from lightning_spectral.passes.aside import kept
 from lightning_spectral.records import Blocks, ResidualBlock
 
@@ -248,8 +247,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _refuse_sharded(model: nn.Module) -> None:
     """Refuse a model whose weights exist in one piece only while a layer runs, or never: no pass can be looked at."""
-    name = next((name for name, item in model.named_parameters() if isinstance(item, DTensor)), None)
-    if name is not None or is_flattened(model) or any(isinstance(module, FSDPModule) for module in model.modules()):
+    name = next((name for name, item in model.named_parameters() if is_dtensor(item)), None)
+    if name is not None or is_flattened(model) or any(map(is_fully_sharded, model.modules())):
         raise ExampleInputError(
             f"{type(model).__name__} is sharded{f' ({name} is a DTensor)' if name else ''}, and structure is read from "
             "one forward pass of whole weights. Find the blocks before sharding, blocks = find_blocks(model) in "

@@ -18,11 +18,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import (
@@ -44,6 +43,9 @@ from lightning_spectral.linalg.sharding.tiles import stand_in
 from lightning_spectral.records import Factor, Path
 from lightning_spectral.records.layout import arranged, is_arithmetic
 from lightning_spectral.weights.tensors import small_tensors, stored
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["Adapters", "Linearized", "WeightLinearization", "linearize", "linearize_sum"]
 

@@ -25,7 +25,7 @@ from lightning_spectral.alarms.trends import Forecast
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["History", "heatmap", "history_of", "in_order"]
+__all__ = ["History", "history_of", "in_order"]
 
 MOST = 2**53  # beyond it a float no longer counts, and neither does a chart
 MOST_BLOCKS = 2**12  # a picture has a row for each
@@ -134,21 +134,6 @@ def history_of(lines: Iterable[Line]) -> History:
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             damaged[line.number] = _shortened(error)
     return History(header, in_order(measurements), tuple(events), tuple(actions), torn, damaged)
-
-
-def heatmap(measurements: Sequence[Measurement | Mapping[str, Any]]) -> Figure:
-    """Draw measurements as :meth:`History.plot_heatmap` does.
-
-    Args:
-        measurements: Measurements of one run in one linearization, or the dictionaries that :meth:`Measurement.to_dict`
-            makes and ``spectral.jsonl`` holds. Of two at the same step the later one counts.
-
-    Raises:
-        ConfigurationError: There is nothing to draw, or the measurements are of different linearizations.
-        ModuleNotFoundError: matplotlib is not installed.
-    """
-    records = [item if isinstance(item, Measurement) else _measurement(item) for item in measurements]
-    return History({}, in_order(records)).plot_heatmap()
 
 
 def in_order(measurements: Sequence[Measurement]) -> tuple[Measurement, ...]:

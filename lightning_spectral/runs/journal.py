@@ -23,7 +23,7 @@ from lightning_spectral.runs.entries import FORMAT, VERSION, Line, entries
 from lightning_spectral.runs.predecessor import News, Predecessor, Superseded, aside_names, take_over
 from lightning_spectral.records import Measurement, ResidualBlock
 
-__all__ = ["Journal", "described", "read_actions", "read_events", "read_journal"]
+__all__ = ["Journal", "described"]
 
 MOST_KEPT = 2**26
 """Bytes of lines in memory, beyond which the oldest are lost."""
@@ -109,10 +109,6 @@ class Journal:
         for behind, raw in enumerate(self._unwritten, start=1):
             yield Line.of(number + behind, raw)
 
-    def records(self) -> list[dict[str, Any]]:
-        """Return every measurement of the run so far, those before a resume included."""
-        return _with("layers", self.lines())
-
     def _flush(self) -> None:
         """Write what is not written yet, all of it or nothing."""
         if self.path is None:
@@ -184,61 +180,6 @@ class Journal:
             self._news.append(News(text, grave=grave))
 
 
-def read_journal(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Read the file of a run. Lines that cannot be read are left out; :class:`History` says which.
-
-    Args:
-        path: A ``spectral.jsonl``.
-
-    Returns:
-        The description of the run, empty where that line is damaged, and its measurements in the order in which they
-        were taken. Of two at the same step the later one counts.
-
-    Raises:
-        ConfigurationError: The file is not one of ours.
-    """
-    lines = entries(path)
-    first = next(lines)
-    return first.header, _with("layers", chain([first], lines))
-
-
-def read_actions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read what the controller did in a run.
-
-    Args:
-        path: A ``spectral.jsonl``.
-
-    Returns:
-        The actions in the order in which they were taken, each with its step, its block, the ratio before, the changes
-        of the logarithms of both scales and the reason.
-
-    Raises:
-        ConfigurationError: The file is not one of ours.
-    """
-    return _with("action", entries(path))
-
-
-def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read what was announced in a run.
-
-    Args:
-        path: A ``spectral.jsonl``.
-
-    Returns:
-        The events in order, each with its level (``"info"``, ``"warning"`` or ``"alarm"``), its step, the step since
-        which it has been so, its blocks, its message, and where a trend leads there, the forecast step of collapse with
-        its earliest and latest, infinite where that is never.
-
-    Raises:
-        ConfigurationError: The file is not one of ours.
-    """
-    events = _with("level", entries(path))
-    for event in events:
-        if isinstance(coming := event.get("forecast"), dict):  # JSON has no infinity
-            event["forecast"] = {name: math.inf if step is None else step for name, step in coming.items()}
-    return events
-
-
 def described(block: ResidualBlock) -> dict[str, Any]:
     """Return what the first line of a journal tells of a block."""
     attention, mlp = block.attention, block.mlp
@@ -249,11 +190,6 @@ def described(block: ResidualBlock) -> dict[str, Any]:
         "mlp": None if mlp is None else mlp.site,
         "verified": block.verified,
     }
-
-
-def _with(key: str, lines: Iterable[Line]) -> list[dict[str, Any]]:
-    """Return the entries of one kind: a header has none of these keys."""
-    return [line.entry for line in lines if line.entry is not None and key in line.entry]
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.utils import parametrize
 
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.linalg.sharding.kinds import is_fully_sharded, is_wrapped_by_fsdp
 from lightning_spectral.records import Branch, ResidualBlock
 from lightning_spectral.scales.carriers import is_frozen, parameters_of, why_not, why_taken
 from lightning_spectral.scales.copies import branches_of_copies, complete_averages
@@ -294,7 +294,7 @@ def attach_to(
 
 def _refuse_sharded(model: nn.Module) -> None:
     """Refuse a model that is sharded over data-parallel ranks: a scale attached now would differ between ranks."""
-    if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()):
+    if any(is_fully_sharded(module) or is_wrapped_by_fsdp(module) for module in model.modules()):
         raise ConfigurationError(
             "the model is sharded already, and scales attached now would silently differ between ranks: call "
             "attach_scales(model) in configure_model, before fully_shard"

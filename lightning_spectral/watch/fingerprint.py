@@ -7,10 +7,10 @@ from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.sharding.flattened import FlatShard
+from lightning_spectral.linalg.sharding.kinds import is_dtensor
 from lightning_spectral.records import ResidualBlock
 from lightning_spectral.weights.tensors import stored
 
@@ -63,7 +63,7 @@ def same_weights(before: Mapping[str, tuple[bool, int]], after: Mapping[str, tup
 def _held(tensor: Tensor | FlatShard) -> Tensor:
     if isinstance(tensor, FlatShard):
         return tensor.entries
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def _sum(tensor: Tensor) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrize
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.sharding.flattened import FlatShard, flat_shard, is_flattened
+from lightning_spectral.linalg.sharding.kinds import is_wrapped_by_fsdp
 
 __all__ = ["flattened"]
 
@@ -28,7 +28,7 @@ def flattened(model: nn.Module, path: str) -> FlatShard | None:
     wrapper = None
     for owner in ("", *owners):
         value = getattr(value, owner) if owner else value
-        wrapper = value if isinstance(value, FullyShardedDataParallel) else wrapper
+        wrapper = value if is_wrapped_by_fsdp(value) else wrapper
     if wrapper is None:
         return None
     assert isinstance(value, nn.Module)

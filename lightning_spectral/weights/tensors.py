@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -17,6 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.sharding.flattened import FlatShard
+from lightning_spectral.linalg.sharding.kinds import is_dtensor
 from lightning_spectral.linalg.sharding.sharded import agreed, in_one_piece
 from lightning_spectral.passes.aside import kept
 from lightning_spectral.passes.aside.memento import of_library
@@ -62,7 +62,7 @@ def stored(model: nn.Module, factor: Factor) -> Iterator[Tensor | FlatShard]:
         return
     with reading(model, factor.parameter) as tensor:
         # A DTensor cannot be detached in inference mode; without grad mode, what is read of it is detached anyway.
-        yield tensor if torch.is_grad_enabled() or isinstance(tensor, DTensor) else tensor.detach()
+        yield tensor if torch.is_grad_enabled() or is_dtensor(tensor) else tensor.detach()
 
 
 @contextmanager

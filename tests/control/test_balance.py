@@ -13,24 +13,17 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from journals import read_actions
 from lightning.pytorch import seed_everything
 from tiny_run import LitGPT, fit
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from zoo import Example, example, examples
 
-from lightning_spectral import (
-    ConfigurationError,
-    ExactSVD,
-    GainCeiling,
-    ResidualBlock,
-    SpectralMonitor,
-    find_blocks,
-    measure,
-    read_actions,
-)
+from lightning_spectral import ExactSVD, GainCeiling, ResidualBlock, SpectralMonitor, find_blocks, measure
 from lightning_spectral.balance.initialization import balance_init_
 from lightning_spectral.control.law import Reading
+from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import LayerMeasurement, Measurement
 from lightning_spectral.scales.attach import attach_scales
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from lightning_spectral import ConfigurationError, GainCeiling
+from lightning_spectral import GainCeiling
 from lightning_spectral.control.law import Action, Reading, State
+from lightning_spectral.errors import ConfigurationError
 
 ZONE = (0.5, 2.0)
 CASES = 2000

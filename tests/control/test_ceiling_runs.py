@@ -12,22 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_actions, read_journal
 from test_monitor_neutral import assert_same
 from test_steering import unbalanced
 from tiny_run import BLOCKS, LitGPT, SaveAt, fit
 from torch import nn
 from zoo import example
 
-from lightning_spectral import (
-    ExactSVD,
-    GainCeiling,
-    SpectralMonitor,
-    attach_scales,
-    find_blocks,
-    measure,
-    read_actions,
-    read_journal,
-)
+from lightning_spectral import ExactSVD, GainCeiling, SpectralMonitor, attach_scales, find_blocks, measure
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.measuring.meter import Meter
 

@@ -15,7 +15,8 @@ from tiny_run import TinyGPT
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_spectral import ConfigurationError, ExactSVD, attach_scales, audit, find_blocks, fuse_scales, measure
+from lightning_spectral import ExactSVD, attach_scales, audit, find_blocks, fuse_scales, measure
+from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records.plain import to_plain
 from lightning_spectral.scales.attach import ResidualScale
 from lightning_spectral.weights.scaled import with_scales

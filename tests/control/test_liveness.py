@@ -17,7 +17,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_spectral import ConfigurationError, ResidualRescaler, SpectralMonitor, attach_scales, find_blocks
+from lightning_spectral import ResidualRescaler, SpectralMonitor, attach_scales, find_blocks
+from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.scales.attach import ResidualScale
 from lightning_spectral.scales.liveness import Liveness
 

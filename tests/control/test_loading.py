@@ -16,15 +16,10 @@ from tiny_run import LitGPT, SaveAt, TinyGPT, fit, loader
 from torch import Tensor, nn
 from zoo import example
 
-from lightning_spectral import (
-    ConfigurationError,
-    ResidualRescaler,
-    SpectralMonitor,
-    attach_scales,
-    find_blocks,
-)
+from lightning_spectral import ResidualRescaler, SpectralMonitor, attach_scales, find_blocks
 from lightning_spectral.control.optimizers import plain_order, with_fresh_scales
 from lightning_spectral.control.steering import Steering
+from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.scales.attach import ResidualScale
 from lightning_spectral.scales.loading import lost_scales, restore_unsaved, saved_sites
 from lightning_spectral.watch.telling import warn

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_actions, read_journal
 from lightning.pytorch.callbacks import Callback
 from test_steering import unbalanced
 from tiny_run import fit
 from torch import Tensor, nn
 
-from lightning_spectral import ResidualRescaler, SpectralMonitor, read_actions, read_journal
+from lightning_spectral import ResidualRescaler, SpectralMonitor
 from lightning_spectral.control.optimizers import own_copies
 
 

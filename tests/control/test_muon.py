@@ -10,8 +10,10 @@ import torch
 from tiny_run import TinyGPT
 from torch import Tensor, nn
 
-from lightning_spectral import ConfigurationError, ResidualScales, attach_scales
+from lightning_spectral import attach_scales
 from lightning_spectral.control.muon import check_muon, muon_groups
+from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.scales import ResidualScales
 
 
 class Muon(torch.optim.Optimizer):

@@ -9,8 +9,9 @@ import torch
 from tiny_run import TinyGPT
 from torch import Tensor, nn
 
-from lightning_spectral import ResidualScales, attach_scales
+from lightning_spectral import attach_scales
 from lightning_spectral.control.optimizers import with_fresh_scales
+from lightning_spectral.scales import ResidualScales
 
 IDS = torch.arange(16).view(2, 8)
 RATE, DECAY, VALUE = 0.01, 0.1, -0.5

@@ -20,19 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from zoo import example
 
-from lightning_spectral import (
-    Branch,
-    ConfigurationError,
-    ExactSVD,
-    ExampleInputError,
-    RandomizedSVD,
-    ResidualBlock,
-    find_blocks,
-    measure,
-)
+from lightning_spectral import ExactSVD, RandomizedSVD, ResidualBlock, find_blocks, measure
 from lightning_spectral.balance import penalty as room
 from lightning_spectral.balance.penalty import balance_penalty
-from lightning_spectral.records import Factor, Path, alternatives
+from lightning_spectral.errors import ConfigurationError, ExampleInputError
+from lightning_spectral.records import Branch, Factor, Path, alternatives
 from lightning_spectral.scales.attach import attach_scales
 
 Kind = Literal["circuit", "paper"]

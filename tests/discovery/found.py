@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 from zoo import Example, example
 
-from lightning_spectral import BlocksNotFoundError, ResidualBlock, find_blocks
+from lightning_spectral import ResidualBlock, find_blocks
+from lightning_spectral.errors import BlocksNotFoundError
 
 
 @dataclass(frozen=True)

@@ -21,18 +21,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from zoo import examples
 
-from lightning_spectral import (
-    BlocksNotFoundError,
-    ConfigurationError,
-    ExampleInputError,
-    attach_scales,
-    balance_penalty,
-    find_blocks,
-    fuse_scales,
-    lyapunov_exponents,
-    measure,
-)
+from lightning_spectral import attach_scales, balance_penalty, find_blocks, fuse_scales, measure
+from lightning_spectral.analysis import lyapunov_exponents
 from lightning_spectral.discovery.find import blocks_in_calls
+from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 # One of each way to build, wrap, train and write.

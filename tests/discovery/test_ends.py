@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from zoo import example, examples
 
-from lightning_spectral import Branch, find_blocks
-from lightning_spectral.records import End
+from lightning_spectral import find_blocks
+from lightning_spectral.records import Branch, End
 
 FACTOR = 1.5
 WIDTH = 16

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from zoo import example, examples, survey
 from zoo.gpt import MLP, Block, CausalSelfAttention, NanoGPT
 
-from lightning_spectral import Branch, ResidualBlock, find_blocks
+from lightning_spectral import ResidualBlock, find_blocks
 from lightning_spectral.measuring.linearize import linearize
-from lightning_spectral.records import Factor, Path
+from lightning_spectral.records import Branch, Factor, Path
 
 MATRICES = ("output", "value", "latent", "down", "up")
 COMPUTED = ("spectral_norm_weights", "weight_norm_weights")  # their weights are results, not parameters

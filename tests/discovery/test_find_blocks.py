@@ -12,7 +12,9 @@ from zoo import example, examples
 from zoo.gpt import Block, NanoGPT
 from zoo.reasons import CROSS, MIXER, REASONS, expected_reasons, has_ratio
 
-from lightning_spectral import BlocksNotFoundError, Branch, find_blocks
+from lightning_spectral import find_blocks
+from lightning_spectral.errors import BlocksNotFoundError
+from lightning_spectral.records import Branch
 
 ALL = [member.name for member in examples()]
 WITH_BLOCKS = [member.name for member in examples() if not member.expected_refusal]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from zoo import example
 
-from lightning_spectral import BlocksNotFoundError, ConfigurationError, ExactSVD, ResidualBlock, find_blocks, measure
+from lightning_spectral import ExactSVD, ResidualBlock, find_blocks, measure
+from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError
 
 WIDTH = 16
 

@@ -12,7 +12,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from zoo import example, examples
 
-from lightning_spectral import ExampleInputError, find_blocks, measure
+from lightning_spectral import find_blocks, measure
+from lightning_spectral.errors import ExampleInputError
 
 WIDTH = 16
 # No guess fits: spectrograms, one picture size and no attribute that says which, a cache that does not fit, pictures

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_spectral import ExactSVD, LayerMeasurement, find_blocks, measure
+from lightning_spectral import ExactSVD, find_blocks, measure
+from lightning_spectral.records import LayerMeasurement
 
 WIDTH, HIDDEN, HEADS, TOKENS = 8, 16, 2, 5
 Forward = Callable[[Any, Tensor], Tensor]

@@ -13,7 +13,8 @@ from zoo import example
 from zoo.gpt import MLP, CausalSelfAttention, attention_matrix, mlp_matrix
 from zoo.language import Language, OutputGated, Preceded
 
-from lightning_spectral import BlocksNotFoundError, ExactSVD, ExampleInputError, find_blocks, measure
+from lightning_spectral import ExactSVD, find_blocks, measure
+from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
 
 
 def norm(matrix: Tensor) -> float:

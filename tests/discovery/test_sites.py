@@ -12,7 +12,8 @@ from found import Found, Search
 from torch import Tensor, nn
 from zoo import Example, examples
 
-from lightning_spectral import Branch, ResidualBlock, find_blocks
+from lightning_spectral import ResidualBlock, find_blocks
+from lightning_spectral.records import Branch
 
 RUNNING = [member.name for member in examples() if not member.expected_refusal and member.callable]
 IDENTITY = [member.name for member in examples() if member.name in RUNNING and member.identity]

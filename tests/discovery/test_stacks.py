@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from journals import read_journal
 from tiny_run import LitGPT, fit
 from torch import Tensor, nn
 
-from lightning_spectral import ExactSVD, SpectralMonitor, find_blocks, measure, read_journal
+from lightning_spectral import ExactSVD, SpectralMonitor, find_blocks, measure
 
 D, HEADS, VOCABULARY, N, BATCH, TOKENS = 16, 2, 50, 4, 2, 7
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from journals import read_actions, read_journal
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -30,15 +31,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_spectral import (
-    Measurement,
-    ResidualRescaler,
-    SpectralMonitor,
-    attach_scales,
-    find_blocks,
-    read_actions,
-    read_journal,
-)
+from lightning_spectral import Measurement, ResidualRescaler, SpectralMonitor, attach_scales, find_blocks
 from lightning_spectral.measuring.meter import Meter
 
 VOCABULARY, WIDTH, HEADS, BLOCKS, CONTEXT, STEPS, STOP = 32, 32, 4, 4, 8, 8, 4

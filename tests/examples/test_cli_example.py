@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from journals import read_journal
 
-from lightning_spectral import GainCeiling, SpectralMonitor, read_journal
+from lightning_spectral import GainCeiling, SpectralMonitor
 
 FILE = Path(__file__).parents[2] / "examples" / "cli" / "config.yaml"
 SMALL = ["--model.depth=2", "--model.width=32", "--model.heads=2", "--model.context=32", "--data.context=32"]

@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from lightning_spectral.runs.journal import read_journal
+from journals import read_journal
 
 ROOT = Path(__file__).parents[2]
 MODEL = ["--layers", "3", "--width", "32", "--heads", "2", "--context", "32"]

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from lightning_spectral import read_actions, read_journal
+from journals import read_actions, read_journal
 
 ROOT = Path(__file__).parents[2]
 MODEL = ["--layers", "2", "--width", "32", "--heads", "2", "--context", "32", "--batch-size", "4"]

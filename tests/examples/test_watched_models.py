@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from lightning_spectral import read_journal
+from journals import read_journal
 
 SMALL = ["--layers", "3", "--width", "32", "--every-n-steps", "10"]
 pytestmark = pytest.mark.slow

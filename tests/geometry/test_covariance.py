@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_spectral import ConfigurationError
 from lightning_spectral.analysis.covariance import GradedProduct, effective_ranks, product_spectrum
+from lightning_spectral.errors import ConfigurationError
 
 
 def normal(*shape: int, generator: torch.Generator) -> Tensor:

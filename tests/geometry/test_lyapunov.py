@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_spectral import ConfigurationError
 from lightning_spectral.analysis.covariance import product_spectrum
 from lightning_spectral.analysis.exponents import (
     LinearMap,
@@ -17,6 +16,7 @@ from lightning_spectral.analysis.exponents import (
     gradient_exponent,
     lyapunov_spectrum,
 )
+from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import Diagonal, LinearOperator, Matrix
 
 

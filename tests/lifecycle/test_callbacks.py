@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_actions, read_journal
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -27,7 +28,7 @@ from tiny_run import CONTEXT, VOCABULARY, LitGPT, SaveAt, TinyGPT, fit, loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_spectral import ResidualRescaler, SpectralMonitor, read_actions, read_journal
+from lightning_spectral import ResidualRescaler, SpectralMonitor
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from journals import read_journal
 from lightning.pytorch.cli import LightningCLI
 from tiny_run import Block, LitGPT, loader
 from torch import nn
 
-from lightning_spectral import ExactSVD, GainCeiling, RandomizedSVD, ResidualRescaler, SpectralMonitor, read_journal
+from lightning_spectral import ExactSVD, GainCeiling, RandomizedSVD, ResidualRescaler, SpectralMonitor
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You defined a `validation_step` but have no `val_dataloader`",

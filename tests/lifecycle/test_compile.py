@@ -8,20 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_actions, read_journal
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from test_steering import log_scales, unbalanced
 from tiny_run import LitGPT, fit, loader
 from torch._dynamo.testing import CompileCounter
 
-from lightning_spectral import (
-    ConfigurationError,
-    GainCeiling,
-    ResidualRescaler,
-    SpectralMonitor,
-    read_actions,
-    read_journal,
-)
+from lightning_spectral import GainCeiling, ResidualRescaler, SpectralMonitor
+from lightning_spectral.errors import ConfigurationError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 

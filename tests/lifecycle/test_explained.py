@@ -12,7 +12,8 @@ import torch
 from tiny_run import LitGPT, TinyGPT, fit
 from torch import Tensor, nn
 
-from lightning_spectral import ConfigurationError, GainCeiling, SpectralMonitor, attach_scales
+from lightning_spectral import GainCeiling, SpectralMonitor, attach_scales
+from lightning_spectral.errors import ConfigurationError
 
 
 class Matrices(torch.optim.Optimizer):

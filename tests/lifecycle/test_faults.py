@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_actions, read_journal
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from test_monitor_neutral import assert_same, everything
@@ -17,7 +18,8 @@ from test_steering import unbalanced
 from tiny_run import BLOCKS, LitGPT, fit
 from torch import nn
 
-from lightning_spectral import ConfigurationError, RandomizedSVD, SpectralMonitor, read_actions, read_journal
+from lightning_spectral import RandomizedSVD, SpectralMonitor
+from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import LinearOperator, SolverState, SpectralNorm
 
 

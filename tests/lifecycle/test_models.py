@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_actions, read_journal
 from lightning.pytorch import seed_everything
 from test_monitor_neutral import assert_same, everything
 from test_steering import unbalanced
@@ -19,16 +20,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from lightning_spectral import (
-    ExampleInputError,
-    ResidualRescaler,
-    SpectralMonitor,
-    attach_scales,
-    find_blocks,
-    measure,
-    read_actions,
-    read_journal,
-)
+from lightning_spectral import ResidualRescaler, SpectralMonitor, attach_scales, find_blocks, measure
+from lightning_spectral.errors import ExampleInputError
 
 
 class Packed(nn.Module):

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_journal
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
 from test_monitor_neutral import assert_same, everything
 from tiny_run import LitGPT, fit
 
-from lightning_spectral import SpectralMonitor, read_journal
+from lightning_spectral import SpectralMonitor
 
 PRECISIONS = ["32-true", "bf16-mixed", "bf16-true", "64-true"]
 MODES: dict[str, dict[str, Any]] = {

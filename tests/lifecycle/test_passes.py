@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_journal
 from lightning.pytorch import LightningModule, seed_everything
 from test_monitor_neutral import assert_same, everything
 from tiny_run import CONTEXT, VOCABULARY, WIDTH, LitGPT, PickyLitGPT, fit
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_spectral import SpectralMonitor, find_blocks, read_journal
+from lightning_spectral import SpectralMonitor, find_blocks
 from lightning_spectral.tokens import token_residual
 
 pytestmark = pytest.mark.usefixtures("undrawn")

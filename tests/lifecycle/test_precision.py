@@ -10,21 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_journal
 from lightning.pytorch import seed_everything
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 from test_steering import unbalanced
 from tiny_run import LitGPT, TinyGPT, fit
 from torch import Tensor
 
-from lightning_spectral import (
-    ExactSVD,
-    ResidualRescaler,
-    SpectralMonitor,
-    attach_scales,
-    find_blocks,
-    measure,
-    read_journal,
-)
+from lightning_spectral import ExactSVD, ResidualRescaler, SpectralMonitor, attach_scales, find_blocks, measure
 from lightning_spectral.control.optimizers import held, lost_steps
 
 PRECISIONS: dict[str, tuple[dict[str, Any], torch.dtype]] = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_actions, read_events, read_journal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -19,7 +20,7 @@ from test_steering import unbalanced
 from tiny_run import CONTEXT, VOCABULARY, LitGPT, SaveAt
 from torch import Tensor
 
-from lightning_spectral import ResidualRescaler, SpectralMonitor, read_actions, read_events, read_journal
+from lightning_spectral import ResidualRescaler, SpectralMonitor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")
 

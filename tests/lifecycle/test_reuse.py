@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_actions, read_events, read_journal
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
@@ -18,7 +19,7 @@ from test_steering import unbalanced
 from tiny_run import LitGPT, fit, loader
 from torch import Tensor
 
-from lightning_spectral import ResidualRescaler, SpectralMonitor, measure, read_actions, read_events, read_journal
+from lightning_spectral import ResidualRescaler, SpectralMonitor, measure
 
 pytestmark = [
     pytest.mark.usefixtures("undrawn"),

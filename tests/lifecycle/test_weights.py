@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_actions, read_journal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     Callback,
@@ -25,15 +26,7 @@ from tiny_run import LitGPT, fit
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from lightning_spectral import (
-    RandomizedSVD,
-    ResidualRescaler,
-    SpectralMonitor,
-    find_blocks,
-    measure,
-    read_actions,
-    read_journal,
-)
+from lightning_spectral import RandomizedSVD, ResidualRescaler, SpectralMonitor, find_blocks, measure
 from lightning_spectral.weights.tensors import reading
 
 pytestmark = [

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from journals import read_journal
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from test_steering import log_scales
@@ -16,7 +17,8 @@ from tiny_run import BLOCKS, VOCABULARY, WIDTH, Block, LitGPT, PickyGPT, TinyGPT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_spectral import BlocksNotFoundError, ResidualRescaler, SpectralMonitor, read_journal
+from lightning_spectral import ResidualRescaler, SpectralMonitor
+from lightning_spectral.errors import BlocksNotFoundError
 
 pytestmark = [
     pytest.mark.usefixtures("undrawn"),

@@ -14,16 +14,9 @@ import torch
 from shells import BATCHES, GPT, SHELLS, Run, built, loader
 from torch import Tensor, nn
 
-from lightning_spectral import (
-    ConfigurationError,
-    GainCeiling,
-    History,
-    ResidualRescaler,
-    attach_scales,
-    find_blocks,
-    fuse_scales,
-)
+from lightning_spectral import GainCeiling, History, ResidualRescaler, attach_scales, find_blocks, fuse_scales
 from lightning_spectral.alarms import Event
+from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.hugging_face import SpectralCallback
 from lightning_spectral.linalg import ExactSVD, RandomizedSVD
 

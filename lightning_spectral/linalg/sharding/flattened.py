@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.linalg.sharding.kinds import is_wrapped_by_fsdp
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 __all__ = ["FlatShard", "boxes", "flat_meshes", "flat_shard", "is_flattened"]
 
@@ -107,7 +111,7 @@ def _is_cut(wrapper: FullyShardedDataParallel) -> bool:
 
 
 def _handles(model: torch.nn.Module) -> Iterator[FlatParamHandle]:
-    wrappers = (module for module in model.modules() if isinstance(module, FullyShardedDataParallel))
+    wrappers = (module for module in model.modules() if is_wrapped_by_fsdp(module))
     yield from (wrapper._handle for wrapper in wrappers if wrapper._handle is not None and _is_cut(wrapper))
 
 

@@ -12,12 +12,11 @@ from are therefore those of the first process (:func:`agreed`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeGuard, final
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard, final
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.operators import (
@@ -28,7 +27,11 @@ from lightning_spectral.linalg.operators import (
     vector_dtype,
 )
 from lightning_spectral.linalg.sharding.flattened import FlatShard, boxes, flat_meshes
+from lightning_spectral.linalg.sharding.kinds import is_dtensor
 from lightning_spectral.linalg.sharding.tiles import Cut, held, stand_in, tiles
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = [
     "Sharded",
@@ -140,7 +143,7 @@ def is_sharded(tensor: Tensor | FlatShard) -> TypeGuard[DTensor | FlatShard]:
     """Whether a tensor is spread over processes, so that no process holds all of it."""
     if isinstance(tensor, FlatShard):
         return True
-    return isinstance(tensor, DTensor) and not all(placement.is_replicate() for placement in tensor.placements)
+    return is_dtensor(tensor) and not all(placement.is_replicate() for placement in tensor.placements)
 
 
 def mesh_around(model: nn.Module) -> DeviceMesh | None:
@@ -176,7 +179,7 @@ def _padded(tensor: DTensor | FlatShard) -> Share:
 
 def _local(tensor: Tensor | FlatShard) -> Tensor:
     assert isinstance(tensor, Tensor)
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def added(shares: Sequence[Share], operation: str = "sum") -> list[Tensor]:
@@ -195,6 +198,8 @@ def added(shares: Sequence[Share], operation: str = "sum") -> list[Tensor]:
     sums: list[Tensor] = [share.block for share in shares]
     for (mesh, dims, _), members in groups.items():
         blocks = [shares[i].block for i in members]
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
         placements = [Partial(operation) if dim in dims else Replicate() for dim in range(mesh.ndim)]
         flat = DTensor.from_local(torch.cat([block.flatten() for block in blocks]), mesh, placements, run_check=False)
         total = flat.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
@@ -234,7 +239,7 @@ def _sharded_dims(weight: DTensor) -> tuple[int, ...]:
             raise ConfigurationError(
                 "the weight is a sum that has not been taken yet (placement Partial): redistribute it first"
             )
-        if isinstance(placement, Shard) or hasattr(placement, "split_factor"):
+        if placement.is_shard() or hasattr(placement, "split_factor"):
             dims.append(dim)
         elif not placement.is_replicate():
             raise ConfigurationError(
