@@ -118,7 +118,7 @@ def main() -> None:
     model = GPT(Config(args.layers, args.width, args.heads, args.context))
     windows = Windows(read_standard_library()[0], args.context).windows
     ids = windows[torch.arange(args.batch_size)].long()[:, :-1]
-    blocks = find_blocks(model, ids)
+    blocks = find_blocks(model, batch=ids)
     print(f"GPT of {args.layers} blocks, width {args.width}, on {tuple(ids.shape)} tokens\n")
 
     def plainly() -> None:

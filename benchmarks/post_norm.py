@@ -174,7 +174,7 @@ def start(run: Run, recipe: Recipe) -> tuple[LitEncoder, Sequence[ResidualBlock]
     """Return the model as the arm starts it, and its blocks."""
     torch.manual_seed(run.seed)
     module = LitEncoder(run, recipe)
-    blocks = find_blocks(module, torch.zeros(1, recipe.context, dtype=torch.long))
+    blocks = find_blocks(module, batch=torch.zeros(1, recipe.context, dtype=torch.long))
     if run.arm in BALANCED:
         balance_init_(module, blocks, **BALANCED[run.arm])
     for name, parameter in module.named_parameters():

@@ -161,7 +161,7 @@ def run(name: str, start: str, seed: int, args: argparse.Namespace) -> dict[int,
     make, factor = MODELS[name]
     task = Task(make(), args.rate)
     example = torch.zeros(2, CONTEXT, dtype=torch.long)
-    blocks = find_blocks(task, as_pictures(example) if name == "vit" else example)
+    blocks = find_blocks(task, batch=as_pictures(example) if name == "vit" else example)
     with torch.no_grad():
         for block in blocks if start != "as it is" else ():
             branches = block.mlp_branches if start == "MLP" else block.attention_branches

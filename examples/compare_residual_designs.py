@@ -243,7 +243,7 @@ def train(args: argparse.Namespace, name: str, seed: int, texts: tuple[bytes, by
     held_out = Windows(texts[1], args.context)
     validation = DataLoader(held_out, args.batch_size)
     ids = held_out.windows[:: len(held_out) // args.sequences][: args.sequences, :-1].long()
-    blocks = find_blocks(module.model, ids)
+    blocks = find_blocks(module.model, batch=ids)
     trainer = Trainer(
         max_steps=args.steps,
         accelerator="cpu",
@@ -281,7 +281,7 @@ def observe(module: LitGPT, blocks: tuple[ResidualBlock, ...], ids: Tensor, k: i
         missing = [str(layer.reason) for layer, value in zip(layers, values, strict=True) if value is None]
         if missing:
             reasons[name] = f"{len(missing)} of {len(values)} blocks: " + "; ".join(dict.fromkeys(missing))
-    exponents = lyapunov_exponents(module.model, ids, blocks=blocks, k=k).exponents.tolist()
+    exponents = lyapunov_exponents(module.model, batch=ids, blocks=blocks, k=k).exponents.tolist()
     return Observation(ratios, reasons, residuals(module, ids), exponents, loss)
 
 

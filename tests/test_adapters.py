@@ -96,7 +96,7 @@ def test_randomized_norms_of_wide_adapted_weights_hold_their_bounds(part: str):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(160, 160), Wide(160), Wide(160)).requires_grad_(False)
     x = torch.randn(2, 6, 160)
-    blocks = find_blocks(model, x)
+    blocks = find_blocks(model, batch=x)
     found, exact = (measure(model, blocks, adapters=part, solver=solver) for solver in (None, EXACT))
     for layer, true in zip(found, exact, strict=True):
         for norm, value in ((layer.mlp_norm, true.mlp_norm), (layer.attention_norm, true.attention_norm)):
@@ -135,7 +135,7 @@ class Largest(TorchDispatchMode):
 def test_nothing_of_the_size_of_a_weight_is_formed(part: str):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 512), Wide(512)).requires_grad_(False)
-    meter = Meter(model, find_blocks(model, torch.randn(1, 4, 512)), adapters=part)
+    meter = Meter(model, find_blocks(model, batch=torch.randn(1, 4, 512)), adapters=part)
     with Largest() as largest:
         meter.measure()
         meter.measure()
@@ -189,7 +189,7 @@ def test_everything_of_an_adapter_may_start_at_zero(way: str):
     for start in (torch.zeros_like, torch.randn_like):
         for parameter in (layer.scale, layer.a, layer.b):
             parameter.data = start(parameter)
-        found.append(find_blocks(model, IDS))
+        found.append(find_blocks(model, batch=IDS))
     assert found[0] == found[1]
     assert found[0][0].mlp.reason is None
 
@@ -227,14 +227,14 @@ def test_the_norm_behind_a_branch_divides_by_the_size_of_the_sum():
     member = example("plain_sandwich")
     model = member.build().double()
     args, kwargs = member.inputs(model)
-    blocks = model.get_submodule(find_blocks(model, *args, **kwargs)[0].name.rpartition(".")[0])
+    blocks = model.get_submodule(find_blocks(model, batch=args or kwargs)[0].name.rpartition(".")[0])
     for block in blocks:
         block.mlp.c_proj = Adapted(block.mlp.c_proj).double().eval()
     twin = copy.deepcopy(model)
-    for block in twin.get_submodule(find_blocks(model, *args, **kwargs)[0].name.rpartition(".")[0]):
+    for block in twin.get_submodule(find_blocks(model, batch=args or kwargs)[0].name.rpartition(".")[0]):
         block.mlp.c_proj = block.mlp.c_proj.merged()
-    found = find_blocks(model, *args, **kwargs)
-    equal(measure(model, found, solver=EXACT), measure(twin, find_blocks(twin, *args, **kwargs), solver=EXACT))
+    found = find_blocks(model, batch=args or kwargs)
+    equal(measure(model, found, solver=EXACT), measure(twin, find_blocks(twin, batch=args or kwargs), solver=EXACT))
     for block, delta in zip(found, measure(model, found, adapters="delta", solver=EXACT), strict=True):
         path = block.mlp.paths[0]
         whole, change = (linearize(model, path, "circuit", adapters=part) for part in ("sum", "delta"))
@@ -247,7 +247,7 @@ def test_adapters_in_training_are_followed_warm():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(160, 160), Wide(160), Wide(160)).train()
     x, y = torch.randn(2, 4, 6, 160)
-    meter = Meter(model, find_blocks(model, x))
+    meter = Meter(model, find_blocks(model, batch=x))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(5):
         for layer, true in zip(meter.measure(), measure(model, meter.blocks, solver=EXACT), strict=True):
@@ -370,7 +370,7 @@ def test_every_way_to_write_an_adapter_is_measured_as_merged_or_refused(way: str
         part = getattr(block, owner)
         setattr(part, name, Written(getattr(part, name), way).double())
     update = (lambda s: 0 * s.base.weight) if (way, place) in APART else Written.WAYS[way][1]
-    blocks = find_blocks(model, IDS)
+    blocks = find_blocks(model, batch=IDS)
     attention = owner == "attn"
     if update is None or (way, place) in UNREAD:
         for layer in measure(model, blocks):
@@ -387,7 +387,7 @@ def test_every_way_to_write_an_adapter_is_measured_as_merged_or_refused(way: str
         with torch.no_grad():
             written.base.weight += update(written)
         setattr(part, name, written.base)
-    equal(found, measure(model, find_blocks(model, IDS), solver=EXACT))
+    equal(found, measure(model, find_blocks(model, batch=IDS), solver=EXACT))
 
 
 def test_what_is_refused_says_what_it_is():
@@ -398,7 +398,7 @@ def test_what_is_refused_says_what_it_is():
         owner, name = PLACES[place]
         part = getattr(model.transformer["h"][0], owner)
         setattr(part, name, Written(getattr(part, name), way))
-        reasons[way] = find_blocks(model, IDS)[0].mlp.reason
+        reasons[way] = find_blocks(model, batch=IDS)[0].mlp.reason
     assert reasons == {
         "formed": "the weight made of transformer.h.0.mlp.c_proj.b, transformer.h.0.mlp.c_proj.a cannot be read: it is "
         "computed by the operation 'mm'",
@@ -420,7 +420,7 @@ def test_adapters_on_every_linear_layer_of_a_model_change_nothing_but_its_norms(
     member = example(name)
     model = member.build()
     args, kwargs = member.inputs(model)
-    plain_blocks = find_blocks(model, *args, **kwargs)
+    plain_blocks = find_blocks(model, batch=args or kwargs)
     torch.manual_seed(0)
     for owner in [module for block in plain_blocks for module in model.get_submodule(block.name).modules()]:
         for key, layer in list(owner.named_children()):
@@ -432,7 +432,7 @@ def test_adapters_on_every_linear_layer_of_a_model_change_nothing_but_its_norms(
         for key, layer in list(owner.named_children()):
             if isinstance(layer, Adapted):
                 setattr(owner, key, layer.merged())
-    blocks, merged_blocks = (find_blocks(item, *args, **kwargs) for item in (model, twin))
+    blocks, merged_blocks = (find_blocks(item, batch=args or kwargs) for item in (model, twin))
     equal(measure(model, blocks, solver=EXACT), measure(twin, merged_blocks, solver=EXACT), rel=2e-5)
     for block, before in zip(blocks, merged_blocks, strict=True):
         assert replace(block, branches=()) == replace(before, branches=())
@@ -461,7 +461,7 @@ def test_the_gate_is_known_by_its_name_with_and_without_adapters(swapped: bool):
     for adapt in (False, True):
         model = NanoGPT(layers=1).eval()
         model.transformer["h"][0].mlp = Bilinear(adapt, swapped).eval()
-        (up,) = (f for f in find_blocks(model, IDS)[0].mlp.paths[0].factors if f.role == "up")
+        (up,) = (f for f in find_blocks(model, batch=IDS)[0].mlp.paths[0].factors if f.role == "up")
         assert up.parameter == "transformer.h.0.mlp.up." + ("base_layer.weight" if adapt else "weight")
 
 
@@ -501,7 +501,7 @@ def mixture(idle: int) -> nn.Module:
 def test_experts_have_adapters_of_their_own_and_an_idle_one_those_of_its_siblings():
     model = mixture(idle=2)
     block = model.transformer["h"][0]
-    blocks = find_blocks(model, IDS)
+    blocks = find_blocks(model, batch=IDS)
     gain = torch.diag(block.ln_2.weight.detach())
     paths = {path.expert: path for path in blocks[0].mlp.paths}
     assert set(paths) == {0, 1, 2, 3}
@@ -514,7 +514,7 @@ def test_experts_have_adapters_of_their_own_and_an_idle_one_those_of_its_sibling
 
 
 def test_an_idle_expert_that_is_built_otherwise_is_no_reason_to_forget_it():
-    branch = find_blocks(mixture(idle=3), IDS)[0].mlp
+    branch = find_blocks(mixture(idle=3), batch=IDS)[0].mlp
     assert branch.paths == ()
     assert branch.reason == (
         "its weight transformer.h.0.mlp.experts.3.c_fc.weight did not take part in the forward pass on the example "
@@ -593,7 +593,7 @@ def test_adapters_on_packed_weights_are_refused_for_the_packed_weights():
         adapter = Adapted(layer.c_proj).eval()
         adapter.base_layer = PackedBase(layer.c_proj)
         layer.c_proj = adapter
-    for branch in find_blocks(model, IDS)[0].branches:
+    for branch in find_blocks(model, batch=IDS)[0].branches:
         assert branch.reason.endswith("base_layer.step cannot be read: it is computed by the operation 'mul'")
     assert block is model.transformer["h"][0]
 
@@ -613,7 +613,7 @@ class Beside(Block):
 
 def test_a_scale_reaches_the_sum_or_the_terms_are_branches_of_their_own():
     model = NanoGPT(Beside, layers=2).eval()
-    for block in find_blocks(model, IDS):
+    for block in find_blocks(model, batch=IDS):
         assert [branch.kind for branch in block.branches] == ["attention", "mlp", "mlp"]
         assert [branch.site.rpartition(".")[2] for branch in block.branches[1:]] == ["c_proj", "b"]
 

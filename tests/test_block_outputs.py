@@ -45,7 +45,7 @@ def test_every_block_of_every_architecture_is_heard(name: str):
     member = example(name)
     model = member.build()
     args, kwargs = member.inputs(model)
-    blocks = find_blocks(model, *args, **kwargs)
+    blocks = find_blocks(model, batch=args or kwargs)
     if name in TOKENS_FIRST:
         assert {block.token_dims for block in blocks} == {(0,)}
     outputs = BlockOutputs(model, blocks)

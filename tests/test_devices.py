@@ -86,15 +86,15 @@ def test_a_default_device_elsewhere_changes_nothing():
     """The meta device stands for another one: what lands there by accident cannot be computed with."""
     torch.manual_seed(0)
     model = TinyGPT()
-    blocks, expected = find_blocks(model, IDS), measure(model, batch=IDS)
+    blocks, expected = find_blocks(model, batch=IDS), measure(model, batch=IDS)
     jacobians = measure(model, blocks[:1], batch=IDS, linearization="jacobian")
-    exponents = lyapunov_exponents(model, IDS, blocks=blocks)
+    exponents = lyapunov_exponents(model, batch=IDS, blocks=blocks)
     with default_device("meta"):
-        assert find_blocks(model, IDS) == blocks
+        assert find_blocks(model, batch=IDS) == blocks
         assert [layer.ratio for layer in measure(model, batch=IDS)] == [layer.ratio for layer in expected]
         measured = measure(model, blocks[:1], batch=IDS, linearization="jacobian")
         assert [layer.ratio for layer in measured] == [layer.ratio for layer in jacobians]
-        assert torch.equal(lyapunov_exponents(model, IDS, blocks=blocks).exponents, exponents.exponents)
+        assert torch.equal(lyapunov_exponents(model, batch=IDS, blocks=blocks).exponents, exponents.exponents)
         for layer, known in zip(measure(model, blocks, solver=ExactSVD()), expected, strict=True):
             assert layer.ratio == pytest.approx(known.ratio, rel=0.02)
         assert balance_penalty(model, blocks).device.type == "cpu"
@@ -125,7 +125,7 @@ def test_probes_of_a_pass_on_a_device_without_float64_run_on_the_cpu(name: str):
     """What such a machine would record, as far as this one can tell: its device among the arguments, its kernel."""
     torch.manual_seed(0)
     model, x = Stepped(), torch.randn(2, 5, 16)
-    expected = find_blocks(model, x)
+    expected = find_blocks(model, batch=x)
     assert [block.verified for block in expected] == [True]
     tape = record(model, lambda: model(x), x)
     kernels = {

@@ -40,7 +40,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 @functools.cache
 def found(name: str) -> tuple[ResidualBlock, ...]:
     model, (args, kwargs) = built(name)
-    return find_blocks(model, *args, **kwargs)
+    return find_blocks(model, batch=args or kwargs)
 
 
 def built(name: str) -> tuple[nn.Module, Inputs]:
@@ -243,7 +243,7 @@ def test_the_numbers_do_not_depend_on_the_layout_of_the_stream() -> None:
     x = torch.randn(2, 7, HIDDEN)
     results = []
     for layer, stream, dims in zip(layers, (x, x.transpose(0, 1)), ((1,), (0,)), strict=True):
-        blocks = find_blocks(layer, stream)
+        blocks = find_blocks(layer, batch=stream)
         assert blocks[0].token_dims == dims
         (measured,) = measure(layer, blocks, linearization="jacobian", batch=stream, solver=ExactSVD())
         mlp, attention = (branch_functions(layer, blocks, (stream,), {})[branch] for branch in blocks[0].branches[::-1])
@@ -582,7 +582,7 @@ class BareBlock(CustomBlock):
 def test_a_kernel_without_a_true_derivative_has_a_reason(block: type[nn.Module], reason: str) -> None:
     """The other branch is measured."""
     model = seeded(lambda: NanoGPT(block))()
-    blocks = find_blocks(model, *token_inputs(model)[0])
+    blocks = find_blocks(model, batch=token_inputs(model)[0])
     assert len(blocks) == len(blocks_of(BLOCKS, range(3), ATTENTION_SITES, MLP_SITES))
     for layer in measure(model, blocks, linearization="jacobian", batch=token_inputs(model)[0]):
         assert re.match(reason, layer.mlp_reason)
@@ -769,7 +769,7 @@ def test_where_no_batch_can_be_guessed_the_error_asks_for_one() -> None:
     """With a batch it works."""
     model = Guarded()
     batch = {"x": torch.randn(2, 5, HIDDEN), "key": "sesame"}
-    blocks = find_blocks(model, **batch)
+    blocks = find_blocks(model, batch=batch)
     with pytest.raises(ExampleInputError, match=r"real inputs, and none could be guessed: pass batch=.*Guarded"):
         measure(model, blocks, linearization="jacobian")
     with pytest.raises(ExampleInputError, match="cannot be run on the given example input: ValueError: wrong key"):
@@ -793,7 +793,7 @@ def test_blocks_from_hints_are_measured() -> None:
     """Described or found, a branch is the same function; a block that nobody traced knows no tokens, hence no gains."""
     model, inputs = built("nanogpt")
     hints = {f"{BLOCKS}.*": {"attention": {"site": "attn.c_proj"}, "mlp": {"site": "mlp.c_proj"}}}
-    described = tuple(replace(block, token_dims=()) for block in find_blocks(model, *inputs[0], hints=hints))
+    described = tuple(replace(block, token_dims=()) for block in find_blocks(model, batch=inputs[0], hints=hints))
     measurement = measure(model, described, linearization="jacobian", batch=batch_of(inputs))
     for layer, expected in zip(measurement, jacobians("nanogpt"), strict=True):
         assert layer.ratio == pytest.approx(expected.ratio, rel=1e-12)

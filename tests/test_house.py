@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import subprocess
+import sys
 from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -20,9 +22,9 @@ FLOORS = [
     *("errors", "_checks", "display", "records", "linalg", "passes", "weights"),
     *("discovery.trace", "discovery.chains", "discovery.structure", "discovery"),
     *("tokens", "measuring", "analysis", "metrics", "scales", "control", "balance"),
-    *("alarms", "runs", "pages", "checkpoints", "watch", "monitor", "cli"),
+    *("alarms", "runs", "pages", "checkpoints", "watch", "monitor", "hugging_face", "cli"),
 ]
-LOOSE = {"__init__", "_checks", "cli", "errors"}
+LOOSE = {"__init__", "_checks", "cli", "errors", "hugging_face"}
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_utilities"}
 
@@ -180,3 +182,61 @@ def test_the_package_is_typed_and_versioned():
     released = lightning_spectral.__version__.partition(".dev")[0]
     assert f"## {released}" in changelog.read_text() or ".dev" in lightning_spectral.__version__
     assert f"version: {lightning_spectral.__version__}\n" in (PACKAGE.parent / "CITATION.cff").read_text()
+
+
+# The front door.
+
+PUBLIC = [
+    *("ExactSVD", "GainCeiling", "History", "Measurement", "RandomizedSVD", "ResidualBlock", "ResidualRescaler"),
+    *("SpectralError", "SpectralMonitor", "Watch", "attach_scales", "audit", "balance_init_", "balance_penalty"),
+    *("find_blocks", "fuse_scales", "measure", "report"),
+]
+HEAVY = ["lightning", "pytorch_lightning", "torchmetrics", "transformers", "matplotlib", "bokeh", "pandas"]
+
+
+def loaded(statement: str) -> set[str]:
+    """Return the modules that a fresh Python has loaded after a statement."""
+    code = f"{statement}\nimport sys\nprint(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return set(run.stdout.splitlines()[-1].split())
+
+
+def test_the_public_names_are_these():
+    assert lightning_spectral.__all__ == PUBLIC
+    rooms = {"analysis", "errors", "hugging_face", "metrics", "records", "scales"}
+    assert set(dir(lightning_spectral)) == {*PUBLIC, *rooms, "__version__"}
+    assert all(callable(getattr(lightning_spectral, name)) for name in PUBLIC)
+
+
+def test_public_rooms_are_there_without_another_import():
+    assert loaded("import lightning_spectral as s; s.metrics.TokenResidual; s.errors.ConfigurationError")
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("ConfigurationError", "it is lightning_spectral.errors.ConfigurationError now"),
+        ("lyapunov_exponents", "it is lightning_spectral.analysis.lyapunov_exponents now"),
+        ("read_journal", r"use History.read\(path\).measurements"),
+        ("mesure", r"has no attribute 'mesure'$"),
+    ],
+)
+def test_a_name_that_is_not_there_says_where_it_went(name: str, remedy: str):
+    with pytest.raises(AttributeError, match=remedy):
+        getattr(lightning_spectral, name)
+
+
+def test_the_door_loads_nothing():
+    assert not loaded("import lightning_spectral") & {*HEAVY, "torch", "numpy"}
+
+
+def test_no_name_but_the_callback_loads_a_framework():
+    names = ", ".join(name for name in PUBLIC if name != "SpectralMonitor")
+    assert not loaded(f"from lightning_spectral import {names}") & set(HEAVY)
+
+
+def test_help_loads_neither_torch_nor_a_framework():
+    code = (
+        "import contextlib\nfrom lightning_spectral.cli import main\nwith contextlib.suppress(SystemExit): main(['-h'])"
+    )
+    assert not loaded(code) & {*HEAVY, "torch"}

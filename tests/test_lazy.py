@@ -77,12 +77,12 @@ def test_a_search_gives_no_weights_to_lazy_layers() -> None:
     assert torch.equal(torch.get_rng_state(), stream)
     assert all(block.verified for block in found)
     patches = LazyPatches()
-    assert len(find_blocks(patches, torch.zeros(2, 3, 16, 16))) == 3
+    assert len(find_blocks(patches, batch=torch.zeros(2, 3, 16, 16))) == 3
     assert is_lazy(patches.patches.weight)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model(IDS)
-    assert find_blocks(model, IDS) == found
+    assert find_blocks(model, batch=IDS) == found
 
 
 def test_weights_that_are_not_there_yet_are_a_reason() -> None:
@@ -95,7 +95,7 @@ def test_weights_that_are_not_there_yet_are_a_reason() -> None:
     with pytest.raises(ConfigurationError, match=r"call the model once on a batch, model\(batch\), then measure"):
         measure(model, batch=IDS, linearization="jacobian")
     with pytest.raises(ConfigurationError, match=r"model.blocks.0.attention.proj.weight has no content before"):
-        lyapunov_exponents(model, IDS)
+        lyapunov_exponents(model, batch=IDS)
     scales = attach_scales(model)
     assert len(scales) == 6
     model(IDS).mean().backward()

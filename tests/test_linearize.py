@@ -199,7 +199,7 @@ def searched(name: str) -> tuple[nn.Module, tuple[ResidualBlock, ...]]:
     member = example(name)
     model = member.build()
     args, kwargs = member.inputs(model)
-    return model, find_blocks(model, *args, **kwargs)
+    return model, find_blocks(model, batch=args or kwargs)
 
 
 def fetch(block: nn.Module, path: str, transposed: bool = False) -> Tensor:

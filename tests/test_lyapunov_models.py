@@ -85,32 +85,32 @@ def dense(model: nn.Module, first: str, last: str) -> Tensor:
 )
 def test_exponents_are_those_of_the_dense_jacobian_of_the_whole_stack(name: str, depth: int):
     model = built(name)
-    blocks = find_blocks(model, **as_batch(model)) if hasattr(model, "config") else find_blocks(model, SMALL)
+    blocks = find_blocks(model, batch=as_batch(model)) if hasattr(model, "config") else find_blocks(model, batch=SMALL)
     J = dense(model, blocks[0].name, blocks[-1].name)
     exact = torch.linalg.svdvals(J).log()[:3] / depth
-    swept = lyapunov_exponents(model, as_batch(model), k=3, sweeps=24)
+    swept = lyapunov_exponents(model, batch=as_batch(model), k=3, sweeps=24)
     assert swept.growth.shape == (depth, 3)
     torch.testing.assert_close(swept.exponents, exact, rtol=0, atol=1e-6)
     torch.testing.assert_close(swept.growth.mean(0), swept.exponents)
-    default = lyapunov_exponents(model, as_batch(model), k=3)
+    default = lyapunov_exponents(model, batch=as_batch(model), k=3)
     assert (default.exponents <= exact + 1e-9).all()
     assert (default.exponents > exact - 0.2).all()
 
 
 def test_blocks_may_be_some_of_those_that_follow_each_other():
     model = built("llama")
-    blocks = find_blocks(model, **as_batch(model))
+    blocks = find_blocks(model, batch=as_batch(model))
     J = dense(model, blocks[1].name, blocks[2].name)
     exact = torch.linalg.svdvals(J).log()[:2] / 2
-    swept = lyapunov_exponents(model, as_batch(model), blocks=blocks[1:], k=2, sweeps=30)
+    swept = lyapunov_exponents(model, batch=as_batch(model), blocks=blocks[1:], k=2, sweeps=30)
     torch.testing.assert_close(swept.exponents, exact, rtol=0, atol=1e-6)
     with pytest.raises(ConfigurationError, match=r"'model.layers.2' does not read the stream that block 'model.layers"):
-        lyapunov_exponents(model, as_batch(model), blocks=[blocks[0], blocks[2]])
+        lyapunov_exponents(model, batch=as_batch(model), blocks=[blocks[0], blocks[2]])
 
 
 def test_precision_of_the_model_is_enough():
-    wide = lyapunov_exponents(built("gpt2"), as_batch(built("gpt2")), k=3)
-    narrow = lyapunov_exponents(built("gpt2").float(), as_batch(built("gpt2")), k=3)
+    wide = lyapunov_exponents(built("gpt2"), batch=as_batch(built("gpt2")), k=3)
+    narrow = lyapunov_exponents(built("gpt2").float(), batch=as_batch(built("gpt2")), k=3)
     torch.testing.assert_close(narrow.exponents, wide.exponents, rtol=0, atol=1e-4)
 
 
@@ -136,9 +136,9 @@ def test_known_stacks_have_known_exponents(generator: torch.Generator):
     model = Stack(*(gain * orthogonal(6, generator) for gain in (2.0, 0.5, 8.0)))
     x = torch.randn(1, 6, generator=generator, dtype=torch.float64)
     arguments = {"blocks": named_blocks(model)}
-    spectrum = lyapunov_exponents(model, x, k=2, **arguments)
+    spectrum = lyapunov_exponents(model, batch=x, k=2, **arguments)
     torch.testing.assert_close(spectrum.growth, torch.tensor([[2.0, 0.5, 8.0]] * 2).double().log().T)
-    both = empirical_exponents(model, x, **arguments)
+    both = empirical_exponents(model, batch=x, **arguments)
     assert both.gradient == pytest.approx(2 * math.log(8.0) / 3)
     assert both.angle == pytest.approx(0, abs=1e-6)
     assert both.depth == 3
@@ -148,7 +148,7 @@ def test_angles_and_gradients_are_those_of_the_dense_jacobian():
     model = built("gpt2")
     J = dense(model, "transformer.h.0", "transformer.h.2")
     run, x = whole_stack(model, "transformer.h.0", "transformer.h.2")
-    both = empirical_exponents(model, as_batch(model), seed=3)
+    both = empirical_exponents(model, batch=as_batch(model), seed=3)
     generator = torch.Generator().manual_seed(3)
     step, functional = (torch.randn(x.shape, generator=generator, dtype=torch.float64).flatten() for _ in range(2))
 
@@ -161,8 +161,8 @@ def test_angles_and_gradients_are_those_of_the_dense_jacobian():
     assert both.angle == pytest.approx(math.log(angle(run(x), J @ step) / angle(x, step)) / 3, abs=2e-3)
     squares = float((J.mT @ functional).square().sum() / functional.square().sum())
     assert both.gradient == pytest.approx(math.log(squares) / 3, abs=1e-9)
-    assert empirical_exponents(model, as_batch(model), seed=3) == both
-    assert empirical_exponents(model, as_batch(model), seed=4) != both
+    assert empirical_exponents(model, batch=as_batch(model), seed=3) == both
+    assert empirical_exponents(model, batch=as_batch(model), seed=4) != both
 
 
 def test_without_a_batch_one_is_guessed_and_the_seed_decides():
@@ -197,16 +197,16 @@ def test_a_model_in_training_is_left_as_it_was(name: str, measurement: Callable[
 
 def test_dropout_is_off_and_the_surroundings_do_not_matter():
     model = example("plain_dropout").build()
-    expected = lyapunov_exponents(model, SMALL, k=2).growth
+    expected = lyapunov_exponents(model, batch=SMALL, k=2).growth
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        found = lyapunov_exponents(model.train(), SMALL, k=2).growth
+        found = lyapunov_exponents(model.train(), batch=SMALL, k=2).growth
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_a_batch_that_the_model_writes_to_is_left_as_it_was():
     model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
     batch = -torch.ones(2, 4)
-    lyapunov_exponents(model, batch, blocks=named_blocks(model, "1"), k=1)
+    lyapunov_exponents(model, batch=batch, blocks=named_blocks(model, "1"), k=1)
     assert (batch == -1).all()
 
 
@@ -215,7 +215,7 @@ def test_a_padded_batch_does_not_take_the_fast_path_through_nested_tensors():
     model = nn.TransformerEncoder(layer, 2).requires_grad_(False).eval()
     stream = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
     batch = {"src": stream, "src_key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2])}
-    found = lyapunov_exponents(model, batch, blocks=named_blocks(model, "layers.0", "layers.1"), k=2)
+    found = lyapunov_exponents(model, batch=batch, blocks=named_blocks(model, "layers.0", "layers.1"), k=2)
     assert found.growth.shape == (2, 2)
     assert found.growth.isfinite().all()
 
@@ -288,7 +288,7 @@ class Misleading(nn.Linear):
 def test_a_block_that_cannot_be_called_alone_is_named(block: nn.Module, message: str):
     model = nn.Sequential(nn.Linear(4, 4), block)
     with pytest.raises(ConfigurationError, match=message):
-        lyapunov_exponents(model, torch.ones(2, 4), blocks=named_blocks(model), k=1)
+        lyapunov_exponents(model, batch=torch.ones(2, 4), blocks=named_blocks(model), k=1)
 
 
 def test_stacks_and_containers_that_have_no_one_stream_are_refused_by_name():
@@ -297,14 +297,14 @@ def test_stacks_and_containers_that_have_no_one_stream_are_refused_by_name():
     with pytest.raises(
         ConfigurationError, match=r"'decoder.block.0' does not read .* block 'encoder.block.1' returned"
     ):
-        lyapunov_exponents(model, two.inputs(model)[1])
+        lyapunov_exponents(model, batch=two.inputs(model)[1])
     listed = example("pairs_in_the_parent")
     model = listed.build()
     message = r"only modules that are called have a Jacobian, and this pass does not call 'body.layers.0', 'body"
     with pytest.raises(ConfigurationError, match=message):
-        lyapunov_exponents(model, listed.inputs(model)[0])
+        lyapunov_exponents(model, batch=listed.inputs(model)[0])
     with pytest.raises(ConfigurationError, match="this pass does not call any of no blocks"):
-        lyapunov_exponents(nn.Linear(2, 2), torch.ones(1, 2), blocks=[])
+        lyapunov_exponents(nn.Linear(2, 2), batch=torch.ones(1, 2), blocks=[])
 
 
 def test_a_model_that_cannot_be_run_is_refused():
@@ -312,9 +312,9 @@ def test_a_model_that_cannot_be_run_is_refused():
     with pytest.raises(
         ExampleInputError, match=r"the model could not be run; pass a `batch`. Tried:\n  .*RuntimeError"
     ):
-        lyapunov_exponents(model, torch.ones(1, 3), blocks=named_blocks(model))
+        lyapunov_exponents(model, batch=torch.ones(1, 3), blocks=named_blocks(model))
     with pytest.raises(ConfigurationError, match="k=5: expected at most 4"):
-        lyapunov_exponents(model, torch.ones(1, 4), blocks=named_blocks(model), k=5)
+        lyapunov_exponents(model, batch=torch.ones(1, 4), blocks=named_blocks(model), k=5)
 
 
 def naive(matrices: list[Tensor]) -> dict[str, list[float]]:
@@ -385,7 +385,7 @@ def test_an_output_matrix_that_is_not_square_is_squared_as_in_the_paper():
     blocks = find_blocks(built("llama"))
     stack = model.model.layers
     matrices = [torch.eye(HIDDEN).double() + squared(block).detach() for block in stack]
-    assert_same(covariance_trajectory(model, blocks), matrices)
+    assert_same(covariance_trajectory(model, blocks, linearization="paper"), matrices)
 
 
 def test_gauges_move_the_paper_and_not_the_circuit():
@@ -419,8 +419,8 @@ def test_pairs_of_layers_of_one_branch_have_the_exponents_of_blocks_of_two():
     flat = nn.Sequential(*layers).double()
     whole = nn.Sequential(nn.Sequential(*layers[:2]), nn.Sequential(*layers[2:])).double()
     x = torch.randn(1, 4, HIDDEN, dtype=torch.float64)
-    assert [block.name for block in find_blocks(flat, x)] == ["0 + 1", "2 + 3"]
-    pairs, blocks = (lyapunov_exponents(model, x, k=4, sweeps=8) for model in (flat, whole))
+    assert [block.name for block in find_blocks(flat, batch=x)] == ["0 + 1", "2 + 3"]
+    pairs, blocks = (lyapunov_exponents(model, batch=x, k=4, sweeps=8) for model in (flat, whole))
     assert (2 * pairs.exponents).tolist() == pytest.approx(blocks.exponents.tolist(), rel=1e-5)
 
 
@@ -439,23 +439,23 @@ def test_pairs_of_branches_that_no_module_adds_have_no_jacobian_alone():
     with pytest.raises(
         ConfigurationError, match=r"block 'parts\.1' does not read the stream that block 'parts\.0' retu"
     ):
-        lyapunov_exponents(Flat(), x)
+        lyapunov_exponents(Flat(), batch=x)
 
 
 def test_blocks_of_another_model_are_refused():
     with pytest.raises(
         ConfigurationError, match=r"Linear has no module 'layers\.7': pass blocks that were found in it"
     ):
-        lyapunov_exponents(nn.Linear(4, 4), torch.randn(1, 4), blocks=[ResidualBlock(0, "layers.7", ())])
+        lyapunov_exponents(nn.Linear(4, 4), batch=torch.randn(1, 4), blocks=[ResidualBlock(0, "layers.7", ())])
 
 
 def test_scales_that_were_attached_since_the_blocks_were_found_count():
     model = built("gpt2")
     blocks = find_blocks(model)
-    before = covariance_trajectory(model, blocks)
+    before = covariance_trajectory(model, blocks, linearization="paper")
     for scale in attach_scales(model, blocks).parameters():
         nn.init.constant_(scale, -20.0)  # ln of the scale
-    after = covariance_trajectory(model, blocks)
+    after = covariance_trajectory(model, blocks, linearization="paper")
     assert before.gain[0] > 1.5
     assert after.gain == pytest.approx([1.0] * 3, abs=1e-6)
     assert after.effective_rank == pytest.approx([float(HIDDEN)] * 3, abs=1e-6)
@@ -478,16 +478,16 @@ def test_blocks_without_a_matrix_are_named_or_stand_as_the_identity():
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
     with pytest.raises(ConfigurationError) as refused:
-        covariance_trajectory(model, blocks)
+        covariance_trajectory(model, blocks, linearization="paper")
     assert str(refused.value) == (
         "blocks without a weight linearization (pass the other blocks as `blocks`, or missing='identity' to leave "
         "these out):\n  model.layers.1: mlp: weights are not finite (NaN or Inf)"
     )
-    left = covariance_trajectory(model, blocks, missing="identity")
+    left = covariance_trajectory(model, blocks, linearization="paper", missing="identity")
     assert left.skipped == ("model.layers.1",)
     assert left.effective_rank[1] == pytest.approx(left.effective_rank[0], rel=1e-9)
     assert left.gain[1] == 1
-    others = covariance_trajectory(model, [blocks[0], blocks[2]])
+    others = covariance_trajectory(model, [blocks[0], blocks[2]], linearization="paper")
     assert left.effective_rank[2] == pytest.approx(others.effective_rank[1], rel=1e-9)
 
 

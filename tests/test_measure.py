@@ -36,7 +36,7 @@ def blocks_of(name: str) -> tuple[ResidualBlock, ...]:
     member = example(name)
     model = member.build()
     args, kwargs = member.inputs(model)
-    return find_blocks(model, *args, **kwargs)
+    return find_blocks(model, batch=args or kwargs)
 
 
 def built(name: str) -> tuple[nn.Module, tuple[ResidualBlock, ...]]:
@@ -239,7 +239,7 @@ def test_a_residual_multiplier_scales_both_norms() -> None:
     for block in layers(model, "granite"):
         block.residual_multiplier = 0.44  # type: ignore[assignment]
     args, kwargs = example("granite").inputs(model)
-    after = exact(model, find_blocks(model, *args, **kwargs))
+    after = exact(model, find_blocks(model, batch=args or kwargs))
     assert norms(after) == pytest.approx([2 * norm for norm in norms(before)], rel=1e-6)
     for old, new in zip(before, after, strict=True):
         assert new.ratio == pytest.approx(old.ratio, rel=1e-6)
@@ -497,7 +497,7 @@ def test_any_floating_point_type_is_measured(dtype: torch.dtype, tolerance: floa
 
 def example_blocks(model: nn.Module, name: str) -> tuple[ResidualBlock, ...]:
     args, kwargs = example(name).inputs(model)
-    return find_blocks(model, *args, **kwargs)
+    return find_blocks(model, batch=args or kwargs)
 
 
 # --- Bad weights ------------------------------------------------------------------------------------------------------
@@ -570,7 +570,7 @@ def test_a_branch_that_starts_at_zero_has_norm_zero_and_no_ratio() -> None:
         assert measured_.mlp_norm is not None
         assert (measured_.ratio, measured_.log_ratio, measured_.attention_reason) == (None, None, None)
         assert measured_.reason == "attention: its norm is zero"
-    again = find_blocks(model, *example("nanogpt").inputs(model)[0])
+    again = find_blocks(model, batch=example("nanogpt").inputs(model)[0])
     assert again == blocks
 
 
@@ -616,7 +616,7 @@ def test_blocks_that_share_a_weight_are_both_measured_with_it() -> None:
     model, blocks = built("nanogpt")
     first, second, _ = layers(model, "nanogpt")
     second.mlp.c_fc.weight = first.mlp.c_fc.weight
-    again = find_blocks(model, *example("nanogpt").inputs(model)[0])
+    again = find_blocks(model, batch=example("nanogpt").inputs(model)[0])
     assert [block.name for block in again] == [block.name for block in blocks]
     assert exact(model, again).layers == exact(model, blocks).layers
 
@@ -626,7 +626,7 @@ def test_a_module_that_blocks_share_is_listed_once_and_names_its_other_places() 
     model, _ = built("nanogpt")
     first, second, _ = layers(model, "nanogpt")
     second.mlp, second.ln_2 = first.mlp, first.ln_2
-    one, two, three = blocks = find_blocks(model, *example("nanogpt").inputs(model)[0])
+    one, two, three = blocks = find_blocks(model, batch=example("nanogpt").inputs(model)[0])
     assert one.mlp is not None
     assert two.attention is not None
     assert (one.mlp.aliases, two.mlp, two.attention.aliases) == (("transformer.h.1.mlp",), None, ())
@@ -642,7 +642,7 @@ def test_a_block_that_stands_in_several_places_names_them() -> None:
     """One block three times in a list."""
     model, _ = built("nanogpt")
     model.transformer["h"] = nn.ModuleList([model.transformer["h"][0]] * 3)
-    (block,) = find_blocks(model, *example("nanogpt").inputs(model)[0])
+    (block,) = find_blocks(model, batch=example("nanogpt").inputs(model)[0])
     for branch in block.branches:
         word = branch.site.rpartition(".")[2]
         assert branch.aliases == (f"transformer.h.1.{word}", f"transformer.h.2.{word}")
@@ -696,7 +696,7 @@ def test_gains_of_16_bits_are_not_rounded_when_one_is_added():
     member = example("gemma2")
     model = member.build()
     args, kwargs = member.inputs(model)
-    blocks = find_blocks(model, *args, **kwargs)
+    blocks = find_blocks(model, batch=args or kwargs)
     half = model.bfloat16()
     exact = copy.deepcopy(half).double()  # the same numbers, with room for 1 + w
     for low, high in zip(

@@ -354,7 +354,7 @@ def test_a_model_that_no_input_can_be_guessed_for_is_measured_after_its_first_ba
 
 def test_blocks_and_hints_can_be_given(tmp_path: Path):
     module = LitGPT()
-    blocks = find_blocks(module, torch.zeros(1, 4, dtype=torch.long))
+    blocks = find_blocks(module, batch=torch.zeros(1, 4, dtype=torch.long))
     fit(tmp_path, SpectralMonitor(every_n_steps=4, blocks=blocks[:2]), module=module)
     _, records = read_journal(tmp_path / "spectral.jsonl")
     assert [layer["name"] for layer in records[0]["layers"]] == ["model.blocks.0", "model.blocks.1"]

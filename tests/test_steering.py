@@ -256,7 +256,7 @@ def test_with_fixed_weights_the_error_shrinks_by_one_minus_gain(name: str):
     model = member.build()
     args, kwargs = member.inputs(model)
     settings = {"gain": 0.3, "max_step": 10.0, "patience": 1, "smoothing": 0.6, "inner_zone": (0.98, 1.02)}
-    scales = attach_scales(model, find_blocks(model, *args, **kwargs), learnable=False)
+    scales = attach_scales(model, find_blocks(model, batch=args or kwargs), learnable=False)
     with torch.no_grad():
         for block in scales.blocks:
             dict(scales.named_parameters())[block.mlp.site].add_(math.log(40.0))
@@ -286,7 +286,7 @@ def macaron(*, frozen: bool) -> tuple[Steering, ResidualBlock]:
     member = example("macaron")
     model = member.build()
     model.example_input_array = member.inputs(model)[0]
-    block = find_blocks(model, *model.example_input_array)[0]
+    block = find_blocks(model, batch=model.example_input_array)[0]
     first, second = block.mlp_branches
     model.get_submodule(second.site).requires_grad_(not frozen)
     with torch.no_grad():
@@ -511,8 +511,8 @@ def test_a_model_that_no_input_can_be_guessed_for_needs_one(tmp_path: Path):
     with pytest.raises(ExampleInputError, match="example_input_array"):
         fit(tmp_path, SpectralMonitor(2, True), module=PickyLitGPT())
     module = PickyLitGPT()
-    blocks = find_blocks(module.model, {"ids": torch.randint(1000, 1032, (2, 8))})
-    wrapped = find_blocks(Wrapper(module.model), {"ids": torch.randint(1000, 1032, (2, 8))})
+    blocks = find_blocks(module.model, batch=({"ids": torch.randint(1000, 1032, (2, 8))},))
+    wrapped = find_blocks(Wrapper(module.model), batch=({"ids": torch.randint(1000, 1032, (2, 8))},))
     assert [block.name for block in wrapped] == [f"model.{block.name}" for block in blocks]
     fit(tmp_path, SpectralMonitor(2, True, blocks=wrapped), module=module)
     assert len(log_scales(module)) == 6

@@ -14,8 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from lightning_spectral.analysis.exponents import LyapunovSpectrum, angle_exponent, gradient_exponent, lyapunov_spectrum
-from lightning_spectral.discovery import find_blocks
-from lightning_spectral.discovery.find import attempted_calls
+from lightning_spectral.discovery.find import asked_blocks, attempted_calls
 from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.errors import ConfigurationError, ExampleInputError
 from lightning_spectral.linalg import Jacobian
@@ -72,9 +71,9 @@ class _Call:
 
 def lyapunov_exponents(
     model: nn.Module,
-    batch: Any = None,
-    *,
     blocks: Sequence[ResidualBlock] | None = None,
+    *,
+    batch: Any = None,
     k: int = 8,
     sweeps: int = 2,
     seed: int = 0,
@@ -120,7 +119,7 @@ def lyapunov_exponents(
 
 
 def empirical_exponents(
-    model: nn.Module, batch: Any = None, *, blocks: Sequence[ResidualBlock] | None = None, seed: int = 0
+    model: nn.Module, blocks: Sequence[ResidualBlock] | None = None, *, batch: Any = None, seed: int = 0
 ) -> EmpiricalExponents:
     """Return the angle and the gradient exponent of a model's residual stream on a batch.
 
@@ -180,8 +179,7 @@ def _still(model: nn.Module, batch: Any) -> Iterator[None]:
 def _chain(model: nn.Module, batch: Any, blocks: Sequence[ResidualBlock] | None) -> list[_Call]:
     """Run the model once and return the calls of its blocks, each of which continues the stream of the one before."""
     args, kwargs = arguments_of(batch)
-    if blocks is None:
-        blocks = find_blocks(model, *args, **kwargs)
+    blocks = asked_blocks(model, blocks, batch, "lyapunov_exponents")
     calls = _captured(model, args, kwargs, blocks)
     silent = [name for block in blocks for name in block.modules if name not in {call.name for call in calls}]
     if silent or not calls:

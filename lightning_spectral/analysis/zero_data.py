@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from lightning_spectral import _checks
 from lightning_spectral.analysis.covariance import product_spectrum
-from lightning_spectral.discovery import find_blocks
-from lightning_spectral.discovery.inputs import arguments_of
+from lightning_spectral.discovery.find import asked_blocks
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.measuring.linearize import WeightLinearization, linearize
 from lightning_spectral.records import Branch, ResidualBlock
@@ -55,9 +54,9 @@ def covariance_trajectory(
     model: nn.Module,
     blocks: Sequence[ResidualBlock] | None = None,
     *,
-    linearization: WeightLinearization = "paper",
-    missing: Literal["raise", "identity"] = "raise",
     batch: Any = None,
+    linearization: WeightLinearization = "circuit",
+    missing: Literal["raise", "identity"] = "raise",
 ) -> CovarianceTrajectory:
     """Iterate C ← A C Aᵀ / ‖·‖₂ from C = I over the blocks, with A = I + W_mlp + W_attn ('The 1:1 Rule', unreviewed).
 
@@ -88,7 +87,7 @@ def covariance_trajectory(
     """
     _checks.choice("linearization", linearization, get_args(WeightLinearization))
     _checks.choice("missing", missing, ("raise", "identity"))
-    blocks = with_scales(model, _found(model, batch) if blocks is None else blocks)
+    blocks = with_scales(model, asked_blocks(model, blocks, batch, "covariance_trajectory"))
     usable = [block for block in blocks if not _obstacle(model, block, linearization)]
     skipped = [block for block in blocks if block not in usable]
     if not usable or (skipped and missing == "raise"):
@@ -98,11 +97,6 @@ def covariance_trajectory(
         lines = [f"  {block.name}: {_obstacle(model, block, linearization)}" for block in skipped]
         raise ConfigurationError("\n".join([f"blocks without a weight linearization ({advice}):", *lines]))
     return _trajectory(model, blocks, skipped, linearization)
-
-
-def _found(model: nn.Module, batch: Any) -> tuple[ResidualBlock, ...]:
-    args, kwargs = arguments_of(batch)
-    return find_blocks(model, *args, **kwargs)
 
 
 def _branches(block: ResidualBlock) -> Iterator[tuple[str, Branch]]:

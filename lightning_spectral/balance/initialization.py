@@ -15,10 +15,10 @@ from torch.nn.utils import parametrize
 
 from lightning_spectral import _checks
 from lightning_spectral.control.ceiling import strength
-from lightning_spectral.discovery import find_blocks
-from lightning_spectral.discovery.inputs import arguments_of
+from lightning_spectral.discovery.find import asked_blocks
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import Adjoint, Product, Scaled, Solver
+from lightning_spectral.linalg.solvers import SolverChoice
 from lightning_spectral.measuring.freshness import sign_of_training
 from lightning_spectral.measuring.linearize import WeightLinearization, linearize
 from lightning_spectral.measuring.meter import Meter
@@ -63,7 +63,7 @@ def balance_init_(
     target: float = 1.0,
     gain: float | None = None,
     linearization: Linearization = "circuit",
-    solver: Solver | None = None,
+    solver: SolverChoice = None,
     batch: Any = None,
     force: bool = False,
 ) -> Measurement:
@@ -123,8 +123,7 @@ def balance_init_(
     target = _checks.number("target", target, 0.0, math.inf, above=True)
     gain = None if gain is None else _checks.number("gain", gain, 0.0, math.inf, above=True)
     _checks.flag("force", force)
-    if blocks is None:
-        blocks = _found(model, batch)
+    blocks = asked_blocks(model, blocks, batch, "balance_init_")
     meter = Meter(model, list(dict.fromkeys(blocks)), linearization=linearization, solver=solver)
     trusted = _trusted(meter.blocks)
     size = None if gain is None else strength(gain, (len(block.kinds) for block in meter.blocks))
@@ -140,11 +139,6 @@ def balance_init_(
             assert isinstance(tensor, Tensor)
             tensor.copy_((tensor.double() + write.offset) * write.factor - write.offset)
     return Meter(model, blocks, linearization=linearization, solver=solver).measure()
-
-
-def _found(model: nn.Module, batch: Any) -> tuple[ResidualBlock, ...]:
-    args, kwargs = arguments_of(batch)
-    return find_blocks(model, *args, **kwargs)
 
 
 def _trusted(blocks: Sequence[ResidualBlock]) -> list[ResidualBlock]:

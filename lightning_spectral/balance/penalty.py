@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_spectral import _checks
 from lightning_spectral.discovery import find_blocks
-from lightning_spectral.discovery.inputs import arguments_of
+from lightning_spectral.discovery.asked import check_blocks, check_model
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import (
     Adjoint,
@@ -46,6 +46,7 @@ from lightning_spectral.linalg import (
     SolverState,
     Sum,
 )
+from lightning_spectral.linalg.solvers import SolverChoice, solver_named
 from lightning_spectral.measuring.linearize import Linearized, WeightLinearization, linearize_sum
 from lightning_spectral.records import Branch, Path, ResidualBlock, alternatives
 from lightning_spectral.weights.scaled import with_scales
@@ -69,7 +70,7 @@ class _Memory:
     """What is kept of a model between calls, but no weight: ``solver`` made ``state`` for the operators ``paths``."""
 
     found: tuple[ResidualBlock, ...] | None = None
-    solver: Solver | None = None
+    solver: SolverChoice = None
     paths: tuple[tuple[WeightLinearization, _Terms], ...] = ()
     state: SolverState | None = None
 
@@ -83,7 +84,7 @@ def balance_penalty(
     *,
     safe_zone: tuple[float, float] = (0.5, 2.0),
     linearization: WeightLinearization = "circuit",
-    solver: Solver | None = None,
+    solver: SolverChoice = None,
     batch: Any = None,
 ) -> Tensor:
     """Return a penalty on spectral ratios outside the safe zone, to be added to the loss.
@@ -127,11 +128,15 @@ def balance_penalty(
     """
     low, high = map(math.log, _checks.interval("safe_zone", safe_zone))
     _checks.choice("linearization", linearization, get_args(WeightLinearization))
+    check_model(model, "balance_penalty")
+    check_blocks(blocks, "balance_penalty(model, find_blocks(model))")
     memory = _MEMORIES.setdefault(model, _Memory())
     with _plain_arithmetic(model):
         if blocks is None:
-            memory.found = blocks = memory.found or _found(model, batch)
-        log_ratios = _log_ratios(model, with_scales(model, blocks), linearization, solver or _SOLVER, memory)
+            memory.found = blocks = memory.found or find_blocks(model, batch=batch)
+        log_ratios = _log_ratios(
+            model, with_scales(model, blocks), linearization, solver_named(solver, _SOLVER), memory
+        )
         excesses = [torch.clamp(torch.maximum(low - value, value - high), min=0) for value in log_ratios]
         # A block inside the zone has no gradient, so its graph is not worth a backward pass.
         outside = [excess for excess in excesses if excess > 0]
@@ -148,11 +153,6 @@ def _plain_arithmetic(model: nn.Module) -> Iterator[None]:
         for kind in {parameter.device.type for parameter in model.parameters()} - {"meta"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-
-
-def _found(model: nn.Module, batch: Any) -> tuple[ResidualBlock, ...]:
-    args, kwargs = arguments_of(batch)
-    return find_blocks(model, *args, **kwargs)
 
 
 def _log_ratios(

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import nn
-
+from lightning_spectral import _checks
 from lightning_spectral.checkpoints.architecture import from_config
 from lightning_spectral.checkpoints.files import Checkpoint, open_checkpoint
 from lightning_spectral.checkpoints.skeleton import parameters_of, unwrapped
@@ -18,8 +17,9 @@ from lightning_spectral.checkpoints.source import Source, find_source, refuse_di
 from lightning_spectral.checkpoints.two_at_a_time import two_at_a_time, weights_of
 from lightning_spectral.checkpoints.unread import refuse_unread_adapters, unread
 from lightning_spectral.checkpoints.untrusted import damage, printable, read_json
-from lightning_spectral.errors import CheckpointError, ConfigurationError, SpectralError
-from lightning_spectral.linalg import Solver
+from lightning_spectral.discovery.asked import check_blocks
+from lightning_spectral.errors import CheckpointError, SpectralError
+from lightning_spectral.linalg.solvers import SolverChoice
 from lightning_spectral.measuring.linearize import WeightLinearization
 from lightning_spectral.measuring.meter import Meter
 from lightning_spectral.records import LayerMeasurement, Measurement, ResidualBlock
@@ -39,7 +39,8 @@ def audit(
     linearization: WeightLinearization = "circuit",
     config: str | Path | None = None,
     key: str | None = None,
-    solver: Solver | None = None,
+    solver: SolverChoice = None,
+    safe_zone: tuple[float, float] = (0.5, 2.0),
     progress: Callable[[int, int], None] | None = None,
 ) -> Measurement:
     """Measure every residual block of a checkpoint file. No model is loaded, and nothing in the file is executed.
@@ -63,6 +64,7 @@ def audit(
         key: Which weights are meant where a file has those of several models: what their names begin with, such as
             ``"ema"``, ``"state_dict.teacher"`` or the name of a module.
         solver: How spectral norms are computed: :class:`RandomizedSVD` by default, or :class:`ExactSVD`.
+        safe_zone: The interval of ratios that counts as balanced.
         progress: Called after each block with the number of blocks done and of all blocks.
 
     Returns:
@@ -75,10 +77,8 @@ def audit(
         ConfigurationError: The linearization is unknown, or ``blocks`` are none.
     """
     start = time.perf_counter()
-    if isinstance(blocks, nn.Module):
-        raise ConfigurationError(
-            f"blocks is a {type(blocks).__name__}, expected its blocks: audit(path, find_blocks(model))"
-        )
+    check_blocks(blocks, "audit(path, find_blocks(model))")
+    zone = _checks.interval("safe_zone", safe_zone)
     checkpoint = open_checkpoint(path, key)
     found, source = _structure(checkpoint, blocks, config)
     _refuse_unplaced_scales(checkpoint, found, source)
@@ -98,7 +98,7 @@ def audit(
             progress(len(layers), len(found))
     _refuse_empty(checkpoint, layers)
     seconds = time.perf_counter() - start
-    return Measurement(checkpoint.step, linearization, tuple(layers), seconds=seconds, notes=notes)
+    return Measurement(checkpoint.step, linearization, tuple(layers), zone, seconds, notes=notes)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral.control.optimizers import own_copies
-from lightning_spectral.linalg.sharding.kinds import is_dtensor
+from lightning_spectral.linalg.sharding.presence import is_dtensor
 
 __all__ = ["Moves"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg.sharding.kinds import is_dtensor
+from lightning_spectral.linalg.sharding.presence import is_dtensor
 from lightning_spectral.scales.attach import ResidualScales
 
 __all__ = [

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lightning_spectral.discovery.asked import check_blocks, check_hints, check_model
 from lightning_spectral.discovery.hints import with_hints
-from lightning_spectral.discovery.inputs import guesses
+from lightning_spectral.discovery.inputs import arguments_of, guesses
 from lightning_spectral.discovery.structure.assembly import blocks_of
 from lightning_spectral.discovery.structure.parts import attends_to_one, has_lists, idle_parts, parts, unseen
 from lightning_spectral.discovery.structure.shapes import with_shapes
@@ -20,11 +21,11 @@ from lightning_spectral.discovery.trace.surprises import SURPRISES, surprise
 from lightning_spectral.discovery.trace.tape import Tape
 from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
 from lightning_spectral.linalg.sharding.flattened import is_flattened
-from lightning_spectral.linalg.sharding.kinds import is_dtensor, is_fully_sharded
+from lightning_spectral.linalg.sharding.presence import is_dtensor, is_fully_sharded
 from lightning_spectral.passes.aside import kept
 from lightning_spectral.records import Blocks, ResidualBlock
 
-__all__ = ["Pass", "attempted_calls", "blocks_in_calls", "find_blocks", "passed", "recorded"]
+__all__ = ["Pass", "asked_blocks", "attempted_calls", "blocks_in_calls", "find_blocks", "passed", "recorded"]
 
 _TOLD = 4  # sums that are no residual adds: further ones are counted
 _HATCH = """If the model has residual blocks, describe them (paths relative to the block, * for one path component):
@@ -37,9 +38,7 @@ _HATCH = """If the model has residual blocks, describe them (paths relative to t
     })"""
 
 
-def find_blocks(
-    model: nn.Module, *example_inputs: Any, hints: Mapping[str, Any] | None = None, **example_kwargs: Any
-) -> Blocks:
+def find_blocks(model: nn.Module, *, batch: Any = None, hints: Mapping[str, Any] | None = None) -> Blocks:
     """Find every residual block of a model: its branches, their kinds, their sites and their factors.
 
     The structure is read from one traced forward pass: what is added to the residual stream, which module returned it,
@@ -52,11 +51,10 @@ def find_blocks(
 
     Args:
         model: Any module; a LightningModule, a compiled module or a module in DDP as well.
-        *example_inputs: Arguments of one forward pass; a tiny batch of two sequences is enough. Without them the
-            module's ``example_input_array``, the conventions of its ``config``, token ids below the size of its
-            embedding, images and floats of its width are tried in turn.
+        batch: Input of one forward pass: a tensor, a tuple of positional arguments or a dict of keyword arguments. A
+            tiny batch of two sequences is enough. Without one, the module's ``example_input_array``, the conventions of
+            its ``config``, token ids below the size of its embedding, images and floats of its width are tried in turn.
         hints: Overrides for a model that is not understood; see :mod:`lightning_spectral.discovery.hints`.
-        **example_kwargs: Keyword arguments of the same pass.
 
     Returns:
         The blocks in the order of execution. Their ``verified`` says whether the self-check passed, ``evidence`` how
@@ -66,8 +64,11 @@ def find_blocks(
     Raises:
         ExampleInputError: No example input could be run, or the model is sharded or on the meta device.
         BlocksNotFoundError: The pass contains no residual block; the message says what was tried.
-        ConfigurationError: The hints do not fit the model.
+        ConfigurationError: The hints do not fit the model, or an argument is of another type.
     """
+    check_model(model, "find_blocks")
+    check_hints(hints)
+    args, kwargs = arguments_of(batch)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ExampleInputError(
             f"{type(model).__name__} has parameters on the meta device, which hold no numbers: materialize it first "
@@ -75,11 +76,31 @@ def find_blocks(
         )
     passes: list[Pass] = []
     try:
-        passes = recorded(model, example_inputs, example_kwargs)
+        passes = recorded(model, args, kwargs)
     except ExampleInputError:
         if not hints:
             raise
     return _blocks_on(model, passes, hints)
+
+
+def asked_blocks(
+    model: nn.Module, blocks: Sequence[ResidualBlock] | None, batch: Any, function: str
+) -> Sequence[ResidualBlock]:
+    """Return the blocks that a public function is asked about: those that came, or those that are found.
+
+    Args:
+        model: The model.
+        blocks: Its blocks, if the user has passed them.
+        batch: Example input for finding them.
+        function: Name of the public function, for its errors.
+
+    Raises:
+        ConfigurationError: The model or the blocks are something else.
+        BlocksNotFoundError, ExampleInputError: As :func:`find_blocks` does.
+    """
+    check_model(model, function)
+    check_blocks(blocks, f"{function}(model, find_blocks(model))")
+    return find_blocks(model, batch=batch) if blocks is None else blocks
 
 
 def blocks_in_calls(
@@ -173,7 +194,7 @@ def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         return found
     advice = (
         f"{type(model).__name__} could not be run on any guessed input, and its structure is read from one forward "
-        "pass. Pass an example: find_blocks(model, example_input), or set example_input_array on the LightningModule. "
+        "pass. Pass an example, batch=example_input, or set example_input_array on the LightningModule. "
         "Tried:"
     )
     raise ExampleInputError("\n".join([advice, *(attempts or ["  nothing: the model gives no sign of what it takes"])]))

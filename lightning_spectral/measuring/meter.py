@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_spectral import _checks
-from lightning_spectral.discovery import find_blocks
+from lightning_spectral.discovery.find import asked_blocks
 from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.discovery.trace.surprises import SURPRISES, surprise
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg import RandomizedSVD, Solver, SolverState, SpectralNorm, frobenius_norm
+from lightning_spectral.linalg import SolverState, SpectralNorm, frobenius_norm
 from lightning_spectral.linalg.operators import largest_mesh
 from lightning_spectral.linalg.sharding.sharded import agreed, in_one_piece, mesh_around
+from lightning_spectral.linalg.solvers import SolverChoice, solver_named
 from lightning_spectral.measuring.jacobians import measure_functions
 from lightning_spectral.measuring.linearize import (
     EXACT_WIDTH,
@@ -106,7 +107,7 @@ class Meter:
         *,
         linearization: Linearization = "circuit",
         adapters: Adapters = "sum",
-        solver: Solver | None = None,
+        solver: SolverChoice = None,
         safe_zone: tuple[float, float] = (0.5, 2.0),
         among: Sequence[ResidualBlock] | None = None,
     ) -> None:
@@ -116,7 +117,7 @@ class Meter:
         self._scales = {branch: path for branch in branches if (path := log_scale_path(model, branch))}
         self.linearization = _checked(linearization)
         self.adapters: Adapters = _checks.choice("adapters", adapters, get_args(Adapters))
-        self.solver: Solver = RandomizedSVD() if solver is None else solver
+        self.solver = solver_named(solver)
         self.safe_zone = safe_zone
         self.notes = blocks.notes if isinstance(blocks, Blocks) else ()
         self._shared = _shared(blocks if among is None else among)
@@ -210,10 +211,11 @@ def measure(
     model: nn.Module,
     blocks: Sequence[ResidualBlock] | None = None,
     *,
-    linearization: Linearization = "circuit",
-    adapters: Adapters = "sum",
-    solver: Solver | None = None,
     batch: Any = None,
+    linearization: Linearization = "circuit",
+    solver: SolverChoice = None,
+    safe_zone: tuple[float, float] = (0.5, 2.0),
+    adapters: Adapters = "sum",
 ) -> Measurement:
     """Measure every residual block of a model once.
 
@@ -232,7 +234,9 @@ def measure(
         adapters: What is measured of a branch whose matrices have adapters (W x + α/r · B(A(x))): ``"sum"``, which is
             what the network computes; ``"base"``, what the branch would be without them; or ``"delta"``, what they
             change, the operator of the sum minus that of the base. A branch without adapters has no delta.
-        solver: How spectral norms are computed: :class:`RandomizedSVD` by default, or :class:`ExactSVD`.
+        solver: How spectral norms are computed: ``"randomized"`` (the default), ``"exact"``, or a solver with settings
+            of its own, :class:`RandomizedSVD` or :class:`ExactSVD`.
+        safe_zone: The interval of ratios that counts as balanced.
         batch: Example input, if none can be guessed: a tensor, a tuple of positional arguments or a dict of keyword
             arguments. The blocks are found on it, and Jacobians measured; guessed tokens are random ones.
 
@@ -248,12 +252,14 @@ def measure(
         _checked(linearization, get_args(Linearization))
     elif _checks.choice("adapters", adapters, get_args(Adapters)) != "sum":
         raise ConfigurationError(f"adapters={adapters!r}: Jacobians are those of the model as it runs, expected 'sum'")
-    args, kwargs = arguments_of(batch)
-    if blocks is None:
-        blocks = find_blocks(model, *args, **kwargs)
+    zone = _checks.interval("safe_zone", safe_zone)
+    blocks = asked_blocks(model, blocks, batch, "measure")
     if linearization == "jacobian":
-        return measure_functions(model, blocks, args, kwargs, solver=solver)
-    return Meter(model, blocks, linearization=linearization, adapters=adapters, solver=solver).measure()
+        args, kwargs = arguments_of(batch)
+        chosen = None if solver is None else solver_named(solver)
+        return replace(measure_functions(model, blocks, args, kwargs, solver=chosen), safe_zone=zone)
+    meter = Meter(model, blocks, linearization=linearization, adapters=adapters, solver=solver, safe_zone=zone)
+    return meter.measure()
 
 
 def _checked(linearization: Any, known: tuple[Any, ...] = get_args(WeightLinearization)) -> WeightLinearization:

@@ -10,7 +10,7 @@ from lightning_spectral.control import GainCeiling, ResidualRescaler
 from lightning_spectral.control.explain import explanation
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg import Solver
+from lightning_spectral.linalg.solvers import SolverChoice
 from lightning_spectral.monitor.attaching import Attachment
 from lightning_spectral.monitor.framework import Callback
 from lightning_spectral.monitor.order import check_order
@@ -105,7 +105,7 @@ class SpectralMonitor(Callback):
         linearization: Literal["circuit", "paper"] = "circuit",
         safe_zone: tuple[float, float] = (0.5, 2.0),
         blocks: Sequence[ResidualBlock] | Mapping[str, Any] | None = None,
-        solver: Solver | None = None,
+        solver: SolverChoice = None,
         geometry: bool | None = None,
         per_layer: bool = False,
         on_alarm: Literal["log", "stop"] | Callable[[Trainer, LightningModule, Event], object] = "log",

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from lightning_spectral.records.text import Table
+
 __all__ = [
     "Alternative",
     "Blocks",
@@ -169,7 +171,7 @@ def _options(branch: Branch) -> list[Alternative]:
     return [Alternative(expert, tuple(paths)) for expert, paths in found.items()]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ResidualBlock:
     """One layer of the stack: it adds its branches to the residual stream.
 
@@ -192,6 +194,11 @@ class ResidualBlock:
     verified: bool = False
     evidence: str = "trace"
     token_dims: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return the index, the name and the sites."""
+        sites = "".join(f", {branch.kind}={branch.site!r}" for branch in self.branches)
+        return f"ResidualBlock({self.index}, {self.name!r}{sites}, verified={self.verified})"
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -233,7 +240,7 @@ class ResidualBlock:
 
 
 class Blocks(tuple[ResidualBlock, ...]):
-    """The residual blocks of a model in the order of execution.
+    """The residual blocks of a model in the order of execution: a tuple that prints as a table.
 
     Attributes:
         notes: What was not looked at.
@@ -250,3 +257,31 @@ class Blocks(tuple[ResidualBlock, ...]):
     def __getnewargs__(self) -> tuple[tuple[ResidualBlock, ...], tuple[str, ...]]:
         """Return what a copy is made of."""
         return tuple(self), self.notes
+
+    def __repr__(self) -> str:
+        """Return a readable table, one line per block."""
+        return self._table().text()
+
+    def _repr_html_(self) -> str:
+        """Return the same table for a notebook."""
+        return self._table().html()
+
+    def _table(self) -> Table:
+        rows = [[str(block.index), block.name, *_sites(block), block.doubt or "verified"] for block in self]
+        columns = [">4", "<block", "<attention", "<mlp", "<others", "<self-check"]
+        if not any(others for *_, others, _ in rows):  # as in most models
+            columns, *rows = ([*row[:4], row[5]] for row in (columns, *rows))
+        return Table(f"{len(self)} residual blocks", columns, rows, [f"note: {note}" for note in self.notes])
+
+
+def _sites(block: ResidualBlock) -> tuple[str, str, str]:
+    """Return the sites of the attention, of the MLP and of other branches, as seen from the block."""
+    groups: dict[str, list[str]] = {"attention": [], "mlp": [], "others": []}
+    for branch in block.branches:
+        site = branch.site.removeprefix(f"{block.name}.") or "(itself)"
+        if branch.kind in groups:
+            groups[branch.kind].append(site)
+        else:
+            groups["others"].append(f"{branch.kind}: {site}")
+    attention, mlp, others = (", ".join(sites) for sites in groups.values())
+    return attention or "-", mlp or "-", others

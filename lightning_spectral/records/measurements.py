@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from lightning_spectral.display import profile_figure
+from lightning_spectral.records.frames import dataframe
 from lightning_spectral.records.text import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 __all__ = ["FunctionalMeasurement", "LayerMeasurement", "Linearization", "Measurement"]
 
@@ -47,7 +49,7 @@ class FunctionalMeasurement:
     finite_differences: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class LayerMeasurement:
     """The spectral norms of one block. A quantity that does not exist or cannot be computed is ``None``, never 0.
 
@@ -100,6 +102,19 @@ class LayerMeasurement:
         if not _is_positive(self.mlp_norm) or not _is_positive(self.attention_norm):
             return None
         return math.log(self.mlp_norm) - math.log(self.attention_norm)
+
+    def __repr__(self) -> str:
+        """Return the ratio and what differs from the defaults."""
+        values = ((item.name, getattr(self, item.name), item.default) for item in fields(self))
+        shown = ", ".join(f"{name}={value!r}" for name, value, usual in values if value != usual)
+        return f"LayerMeasurement(ratio={self.ratio!r}, {shown})"
+
+    def row(self) -> dict[str, Any]:
+        """Return the numbers by name, the ratio among them: a row of a table."""
+        plain = {item.name: getattr(self, item.name) for item in fields(self)}
+        update = plain.pop("functional") or FunctionalMeasurement()
+        first = {"index": self.index, "name": self.name, "ratio": self.ratio}
+        return {**first, **plain, "reason": self.reason, **asdict(update)}
 
     @property
     def reason(self) -> str | None:
@@ -188,6 +203,14 @@ class Measurement:
         values["unmeasured"] = float(sum(reason is not None for reason in reasons))
         values["seconds"] = self.seconds
         return values
+
+    def to_dataframe(self) -> DataFrame:
+        """Return a ``pandas.DataFrame`` with a row for every block.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        return dataframe([{"step": self.step, **layer.row()} for layer in self])
 
     def plot(self) -> Figure:
         """Draw both norms and the ratio of every block.

@@ -6,6 +6,7 @@ not as this package writes it is left out and told, and entries of a kind that i
 
 from __future__ import annotations
 
+import html
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,10 +21,12 @@ from lightning_spectral.display import heatmap_figure
 from lightning_spectral.runs.entries import Line, entries
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
+from lightning_spectral.records.frames import dataframe
 from lightning_spectral.alarms.trends import Forecast
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 __all__ = ["History", "history_of", "in_order"]
 
@@ -31,7 +34,7 @@ MOST = 2**53  # beyond it a float no longer counts, and neither does a chart
 MOST_BLOCKS = 2**12  # a picture has a row for each
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class History:
     """A run: its description, what was measured, what was announced and what the controller did.
 
@@ -83,6 +86,26 @@ class History:
                 if (value := getattr(layer, quantity)) is not None:
                     values[layer.index, column] = value
         return values
+
+    def to_dataframe(self) -> DataFrame:
+        """Return a ``pandas.DataFrame`` with a row for every block of every measurement.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        return dataframe([{"step": item.step, **layer.row()} for item in self.measurements for layer in item])
+
+    def __repr__(self) -> str:
+        """Return how much it holds."""
+        if not self.measurements:
+            return "History(no measurements)"
+        count, blocks, steps = len(self.measurements), len(self.measurements[-1].layers), self.steps
+        return f"History({count} measurements of {blocks} blocks, steps {steps[0]} to {steps[-1]})"
+
+    def _repr_html_(self) -> str:
+        """Return how much it holds and the last measurement, for a notebook."""
+        last = self.measurements[-1]._repr_html_() if self.measurements else ""
+        return f"<p>{html.escape(repr(self))}</p>{last}"
 
     def plot_heatmap(self) -> Figure:
         """Draw ln ρ of every block (upwards) at every measured step (to the right).

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_spectral.discovery import find_blocks
+from lightning_spectral.discovery.asked import check_blocks, check_model
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg.sharding.kinds import is_fully_sharded, is_wrapped_by_fsdp
+from lightning_spectral.linalg.sharding.presence import is_fully_sharded, is_wrapped_by_fsdp
 from lightning_spectral.records import Branch, ResidualBlock
 from lightning_spectral.scales.carriers import is_frozen, parameters_of, why_not, why_taken
 from lightning_spectral.scales.copies import branches_of_copies, complete_averages
@@ -177,7 +178,7 @@ class ResidualScales:
 
 
 def attach_scales(
-    model: nn.Module, blocks: Sequence[ResidualBlock] | None = None, *, learnable: bool = True
+    model: nn.Module, blocks: Sequence[ResidualBlock] | None = None, *, batch: Any = None, learnable: bool = True
 ) -> ResidualScales:
     """Put one learnable positive scalar on every branch of every residual block.
 
@@ -193,6 +194,8 @@ def attach_scales(
             ``children()``, ``len(site)``, ``site[-1]`` do not show.
         blocks: The blocks; found in the model by default. Found blocks whose self-check failed, and found branches that
             cannot carry a scale, get none, and a warning says so; blocks that are passed, or described by hints, do.
+        batch: Example input for finding the blocks, if none can be guessed: a tensor, a tuple of positional arguments
+            or a dict of keyword arguments.
         learnable: Whether the scales require gradients. The scale of a branch whose weights are all frozen never does.
 
     Returns:
@@ -204,8 +207,10 @@ def attach_scales(
         BlocksNotFoundError: The model has no residual block.
         ExampleInputError: The model could not be run on any example input.
     """
+    check_model(model, "attach_scales")
+    check_blocks(blocks, "attach_scales(model, find_blocks(model))")
     if blocks is None:
-        blocks = find_blocks(model)
+        blocks = find_blocks(model, batch=batch)
         attach_where_possible(model, blocks, trusted_branches(blocks), learnable=learnable)
     else:
         attach_to(model, blocks, [branch for block in blocks for branch in block.branches], learnable=learnable)

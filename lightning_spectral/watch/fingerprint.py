@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.sharding.flattened import FlatShard
-from lightning_spectral.linalg.sharding.kinds import is_dtensor
+from lightning_spectral.linalg.sharding.presence import is_dtensor
 from lightning_spectral.records import ResidualBlock
 from lightning_spectral.weights.tensors import stored
 

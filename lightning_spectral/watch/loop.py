@@ -18,8 +18,8 @@ from lightning_spectral import _checks
 from lightning_spectral.alarms import Event
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg import Solver
 from lightning_spectral.linalg.sharding.flattened import is_flattened
+from lightning_spectral.linalg.solvers import SolverChoice
 from lightning_spectral.runs.series import Series
 from lightning_spectral.watch.options import AutoRescale, Options, Wanted
 from lightning_spectral.watch.outlets import Folder, Outlet
@@ -88,7 +88,7 @@ class Watch:
         linearization: Literal["circuit", "paper"] = "circuit",
         safe_zone: tuple[float, float] = (0.5, 2.0),
         blocks: Wanted = None,
-        solver: Solver | None = None,
+        solver: SolverChoice = None,
         geometry: bool | None = None,
         per_layer: bool = False,
         on_alarm: Literal["log", "stop"] | Callable[[Event], object] = "log",

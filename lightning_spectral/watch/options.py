@@ -9,8 +9,9 @@ from typing import Any, Literal
 from lightning_spectral import _checks
 from lightning_spectral.control import GainCeiling, ResidualRescaler
 from lightning_spectral.control.law import Law
+from lightning_spectral.discovery.asked import check_blocks, check_hints
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg import Solver
+from lightning_spectral.linalg.solvers import SolverChoice, solver_named
 from lightning_spectral.records import ResidualBlock
 
 __all__ = ["AutoRescale", "Options", "Wanted"]
@@ -33,7 +34,7 @@ class Options:
     linearization: Literal["circuit", "paper"] = "circuit"
     safe_zone: tuple[float, float] = (0.5, 2.0)
     blocks: Wanted = None
-    solver: Solver | None = None
+    solver: SolverChoice = None
     geometry: bool | None = None
     per_layer: bool = False
     on_alarm: Literal["log", "stop"] | Callable[..., object] = "log"
@@ -41,6 +42,11 @@ class Options:
     prefix: str = "spectral"
 
     def __post_init__(self) -> None:
+        solver_named(self.solver)
+        if isinstance(self.blocks, Mapping):
+            check_hints(self.blocks)
+        else:
+            check_blocks(self.blocks, "blocks=find_blocks(model), or hints as a dict")
         checked = {
             "every_n_steps": _checks.steps("every_n_steps", self.every_n_steps),
             "linearization": _checks.choice("linearization", self.linearization, ("circuit", "paper")),

@@ -19,14 +19,14 @@ from lightning_spectral.weights.paths import module_at
 __all__ = ["blocks_of", "guessed_blocks", "shown_blocks", "trained_parameters"]
 
 
-def blocks_of(model: nn.Module, wanted: Wanted, *args: Any, **kwargs: Any) -> tuple[ResidualBlock, ...]:
+def blocks_of(model: nn.Module, wanted: Wanted) -> tuple[ResidualBlock, ...]:
     """Return the blocks that a user has named, by hints or in the module's ``spectral_blocks``; else find them.
 
     Raises:
         ExampleInputError, BlocksNotFoundError, ConfigurationError: As :func:`find_blocks` does.
     """
     named = _named(model, wanted)
-    return find_blocks(model, *args, hints=wanted, **kwargs) if named is None else named  # type: ignore[arg-type]
+    return find_blocks(model, hints=wanted) if named is None else named  # type: ignore[arg-type]
 
 
 def _named(model: nn.Module, wanted: Wanted) -> tuple[ResidualBlock, ...] | None:

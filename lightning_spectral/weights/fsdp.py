@@ -7,7 +7,7 @@ from torch.nn.utils import parametrize
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.sharding.flattened import FlatShard, flat_shard, is_flattened
-from lightning_spectral.linalg.sharding.kinds import is_wrapped_by_fsdp
+from lightning_spectral.linalg.sharding.presence import is_wrapped_by_fsdp
 
 __all__ = ["flattened"]
 

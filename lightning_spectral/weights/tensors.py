@@ -16,7 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.sharding.flattened import FlatShard
-from lightning_spectral.linalg.sharding.kinds import is_dtensor
+from lightning_spectral.linalg.sharding.presence import is_dtensor
 from lightning_spectral.linalg.sharding.sharded import agreed, in_one_piece
 from lightning_spectral.passes.aside import kept
 from lightning_spectral.passes.aside.memento import of_library

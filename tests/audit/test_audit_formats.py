@@ -208,7 +208,7 @@ def test_a_model_that_needs_its_labels_is_built(tmp_path: Path):
     model = transformers.RTDetrForObjectDetection(config).eval()
     model.save_pretrained(tmp_path)
     found = audit(tmp_path)
-    blocks = find_blocks(model, pixel_values=torch.randn(2, 3, 64, 64))
+    blocks = find_blocks(model, batch={"pixel_values": torch.randn(2, 3, 64, 64)})
     pairs = [(layer.mlp_norm, other.mlp_norm) for layer, other in zip(found, measure(model, blocks), strict=True)]
     wrong = [one for one, two in pairs if one != pytest.approx(two)]
     # A guessed picture may be too small to tell tokens apart; then the numbers are in doubt, and that is said.

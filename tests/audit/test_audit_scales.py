@@ -79,7 +79,7 @@ def test_a_branch_that_two_blocks_share_is_measured_once(scaled: bool, tmp_path:
     model: Any = example("nanogpt").build()
     first, second, _ = model.transformer.h
     second.mlp, second.ln_2 = first.mlp, first.ln_2
-    blocks = find_blocks(model, *example("nanogpt").inputs(model)[0])
+    blocks = find_blocks(model, batch=example("nanogpt").inputs(model)[0])
     if scaled:
         with torch.no_grad():
             for parameter in attach_scales(model, blocks).parameters():

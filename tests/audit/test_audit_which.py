@@ -345,7 +345,7 @@ def test_a_layer_that_is_stored_twice_is_read_once_and_not_told(tmp_path: Path):
     model: Any = example("nanogpt").build()
     first, second, _ = model.transformer.h
     second.mlp, second.ln_2 = first.mlp, first.ln_2
-    blocks = find_blocks(model, *example("nanogpt").inputs(model)[0])
+    blocks = find_blocks(model, batch=example("nanogpt").inputs(model)[0])
     torch.save(model.state_dict(), tmp_path / "a.pt")
     assert audit(tmp_path / "a.pt", blocks).notes == ()
 

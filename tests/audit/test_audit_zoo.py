@@ -83,7 +83,7 @@ def test_an_architecture_of_ones_own_is_measured_by_its_blocks(name: str, tmp_pa
     member = example(name)
     model = member.build()
     args, kwargs = member.inputs(model)
-    blocks = find_blocks(model, *args, **kwargs)
+    blocks = find_blocks(model, batch=args or kwargs)
     left = {"SpectralMonitor{'prefix': 'spectral'}": {"blocks": to_plain(blocks)}, "ModelCheckpoint": {"blocks": 3}}
     content = {"state_dict": model.state_dict(), "global_step": 7, "callbacks": left}
     torch.save(content, tmp_path / "last.ckpt")

@@ -56,7 +56,7 @@ def found(name: str) -> tuple[nn.Module, tuple[ResidualBlock, ...]]:
     member = example(name)
     model = member.build()
     args, kwargs = member.inputs(model)
-    return model, find_blocks(model, *args, **kwargs)
+    return model, find_blocks(model, batch=args or kwargs)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -372,7 +372,7 @@ def test_blocks_that_failed_their_self_check_are_left_alone_and_named() -> None:
     """They have a ratio, and who knows better says so."""
     model = example("refused_class_token").build()
     args, kwargs = example("refused_class_token").inputs(model)
-    blocks, before = find_blocks(model, *args, **kwargs), state(model)
+    blocks, before = find_blocks(model, batch=args or kwargs), state(model)
     with pytest.warns(UserWarning, match=r"leaves 3 of 3 blocks alone.* body\.layers\.0 \(body\.layers\.0\.pool"):
         left = balance_init_(model, blocks)
     assert not changed(model, before)
@@ -423,7 +423,7 @@ def test_blocks_without_ends_are_named_with_what_to_do() -> None:
     for index in (0, 2):
         spectral_norm(model.get_submodule(f"transformer.h.{index}.mlp.c_proj"))
     args, kwargs = example("nanogpt").inputs(model)
-    blocks, before = find_blocks(model, *args, **kwargs), state(model)
+    blocks, before = find_blocks(model, batch=args or kwargs), state(model)
     with pytest.raises(
         ConfigurationError, match=r"2 block\(s\) cannot be balanced: transformer\.h\.0 \(mlp: "
     ) as caught:
@@ -473,7 +473,7 @@ def test_no_fresh_model_looks_trained(member: Example, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys.modules["zoo.example"], "randomize_", lambda model: None)
     model = member.build()
     args, kwargs = member.inputs(model)
-    balance_init_(model, find_blocks(model, *args, **kwargs))
+    balance_init_(model, find_blocks(model, batch=args or kwargs))
 
 
 @pytest.mark.parametrize("init", [nn.init.orthogonal_, nn.init.xavier_uniform_, nn.init.sparse_])

@@ -167,7 +167,7 @@ def test_one_action_brings_every_norm_to_its_limit(name: str):
     member = example(name)
     model = member.build()
     args, kwargs = member.inputs(model)
-    scales = attach_scales(model, find_blocks(model, *args, **kwargs), learnable=False)
+    scales = attach_scales(model, find_blocks(model, batch=args or kwargs), learnable=False)
     with torch.no_grad():
         for number, (_, scale) in enumerate(scales.named_parameters()):
             scale.add_(math.log((40.0, 3.0, 0.2)[number % 3]))

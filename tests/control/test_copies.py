@@ -136,7 +136,7 @@ def test_an_average_by_names_that_was_begun_before_goes_on_with_the_scales(learn
     module.start["model.head.bias"] = module.start["model.head.bias"][:1]  # no values of these parameters
     module.head = {name: value for name, value in module.start.items() if "head" in name}
     before = set(module.start)
-    attach_scales(module, find_blocks(module, IDS), learnable=learnable)
+    attach_scales(module, find_blocks(module, batch=IDS), learnable=learnable)
     module.average.update()
     assert set(module.average.shadow) == {name for name, p in module.model.named_parameters() if p.requires_grad}
     assert set(module.start) == before
@@ -145,7 +145,7 @@ def test_an_average_by_names_that_was_begun_before_goes_on_with_the_scales(learn
 
 def homes(model: nn.Module, **settings: Any) -> list[int]:
     """Which modules are taken for copies, by how many branches of each get scales."""
-    blocks = find_blocks(model, IDS)
+    blocks = find_blocks(model, batch=IDS)
     branches = [branch for block in blocks for branch in block.branches if "head" not in branch.site]
     found = [id(home) for home, _ in branches_of_copies(model, blocks, branches, **settings)]
     return [found.count(item) for item in dict.fromkeys(found)]
@@ -181,7 +181,7 @@ def test_what_is_a_copy_and_what_is_not():
     one = nn.Module()
     one.student, one.teacher = gpt(0).blocks[0], gpt(0).blocks[0]
     one.forward = one.student.forward
-    blocks = find_blocks(one, torch.randn(2, 8, 16))
+    blocks = find_blocks(one, batch=torch.randn(2, 8, 16))
     assert len(list(branches_of_copies(one, blocks, blocks[0].branches))) == 2
     model = gpt(0)
     model.hidden = {"deep": [[gpt(0)]], "data": [0] * 100}
@@ -205,7 +205,7 @@ def test_a_copy_of_a_model_whose_weights_carry_the_scales_keeps_its_order():
     model.teacher = copy.deepcopy(model.student)
     model.forward = model.student.forward
     args, kwargs = member.inputs(model.student)
-    blocks = find_blocks(model, *args, **kwargs)
+    blocks = find_blocks(model, batch=args or kwargs)
     assert all(branch.site.startswith("param:student.") for block in blocks for branch in block.branches)
     scales = attach_scales(model, blocks)
     assert len(scales) == 2 * len(blocks)

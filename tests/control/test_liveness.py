@@ -36,7 +36,7 @@ def gpt(*, bypassed: bool = False) -> nn.Module:
 
 
 def watched(model: nn.Module, *, learnable: bool = True, hints: Any = None) -> Liveness:
-    scales = attach_scales(model, find_blocks(model, IDS, hints=hints), learnable=learnable)
+    scales = attach_scales(model, find_blocks(model, batch=IDS, hints=hints), learnable=learnable)
     return Liveness(model, scales.blocks)
 
 
@@ -137,7 +137,7 @@ class ByHand(nn.Module):
 
 def test_where_no_module_of_a_branch_runs_the_other_scales_tell():
     model = nn.Sequential(ByHand())
-    blocks = find_blocks(model, torch.randn(2, 5, 16), hints={"0": {"attention": "o", "mlp": "down"}})
+    blocks = find_blocks(model, batch=torch.randn(2, 5, 16), hints={"0": {"attention": "o", "mlp": "down"}})
     liveness = Liveness(model, attach_scales(model, blocks).blocks)
     model(torch.randn(2, 5, 16)).sum().backward()
     with pytest.raises(ConfigurationError, match=r"1 residual scale\(s\).*: 0\.down \(its forward is never called"):

@@ -227,7 +227,7 @@ def test_the_state_of_a_plain_optimizer_finds_its_weights_where_scales_have_move
     member = example("plain_functional_params")
     plain = member.build()
     args, kwargs = member.inputs(plain)
-    blocks = find_blocks(plain, *args, **kwargs)
+    blocks = find_blocks(plain, batch=args or kwargs)
     before = torch.optim.SGD(plain.parameters(), momentum=0.9)
     for parameter in plain.parameters():
         before.state[parameter]["momentum_buffer"] = parameter.detach().clone()

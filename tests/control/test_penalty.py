@@ -63,7 +63,7 @@ def blocks_of(name: str) -> tuple[ResidualBlock, ...]:
     member = example(name)
     model = member.build()
     args, kwargs = member.inputs(model)
-    return find_blocks(model, *args, **kwargs)
+    return find_blocks(model, batch=args or kwargs)
 
 
 def built(name: str) -> tuple[nn.Module, tuple[ResidualBlock, ...]]:

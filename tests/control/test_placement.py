@@ -94,7 +94,7 @@ def built(kind: str) -> nn.Module:
 def scaled(kind: str) -> tuple[nn.Module, Any]:
     """Return a model, and the first of its sites, scaled by 3."""
     model = built(kind)
-    scales = attach_scales(model, find_blocks(model, torch.randn(2, 5, WIDTH)))
+    scales = attach_scales(model, find_blocks(model, batch=torch.randn(2, 5, WIDTH)))
     assert len(scales) == 2
     with torch.no_grad():
         scales.parameters()[0].fill_(math.log(3.0))
@@ -118,7 +118,7 @@ def test_a_site_looks_as_before_and_computes_a_multiple(kind: str):
     site = plain.get_submodule("0.branch")
     x = torch.randn(2, 5, WIDTH)
     wanted, before, kinds = 3 * site(x), seen(site), [type(part).__name__ for part in plain.modules()]
-    scales = attach_scales(plain, find_blocks(plain, x))
+    scales = attach_scales(plain, find_blocks(plain, batch=x))
     with torch.no_grad():
         scales.parameters()[0].fill_(math.log(3.0))
     assert seen(site) == before

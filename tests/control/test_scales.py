@@ -42,7 +42,7 @@ def prepared(name: str) -> tuple[Example, nn.Module, tuple[ResidualBlock, ...]]:
     member = example(name)
     model = member.build()
     args, kwargs = member.inputs(model)
-    return member, model, find_blocks(model, *args, **kwargs)
+    return member, model, find_blocks(model, batch=args or kwargs)
 
 
 def outputs(member: Example, model: nn.Module) -> list[Tensor]:
@@ -90,7 +90,7 @@ def test_attaching_changes_no_bit_and_the_scales_are_found_measured_and_trained(
 
     disturb(scales.parameters())
     args, kwargs = member.inputs(model)
-    again = find_blocks(model, *args, **kwargs)
+    again = find_blocks(model, batch=args or kwargs)
     places = [[(branch.kind, branch.site, branch.output_index) for branch in block.branches] for block in blocks]
     assert [[(branch.kind, branch.site, branch.output_index) for branch in block.branches] for block in again] == places
 
@@ -448,7 +448,7 @@ def test_nothing_is_fused_where_one_scale_cannot_be():
     torch.manual_seed(0)
     model = nn.Sequential(Weightless(), Weightless()).eval()
     x = torch.randn(2, 5, 16)
-    blocks = find_blocks(model, x)
+    blocks = find_blocks(model, batch=x)
     scales = attach_scales(model, blocks)
     disturb(scales.parameters())
     wanted, state = model(x), copy.deepcopy(model.state_dict())

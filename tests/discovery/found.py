@@ -31,6 +31,6 @@ def search(name: str) -> Found:
     model = member.build()
     args, kwargs = member.inputs(model)
     try:
-        return Found(member, model, find_blocks(model, *args, **kwargs))
+        return Found(member, model, find_blocks(model, batch=args or kwargs))
     except BlocksNotFoundError as error:
         return Found(member, model, (), error)

@@ -87,7 +87,7 @@ def test_a_search_leaves_a_model_in_training_as_it_was(name: str) -> None:
 
     def search() -> None:
         try:
-            find_blocks(model, *args, **kwargs)
+            find_blocks(model, batch=args or kwargs)
         except BlocksNotFoundError:
             assert member.expected_refusal
 
@@ -138,9 +138,9 @@ def test_what_a_forward_writes_is_undone(training: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(Counting(), Counting()).train(training)
     x = torch.randn(2, 5, 16)
-    assert_untouched(model, lambda: find_blocks(model, x))
+    assert_untouched(model, lambda: find_blocks(model, batch=x))
     assert_untouched(model, lambda: find_blocks(model))
-    assert [block.name for block in find_blocks(model, x)] == ["0", "1"]
+    assert [block.name for block in find_blocks(model, batch=x)] == ["0", "1"]
 
 
 def test_a_batch_that_a_forward_adds_to_in_place_is_put_back() -> None:
@@ -158,7 +158,7 @@ def test_a_batch_that_a_forward_adds_to_in_place_is_put_back() -> None:
     model = nn.Sequential(InPlace(), InPlace())
     batch = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
     before = batch.clone()
-    assert [block.verified for block in find_blocks(model, batch)] == [True, True]
+    assert [block.verified for block in find_blocks(model, batch=batch)] == [True, True]
     assert torch.equal(batch, before)
 
 
@@ -174,7 +174,7 @@ def test_a_search_that_fails_leaves_the_model_as_it_was() -> None:
 
     def search() -> None:
         with pytest.raises(ExampleInputError, match="ValueError: no way"):
-            find_blocks(model, torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)))
+            find_blocks(model, batch=torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)))
 
     assert_untouched(model, search)
 
@@ -184,15 +184,15 @@ def test_a_search_does_not_depend_on_who_calls_it() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(Counting(), Counting())
     x = torch.randn(2, 5, 16)
-    expected = find_blocks(model.eval(), x)
+    expected = find_blocks(model.eval(), batch=x)
     assert all(block.verified for block in expected)
-    assert find_blocks(model.train(), x) == expected
+    assert find_blocks(model.train(), batch=x) == expected
     with torch.no_grad():
-        assert find_blocks(model, x) == expected
+        assert find_blocks(model, batch=x) == expected
     with torch.inference_mode():
-        assert find_blocks(model, x) == expected
+        assert find_blocks(model, batch=x) == expected
     with torch.autocast("cpu", torch.bfloat16):
-        assert find_blocks(model, x) == expected
+        assert find_blocks(model, batch=x) == expected
 
 
 @pytest.mark.parametrize("name", ["plain_dropout", "spectral_norm_weights", "checkpointed", "experts_looped"])
@@ -206,7 +206,7 @@ def test_a_search_between_forward_and_backward_changes_no_gradient(name: str) ->
         model = member.build().train()
         loss = model(*args).square().mean()
         if searched:
-            find_blocks(model, *args)
+            find_blocks(model, batch=args)
         loss.backward()
         return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
@@ -244,12 +244,12 @@ def scaled_and_back(model: nn.Module) -> None:
 
 def exponents(model: nn.Module) -> None:
     with pytest.raises(ConfigurationError, match="called again, it returns another stream"):
-        lyapunov_exponents(model, IDS)
+        lyapunov_exponents(model, batch=IDS)
 
 
 FUNCTIONS: dict[str, Callable[[nn.Module], Any]] = {
     "find_blocks": find_blocks,
-    "find_blocks on a batch": lambda model: find_blocks(model, IDS),
+    "find_blocks on a batch": lambda model: find_blocks(model, batch=IDS),
     "blocks_in_calls": lambda model: blocks_in_calls(model, [(model, (IDS,), {})]),
     "measure": measure,
     "measure Jacobians": lambda model: measure(model, find_blocks(model)[:1], batch=IDS, linearization="jacobian"),
@@ -290,7 +290,7 @@ def test_a_pass_that_fails_at_its_end_is_undone_too() -> None:
     model = fresh(Failing)
     before, streams = pictures(model, *restless.outside()), random_streams()
     with pytest.raises(ExampleInputError, match="ValueError: no way"):
-        find_blocks(model, IDS)
+        find_blocks(model, batch=IDS)
     assert_same_pictures(before, pictures(model, *restless.outside()))
     assert random_streams() == streams
 
@@ -302,7 +302,7 @@ def test_odd_places_are_put_back_and_so_are_the_arguments(training: bool) -> Non
     torch.manual_seed(0)
     model, x, cache, batch = Odd().train(training), torch.randn(2, 5, 16), Cache(), {"shift": torch.ones(1)}
     before = pictures(model, x, cache, batch, *odd.outside())
-    assert len(find_blocks(model, x, cache, batch=batch)) == 1
+    assert len(find_blocks(model, batch=(x, cache))) == 1
     assert_same_pictures(before, pictures(model, x, cache, batch, *odd.outside()))
     assert not odd.WRITTEN
 
@@ -313,7 +313,7 @@ def test_hooks_of_all_modules_run_and_are_undone() -> None:
     model = nn.Sequential(Counting())
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append("called"))
     try:
-        find_blocks(model, torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)))
+        find_blocks(model, batch=torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)))
         assert seen == []
         model(torch.zeros(2, 5, 16))
         assert seen
@@ -340,7 +340,7 @@ def test_parametrizations_of_the_users_are_read_without_a_trace() -> None:
 
     model, x = nn.Sequential(Counting(), Counting()), torch.zeros(2, 5, 16)
     parametrize.register_parametrization(model[0].mlp[1], "weight", Noise())
-    blocks = find_blocks(model, x)
+    blocks = find_blocks(model, batch=x)
     before, streams, calls = pictures(model), random_streams(), Noise.calls
     assert all(layer.mlp_norm for layer in measure(model, blocks))
     assert_same_pictures(before, pictures(model))
@@ -360,7 +360,7 @@ def test_what_fabric_would_log_reaches_nobody() -> None:
     fabric, module = Fabric(accelerator="cpu", loggers=odd.Writer()), Logging()
     wrapped = fabric.setup_module(module)
     before = pictures(module)
-    assert len(find_blocks(wrapped, IDS)) == len(find_blocks(module, IDS)) == 3
+    assert len(find_blocks(wrapped, batch=IDS)) == len(find_blocks(module, batch=IDS)) == 3
     assert_same_pictures(before, pictures(module))
     assert odd.WRITTEN == []
     wrapped(IDS)

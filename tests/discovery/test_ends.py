@@ -185,7 +185,7 @@ def test_branches_that_start_at_zero_have_the_same_ends(name: str, found: Search
             for end in branch.ends:
                 model.get_parameter(end.parameter).zero_()
     args, kwargs = result.member.inputs(model)
-    assert find_blocks(model, *args, **kwargs) == result.blocks
+    assert find_blocks(model, batch=args or kwargs) == result.blocks
 
 
 @pytest.mark.parametrize("name", ["nanogpt", "gemma2", "mixtral", "llama"])
@@ -200,7 +200,7 @@ def test_weights_that_are_not_finite_change_no_ends(name: str, found: Search) ->
             if factor.parameter is not None:
                 model.get_parameter(factor.parameter).fill_(torch.nan)
     args, kwargs = result.member.inputs(model)
-    again = find_blocks(model, *args, **kwargs)
+    again = find_blocks(model, batch=args or kwargs)
     assert [branch.ends for block in again for branch in block.branches] == [
         branch.ends for block in result.blocks for branch in block.branches
     ]
@@ -213,7 +213,7 @@ def test_half_precision_has_the_same_ends(name: str, found: Search) -> None:
     model = result.member.build().bfloat16()
     args, kwargs = result.member.inputs(model)
     kwargs = {key: value.bfloat16() if value.is_floating_point() else value for key, value in kwargs.items()}
-    again = find_blocks(model, *args, **kwargs)
+    again = find_blocks(model, batch=args or kwargs)
     assert [set(branch.ends) for block in again for branch in block.branches] == [
         set(branch.ends) for block in result.blocks for branch in block.branches
     ]
@@ -295,7 +295,7 @@ def mlp_branch(*blocks: nn.Module) -> Branch:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         x = torch.randn(2, 5, WIDTH)
-    found = find_blocks(nn.Sequential(*blocks), x)[-1].mlp
+    found = find_blocks(nn.Sequential(*blocks), batch=x)[-1].mlp
     assert found is not None
     return found
 
@@ -361,7 +361,7 @@ def test_a_weight_whose_result_is_also_used_elsewhere_is_refused() -> None:
             return self.second(x) + self.side(seen[0]).relu().mean()
 
     x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
-    branch = next(block.mlp for block in find_blocks(Leaking(), x) if block.name.startswith("first"))
+    branch = next(block.mlp for block in find_blocks(Leaking(), batch=x) if block.name.startswith("first"))
     assert branch is not None
     assert branch.ends_reason == "its last weight first.mlp.2.weight is also used elsewhere"
 
@@ -420,7 +420,7 @@ def test_a_multiplier_as_large_as_the_data_is_no_end() -> None:
             return self.gamma * x
 
     x = torch.randn(1, 1, WIDTH, generator=torch.Generator().manual_seed(0))
-    branches = find_blocks(nn.Sequential(Block(mlp(), First())), x)[0].branches
+    branches = find_blocks(nn.Sequential(Block(mlp(), First())), batch=x)[0].branches
     assert {End("0.mlp.2.weight"), End("0.mlp.2.bias")} in [set(branch.ends) for branch in branches]
 
 
@@ -433,11 +433,11 @@ def test_a_constant_that_is_added_is_refused() -> None:
 def test_a_residual_scale_at_the_site_is_passed_over() -> None:
     """A learnable factor that a hook multiplies at the site leaves the ends as they are."""
     model, x = nn.Sequential(Block(mlp())), torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
-    before = find_blocks(model, x)[0].attention
+    before = find_blocks(model, batch=x)[0].attention
     site = model[0].attention
     site.residual_scale = nn.ParameterDict({"log_scale": nn.Parameter(torch.tensor(0.3))})
     site.register_forward_hook(lambda module, args, output: output * module.residual_scale["log_scale"].exp())
-    after = find_blocks(model, x)[0].attention
+    after = find_blocks(model, batch=x)[0].attention
     assert before is not None
     assert after is not None
     assert (after.site, after.ends) == (before.site, before.ends)
@@ -496,11 +496,11 @@ def test_hints_keep_the_traced_ends_of_a_site() -> None:
     member = example("nanogpt")
     model = member.build()
     args, kwargs = member.inputs(model)
-    traced = find_blocks(model, *args, **kwargs)
+    traced = find_blocks(model, batch=args or kwargs)
     hints = {"transformer.h.*": {"mlp": {"site": "mlp", "down": "mlp.c_proj.weight", "up": "mlp.c_fc.weight"}}}
-    hinted = find_blocks(model, *args, hints=hints, **kwargs)
+    hinted = find_blocks(model, batch=args or kwargs, hints=hints)
     assert [block.mlp and block.mlp.ends for block in hinted] == [block.mlp and block.mlp.ends for block in traced]
-    moved = find_blocks(model, *args, hints={"transformer.h.*": {"mlp": "mlp.c_proj"}}, **kwargs)
+    moved = find_blocks(model, batch=args or kwargs, hints={"transformer.h.*": {"mlp": "mlp.c_proj"}})
     assert moved[0].mlp is not None
     assert {end.parameter for end in moved[0].mlp.ends} == {
         "transformer.h.0.mlp.c_proj.weight",

@@ -39,7 +39,7 @@ def test_the_norms_are_those_of_the_operators_by_hand(name: str, training: bool)
         )
     assert member.operators is not None
     known = member.operators(model)
-    measured = measure(model, find_blocks(model, *args, **kwargs), solver=ExactSVD()).layers
+    measured = measure(model, find_blocks(model, batch=args or kwargs), solver=ExactSVD()).layers
     assert [layer.name for layer in measured] == list(known)
     for layer in measured:
         assert layer.attention_norm == pytest.approx(norm(known[layer.name]["attention"]), rel=1e-5)
@@ -50,7 +50,7 @@ def test_gates_at_zero_hide_no_branch() -> None:
     """With adaLN-zero nothing is added at the start of training."""
     model = DiT().eval()
     args, _ = timed(model)
-    blocks = find_blocks(model, *args)
+    blocks = find_blocks(model, batch=args)
     assert [block.doubt for block in blocks] == [None, None]
     for layer, known in zip(
         measure(model, blocks, solver=ExactSVD()).layers, dit_operators(model).values(), strict=True
@@ -63,7 +63,7 @@ def test_attention_and_an_mlp_between_two_shared_matrices_are_told_apart() -> No
     """Each has its rows and columns; their one site scales both, so no law may move it."""
     model = SingleStream().eval()
     args, _ = timed(model)
-    blocks = find_blocks(model, *args)
+    blocks = find_blocks(model, batch=args)
     for own, block, layer in zip(model.blocks, blocks, measure(model, blocks, solver=ExactSVD()).layers, strict=True):
         assert [(branch.kind, branch.site) for branch in block.branches] == [
             ("attention", f"{block.name}.out"),
@@ -110,7 +110,7 @@ class SoundBlock(nn.Module):
 
 def test_norms_over_the_second_dimension_are_norms_though_a_gain_is_zero() -> None:
     model = nn.Sequential(SoundBlock(RowNorm), SoundBlock(RowNorm)).eval()
-    blocks = find_blocks(model, torch.randn(2, WIDTH, 9))
+    blocks = find_blocks(model, batch=torch.randn(2, WIDTH, 9))
     for block, layer in zip(model, measure(model, blocks, solver=ExactSVD()).layers, strict=True):
         value, out, up, down = (conv.weight[..., 0].detach() for conv in (block.qkv, block.out, block.up, block.down))
         assert layer.attention_norm == pytest.approx(
@@ -142,7 +142,9 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_is_attention_whoever_is_masked(mask: str) -> None:
     """Nobody looks at the first position, or the pattern is one-hot: nothing moves when that position does."""
-    for block in find_blocks(NanoGPT(lambda: Masked(MASKS[mask]), layers=2).eval(), torch.randint(0, 61, (2, 11))):
+    for block in find_blocks(
+        NanoGPT(lambda: Masked(MASKS[mask]), layers=2).eval(), batch=torch.randint(0, 61, (2, 11))
+    ):
         assert [branch.kind for branch in block.branches] == ["attention", "mlp"]
         assert block.verified, block.evidence
 
@@ -162,7 +164,7 @@ class RoundTrip(Block):
 
 
 def test_a_branch_reads_every_view_of_the_stream() -> None:
-    for block in find_blocks(NanoGPT(RoundTrip, layers=2).eval(), torch.randint(0, 61, (2, 12))):
+    for block in find_blocks(NanoGPT(RoundTrip, layers=2).eval(), batch=torch.randint(0, 61, (2, 12))):
         assert [branch.kind for branch in block.branches] == ["attention", "mlp"]
         assert block.verified, block.evidence
 
@@ -239,7 +241,7 @@ def test_structures_that_torch_cannot_walk_by_key_are_walked(kind: str, index: s
 
 
 def test_tensors_in_a_data_class_are_data() -> None:
-    blocks = find_blocks(Unpacking().eval(), Batch(torch.randn(2, 7, WIDTH)))
+    blocks = find_blocks(Unpacking().eval(), batch=Batch(torch.randn(2, 7, WIDTH)))
     assert [(block.name, block.verified) for block in blocks] == [("blocks.0", True), ("blocks.1", True)]
 
 
@@ -266,7 +268,7 @@ class Pixelwise(nn.Module):
 @pytest.mark.parametrize(("kind", "size"), [("picture", 1), ("kernel", 1), ("windows", 2)])
 def test_one_position_shows_no_kind_in_feature_maps_and_windows(kind: str, size: int) -> None:
     model = nn.Sequential(Pixelwise(kind), Pixelwise(kind)).eval()
-    for block in find_blocks(model, torch.randn(2, WIDTH, size, size)):
+    for block in find_blocks(model, batch=torch.randn(2, WIDTH, size, size)):
         assert block.doubt == (
             "one position cannot show whether a branch mixes positions: pass an example of two tokens or more"
         )
@@ -308,7 +310,7 @@ class Widening(nn.Module):
 
 
 def test_attention_beside_a_projected_skip_is_told() -> None:
-    for block in find_blocks(nn.Sequential(Widening(8), Widening(16)).eval(), torch.randn(2, 9, 8)):
+    for block in find_blocks(nn.Sequential(Widening(8), Widening(16)).eval(), batch=torch.randn(2, 9, 8)):
         assert [branch.kind for branch in block.branches] == ["mlp"]
         assert block.doubt == "its first sum passes nothing on of what enters: the skip is projected, too"
 
@@ -368,6 +370,6 @@ class GatedSandwich(Block):
 def test_a_norm_is_no_gate_of_what_it_normalizes() -> None:
     """Nothing can be scaled in front of a norm: the norm is the site, whatever gates it."""
     model = GatedSandwich().eval()
-    (block,) = find_blocks(model, torch.randn(2, 9, WIDTH), torch.randn(2, WIDTH))
+    (block,) = find_blocks(model, batch=(torch.randn(2, 9, WIDTH), torch.randn(2, WIDTH)))
     assert [branch.site for branch in block.branches] == ["post_1", "post_2"]
     assert block.verified, block.evidence

@@ -166,7 +166,7 @@ def test_a_block_without_mlp_in_a_short_stack_is_a_block() -> None:
 
 def test_one_token_does_not_make_an_mlp_of_attention_in_silence() -> None:
     """An example of one token cannot tell the kinds apart."""
-    for block in find_blocks(NanoGPT().eval(), torch.zeros(2, 1, dtype=torch.long)):
+    for block in find_blocks(NanoGPT().eval(), batch=torch.zeros(2, 1, dtype=torch.long)):
         assert not block.verified
         assert block.evidence.endswith("pass an example of two tokens or more")
 
@@ -176,7 +176,7 @@ def test_finding_twice_finds_the_same(found: Search) -> None:
     first = found("experts_modules_shared")
     member = example("experts_modules_shared")
     again = member.build()
-    assert find_blocks(again, *member.inputs(again)[0]) == first.blocks
+    assert find_blocks(again, batch=member.inputs(again)[0]) == first.blocks
     assert find_blocks(again) == first.blocks
     assert hash(first.blocks) == hash(find_blocks(again))
 
@@ -228,10 +228,10 @@ def test_what_nobody_foresaw_costs_one_branch_and_is_told(error: type[Exception]
         def forward(self, x: Tensor) -> Tensor:
             return x + self.down(self.activation(self.up(x)))
 
-    blocks = find_blocks(nn.Sequential(Layer(torch.relu), Layer(squash)), torch.randn(2, 5, 8))
+    blocks = find_blocks(nn.Sequential(Layer(torch.relu), Layer(squash)), batch=torch.randn(2, 5, 8))
     assert [(block.name, block.verified) for block in blocks] == [("0", True)]
     (note,) = blocks.notes
     assert note.startswith("no branch of a block: what a sum of shape (2, 5, 8) adds could not be told: ")
     assert f"{error.__name__}: " in note
     with pytest.raises(BlocksNotFoundError, match=r"Refused: what a sum of shape \(2, 5, 8\) adds could not be told"):
-        find_blocks(nn.Sequential(Layer(squash), Layer(squash)), torch.randn(2, 5, 8))
+        find_blocks(nn.Sequential(Layer(squash), Layer(squash)), batch=torch.randn(2, 5, 8))

@@ -128,7 +128,7 @@ def found_and_hinted(name: str, hints: dict[str, Any]) -> tuple[tuple[ResidualBl
     member = example(name)
     model = member.build()
     args, kwargs = member.inputs(model)
-    return find_blocks(model, *args, **kwargs), find_blocks(model, *args, hints=hints, **kwargs)
+    return find_blocks(model, batch=args or kwargs), find_blocks(model, batch=args or kwargs, hints=hints)
 
 
 def test_a_partial_hint_overrides_only_what_it_names() -> None:
@@ -209,8 +209,8 @@ def test_a_partial_hint_keeps_the_order_of_execution() -> None:
             return self.last(self.first(x))
 
     model, x = Backwards().eval(), torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
-    found = [block.name for block in find_blocks(model, x)]
-    hinted = find_blocks(model, x, hints={"last.1": {"mlp": "fn.c_proj"}})
+    found = [block.name for block in find_blocks(model, batch=x)]
+    hinted = find_blocks(model, batch=x, hints={"last.1": {"mlp": "fn.c_proj"}})
     assert [block.name for block in hinted] == found
     assert [block.index for block in hinted] == list(range(len(found)))
     assert found[0] == "first.0"
@@ -278,7 +278,7 @@ def test_hints_that_hint_at_nothing_find_nothing() -> None:
     member = example("refused_mlp")
     model = member.build()
     with pytest.raises(BlocksNotFoundError, match="no residual block was found in Sequential"):
-        find_blocks(model, *member.inputs(model)[0], hints={})
+        find_blocks(model, batch=member.inputs(model)[0], hints={})
 
 
 def test_the_hint_in_the_refusal_has_the_form_that_hints_take(opaque: Opaque) -> None:
@@ -286,7 +286,7 @@ def test_the_hint_in_the_refusal_has_the_form_that_hints_take(opaque: Opaque) ->
     member = example("refused_mlp")
     model = member.build()
     with pytest.raises(BlocksNotFoundError, match="hints=") as caught:
-        find_blocks(model, *member.inputs(model)[0])
+        find_blocks(model, batch=member.inputs(model)[0])
     shown = str(caught.value).partition("find_blocks(model, hints=")[2].rpartition(")")[0]
     mapping = eval(shown)
     assert set(mapping) == {"layers.*"}

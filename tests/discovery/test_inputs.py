@@ -60,7 +60,7 @@ NAMES = ["layers.0", "layers.1"]
 
 
 def names(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
-    blocks = find_blocks(model, *args, **kwargs)
+    blocks = find_blocks(model, batch=args or kwargs)
     assert all(block.verified for block in blocks)
     return [block.name for block in blocks]
 
@@ -282,9 +282,9 @@ def test_models_that_cannot_be_guessed_ask_for_an_example(name: str) -> None:
 def test_given_input_that_fails_is_reported_with_its_error() -> None:
     """No guess is tried instead."""
     with pytest.raises(ExampleInputError, match=r"cannot be run on the given example input: RuntimeError: .*shape"):
-        find_blocks(Floats(), torch.ones(2, 5, WIDTH + 1))
+        find_blocks(Floats(), batch=torch.ones(2, 5, WIDTH + 1))
     with pytest.raises(ExampleInputError, match=r"given example input: TypeError: .*unexpected keyword argument 'ids'"):
-        find_blocks(Floats(), ids=torch.ones(2, 5, WIDTH))
+        find_blocks(Floats(), batch={"ids": torch.ones(2, 5, WIDTH)})
 
 
 def test_given_input_may_be_positional_or_by_name() -> None:
@@ -315,6 +315,9 @@ def test_nested_tensors_are_refused_by_name(layout: torch.layout) -> None:
     encoder = nn.TransformerEncoder(layer, 2).eval().requires_grad_(requires_grad=False)
     ragged = torch.nested.nested_tensor([torch.randn(5, 16), torch.randn(3, 16)], layout=layout)
     with pytest.raises(ExampleInputError, match=r"nested tensors, which cannot be traced\. Pass a padded batch"):
-        find_blocks(encoder, ragged)
+        find_blocks(encoder, batch=ragged)
     padded, mask = ragged.to_padded_tensor(0.0), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    assert [block.verified for block in find_blocks(encoder, padded, src_key_padding_mask=mask)] == [True, True]
+    assert [block.verified for block in find_blocks(encoder, batch={"src": padded, "src_key_padding_mask": mask})] == [
+        True,
+        True,
+    ]

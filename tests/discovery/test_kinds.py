@@ -110,7 +110,7 @@ def found(*blocks: nn.Module, tokens: int = TOKENS) -> LayerMeasurement:
     """The measurement of the first block."""
     model = Stack(*blocks).eval()
     x = torch.randn(2, tokens, WIDTH, generator=torch.Generator().manual_seed(1))
-    return next(iter(measure(model, find_blocks(model, x), solver=ExactSVD())))
+    return next(iter(measure(model, find_blocks(model, batch=x), solver=ExactSVD())))
 
 
 def plain(self: Any, x: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ class GatedConvolution(nn.Module):
 def test_one_pixel_does_not_show_a_convolution(tokens: int) -> None:
     """On one pixel a token mixer looks like an MLP."""
     model = Stack(GatedConvolution(), GatedConvolution())
-    block, _ = find_blocks(model, torch.randn(2, WIDTH, tokens, tokens))
+    block, _ = find_blocks(model, batch=torch.randn(2, WIDTH, tokens, tokens))
     assert ("one position cannot show" in str(block.doubt)) == (tokens == 1)
 
 
@@ -368,7 +368,7 @@ def test_a_looped_branch_has_one_norm_if_every_call_multiplies_alike(numbers: tu
 
     block = Block(plain, mlp=MLP())
     model = Looped(block).eval()
-    (layer,) = measure(model, find_blocks(model, torch.randn(2, TOKENS, WIDTH)), solver=ExactSVD())
+    (layer,) = measure(model, find_blocks(model, batch=torch.randn(2, TOKENS, WIDTH)), solver=ExactSVD())
     assert layer.mlp_norm == pytest.approx(size(block.mlp.matrix), rel=1e-5)
     if len(set(numbers)) == 1:
         assert layer.attention_norm == pytest.approx(size(block.attention.matrix), rel=1e-5)
@@ -466,7 +466,7 @@ def test_the_site_of_a_norm_behind_a_branch_is_the_norm(written: bool) -> None:
 
     block = Block(lambda self, x: x + 0.5 * self.norm(self.mlp(x)), mlp=MLP(), norm=Norm())
     model = Stack(block)
-    blocks = find_blocks(model, torch.randn(2, TOKENS, WIDTH))
+    blocks = find_blocks(model, batch=torch.randn(2, TOKENS, WIDTH))
     assert blocks[0].verified
     assert blocks[0].mlp is not None
     assert blocks[0].mlp.site == "blocks.0.norm"
@@ -531,7 +531,7 @@ def test_a_model_that_is_one_block_is_not_verified_with_weights_outside_of_its_b
                 x = x + F.relu(rms(x) @ up) @ down
             return self.head(x)
 
-    blocks = find_blocks(Banks(), torch.arange(2 * TOKENS).view(2, -1) % 11)
+    blocks = find_blocks(Banks(), batch=torch.arange(2 * TOKENS).view(2, -1) % 11)
     assert [block.verified for block in blocks] == [False]
     assert blocks[0].doubt == "bank acts outside the branches that were found"
 

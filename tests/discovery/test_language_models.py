@@ -27,7 +27,7 @@ def test_a_gate_on_the_stream_is_named(name: str) -> None:
     model = member.build()
     args, kwargs = member.inputs(model)
     with pytest.raises(BlocksNotFoundError, match="multiplies its stream by a gate of data"):
-        find_blocks(model, *args, **kwargs)
+        find_blocks(model, batch=args or kwargs)
 
 
 class BranchGated(OutputGated):
@@ -62,7 +62,7 @@ class SigmoidTanh(OutputGated):
 def test_a_branch_that_makes_its_own_gate_is_measured_and_has_no_site(block: type[OutputGated]) -> None:
     """No factor anywhere multiplies it: the weight that names the branch cannot scale it."""
     model = Language(block).eval()
-    blocks = find_blocks(model, torch.randint(0, 61, (2, 11)))
+    blocks = find_blocks(model, batch=torch.randint(0, 61, (2, 11)))
     for own, found, layer in zip(model.layers, blocks, measure(model, blocks, solver=ExactSVD()).layers, strict=True):
         assert not found.verified
         assert "no module or weight carries one of its branches" in found.evidence
@@ -83,7 +83,7 @@ class Orthogonal(Preceded):
 def test_a_sum_over_tokens_and_channels_at_once_is_no_mlp() -> None:
     """Read as one long vector, attention looked like an MLP whose norm counts every token."""
     model = Language(Orthogonal).eval()
-    for layer in measure(model, find_blocks(model, torch.randint(0, 61, (2, 11))), solver=ExactSVD()).layers:
+    for layer in measure(model, find_blocks(model, batch=torch.randint(0, 61, (2, 11))), solver=ExactSVD()).layers:
         assert layer.attention_norm is layer.mlp_norm is None
 
 
@@ -110,7 +110,7 @@ class Served(Language):
 def test_a_model_in_inference_mode_is_read_as_in_training() -> None:
     """Composite operations arrive there whole, and no table knows them."""
     model = Served().eval()
-    blocks = find_blocks(model, torch.randint(0, 61, (2, 11)))
+    blocks = find_blocks(model, batch=torch.randint(0, 61, (2, 11)))
     for own, layer in zip(model.layers, measure(model, blocks, solver=ExactSVD()).layers, strict=True):
         assert layer.attention_norm == pytest.approx(norm(attention_matrix(own["attn"])), rel=1e-5)
         assert layer.mlp_norm == pytest.approx(norm(mlp_matrix(own["mlp"])), rel=1e-5)
@@ -146,7 +146,7 @@ def test_entries_of_a_list_are_joined_so_that_the_fewest_are_alone(
     kinds: str, odd: int | None, names: list[str]
 ) -> None:
     """Behind a sum that is not understood, an MLP waits for no attention of the block behind it."""
-    blocks = find_blocks(Flat(kinds, odd).eval(), torch.randint(0, 61, (2, 11)))
+    blocks = find_blocks(Flat(kinds, odd).eval(), batch=torch.randint(0, 61, (2, 11)))
     assert [block.name.replace("layers.", "") for block in blocks] == names
 
 
@@ -171,5 +171,5 @@ class Abstract(nn.Module):
 def test_an_operation_that_is_not_implemented_is_no_missing_forward() -> None:
     """What the example did is told, and no parts are searched in vain."""
     with pytest.raises(ExampleInputError, match=r"cannot be run on the given example input: .*histogram_cpu"):
-        find_blocks(nn.Sequential(nn.Linear(4, 4), Histogram()), torch.randn(2, 4))
-    assert len(find_blocks(Abstract().eval(), torch.randint(0, 61, (2, 11)))) == 2
+        find_blocks(nn.Sequential(nn.Linear(4, 4), Histogram()), batch=torch.randn(2, 4))
+    assert len(find_blocks(Abstract().eval(), batch=torch.randint(0, 61, (2, 11)))) == 2

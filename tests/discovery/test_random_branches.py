@@ -22,7 +22,7 @@ def test_a_random_program_has_its_exact_norm_or_a_reason() -> None:
     @given(bodies())
     def check(body: Body) -> None:
         x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
-        blocks = find_blocks(body, x)
+        blocks = find_blocks(body, batch=x)
         (layer,) = measure(body, blocks, solver=ExactSVD())
         assert blocks[0].verified, blocks[0].evidence
         for name, wanted in body.norms().items():

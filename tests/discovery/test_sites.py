@@ -250,7 +250,7 @@ def test_elements_of_tuples_lists_and_dicts_are_sites() -> None:
     for form, key in (("tuple", 0), ("list", 1), ("dict", "out")):
         model = nn.Sequential(*(Layer(form, key) for _ in range(2)))
         x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
-        first, second = find_blocks(model, x)
+        first, second = find_blocks(model, batch=x)
         assert [(branch.site, branch.output_index) for branch in first.branches] == [("0.mlp", key)]
         with scaled(model, {first.branches[0]: 0.0, second.branches[0]: 0.0}), torch.no_grad():
             assert torch.equal(model(x), x)

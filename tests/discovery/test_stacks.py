@@ -158,7 +158,7 @@ def test_branches_between_streams_have_their_norms(layout: str) -> None:
     torch.manual_seed(3)
     model = Model(layout)
     ids = torch.randint(0, VOCABULARY, (BATCH, TOKENS))
-    blocks = find_blocks(model, ids)
+    blocks = find_blocks(model, batch=ids)
     assert [block.name for block in blocks] == ["layers.0", "layers.1"]
     assert all(block.verified for block in blocks)
     assert {block.token_dims for block in blocks} == {(1,)}
@@ -177,7 +177,7 @@ def test_a_write_vector_of_twice_the_size_writes_twice_as_much() -> None:
     torch.manual_seed(3)
     model = Model("in front")
     ids = torch.randint(0, VOCABULARY, (BATCH, TOKENS))
-    blocks = find_blocks(model, ids)
+    blocks = find_blocks(model, batch=ids)
     before = measure(model, blocks, solver=ExactSVD()).layers[0]
     with torch.no_grad():
         model.layers[0][1].write.mul_(2.0)

@@ -17,12 +17,12 @@ def test_zero_outputs_change_nothing_in_what_is_found(name):
     chosen = example(name)
     model = chosen.build()
     args, kwargs = chosen.inputs(model)
-    before = find_blocks(model, *args, **kwargs)
+    before = find_blocks(model, batch=args or kwargs)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if any(word in path for word in LAST):
                 parameter.zero_()
-    assert find_blocks(model, *args, **kwargs) == before
+    assert find_blocks(model, batch=args or kwargs) == before
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -30,11 +30,11 @@ def test_even_a_model_of_zeros_is_understood(name):
     chosen = example(name)
     model = chosen.build()
     args, kwargs = chosen.inputs(model)
-    before = find_blocks(model, *args, **kwargs)
+    before = find_blocks(model, batch=args or kwargs)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.zero_()
-    found = find_blocks(model, *args, **kwargs)
+    found = find_blocks(model, batch=args or kwargs)
     assert found == before
     assert all(layer.ratio is None for layer in measure(model, found))

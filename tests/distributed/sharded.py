@@ -313,7 +313,7 @@ def flat_layouts(mesh: DeviceMesh) -> Any:
         member = example(name)
         model = member.build()
         args, kwargs = member.inputs(model)
-        blocks = find_blocks(model, *args, **kwargs)
+        blocks = find_blocks(model, batch=args or kwargs)
         results[name] = compared(member.build, flat(mesh), lambda model, blocks=blocks: blocks)  # type: ignore[misc]
     return results
 
@@ -472,7 +472,7 @@ def layouts(mesh: DeviceMesh) -> Any:
         member = example(name)
         model = member.build()
         args, kwargs = member.inputs(model)
-        blocks = find_blocks(model, *args, **kwargs)
+        blocks = find_blocks(model, batch=args or kwargs)
         for word, settings in (("", {}), (" by columns", {"shard_placement_fn": by_columns})):
             results[name + word] = compared(
                 member.build,

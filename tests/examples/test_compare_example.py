@@ -156,7 +156,7 @@ def normed(norm: nn.LayerNorm, W: Tensor) -> Tensor:
 def test_gains_and_multipliers_of_every_design_enter_the_ratio(script: ModuleType, name: str):
     model = altered(script, name)
     ids = torch.arange(8)[None]
-    blocks = find_blocks(model, ids)
+    blocks = find_blocks(model, batch=ids)
     assert [block.name for block in blocks] == ["blocks.0", "blocks.1"]
     assert all(block.verified for block in blocks)
     measured = [layer.ratio for layer in measure(model, blocks, solver=ExactSVD())]

@@ -69,7 +69,7 @@ def test_starts_are_what_they_are_called():
     norms = {}
     for start in runs.STARTS:
         module = runs.initialize(job(start=start), runs.Recipe())
-        norms[start] = measure(module, find_blocks(module, torch.zeros(2, 8, dtype=torch.long))).layers[0]
+        norms[start] = measure(module, find_blocks(module, batch=torch.zeros(2, 8, dtype=torch.long))).layers[0]
     healthy = norms["healthy"]
     assert norms["MLP 8×"].ratio / healthy.ratio == pytest.approx(8.0, rel=1e-2)
     assert healthy.ratio / norms["attention 8×"].ratio == pytest.approx(8.0, rel=1e-2)

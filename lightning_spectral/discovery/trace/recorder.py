@@ -32,7 +32,7 @@ _SPELLED_OUT: dict[str, Callable[..., tuple[Tensor, Any, Tensor]]] = {
 
 _NESTED = (
     "the forward pass computes with nested tensors, which cannot be traced. Pass a padded batch as the example input, "
-    "find_blocks(model, x.to_padded_tensor(0.0)): it shows the same blocks"
+    "find_blocks(model, batch=x.to_padded_tensor(0.0)): it shows the same blocks"
 )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg.sharding.kinds import is_wrapped_by_fsdp
+from lightning_spectral.linalg.sharding.presence import is_wrapped_by_fsdp
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel

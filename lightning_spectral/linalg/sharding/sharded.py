@@ -27,7 +27,7 @@ from lightning_spectral.linalg.operators import (
     vector_dtype,
 )
 from lightning_spectral.linalg.sharding.flattened import FlatShard, boxes, flat_meshes
-from lightning_spectral.linalg.sharding.kinds import is_dtensor
+from lightning_spectral.linalg.sharding.presence import is_dtensor
 from lightning_spectral.linalg.sharding.tiles import Cut, held, stand_in, tiles
 
 if TYPE_CHECKING:
