@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,18 +36,19 @@ class SpectralCallback(TrainerCallback, ExportableState):
 
         trainer = Trainer(model, args, train_dataset=data, callbacks=[SpectralCallback(every_n_steps=50)])
 
-    What ``report_to`` names gets the keys of :class:`SpectralMonitor` (behind ``train/``, as those do with every key),
-    and so does ``state.log_history``. ``output_dir`` gets ``spectral.jsonl`` and ``spectral.png``. A checkpoint gets
-    ``spectral.pt``, from which a run that is resumed goes on exactly.
+    What ``report_to`` names gets the keys of :class:`~lightning_spectral.SpectralMonitor`, behind ``train/`` where it
+    puts every key there. So does ``state.log_history``. ``output_dir`` gets ``spectral.jsonl`` and ``spectral.png``. A
+    checkpoint gets ``spectral.pt``, from which a run that is resumed goes on exactly.
 
     With ``auto_rescale``, the model has residual scales, which ``save_pretrained`` writes and ``from_pretrained`` does
-    not read: fold them into the weights before (:func:`fuse_scales`), or ask for it with ``fuse_at_end``.
+    not read: fold them into the weights before (:func:`~lightning_spectral.fuse_scales`), or ask for it with
+    ``fuse_at_end``.
 
     Args:
         every_n_steps: Optimizer steps between two measurements.
-        auto_rescale: Whether to steer, as in :class:`SpectralMonitor`.
+        auto_rescale: Whether to steer, as in :class:`~lightning_spectral.SpectralMonitor`.
         fuse_at_end: Whether to fold the scales into the weights when training ends. The model computes what it did.
-        options: The other settings of :class:`Watch`. ``on_alarm="stop"`` ends training.
+        options: The other settings of :class:`~lightning_spectral.Watch`. ``on_alarm="stop"`` ends training.
 
     Raises:
         ConfigurationError: An argument cannot be used.
@@ -134,8 +136,8 @@ class SpectralCallback(TrainerCallback, ExportableState):
         """Measure the final weights; fold the scales if asked."""
         if self._watch is None:
             return
-        watch, self._watch = self._watch, None
-        self._report(watch.close(), args, state, control, model)
+        self._report(self._watch.close(), args, state, control, model)
+        self._watch = None
         if self._fuse_at_end:
             fuse_scales(model)
 
@@ -157,12 +159,15 @@ class SpectralCallback(TrainerCallback, ExportableState):
         model: Any,
     ) -> None:
         """Hand values to whatever reports, past the callbacks that would print them among the losses."""
-        if not values:
+        step = None if self._watch is None else self._watch.measured_step
+        if not values or step is None:
             return
-        state.log_history.append({**values, "step": state.global_step})
+        then = copy.copy(state)  # the step whose weights were measured
+        then.global_step = step
+        state.log_history.append({**values, "step": step})
         for reporter in () if self._handler is None else self._handler.callbacks:
             if reporter is not self and not isinstance(reporter, PrinterCallback | ProgressCallback):
-                reporter.on_log(args, state, control, logs=dict(values), model=model)
+                reporter.on_log(args, then, control, logs=dict(values), model=model)
 
 
 class _Watch(Watch):

@@ -95,7 +95,7 @@ def lyapunov_exponents(
     Args:
         model: Any module with residual blocks.
         batch: Example input: a tensor, a tuple of positional arguments or a dict of keyword arguments. Without it,
-            random content is guessed, as :func:`find_blocks` does.
+            random content is guessed, as :func:`~lightning_spectral.find_blocks` does.
         blocks: The blocks, which have to follow each other in one stream; found in the model by default.
         k: Exponents wanted.
         sweeps: Sweeps back and forth; exponents are estimates from below, and ``change`` says how far they moved last.

@@ -74,7 +74,7 @@ def covariance_trajectory(
             ``"circuit"`` (W_attn = W_o W_v, with norm gains and residual multipliers).
         missing: What becomes of a block with a branch that no single matrix stands for (state spaces, mixtures of
             experts, packed weights): ``"raise"``, or ``"identity"`` to leave the whole block out (see ``skipped``).
-        batch: Example input for finding the blocks, as for :func:`measure`.
+        batch: Example input for finding the blocks, as for :func:`~lightning_spectral.measure`.
 
     Returns:
         Effective ranks, condition numbers and gains, one per block.

@@ -13,7 +13,7 @@
     }
 
 Where the hint names the site of a traced branch of its kind, the ends of the branch (see
-:class:`~lightning_spectral.Branch`) are those that the trace found. Elsewhere they are taken on trust: the norm
+:class:`~lightning_spectral.records.Branch`) are those that the trace found. Elsewhere they are taken on trust: the norm
 behind the branch, or else the first matrix, each with the ``bias`` beside it.
 """
 

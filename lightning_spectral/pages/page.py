@@ -94,7 +94,7 @@ def _template() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(
-        loader=PackageLoader("lightning_spectral.report"),
+        loader=PackageLoader("lightning_spectral.pages"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -62,7 +62,7 @@ class Watch:
         solver: How spectral norms are computed.
         geometry: Whether to measure tokens and updates too.
         per_layer: Whether values are given for every block, besides the summary.
-        on_alarm: What to do at an alarm beyond telling it: nothing, ``"stop"``, which sets :attr:`should_stop`, or call
+        on_alarm: What to do at an alarm beyond telling it: nothing, ``"stop"``, which sets ``should_stop``, or call
             ``on_alarm(event)``.
         on_error: What to do when a measurement fails.
         prefix: First part of every key and file name.
@@ -159,7 +159,7 @@ class Watch:
 
         Returns:
             What was measured of the weights before this step and is complete now, by the keys of
-            :class:`SpectralMonitor`; empty where nothing was.
+            :class:`SpectralMonitor`; empty where nothing was. It belongs to step :attr:`measured_step`.
         """
         session, host = self._begin(), self._host
         step = _checks.steps("step", step, least=host.now())
@@ -169,6 +169,11 @@ class Watch:
         host.steps = step
         session.end_batch()
         return host.take()
+
+    @property
+    def measured_step(self) -> int | None:
+        """The step of the last measurement that is complete, ``None`` before the first."""
+        return self._series.measured_step
 
     def close(self) -> Mapping[str, float]:
         """Measure the final weights, write and draw what is left, and leave no hook in the model. Scales stay.
