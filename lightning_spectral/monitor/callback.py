@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_spectral.alarms import Event
 from lightning_spectral.control import GainCeiling, ResidualRescaler
-from lightning_spectral.control.explain import explanation
-from lightning_spectral.control.steering import Steering
-from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.solvers import SolverChoice
 from lightning_spectral.monitor.attaching import Attachment
 from lightning_spectral.monitor.framework import Callback
-from lightning_spectral.monitor.order import check_order
+from lightning_spectral.monitor.order import check_order, check_rivals
 from lightning_spectral.monitor.remembered import remember, remembered
-from lightning_spectral.monitor.strategies import brings_back_own_weights, check_strategy, will_shard
+from lightning_spectral.monitor.strategies import check_strategy, will_shard
 from lightning_spectral.monitor.trainer_host import LightningHost
 from lightning_spectral.records import ResidualBlock
 from lightning_spectral.runs.series import Series
-from lightning_spectral.scales.loading import lost_scales, restore_unsaved, saved_sites
 from lightning_spectral.watch.options import Options
-from lightning_spectral.watch.search import blocks_of
 from lightning_spectral.watch.session import Session
 from lightning_spectral.watch.telling import inform
 
@@ -126,19 +122,11 @@ class SpectralMonitor(Callback):
             on_error=on_error,
             prefix=prefix,
         )
-        law = self.options.law
-        self._steering = None if law is None else Steering(law, self.options.safe_zone)
-        self._attachment = Attachment(blocks)
+        self._attachment = Attachment(self.options)
         self._series = Series(self.options.linearization)
         self._restored: Series | None = None  # from the checkpoint that a fit goes on from
         self._stage: str | None = None
         self._session: Session | None = None  # between on_train_start and on_fit_end
-
-    def __getattr__(self, name: str) -> Any:
-        """Return a setting, by the name of its argument."""
-        if name in Options.__slots__ and "options" in vars(self):
-            return getattr(self.options, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
         """Return the call that makes such a monitor."""
@@ -162,17 +150,13 @@ class SpectralMonitor(Callback):
         self._stage = stage
         if stage == "fit":  # what is saved before the first measurement is not of an earlier run
             self._series = remembered(trainer, pl_module, self.state_key) or Series(self.options.linearization)
-        if self._steering is not None and not self._steering.is_of(pl_module):
-            self._steering = Steering(self._steering.rescaler, self.options.safe_zone)  # another model, another run
         check_strategy(trainer.strategy)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not declared
         others = [item for item in callbacks if item is not self]
-        self._check_rivals([other for other in others if isinstance(other, SpectralMonitor)])
-        if self._steering is None:
-            self._attachment.set_up(trainer, pl_module, fits=stage == "fit")
-        else:
+        check_rivals(self.options, [item.options for item in others if isinstance(item, SpectralMonitor)])
+        if self.options.auto_rescale:
             check_order(callbacks, self)
-            self._attachment.set_up_scales(self._steering, trainer, pl_module, others)
+        self._attachment.set_up(trainer, pl_module, others, fits=stage == "fit")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the optimizers train the scales.
@@ -180,23 +164,12 @@ class SpectralMonitor(Callback):
         Raises:
             ConfigurationError: They do not, or the model was built in ``configure_model`` without scales.
         """
-        if self._steering is None:
-            return
-        if self._steering.scales is None:
-            self._steering.adopt(pl_module, blocks_of(pl_module, self.options.blocks))
-        if brings_back_own_weights(trainer.strategy):
-            self._steering.check_foldable()
-        self._steering.begin(trainer.optimizers)
-        for told in (self._steering.held_still(), self._steering.doubt):
-            if told is not None:
-                inform(told)
+        self._attachment.begin(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks and measure them for the first time; on resume, publish what was measured last."""
-        self._session = None
-        self._remove_hooks()
-        if self._steering is not None:
-            self._steering.start(trainer.optimizers)
+        self._session, self._stage = None, None
+        self._attachment.start(trainer)
         if trainer.barebones:
             inform("SpectralMonitor is off, because the Trainer is barebones")
             return
@@ -205,11 +178,9 @@ class SpectralMonitor(Callback):
         goes_on = known is not None and (known.measured_step is None or known.reaches(trainer.global_step))
         self._series = known if known is not None and goes_on else Series.begin(self.options.linearization)
         remember(trainer, pl_module, self.state_key, self._series)
-        blocks = self._attachment.early if self._steering is None else self._steering.blocks
         host = LightningHost(trainer, pl_module, self._series, self.options)
-        self._session = Session(
-            self.options, self._series, self._steering, blocks, host, self.should_measure, goes_on=goes_on
-        )
+        held = self._attachment.steering, self._attachment.blocks
+        self._session = Session(self.options, self._series, *held, host, self.should_measure, goes_on=goes_on)
         self._session.begin()
 
     def should_measure(self, step: int) -> bool:
@@ -229,8 +200,8 @@ class SpectralMonitor(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check once that every scale is alive."""
-        if self._steering is not None:
-            self._steering.check_gradients()
+        if self._attachment.steering is not None:
+            self._attachment.steering.check_gradients()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Write the measurement of the weights that the optimizer is about to change, and steer."""
@@ -267,33 +238,26 @@ class SpectralMonitor(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing of the monitor behind in the model; say where the scales may be the cause."""
-        if self._steering is not None and self._steering.has_attached and (told := explanation(exception, pl_module)):
-            exception.add_note(told)
+        self._attachment.explain(exception, pl_module)
         if self._session is not None:
             session, self._session = self._session, None
             session.abandon()
-        self._restored = None
-        self._remove_hooks()
+        self._restored = self._stage = None
+        self._attachment.release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook of the monitor behind; the scales stay, since the model shall go on computing what it did.
 
         Where the main process gets nothing but weights that its module has already, they are folded into these.
         """
-        self._remove_hooks()
-        if self._steering is None or stage != "fit" or not brings_back_own_weights(trainer.strategy):
-            return
-        if count := self._steering.fold():
-            inform(
-                f"SpectralMonitor folded {count} residual scales into the weights, because the main process gets back "
-                "only weights that its module has. To keep them as scales, call attach_scales(module) before "
-                "trainer.fit(module)"
-            )
+        self._stage = None
+        self._attachment.release()
+        if stage == "fit":
+            self._attachment.fold(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Mark a checkpoint that has residual scales."""
-        if self._steering is not None:
-            self._steering.mark(checkpoint)
+        self._attachment.save(checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse to lose scales (a sharded checkpoint is loaded without a word); say where there were none.
@@ -303,13 +267,7 @@ class SpectralMonitor(Callback):
         Raises:
             ConfigurationError: The checkpoint has scales that the model does not have, or names some without values.
         """
-        sites = saved_sites(checkpoint)
-        message = lost_scales(pl_module, sites)
-        if message is not None:
-            raise ConfigurationError(message)
-        restore_unsaved(pl_module, checkpoint)
-        if not sites and self._steering is not None and not self._steering.rescaler.dry_run:
-            inform("SpectralMonitor: the checkpoint has no residual scales; they start at 1")
+        self._attachment.load(pl_module, checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an exact resume needs, as copies of plain values and tensors."""
@@ -322,19 +280,6 @@ class SpectralMonitor(Callback):
         # A test loads a checkpoint too, perhaps an older one, and a fit after it does not go on from there.
         self._restored = self._series if self._stage in (None, "fit") else None
 
-    def _check_rivals(self, rivals: Sequence[SpectralMonitor]) -> None:
-        if any(other.options.prefix == self.options.prefix for other in rivals):
-            raise ConfigurationError(
-                f"two monitors in one Trainer would both write the keys '{self.options.prefix}/…'; "
-                f"give one of them another prefix, such as prefix='{self.options.prefix}_{self.options.linearization}'"
-            )
-        if self.options.auto_rescale and any(other.options.auto_rescale for other in rivals):
-            raise ConfigurationError(
-                "two monitors in one Trainer would both move the scales: let one of them only watch"
-            )
 
-    def _remove_hooks(self) -> None:
-        self._attachment.release()
-        self._stage = None
-        if self._steering is not None:
-            self._steering.release()
+for _name in Options.__slots__:  # every setting is an attribute of the monitor, which nobody can set
+    setattr(SpectralMonitor, _name, property(attrgetter(f"options.{_name}")))
