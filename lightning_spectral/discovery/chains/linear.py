@@ -22,6 +22,7 @@ from lightning_spectral.discovery.trace.operations import (
     Divisor,
     base_name,
     is_attention,
+    is_fused_attention,
     is_norm,
     matrix_operands,
     norm_channels_second,
@@ -306,7 +307,7 @@ class LinearPart:
 
 def _token_dim(operation: Operation, carrier: int) -> int:
     """Return the dimension of the carrier that an attention product sums over."""
-    if "attention" in operation.name:
+    if is_fused_attention(operation):
         return -2
     return -2 if carrier == matrix_operands(operation)[1] else -1
 

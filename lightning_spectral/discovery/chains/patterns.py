@@ -5,7 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_spectral.discovery.trace.operands import UnmeasurableError
-from lightning_spectral.discovery.trace.operations import is_contraction, matrix_operands, moved_input
+from lightning_spectral.discovery.trace.operations import (
+    is_contraction,
+    is_fused_attention,
+    is_softmax,
+    matrix_operands,
+    moved_input,
+)
 from lightning_spectral.discovery.trace.replay import replay
 from lightning_spectral.discovery.trace.tape import Operation, Tape
 
@@ -29,7 +35,7 @@ def check_pattern(tape: Tape, operation: Operation, carrier: int) -> None:
         UnmeasurableError: Learned numbers multiply it, or it adds up to another number at every token.
     """
     operands = matrix_operands(operation)
-    if "attention" in operation.name or carrier not in operands or _is_plain(tape, operands[carrier == operands[0]]):
+    if is_fused_attention(operation) or carrier not in operands or _is_plain(tape, operands[carrier == operands[0]]):
         return
     pattern, dimension = operands[carrier == operands[0]], -1 if carrier == operands[1] else -2
     learned = _learned(tape, pattern)
@@ -51,7 +57,7 @@ def _is_plain(tape: Tape, value: int) -> bool:
     """Whether a value is a softmax, moved at most."""
     while True:
         operation = tape.producer(value)
-        if operation is not None and "softmax" in operation.name:
+        if operation is not None and is_softmax(operation):
             return True
         moved = None if operation is None else moved_input(operation)
         if moved is None:
@@ -64,7 +70,7 @@ def _learned(tape: Tape, pattern: int) -> set[int]:
     found, seen, queue = set[int](), {pattern}, [pattern]
     while queue:
         operation = tape.producer(queue.pop())
-        if operation is None or "softmax" in operation.name or is_contraction(operation):
+        if operation is None or is_softmax(operation) or is_contraction(operation):
             continue
         for item in operation.inputs:
             if tape.made_of_parameters(item):

@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 from lightning_spectral.discovery.chains.linear import LinearPart
 from lightning_spectral.discovery.chains.recipes import NoRecipeError, Step, recipe, shortest
 from lightning_spectral.discovery.trace.operands import UnmeasurableError
-from lightning_spectral.discovery.trace.operations import base_name, matrix_operands, moved_values, weight_operand
+from lightning_spectral.discovery.trace.operations import (
+    base_name,
+    is_plain_product,
+    matrix_operands,
+    moved_values,
+    weight_operand,
+)
 from lightning_spectral.discovery.trace.tape import Operation, Tape
 from lightning_spectral.records import Factor
 
@@ -100,7 +106,7 @@ def weight_product(tape: Tape, operation: Operation) -> WeightProduct:
         return WeightProduct(operands[0], weight, False, 1, False)
     if name == "linear":
         return WeightProduct(operands[0], weight, False, -1, False)
-    if name not in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "grouped_mm", "_addmm_activation", "matmul"):
+    if not is_plain_product(operation):
         raise UnmeasurableError(f"it passes through the kernel {operation.name!r}, whose weight layout is unknown")
     stacked = len(tape.shape(weight)) == 3 and not _is_repeated(tape, weight)
     if weight == operands[1]:

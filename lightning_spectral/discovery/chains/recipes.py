@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.discovery.trace.operations import base_name, moved_input
+from lightning_spectral.discovery.trace.operations import base_name, is_copy, moved_input
 from lightning_spectral.discovery.trace.tape import Operation, Ref, Tape
 from lightning_spectral.records.layout import UNARY, arranged
 
 __all__ = ["NoRecipeError", "Step", "attribute_path", "recipe", "shortest"]
 
 Step = tuple[Any, ...]
-_COPIES = {"_to_copy", "clone", "detach", "contiguous", "alias", "lift_fresh", "to", "copy"}
 
 
 class NoRecipeError(Exception):
@@ -60,7 +59,7 @@ def _step(tape: Tape, operation: Operation, value: int) -> tuple[int, tuple[Step
     """Return the input of an operation and the tensor methods that repeat it."""
     name, source = base_name(operation), moved_input(operation)
     if source is not None:
-        if name in _COPIES:
+        if is_copy(operation):
             return source, ()
         return source, (_view_step(tape, operation, name, source, value),)
     numbers = [item for item in operation.args if isinstance(item, int | float)]

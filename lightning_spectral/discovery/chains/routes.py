@@ -14,7 +14,7 @@ from lightning_spectral.discovery.chains.steps import Step, Steps
 from lightning_spectral.discovery.trace.operations import (
     Multiplier,
     added_operand,
-    base_name,
+    is_addition,
     matrix_operands,
     moved_values,
     term_factor,
@@ -185,7 +185,7 @@ class Router:
 
 def _factor(operation: Operation, value: int) -> float:
     """Return the number by which a sum multiplies one of its terms."""
-    return term_factor(operation, value) if base_name(operation) in ("add", "sub", "rsub") else 1.0
+    return term_factor(operation, value) if is_addition(operation) else 1.0
 
 
 def _behind(route: Route, outer: Route) -> Route:

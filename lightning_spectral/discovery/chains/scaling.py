@@ -13,8 +13,13 @@ from lightning_spectral.discovery.trace.operands import normalized_operand
 from lightning_spectral.discovery.trace.operations import (
     base_name,
     is_contraction,
+    is_division,
+    is_fused_attention,
+    is_join,
+    is_multiplication,
     is_norm,
     is_product,
+    is_zero_allocation,
     matrix_operands,
     moved_input,
     norm_gain,
@@ -26,8 +31,6 @@ from lightning_spectral.discovery.trace.tape import Operation, Tape
 
 __all__ = ["PARAMETRIZED", "Scaling", "ScalingWalk", "UnscalableError"]
 
-# What an allocation holds is zero, or is written before anyone reads it.
-_EMPTY = {"zeros_like", "new_zeros", "empty_like", "new_empty", "empty", "zero_"}
 PARAMETRIZED = "its last weight is parametrized ({})"
 
 
@@ -84,7 +87,7 @@ class ScalingWalk:
             return [item for position in (1, 2) for item in refs(operation, position)]
         if moved is not None:
             return [moved]
-        if name in ("cat", "stack", "refresh", "neg") or (name in ("add", "sub") and _number(operation) is None):
+        if is_join(operation) or name == "neg" or (name in ("add", "sub") and _number(operation) is None):
             return operation.inputs
         return scattered_inputs(operation) or None
 
@@ -135,11 +138,11 @@ class ScalingWalk:
         tape, name = self.tape, base_name(operation)
         if normalized_operand(tape, operation) is not None:
             raise UnscalableError("a norm without weights stands behind it")
-        if name in ("div", "true_divide"):
+        if is_division(operation):
             return self._sum(refs(operation, 0))
-        if "attention" in name:
+        if is_fused_attention(operation):
             return self._sum(refs(operation, 2))
-        if name in ("mul", "multiply"):
+        if is_multiplication(operation):
             return self._first(operation.inputs)
         if is_contraction(operation):
             operands = matrix_operands(operation)
@@ -180,7 +183,7 @@ class ScalingWalk:
 
     def _is_zero(self, value: int, operation: Operation | None) -> bool:
         tape = self.tape
-        if operation is not None and operation.name in _EMPTY:
+        if operation is not None and is_zero_allocation(operation):
             return True
         constant = not tape.ancestors[value] & (tape.parameters | tape.data)
         return constant and not bool(tape.tensors[value].any())

@@ -18,8 +18,13 @@ from lightning_spectral.discovery.trace.operations import (
     added_operand,
     addends,
     base_name,
+    is_addition,
+    is_allocation,
+    is_broadcast,
     is_contraction,
+    is_join,
     is_norm,
+    is_pick,
     is_product,
     matrix_operands,
     moved_input,
@@ -37,11 +42,8 @@ __all__ = ["Step", "Steps", "picks_by_data"]
 
 Kind = Literal["stream", "none", "move", "multiply", "gate", "sum", "join", "product", "mixing", "norm", "activation"]
 
-# Operations that read the shape of their input and nothing else.
-_ONLY_SHAPE = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
 # Activations that have a parameter.
 _LEARNED_ACTIVATIONS = {"prelu", "_prelu_kernel"}
-_PICKS = {"index", "index_select", "gather", "take_along_dim", "masked_select", "embedding"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ class Steps:
         if value == stream:
             return Step("stream")
         operation = tape.producer(value)
-        if not tape.depends(value, stream) or operation is None or operation.name in _ONLY_SHAPE:
+        if not tape.depends(value, stream) or operation is None or is_allocation(operation):
             return Step("none")
         if not tape.tensors[value].numel():
             return Step("none")  # an expert without a token: its siblings tell what it is
@@ -157,9 +159,9 @@ class Steps:
         """Return the step of an operation that joins several values, or is an activation."""
         tape, name = self.tape, base_name(operation)
         inputs = tuple(dict.fromkeys(item for item in operation.inputs if tape.depends(item, self.region.stream)))
-        if name in ("add", "sub", "rsub") or len(addends(tape, operation)) > 1:
+        if is_addition(operation) or len(addends(tape, operation)) > 1:
             return Step("sum", inputs)
-        if name in ("cat", "stack", "refresh"):
+        if is_join(operation):
             return Step("join", inputs)
         scattered = scattered_inputs(operation)
         if scattered:
@@ -259,7 +261,7 @@ class Steps:
             if not shape or not whole or (shape[-1] == 1 and whole[-1] != 1):
                 return True
             producer = self.tape.producer(value)
-            if producer is None or producer.name not in ("expand", "unsqueeze", "_to_copy"):
+            if producer is None or not is_broadcast(producer):
                 return False
             value = producer.inputs[0]
             if len(self.tape.shape(value)) < len(whole):
@@ -313,7 +315,6 @@ class Steps:
 
 def picks_by_data(tape: Tape, operation: Operation) -> bool:
     """Whether an operation picks or writes entries at places that depend on the model's inputs: tokens of an expert."""
-    name = base_name(operation)
-    if name not in _PICKS and not scattered_inputs(operation):
+    if not is_pick(operation) and not scattered_inputs(operation):
         return False
     return any(tape.is_data(item) and not tape.tensors[item].is_floating_point() for item in operation.inputs)

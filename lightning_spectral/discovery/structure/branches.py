@@ -22,6 +22,7 @@ from lightning_spectral.discovery.trace.operations import (
     Multiplier,
     is_attention,
     is_contraction,
+    is_fused_attention,
     is_product,
     matrix_operands,
     refs,
@@ -158,7 +159,7 @@ def _looked_up(tape: Tape, operation: Operation) -> tuple[int, ...]:
         return refs(operation, 0)
     if not is_contraction(operation) or is_product(tape, operation):
         return ()
-    return refs(operation, 1) if "attention" in operation.name else matrix_operands(operation)
+    return refs(operation, 1) if is_fused_attention(operation) else matrix_operands(operation)
 
 
 def _modules(tape: Tape, add: ResidualAdd, term: Term) -> Iterator[str]:

@@ -12,7 +12,7 @@ from lightning_spectral.discovery.trace.tape import Tape
 from lightning_spectral.records import BranchKind
 from lightning_spectral.weights.paths import common_parts
 
-__all__ = ["named_groups", "settled_kinds"]
+__all__ = ["Groups", "named_groups", "settled_kinds"]
 
 # A block has few branches; an entry of a container with more of them is a stage of several blocks.
 _MOST_BRANCHES = 6

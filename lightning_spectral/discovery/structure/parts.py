@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from lightning_spectral.discovery.trace.operations import refs
+from lightning_spectral.discovery.trace.operations import attended, is_attention
 from lightning_spectral.discovery.trace.tape import Tape
 from lightning_spectral.records import ResidualBlock
 
@@ -66,12 +66,7 @@ def unseen(model: nn.Module, tapes: Iterable[Tape], blocks: Iterable[ResidualBlo
 
 def attends_to_one(tape: Tape) -> bool:
     """Whether some attention has one position to attend to, so that nobody sees that it mixes positions."""
-    for operation in tape.operations:
-        if "softmax" in operation.name and tape.shape(operation.outputs[0])[int(operation.args[1])] == 1:
-            return True
-        if "attention" in operation.name and len(found := refs(operation, 1)) == 1 and tape.shape(found[0])[-2] == 1:
-            return True
-    return False
+    return any(is_attention(operation) and attended(tape, operation) == 1 for operation in tape.operations)
 
 
 def _taken(tapes: Iterable[Tape]) -> set[str]:

@@ -18,7 +18,9 @@ from lightning_spectral.discovery.trace.operations import (
     base_name,
     is_attention,
     is_mixing_without_weights,
+    is_multiplication,
     is_norm,
+    is_part,
     is_product,
     moved_input,
     multiplied_input,
@@ -354,7 +356,7 @@ def _gated(tape: Tape, leaf: int) -> Iterator[int]:
     value = leaf
     while True:
         producer = tape.producer(value)
-        if producer is None or base_name(producer) not in ("mul", "multiply") or len(producer.inputs) != 2:
+        if producer is None or not is_multiplication(producer) or len(producer.inputs) != 2:
             return
         if normalized_operand(tape, producer) is not None:
             return  # a norm takes back what scales its input
@@ -385,7 +387,7 @@ def _transparent(tape: Tape, operation: Operation) -> tuple[int, Multiplier | No
     moved = moved_input(operation)
     if moved is not None:
         # A part of a tensor is a stream of its own.
-        whole = len(operation.outputs) == 1 and operation.name not in ("select", "slice", "index", "index_select")
+        whole = len(operation.outputs) == 1 and not is_part(operation)
         return (moved, None) if whole and tape.is_data(moved) else None
     multiplied = multiplied_input(tape, operation)
     if multiplied is not None:

@@ -22,6 +22,7 @@ from lightning_spectral.discovery.trace.operations import (
     attended,
     is_attention,
     is_contraction,
+    is_fused_attention,
     is_norm,
     is_product,
     is_wide_convolution,
@@ -106,7 +107,7 @@ class SelfCheck:
     def _attends_to_one(self, branch: FoundBranch, operation: Operation) -> bool:
         """Whether attention has a single key: in a window of one position. A router's softmax is no attention."""
         tape = self.tape
-        compares = "attention" in operation.name or any(
+        compares = is_fused_attention(operation) or any(
             (item := tape.producer(value)) is not None and is_contraction(item) and not is_product(tape, item)
             for value in tape.between(branch.add.stream, operation.inputs[0])
         )

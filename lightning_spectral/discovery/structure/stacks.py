@@ -22,6 +22,8 @@ from lightning_spectral.discovery.trace.operations import (
     Multiplier,
     base_name,
     is_contraction,
+    is_fused_attention,
+    is_multiplication,
     is_product,
     matrix_operands,
     moved_input,
@@ -119,8 +121,7 @@ def _carrier(tape: Tape, operation: Operation) -> int | None:
     multiplied = multiplied_input(tape, operation)
     if multiplied is not None:
         return multiplied[0]
-    name = base_name(operation)
-    if name not in ("mul", "multiply") and not (is_contraction(operation) and "attention" not in operation.name):
+    if not is_multiplication(operation) and not (is_contraction(operation) and not is_fused_attention(operation)):
         return None
     operands = [value for value in matrix_operands(operation) if tape.is_data(value)]
     return max(operands, key=lambda value: tape.tensors[value].numel(), default=None)
@@ -230,7 +231,7 @@ def _is_fixed(tape: Tape, before: int, kept: int, read: int) -> bool:
     """Whether the maps that mix and read the streams are made of numbers and parameters alone."""
     between = {value for end in (kept, read) for value in tape.between(before, end) if value != before}
     operations = [operation for value in between if (operation := tape.producer(value)) is not None]
-    mapping = [item for item in operations if base_name(item) in ("mul", "multiply") or is_contraction(item)]
+    mapping = [item for item in operations if is_multiplication(item) or is_contraction(item)]
     return not any(sum(map(tape.is_data, matrix_operands(operation))) > 1 for operation in mapping)
 
 

@@ -14,7 +14,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_spectral.discovery.trace.operations import base_name, is_attention, is_product, matrix_operands, refs
+from lightning_spectral.discovery.trace.operations import (
+    base_name,
+    is_attention,
+    is_convolution,
+    is_multiplication,
+    is_product,
+    is_softmax,
+    matrix_operands,
+    refs,
+)
 from lightning_spectral.discovery.trace.positions import moved_by_half, moved_by_one
 from lightning_spectral.discovery.trace.programs import program_hash
 from lightning_spectral.discovery.trace.replay import replay
@@ -155,7 +164,7 @@ class Prober:
             operation = self.tape.producer(value)
             if operation is None or not is_attention(operation):
                 continue
-            if "softmax" in operation.name:
+            if is_softmax(operation):
                 content[value] = torch.full_like(self.tape.wide(value), 1 / self.tape.shape(value)[operation.args[1]])
             else:
                 content |= {query: torch.zeros_like(self.tape.wide(query)) for query in refs(operation, 0)}
@@ -177,7 +186,7 @@ class Prober:
 
     def _is_gate_at_zero(self, region: Region, operation: Operation, value: int) -> bool:
         """Whether the branch is multiplied by zeros of another origin: by the gate of a conditioning vector."""
-        gate = base_name(operation) in ("mul", "multiply") and not self.tape.depends(value, region.stream)
+        gate = is_multiplication(operation) and not self.tape.depends(value, region.stream)
         return gate and self.tape.is_data(value) and not bool(self.tape.tensors[value].any())
 
     def finite(self, value: int) -> Tensor:
@@ -200,7 +209,7 @@ class Prober:
         """Ask the first convolution, whose channels stand second, which dimension of the stream they come from."""
         shape = self.tape.shape(region.stream)
         operations = (self.tape.producer(value) for value in region.values[1:])
-        first = next((item for item in operations if item is not None and "convolution" in item.name), None)
+        first = next((item for item in operations if item is not None and is_convolution(item)), None)
         if first is None or len(shape) < 3 or not self.tape.depends(first.inputs[0], region.stream):
             return -1
         between = (self.tape.producer(value) for value in self.tape.between(region.stream, first.inputs[0])[1:])
