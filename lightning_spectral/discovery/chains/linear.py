@@ -1,9 +1,15 @@
-"""Run the linear part of a branch forwards, and hold the products of its factors against it.
+"""Run the linear part of a branch forwards, and compare it with the products of the found factors.
 
-The linear part follows the steps of a branch (``steps``): a product multiplies without its bias, an activation passes
-its input on, a gate the half that it gates, an attention pattern the values, a norm multiplies by its gain. What it
-makes of one vector u, the same at every position, has to be Σᵢ cᵢ Mᵢ u, where the Mᵢ are the products of the factors
-that were found and the cᵢ are numbers. A permutation, a gain or a term that the factors miss shows here.
+The linear part follows the steps of a branch (``steps``):
+
+    product       multiplies without its bias
+    activation    passes its input on
+    gate          passes on the half that it gates
+    attention     passes the values on
+    norm          multiplies by its gain
+
+It maps one vector u, the same at every position, to Σᵢ cᵢ Mᵢ u, where the Mᵢ are the products of the found factors and
+the cᵢ are numbers. If the factors miss a permutation, a gain or a term, the two sides differ (``coefficients``).
 """
 
 from __future__ import annotations
@@ -42,8 +48,8 @@ class LinearPart:
 
     Args:
         steps: The steps of the branch.
-        mixes_tokens: Whether products of data with data are attention, which passes the values on; else they add up
-            experts, and each counts once.
+        mixes_tokens: Whether products of data with data are attention, which passes the values on. Else such products
+            add up experts, each with the weight 1.
     """
 
     def __init__(self, steps: Steps, *, mixes_tokens: bool) -> None:
@@ -51,11 +57,11 @@ class LinearPart:
         self._outside: dict[int, Tensor] = {}
 
     def run(self, target: int, sources: Mapping[int, Tensor]) -> Tensor:
-        """Return what the linear part makes of some values.
+        """Compute a value by the linear part.
 
         Args:
             target: The value to compute.
-            sources: Content for the values to begin with. The stream, and what is no source, is zero.
+            sources: Content for the values to begin with. The stream is zero unless it is a source.
 
         Raises:
             UnmeasurableError: An operation on the way is no step of a linear map.
@@ -85,18 +91,19 @@ class LinearPart:
     def channels(
         self, source: tuple[int, int], target: tuple[int, ...], held: Iterable[int] = ()
     ) -> tuple[int, ...] | None:
-        """Find which channel of one value each channel of another one comes from.
+        """Find the channel of one value that each channel of another value comes from.
 
-        Channel j of the source holds the number j + 1, and then 1: the quotient is the number, whatever multiplies it.
+        The source is run three times: with 1, with j + 1 and with √(j + 1) in channel j. If target channel i is g times
+        source channel j, the quotients of the second and third run by the first are j + 1 and √(j + 1), whatever g is.
+        A mixture of channels can hit an integer by chance, but not its root as well.
 
         Args:
             source: Value and channel dimension.
             target: Value and channel dimension (several dimensions together form the channels).
-            held: Values on other ways to the target, which count as zero.
+            held: Values on other ways to the target, which are held at zero.
 
         Returns:
-            For each target channel the number of its source channel, −1 where none feeds it; ``None`` where channels
-            are mixed.
+            The source channel of each target channel, −1 where no channel feeds it; ``None`` where channels are mixed.
         """
         value, dimension = source
         ones = torch.ones_like(self.tape.wide(value))
@@ -106,7 +113,6 @@ class LinearPart:
         numbers = torch.arange(1, count + 1, dtype=ones.dtype, device=ones.device)
         shape = [1] * ones.dim()
         shape[dimension] = count
-        # Roots of the numbers, too: a mixture of channels can hit one number by chance, not both.
         contents = (ones, ones * numbers.view(shape), ones * numbers.sqrt().view(shape))
         silent = {item: torch.zeros_like(self.tape.wide(item)) for item in held}
         plain, numbered, rooted = (self._columns({**silent, value: content}, target) for content in contents)
@@ -123,15 +129,15 @@ class LinearPart:
         return tuple(int(number) - 1 for number in whole.tolist())
 
     def gain_channels(self, anchor: int, gain: int, target: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Find which entry of a gain multiplies each channel of a value.
+        """Find the entry of a gain that multiplies each channel of a value, by numbering the entries of the gain.
 
         Args:
             anchor: The value at which the way to the target begins.
-            gain: The value of the gain, by which something on this way is multiplied or divided.
+            gain: The value of the gain. A value on the way is multiplied or divided by it.
             target: Value and channel dimensions.
 
         Returns:
-            For each channel the number of the entry, −1 where none multiplies it; ``None`` where several do.
+            The entry of each channel, −1 for no entry; ``None`` where several entries multiply one channel.
         """
         places = self._multiplied_by(anchor, target[0], gain)
         if len(places) != 1:
@@ -151,11 +157,12 @@ class LinearPart:
         return None if float(spread) > 1e-6 else tuple(int(number) - 1 for number in whole.tolist())
 
     def _multiplied_by(self, anchor: int, target: int, gain: int) -> list[int]:
+        """Return the values between an anchor and a target that a gain directly multiplies."""
         operations = ((value, self.tape.producer(value)) for value in sorted(self._needed(target, {anchor})))
         return [value for value, operation in operations if operation is not None and gain in operation.inputs]
 
     def product(self, factors: Sequence[Factor], u: Tensor) -> Tensor:
-        """Multiply a vector by the product of a chain of factors, as their parameters are. Norms count by their gains.
+        """Multiply a vector by the product of a chain of factors. A norm multiplies by its gain.
 
         Args:
             factors: The chain, the factor nearest the site first.
@@ -169,6 +176,7 @@ class LinearPart:
         return u
 
     def _times(self, factor: Factor, u: Tensor) -> Tensor:
+        """Multiply a vector by one factor, with its adapters and its picked rows."""
         assert factor.parameter is not None
         content = arranged(self._fixed(self._values[factor.parameter]), factor.layout)
         rows = None if factor.rows is None else [row for run in factor.rows for row in run]
@@ -181,7 +189,7 @@ class LinearPart:
         return result if rows is None else result[rows]
 
     def knows(self, factors: Iterable[Factor]) -> bool:
-        """Whether all parameters of a chain took part in the pass: those of an idle expert did not."""
+        """Whether all parameters of a chain took part in the pass. The parameters of an idle expert did not."""
         return all(
             item.parameter is None or item.parameter in self._values for factor in factors for item in factor.flat()
         )
@@ -192,12 +200,14 @@ class LinearPart:
         return {attribute_path(name): value for value, name in self.tape.names.items()} | self.tape.attributes
 
     def _columns(self, sources: Mapping[int, Tensor], target: tuple[int, ...]) -> Tensor:
+        """Return a value as ``(positions, channels)``; several dimensions of the target together form the channels."""
         value, *dimensions = target
         result = self.run(value, sources)
         width = math.prod(result.shape[dimension] for dimension in dimensions)
         return result.movedim(dimensions, tuple(range(-len(dimensions), 0))).reshape(-1, width)
 
     def _needed(self, target: int, sources: Container[int]) -> set[int]:
+        """Return the values on the linear ways to a target. The search stops at the sources."""
         seen, queue = {target}, [target]
         while queue:
             value = queue.pop()
@@ -213,7 +223,13 @@ class LinearPart:
         return (self.steps.carrier(value),) if step.kind == "mixing" else step.sources
 
     def _carried(self, value: int, step: Step, made: Mapping[int, Tensor]) -> Tensor:
-        """Return what one step makes."""
+        """Compute one value by its step.
+
+        Args:
+            value: The value.
+            step: Its step.
+            made: The content of the sources of the step.
+        """
         shape = self.tape.shape(value)
         if step.kind in ("stream", "none"):
             return torch.zeros_like(self.tape.wide(value))
@@ -238,7 +254,7 @@ class LinearPart:
         return self._executed(operation, value, made)
 
     def _executed(self, operation: Operation, value: int, made: Mapping[int, Tensor]) -> Tensor:
-        """Run an operation that is affine in what it carries, without its constant part."""
+        """Run an operation f that is affine in its carried inputs X, without its constant part: f(X) − f(0)."""
         carried = {item: made[item] for item in operation.inputs if item in made}
         silent = {item: torch.zeros_like(content) for item, content in carried.items()}
         place = operation.outputs.index(value)
@@ -251,7 +267,7 @@ class LinearPart:
         return end(carried) - end(silent)
 
     def _normed(self, operation: Operation, step: Step, content: Tensor) -> Tensor:
-        """Multiply by the gain of a norm. The norm takes out what scaled the stream before it."""
+        """Multiply by the gain of a norm, and divide by the number that scaled the stream before the norm."""
         content = content / self._scalar_before(step.sources[0])
         if not is_norm(operation):
             assert isinstance(step.multiplier, float)
@@ -263,7 +279,7 @@ class LinearPart:
         return content.mul(factor.view(-1, *[1] * (content.dim() - 2)) if norm_channels_second(operation) else factor)
 
     def _scalar_before(self, value: int) -> float:
-        """Return the number that multiplies the stream on its way to a value, 1 where there is more on the way."""
+        """Return the number that multiplies the stream on its way to a value, 1 where the way has other steps."""
         product = 1.0
         while True:
             step = self.steps.step(value)
@@ -277,6 +293,7 @@ class LinearPart:
             product, value = product * multiplier, step.sources[0]
 
     def _number(self, step: Step) -> float | None:
+        """Return the multiplier of a step as a number, ``None`` for zero and for more than one entry."""
         if isinstance(step.multiplier, float):
             return step.multiplier
         divides = isinstance(step.multiplier, Divisor)
@@ -286,7 +303,7 @@ class LinearPart:
         return 1 / float(content) if divides else float(content)
 
     def _fixed(self, value: int) -> Tensor:
-        """Return a value that does not depend on the stream, or is held: with made-up weights where they are mute."""
+        """Return the content of a value outside the linear part, made of made-up weights where weights are mute."""
         if value not in self._outside:
             self._outside[value] = self._computed(value)
         return self._outside[value]
@@ -313,7 +330,10 @@ def _token_dim(operation: Operation, carrier: int) -> int:
 
 
 def _spread(content: Tensor, dimension: int, shape: Sequence[int]) -> Tensor:
-    """Give every position what the positions of a value hold, which is the same at all that hold anything."""
+    """Copy the content of the positions that are not zero, which is the same at all of them, to every position.
+
+    An attention pattern with rows that add up to 1 makes the same of equal values.
+    """
     count = (content != 0).sum(dimension, keepdim=True).clamp(min=1)
     one = content.sum(dimension, keepdim=True) / count
     for place, (have, want) in enumerate(zip(one.shape, shape, strict=True)):

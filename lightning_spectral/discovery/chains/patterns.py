@@ -1,4 +1,4 @@
-"""Whether an attention pattern passes the values on as they are: what is done to it behind its softmax."""
+"""Check that an attention pattern passes the values on unscaled, whatever happens to it behind its softmax."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ _TOLERANCE = 1e-3  # patterns are recorded in the precision of the model
 
 
 def check_pattern(tape: Tape, operation: Operation, carrier: int) -> None:
-    """Check that an attention pattern is a softmax, up to data movement, or adds up to 1 whatever its parameters are.
+    """Check that an attention pattern is a softmax, up to data movement, or that its rows add up to 1.
 
-    A pattern is held fixed and left out. A number that multiplies it would be left out with it, although the same
-    number behind it is counted. What depends on the tokens is a gate.
+    The linearization leaves the pattern out. A number that multiplies the pattern would then be left out, although the
+    same number behind the pattern counts. A multiplier that depends on the tokens is a gate, and is left out like every
+    gate. The sums are taken twice, the second time with other parameters: learned numbers change them.
 
     Args:
         tape: The recorded forward pass.
@@ -32,7 +33,7 @@ def check_pattern(tape: Tape, operation: Operation, carrier: int) -> None:
         carrier: The operand that carries the values.
 
     Raises:
-        UnmeasurableError: Learned numbers multiply it, or it adds up to another number at every token.
+        UnmeasurableError: Learned numbers multiply the pattern, or its rows all add up to a number other than 1.
     """
     operands = matrix_operands(operation)
     if is_fused_attention(operation) or carrier not in operands or _is_plain(tape, operands[carrier == operands[0]]):
@@ -54,7 +55,7 @@ def check_pattern(tape: Tape, operation: Operation, carrier: int) -> None:
 
 
 def _is_plain(tape: Tape, value: int) -> bool:
-    """Whether a value is a softmax, moved at most."""
+    """Whether a value is a softmax, up to data movement."""
     while True:
         operation = tape.producer(value)
         if operation is not None and is_softmax(operation):
@@ -66,7 +67,7 @@ def _is_plain(tape: Tape, value: int) -> bool:
 
 
 def _learned(tape: Tape, pattern: int) -> set[int]:
-    """Return the parameters that enter a pattern behind its softmaxes."""
+    """Return the parameters that enter a pattern behind its last softmax."""
     found, seen, queue = set[int](), {pattern}, [pattern]
     while queue:
         operation = tape.producer(queue.pop())

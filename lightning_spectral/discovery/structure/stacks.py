@@ -1,8 +1,13 @@
 """Find the residual adds of models that keep several streams side by side: hyper-connections and their kin.
 
-Such a model reads one stream z = Σᵢ pᵢ Sᵢ out of a stack S of them, and writes what a branch makes of it to all:
-S′ⱼ = Σᵢ Rᵢⱼ Sᵢ + qⱼ f(z). The maps p, q and R act on the streams and on no channel. So the branch f is an ordinary one
-from z to f(z), and that is what is measured.
+Such a model keeps a stack S of streams. It reads one stream z = Σᵢ pᵢ Sᵢ from the stack, and writes the output of a
+branch to all streams: S′ⱼ = Σᵢ Rᵢⱼ Sᵢ + qⱼ f(z). The maps p, q and R mix streams, and never channels. So f is an
+ordinary branch from z to f(z), and its norm is measured::
+
+              ┌──────────── R ───────── kept ─┐
+    before S ─┤                               + ── S′
+              └─ p ─ read z ─ f ─ written ─ q ┘
+    (b, t, n, d)     (b, t, d)  (b, t, d)       (b, t, n, d)
 """
 
 from __future__ import annotations
@@ -43,14 +48,14 @@ class Stack:
     """How a sum writes to a stack of streams.
 
     Attributes:
-        kept: The term that carries the streams on.
-        before: The streams as they were.
-        read: The one stream that was read from them.
-        written: What was made of it and is written to all.
-        spine: Every value from the sum down to what is written.
-        writers: What multiplies it on the way: numbers, and values that are made of parameters.
-        depends: Whether something that depends on the data multiplies it as well, or mixes the streams.
-        count: The number of streams.
+        kept: The term R S that carries the streams on.
+        before: The streams S before the sum.
+        read: The stream z that the branch reads.
+        written: The output f(z) of the branch.
+        spine: Every value from the sum down to ``written``.
+        writers: The multipliers q of ``written`` on the spine: numbers, and values that are made of parameters.
+        depends: Whether p, q or R depends on the data.
+        count: The number n of streams.
     """
 
     kept: int
@@ -63,7 +68,7 @@ class Stack:
     count: int
 
     def size(self, tape: Tape) -> float:
-        """Return the size of what is written, relative to the branch: the root of the mean square of the writers."""
+        """Return the root mean square of the writers: the size of the written value relative to the branch."""
         product = 1.0
         for writer in self.writers:
             if isinstance(writer, float):
@@ -100,7 +105,13 @@ def stack_at(tape: Tape, prober: Prober, operation: Operation) -> Stack | None:
 
 
 def _down_to_one(tape: Tape, total: int, put: int) -> tuple[int, ...] | None:
-    """Follow what is written to all streams down to the one stream that it was made of."""
+    """Return the spine from a sum down to the first value with the size of one stream, ``None`` if there is none.
+
+    Args:
+        tape: The recorded forward pass.
+        total: The sum.
+        put: The term that is written to the streams.
+    """
     whole, spine = tape.tensors[total].numel(), [total, put]
     while True:
         size = tape.tensors[spine[-1]].numel()
@@ -114,7 +125,10 @@ def _down_to_one(tape: Tape, total: int, put: int) -> tuple[int, ...] | None:
 
 
 def _carrier(tape: Tape, operation: Operation) -> int | None:
-    """Return the operand of a map of streams that holds the channels: the larger one."""
+    """Return the operand of a map of streams that holds the channels; ``None`` for other operations.
+
+    Of two operands it is the larger one, because p, q and R have no channels.
+    """
     moved = moved_input(operation)
     if moved is not None:
         return moved if tape.is_data(moved) else None
@@ -128,7 +142,10 @@ def _carrier(tape: Tape, operation: Operation) -> int | None:
 
 
 def _before(tape: Tape, kept: int, written: int) -> int | None:
-    """Walk from what is kept of the streams back to the streams that the branch was made of, in their own layout."""
+    """Return the streams before the sum, in their own layout, ``None`` if the kept term does not come from them.
+
+    The walk goes back from the kept term, through R, to the first value that the branch was made of.
+    """
     value, whole = kept, tape.tensors[kept].numel()
     while True:
         producer = tape.producer(value)
@@ -142,9 +159,11 @@ def _before(tape: Tape, kept: int, written: int) -> int | None:
 
 
 def _one_stream(tape: Tape, before: int, written: int) -> tuple[int, int] | None:
-    """Return the first value of one stream that all ways from the streams to the branch lead through, and its end.
+    """Return the stream that the branch reads, and the output of the branch, both in one layout with channels last.
 
-    Both are in one layout: positions and channels, which stand last.
+    Every way from the streams to the output leads through the stream that is read: it is the first value of its size
+    among the gateways (see :meth:`Region.gateways`). The branch may read it in other views, and its output has views
+    too. The pair of views that fits is chosen, equal shapes before equal shapes up to dimensions of size 1.
     """
     size = tape.tensors[written].numel()
     if tape.tensors[before].numel() <= size:
@@ -172,7 +191,7 @@ def _fit(tape: Tape, read: int, written: int) -> bool:
 
 
 def _ups(tape: Tape, value: int | None) -> Iterator[int]:
-    """Yield a value and what it is a view of."""
+    """Yield a value, the value that it is a view of, and so on."""
     while value is not None:
         yield value
         operation = tape.producer(value)
@@ -181,7 +200,7 @@ def _ups(tape: Tape, value: int | None) -> Iterator[int]:
 
 
 def _moves(tape: Tape, value: int, up: int) -> Iterator[int]:
-    """Yield the values behind a value up to the one that it is a view of."""
+    """Yield the values behind a value, of which it is a view, up to and including ``up``."""
     for item in _ups(tape, value):
         if item != value:
             yield item
@@ -190,6 +209,7 @@ def _moves(tape: Tape, value: int, up: int) -> Iterator[int]:
 
 
 def _works(tape: Tape, read: int, written: int) -> bool:
+    """Whether a product with a weight lies between two values: a branch, and not another map of streams."""
     producers = (tape.producer(value) for value in tape.between(read, written)[1:])
     return any(operation is not None and is_product(tape, operation) for operation in producers)
 
@@ -197,7 +217,14 @@ def _works(tape: Tape, read: int, written: int) -> bool:
 def _keeps(tape: Tape, prober: Prober, before: int, end: int, width: int | None = None) -> bool:
     """Whether a value is made of a stack of streams channel by channel and token by token.
 
-    What the streams are multiplied by is held as it was recorded.
+    The multipliers of the streams keep their recorded content, although they may depend on the streams.
+
+    Args:
+        tape: The recorded forward pass.
+        prober: Answers numerical questions.
+        before: The streams.
+        end: The value.
+        width: The number of channels, by default the last dimension of the value.
     """
     region = Region(tape, before, end)
     width = tape.shape(end)[-1] if width is None else width
@@ -214,7 +241,7 @@ def _keeps(tape: Tape, prober: Prober, before: int, end: int, width: int | None 
 
 
 def _beside(tape: Tape, before: int, end: int) -> dict[int, Tensor] | None:
-    """Return what the streams are multiplied by on their way, ``None`` where other operations are on it."""
+    """Return the multipliers of the streams on the way to a value, ``None`` if the way has other operations."""
     held: dict[int, Tensor] = {}
     value = end
     while value != before:
@@ -228,7 +255,7 @@ def _beside(tape: Tape, before: int, end: int) -> dict[int, Tensor] | None:
 
 
 def _is_fixed(tape: Tape, before: int, kept: int, read: int) -> bool:
-    """Whether the maps that mix and read the streams are made of numbers and parameters alone."""
+    """Whether the maps p and R, which read and mix the streams, are made of numbers and parameters alone."""
     between = {value for end in (kept, read) for value in tape.between(before, end) if value != before}
     operations = [operation for value in between if (operation := tape.producer(value)) is not None]
     mapping = [item for item in operations if is_multiplication(item) or is_contraction(item)]
@@ -236,7 +263,17 @@ def _is_fixed(tape: Tape, before: int, kept: int, read: int) -> bool:
 
 
 def _channelwise(tape: Tape, source: int, width: int, run: Callable[[Tensor], Tensor]) -> bool:
-    """Whether numbers that multiply each channel make a value of another one, whatever its channels hold."""
+    """Whether a function multiplies channels by numbers only, and mixes none.
+
+    Content u, the same at all tokens and streams, must become g · u, with gains g that do not depend on u. Two random u
+    are compared. If channels were mixed, the two gains would differ.
+
+    Args:
+        tape: The recorded forward pass.
+        source: The input of the function: its shape is used.
+        width: The number of channels. The last dimension may hold several streams side by side.
+        run: The function.
+    """
     generator = torch.Generator().manual_seed(19)
     like, gains = tape.wide(source), list[Tensor]()
     if like.shape[-1] % width:
@@ -252,9 +289,9 @@ def _channelwise(tape: Tape, source: int, width: int, run: Callable[[Tensor], Te
 
 
 def _writers(tape: Tape, spine: tuple[int, ...]) -> Iterator[Multiplier | None]:
-    """Yield what multiplies a branch on its way to all streams, ``None`` where that depends on the data.
+    """Yield the multipliers of a branch on its way to all streams, ``None`` for one that depends on the data.
 
-    A constant vector counts by the root of its mean square.
+    A constant vector counts by its root mean square.
     """
     for value in spine[1:-1]:
         operation = tape.producer(value)

@@ -74,6 +74,4 @@ def _moved(change: Tensor, places: Tensor) -> Tensor:
     """Return a mask of the positions that move. No position of a branch that is not finite counts."""
     largest = change.max()
     moved = (change > _LEAST * largest) & largest.isfinite()
-    return (
-        moved.view_as(places) if moved.numel() == places.numel() else moved
-    )  # else the branch lays them out in another way
+    return moved.view_as(places) if moved.numel() == places.numel() else moved  # the output may have other positions

@@ -84,7 +84,7 @@ class _Reader:
             return "data" if tape.is_data(value) else "parameter", self._opaque, self._kind(value)
         if not tape.made_of_parameters(value):
             return "numbers", self._kind(value), _content(content)
-        # A weight that is made of parameters. The way is short (views, slices, a parametrization), so recursion is safe.
+        # A weight that is made of parameters. The way is short (views, slices, parametrizations): recursion is safe.
         return self._made(value)
 
 

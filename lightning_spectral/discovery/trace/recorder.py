@@ -230,7 +230,7 @@ def _watch_calls(model: nn.Module, recorder: _Recorder, stack: ExitStack) -> Non
 
 
 def _values(recorder: _Recorder, output: Any) -> Iterator[tuple[int | str | None, int]]:
-    """Yield the key in a returned structure and the value there, for every tensor; the key ``None`` is a bare tensor."""
+    """Yield the key in a returned structure and the value there, for every tensor; ``None`` for a bare tensor."""
     if isinstance(output, Tensor):
         yield None, recorder.lookup(output)
         return
