@@ -39,8 +39,8 @@ Walk = Generator[Leaf, Tensor, Tensor]
 def walk(operator: LinearOperator, X: Tensor, *, transposed: bool = False) -> Walk:
     """Multiply a block of vectors by an operator, leaf by leaf.
 
-    The walk itself only adds and scales, with a graph where ``X`` or a factor of a ``Scaled`` has one. Its caller
-    answers every leaf with a product, and may wait with the answer::
+    The walk itself only adds and scales, with a graph where ``X`` or the number of a ``Scaled`` has one. Its caller
+    sends the product of every leaf, and may take its time::
 
         Product(A, Sum(B, C)), X      yields (B, X), (C, X), (A, BX + CX); returns A(BX + CX)
 

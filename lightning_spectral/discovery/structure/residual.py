@@ -3,10 +3,10 @@
 Nothing here reads a name. In a residual add, one term, the skip, is an ancestor of another term, the branch, and a
 product with a weight lies in between::
 
-            ┌────────────── skip ──────────────┐
-    leaf ───┤                                  + ── output
-            └─ norm ─ product ─ … ─ × s ─ branch┘
-                 (values of the interior)
+            ┌──────────────── skip ────────────────┐
+    leaf ───┤                                      + ── output
+            └─ norm ─ product ─ … ─ × s ─ branch ──┘
+               (these values are the interior)
 
 Four traps:
 
@@ -428,7 +428,7 @@ def _next(tape: Tape, value: int) -> int | None:
 
 
 def _transparent(tape: Tape, operation: Operation) -> tuple[int, Multiplier | None] | None:
-    """Return the carried input of a move, a multiplication or a bias, with the multiplier if there is one; else None."""
+    """Return the carried input of a move, a multiplication or a bias, with its multiplier, if any; else ``None``."""
     moved = moved_input(operation)
     if moved is not None:
         # A part of a tensor is not the stream, but a stream of its own.
@@ -571,9 +571,7 @@ def stream_step(tape: Tape, operation: Operation) -> int | None:
         return step[0]
     if is_norm(operation):
         return operation.inputs[0]
-    if (
-        base_name(operation) == "sub" and len(operation.inputs) == 2
-    ):  # a LayerNorm that is written out begins with x − mean(x)
+    if base_name(operation) == "sub" and len(operation.inputs) == 2:  # x − mean(x)
         value, mean = operation.inputs
         return value if tape.depends(mean, value) and is_statistic(tape, mean, value) else None
     return normalized_operand(tape, operation)

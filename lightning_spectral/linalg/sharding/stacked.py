@@ -1,4 +1,4 @@
-"""A batch of same-shape operators: the weights stay where they are, the small blocks are stacked."""
+"""A batch of operators of one shape. The weights stay where they are; only the small blocks of vectors are stacked."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["Stacked"]
 
 
 class Stacked:
-    """Same-shape operators that multiply a stack of blocks, one block each.
+    """Operators of one shape that multiply a stack of blocks, one block each.
 
-    Blocks are stored as rows, ``(batch, k, n)``: that is how the transposed product leaves them, and projections of
-    rows were measured to be two to four times as fast as those of columns.
+    Blocks are stored as rows, ``(batch, k, n)``. The transposed product leaves them so, and projections of rows were
+    measured to be 2 to 4 times as fast as projections of columns.
 
     Args:
         operators: At least one operator; all of one shape, dtype and device.
@@ -53,7 +53,10 @@ class Stacked:
         return torch.stack([A.adjoint(y.mT).mT for A, y in zip(self.operators, rows, strict=True)])
 
     def normal(self, rows: Tensor) -> Tensor:
-        """Multiply by AᵀA: ``(batch, k, n) -> (batch, k, n)``. The second reading of a weight may find it in cache."""
+        """Multiply by AᵀA: ``(batch, k, n) -> (batch, k, n)``.
+
+        Each operator multiplies twice in a row, so that the second product can find its weight in the cache.
+        """
         if self.sharded:
             return self._together(rows, (False, True))
         pairs = zip(self.operators, rows, strict=True)
@@ -66,7 +69,7 @@ class Stacked:
         return torch.stack([block.mT for block in _side_by_side(walks)])
 
     def agreed(self, numbers: Tensor) -> Tensor:
-        """Return numbers of which something is decided, ``(batch, ...)``, as the first process has them."""
+        """Return numbers that a decision depends on, ``(batch, ...)``, as the first process has them."""
         if not self.sharded:
             return numbers
         return torch.stack(agreed(list(numbers), [operator.mesh for operator in self.operators]))
