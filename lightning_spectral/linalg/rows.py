@@ -31,6 +31,7 @@ def rows_of(
     """
     if rows is None:
         return [matrix(weight)]
+    # First the rows in memory order, each run once; then, if that is not the wanted order, a Gather on top.
     unique = tuple(sorted(set(rows), key=lambda run: run.start))
     view = _view(weight, unique)
     operator = matrix(weight if view is None else view)

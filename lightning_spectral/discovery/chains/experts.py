@@ -55,7 +55,7 @@ def with_all_experts(
     known: set[Chain] = set()
     shared: list[Path] = []
     for chain in chains:
-        if chain.factors in known:
+        if chain.factors in known:  # an expert that another expert's family already has
             continue
         family = _stacked(modules, chain.factors)
         if chain.selective and not family:
@@ -168,9 +168,11 @@ def _levels(modules: Mapping[str, nn.Module], block: str, chosen: Sequence[Chain
         [depth for depth in range(len(path)) if len({parts[place][depth] for parts in split}) > 1]
         for place, path in enumerate(first)
     ]
+    # Every matrix differs in the same number of components, or in none (a shared matrix): one level per component.
     count = max(map(len, differ))
     if count and all(len(depths) in (0, count) for depths in differ):
         return list(zip(*(depths or [-1] * count for depths in differ), strict=True))
+    # One expert ran: nothing differs. Look for lists between the block and each matrix.
     start = len(block.split(".")) if block else 0
     entries = [
         [depth for depth in range(start, len(path)) if isinstance(modules.get(".".join(path[:depth])), _CONTAINERS)]

@@ -152,6 +152,7 @@ class _Walker:
     def _along(self, route: Route, reader: Reader) -> Iterator[_Inner]:
         """Yield the chains that end with one route."""
         if route.kind == "stream":
+            # The chain is complete. The caller keeps chains with at least one matrix.
             yield _Inner(self._multipliers(route, reader, None), route.selective, bent=not route.is_linear)
             return
         operation = self.tape.producer(route.anchor)
@@ -203,6 +204,8 @@ class _Walker:
 
     def _through_matrix(self, route: Route, product: WeightProduct, matrix: Factor, reader: Reader) -> Iterator[_Inner]:
         """Yield the chains through a matrix, of which the reader sees some rows and each inner chain feeds columns."""
+        # `columns` are the columns of the reader that these rows feed; the reader's matrix is cut to them further out.
+        # `inner.columns` are the columns of this matrix that an inner chain feeds; this matrix is cut to them here.
         rows, columns = rows_read(self.linear, product, route.anchor, reader)
         matrix = replace(matrix, rows=rows)
         for inner in self.chains_to(product.data, Reader.of(product)):
@@ -234,6 +237,8 @@ class _Walker:
         size = self.tape.shape(route.anchor)[channel]
         found = tuple(multiplier_factors(self.tape, () if gain is None else (gain,)))
         factor = replace(found[0], size=size) if found else Factor("scale", None, size=size)
+        # A norm divides by a size that all channels share. So it must be read as a whole, each channel equally often;
+        # repeated channels are heads that several query heads read.
         order = self.linear.channels((route.anchor, channel), reader.target)
         if order is None or any(order.count(place) != order.count(0) for place in range(size)):
             raise UnmeasurableError("a norm is read in part, or its channels are mixed afterwards")
@@ -294,6 +299,7 @@ def _merged_constants(chain: Chain) -> Chain:
         segment.clear()
         number = 1.0
 
+    # [0.5, W, 2, V, norm, 3] becomes [W, V, norm, 3]: 0.5 · 2 commutes with W and V, and 3 stands behind the norm.
     for factor in chain:
         if factor.role == "scale" and factor.parameter is None:
             number *= factor.constant

@@ -67,6 +67,7 @@ class LinearPart:
             UnmeasurableError: An operation on the way is no step of a linear map.
         """
         made = {value: self._laid_out(value, content) for value, content in sources.items()}
+        # Values are numbered in the order of execution, so sorting them is a topological order.
         for value in sorted(self._needed(target, sources)):
             if value not in made:
                 made[value] = self._laid_out(value, self._carried(value, self.steps.step(value), made))
@@ -116,6 +117,7 @@ class LinearPart:
         contents = (ones, ones * numbers.view(shape), ones * numbers.sqrt().view(shape))
         silent = {item: torch.zeros_like(self.tape.wide(item)) for item in held}
         plain, numbered, rooted = (self._columns({**silent, value: content}, target) for content in contents)
+        # Rows are positions. A channel may be fed at some positions only (a shifted token), but always from one source.
         fed = plain != 0
         quotients = torch.where(fed, numbered / plain, 0.0)
         roots = torch.where(fed, rooted / plain, 0.0)
@@ -246,6 +248,7 @@ class LinearPart:
         if step.kind == "mixing":
             carrier = self.steps.carrier(value)
             dimension = _token_dim(operation, carrier)
+            # combine weights (tokens, experts) @ outputs (experts, channels): experts are added up
             if not self.mixes_tokens and not is_attention(operation):
                 return made[carrier].sum(dimension, keepdim=True).expand(shape)
             return _spread(made[carrier], dimension, shape)
@@ -312,6 +315,8 @@ class LinearPart:
         tape = self.tape
         if not tape.made_of_parameters(value):
             return tape.wide(value)
+        # Only parameters are replaced. A weight that is made of them is made again, so that both sides of the
+        # comparison use the same made-up numbers.
         if value in tape.names:
             weight = tape.wide(value)
             return made_up(weight) if weight.is_floating_point() and is_mute(weight) else weight

@@ -149,6 +149,7 @@ class Router:
 
         A bias C is left out. Where C depends on the stream, the product and C are two terms of a sum.
         """
+        # In addmm, alpha multiplies the product and beta the added value.
         product = Route(value, "product").scaled(float(operation.kwargs.get("alpha", 1)))
         if len(step.sources) == 1:
             return [product]
@@ -176,6 +177,7 @@ class Router:
         # A row that begins further up reads another value. So each term offers all of its beginnings, the shortest
         # first: a term B A x offers "B reads A x" and "B A reads x". The sources of single products are tried in turn,
         # and a source that every term offers is the one.
+        # An activation, a gate or a choice of tokens on the way makes a term a branch of its own, and no adapter.
         rows: list[list[Addend]] = []
         for routes, factor in terms:
             if len(routes) != 1 or not routes[0].is_linear or routes[0].kind not in ("product", "sum"):

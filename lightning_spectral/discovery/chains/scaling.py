@@ -90,7 +90,7 @@ class ScalingWalk:
             if terms is None:
                 found.update(self._factor(value))
             else:
-                queue += [term for term in terms if term not in seen]
+                queue += [term for term in terms if term not in seen]  # x + x has the ends of x
                 seen.update(terms)
         return found
 
@@ -169,6 +169,7 @@ class ScalingWalk:
             found = self._first(operands)
             found.update(self._sum(self._added(operation)))
             return found
+        # 1 + w: scaling w alone does not scale it, but scaling 1 + w does, with the offset 1.
         number = _number(operation)
         if name == "add" and number is not None:
             found = self._sum(operation.inputs)

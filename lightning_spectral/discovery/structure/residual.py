@@ -141,6 +141,7 @@ def residual_adds(tape: Tape, prober: Prober) -> tuple[list[ResidualAdd], list[R
     """
     _begin_streams(tape)
     adds, refusals = [], []
+    # Streams have to begin before the search: a term can only be a skip if it is data.
     for add in _outermost(tape, _candidates(tape, prober)):
         if _reads_second_stream(tape, add):
             reason = (
@@ -194,6 +195,7 @@ def _candidates(tape: Tape, prober: Prober) -> list[ResidualAdd]:
     for operation in reversed(tape.operations):
         if operation.index in absorbed:
             continue
+        # A stack first: a sum that writes to a stack can also look like an ordinary residual add.
         stack = stack_at(tape, prober, operation)
         if stack is not None:
             found.append(_on_stack(tape, operation, stack, absorbed))
@@ -250,6 +252,7 @@ def _reads_second_stream(tape: Tape, add: ResidualAdd) -> bool:
         if operation is None or tape.shape(value) != size:
             continue
         parts = addends(tape, operation)
+        # A part that does not come from the stream of this add.
         foreign = len(parts) > 1 and not all(tape.depends(part, add.skip.leaf) for part in parts)
         if foreign and not leads_only_to(tape, value, add.output):
             return True
@@ -334,6 +337,8 @@ def _terms(tape: Tape, whole: Operation, absorbed: set[int], above: tuple[int, .
             outer = (*multipliers, (start, alpha)) if alpha != 1 and start in scaled else multipliers
             value, path, factors = _followed(tape, start, spine, outer)
             producer = tape.producer(value)
+            # Readers other than this sum would see the partial sum: then it is a value of its own, a term. So is a sum
+            # without channels, such as a sum of routing weights.
             private = _is_private(tape, path[len(spine) :]) and _has_channels(tape, value, whole.outputs[0])
             if producer is not None and len(addends(tape, producer)) > 1 and private:
                 absorbed.add(producer.index)
@@ -405,6 +410,7 @@ def _gated(tape: Tape, leaf: int) -> Iterator[int]:
         if normalized_operand(tape, producer) is not None:
             return  # a norm takes back what scales its input
         size = tape.tensors[value].numel()
+        # Of two operands of full size, the one computed from more values is the branch; unless the gate is made of it.
         whole = [item for item in producer.inputs if tape.tensors[item].numel() == size and tape.is_data(item)]
         if len(whole) == 2:
             gate, latest = sorted(whole, key=lambda item: tape.ancestors[item].bit_count())
@@ -492,6 +498,7 @@ def _completed(tape: Tape, add: ResidualAdd) -> ResidualAdd:
     The skip was followed backwards through constants, possibly beyond that point. An embedding's scale or the gain of
     a norm behind the last sum multiplies the stream before the branches read it, so it is no multiplier of the skip.
     """
+    # The first value down the spine that all branches depend on.
     leaves = [term.leaf for term in add.branches]
     depth = next(i for i, value in enumerate(add.skip.spine) if all(tape.depends(leaf, value) for leaf in leaves))
     add.skip = replace(add.skip, leaf=_first_view(tape, add.skip.spine[depth:], leaves))
@@ -531,6 +538,7 @@ def _outermost(tape: Tape, adds: list[ResidualAdd]) -> list[ResidualAdd]:
                           └─────────────────────────┘
     """
     dropped: set[int] = set()
+    # The largest interior first: a dropped add no longer drops the adds inside it.
     for add in sorted(adds, key=lambda item: -item.interior.bit_count()):
         if add.output in dropped:
             continue

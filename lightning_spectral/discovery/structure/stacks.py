@@ -85,6 +85,7 @@ def stack_at(tape: Tape, prober: Prober, operation: Operation) -> Stack | None:
     data = [value for value in operation.inputs if tape.is_data(value)]
     if base_name(operation) != "add" or len(data) != 2:
         return None
+    # Either operand can be the kept one. Cheap questions about sizes and wiring come before the numerical ones.
     for kept, put in (data, data[::-1]):
         spine = _down_to_one(tape, operation.outputs[0], put)
         before = None if spine is None else _before(tape, kept, spine[-1])
@@ -115,6 +116,7 @@ def _down_to_one(tape: Tape, total: int, put: int) -> tuple[int, ...] | None:
     whole, spine = tape.tensors[total].numel(), [total, put]
     while True:
         size = tape.tensors[spine[-1]].numel()
+        # q expands one stream to n: behind it the value is smaller, and n is the quotient of the sizes.
         if 0 < size < whole:
             return tuple(spine) if whole % size == 0 else None
         producer = tape.producer(spine[-1])
@@ -151,6 +153,7 @@ def _before(tape: Tape, kept: int, written: int) -> int | None:
         producer = tape.producer(value)
         carrier = None if producer is None else _carrier(tape, producer)
         fits = carrier is not None and tape.tensors[carrier].numel() >= whole
+        # Go on through views even after the branch depends on the value: the layout of the stack itself is wanted.
         if tape.depends(written, value) and not (fits and producer is not None and moved_input(producer) is not None):
             return value
         if carrier is None or not fits:
@@ -172,6 +175,7 @@ def _one_stream(tape: Tape, before: int, written: int) -> tuple[int, int] | None
     first = next((value for value in gateways if value != before), None)
     if first is None:
         return None
+    # Views of the stream that is read, as long as they follow each other without another operation.
     reads = [first]
     for value in gateways[gateways.index(first) + 1 :]:
         operation = tape.producer(value)
@@ -226,6 +230,8 @@ def _keeps(tape: Tape, prober: Prober, before: int, end: int, width: int | None 
         end: The value.
         width: The number of channels, by default the last dimension of the value.
     """
+    # Two ways to run the map. If it is a chain of products with maps, replay it with the maps held. If it has other
+    # operations (norms, several readers), run its linear part, and check separately that no positions are mixed.
     region = Region(tape, before, end)
     width = tape.shape(end)[-1] if width is None else width
     held = _beside(tape, before, end)
@@ -258,6 +264,7 @@ def _is_fixed(tape: Tape, before: int, kept: int, read: int) -> bool:
     """Whether the maps p and R, which read and mix the streams, are made of numbers and parameters alone."""
     between = {value for end in (kept, read) for value in tape.between(before, end) if value != before}
     operations = [operation for value in between if (operation := tape.producer(value)) is not None]
+    # Every data-dependent p or R makes a product of two data-dependent operands.
     mapping = [item for item in operations if is_multiplication(item) or is_contraction(item)]
     return not any(sum(map(tape.is_data, matrix_operands(operation))) > 1 for operation in mapping)
 
@@ -279,6 +286,7 @@ def _channelwise(tape: Tape, source: int, width: int, run: Callable[[Tensor], Te
     if like.shape[-1] % width:
         return False
     for _ in range(2):
+        # Between 1 and 2: a quotient by u is safe.
         u = 1 + torch.rand(width, generator=generator, dtype=torch.float64, device="cpu").to(like)
         result = run(u.repeat(like.shape[-1] // width).expand(like.shape).clone())
         if result.shape[-1] % width:
@@ -293,6 +301,7 @@ def _writers(tape: Tape, spine: tuple[int, ...]) -> Iterator[Multiplier | None]:
 
     A constant vector counts by its root mean square.
     """
+    # The ends of the spine are left out: the sum at its top, and the branch itself at its bottom.
     for value in spine[1:-1]:
         operation = tape.producer(value)
         assert operation is not None

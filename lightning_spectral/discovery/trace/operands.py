@@ -38,6 +38,7 @@ def normalized_operand(tape: Tape, operation: Operation) -> int | None:
         return None  # a weight that is divided by its own norm is still a weight
     first, second = operation.inputs
     for value, statistic in ((first, second), (second, first)):
+        # The statistic may have been broadcast to the shape of the value before the product.
         source = tape.producer(statistic)
         while source is not None and (is_broadcast(source) or source.name == "view"):
             statistic = source.inputs[0]

@@ -67,7 +67,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.storages: defaultdict[int, _Storage] = defaultdict(_Storage)
         self.names = names
         self.stack: list[int] = []
-        self.keep: list[Tensor] = []
+        self.keep: list[Tensor] = []  # a freed storage's address could be used again, and two values become one
 
     def lookup(self, tensor: Tensor, *, data: bool = False) -> int:
         """Return the value that a tensor holds now, and add it to the tape if it is new."""
@@ -273,6 +273,7 @@ def record(model: nn.Module, run: Callable[[], Any], inputs: Any) -> Tape:
         if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
             run()  # an unrecorded pass gives lazy layers their weights; leaving the context takes them away again
         tensors = [*model.named_parameters(), *model.named_buffers()]
+        # Reversed, so that a shared parameter has its first name.
         recorder = _Recorder(tape, {_place(tensor): name for name, tensor in reversed(tensors)})
         for leaf in _tensors(inputs):
             recorder.lookup(leaf, data=True)

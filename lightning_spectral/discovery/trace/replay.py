@@ -56,7 +56,7 @@ def replay(
                 continue
             if not any(parent in environment for parent in operation.inputs):
                 continue
-            done.add(operation.index)
+            done.add(operation.index)  # an operation with several outputs is reached once for each
             for output, tensor in zip(operation.outputs, execute(tape, operation, fetch), strict=True):
                 if output not in fixed and tensor is not None:
                     environment[output] = tensor

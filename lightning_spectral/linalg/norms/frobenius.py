@@ -46,13 +46,15 @@ def frobenius_norm(
     with torch.no_grad(), torch.autocast(operator.device.type, enabled=False):
         before = generator.get_state()
         (norm,) = agreed([_norm(operator, generator, n_probes, subspace)], [operator.mesh])
+        # Between the fifth roots of the limits there is room for the intermediate products of a chain. Outside, they
+        # may have lost digits or overflowed, and the operator is balanced first.
         limits = torch.finfo(torch.float32)
         if limits.tiny**0.2 < float(norm) < limits.max**0.2:
             return norm
         scaled = balanced(operator)
         if scaled is None:
             return norm.fill_(math.nan)
-        generator.set_state(before)
+        generator.set_state(before)  # the same probes: balancing must not change the estimate
         return _norm(scaled[0], generator, n_probes, subspace) * 2.0 ** scaled[1]
 
 

@@ -91,6 +91,7 @@ class BlockKrylov:
 
     def expand(self) -> None:
         """Multiply the newest block by AᵀA, project it onto the basis, orthonormalize the rest into the next block."""
+        # The first step is cheaper: the caller has the images A Q₁, so AᵀA Q₁ takes one product instead of two.
         if self._images is None:
             self.basis = torch.cat([self.basis, self._next], dim=1)
             Z = self.operators.normal(self._next)

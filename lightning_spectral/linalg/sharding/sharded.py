@@ -93,10 +93,12 @@ class Sharded(LinearOperator):
             raise ConfigurationError(f"weight must be read in 2 or 3 dimensions, got shape {tuple(view.shape)}.")
         self.shape, self.dtype = (view.shape[:-1].numel(), view.shape[-1]), vector_dtype(local)
         self.device = local.device
+        # Tiles are views of the local part: optimizer steps in place are seen, and nothing is copied.
         self._tiles = [tile for part, indices in parts for tile in tiles(part, weight.shape, indices, view)]
 
     def share(self, X: Tensor, *, transposed: bool) -> Share:
         """Return the contribution of this process to ``W @ X``, or to ``Wᵀ @ X``."""
+        # Zeros stand for the rows of other processes. A process without a tile still takes part in the sum.
         total = X.new_zeros(self.shape[1 if transposed else 0], X.shape[1])
         for matrix, rows, columns in self._tiles:
             if transposed:

@@ -117,6 +117,7 @@ def tiles(local: Tensor, shape: torch.Size, indices: Sequence[Tensor], view: Ten
         ConfigurationError: If the matrix is no view of the weight, or not a rectangle of it.
     """
     rows, columns = _places(view, shape)
+    # Held rows and held columns are independent of each other, so every run of rows meets every run of columns.
     return [
         Tile(Matrix(_rectangle(local, row, column)), row.positions, column.positions)
         for row in _runs(local, indices, rows, view.shape[:-1].numel())
@@ -162,6 +163,7 @@ def _places(view: Tensor, shape: torch.Size) -> tuple[list[Tensor | None], list[
     """
     if view.untyped_storage().nbytes() != (shape.numel() + 1) * view.element_size():
         raise ConfigurationError(_NO_VIEW)
+    # row[i] is the entry number of element (i, 0). Groups and rows are flattened: each dimension adds its own stride.
     row = torch.tensor([view.storage_offset() - 1], device="cpu")
     for size, stride in zip(view.shape[:-1], view.stride()[:-1], strict=True):
         row = (row.unsqueeze(1) + stride * torch.arange(size, device="cpu")).flatten()
@@ -173,6 +175,7 @@ def _places(view: Tensor, shape: torch.Size) -> tuple[list[Tensor | None], list[
         r, c = row // below % size, column // below % size
         if not c.any():
             rows, columns = [*rows, r], [*columns, None]
+        # A carry, r + c ≥ size, would move the index of the dimension in front, which belongs to the rows.
         elif bool((r == r[0]).all()) and int(r[0] + c.max()) < size:
             rows, columns = [*rows, None], [*columns, r[0] + c]
         else:
@@ -195,6 +198,7 @@ def _runs(local: Tensor, indices: Sequence[Tensor], places: Sequence[Tensor | No
         places: The indices of the rows along every dimension, ``None`` along a dimension of the columns.
         length: The number of rows of the matrix.
     """
+    # A row is held if its index is held along every dimension of the rows. Its address adds up over the dimensions.
     here, address = (torch.full((length,), value, device="cpu") for value in (True, 0))
     for dim, place in enumerate(places):
         if place is not None:
@@ -205,12 +209,14 @@ def _runs(local: Tensor, indices: Sequence[Tensor], places: Sequence[Tensor | No
             here &= index >= 0
             address += index * local.stride(dim)
     positions, address = here.nonzero().flatten(), address[here]
+    # Such as the rows of V on a process that holds rows of Q.
     if not len(positions):
         return
     # A run ends where the next held row is not the next row, or lies at another distance. The smallest distance of
     # neighbours is the step: larger ones are jumps between heads.
     distances = address.diff()
     neighbours = (positions.diff() == 1) & (distances >= 0)
+    # A negative distance is a jump back, where the next group of a permuted view begins.
     step = int(distances[neighbours].min()) if neighbours.any() else 1
     ends = (~(neighbours & (distances == step))).nonzero().flatten().tolist()
     for first, last in zip([0, *(end + 1 for end in ends)], [*ends, len(positions) - 1], strict=True):

@@ -58,21 +58,22 @@ class Memento:
 
     def __init__(self, kind_of: Callable[[type], Kind], files: Collection[str] = ()) -> None:
         self.tensors: list[Tensor] = []
-        self._kept: list[tuple[Callable[[Any, Any], object], Any, Any]] = []
-        self._empty: list[Any] = []
+        self._kept: list[tuple[Callable[[Any, Any], object], Any, Any]] = []  # put_back, thing, before
+        self._empty: list[Any] = []  # containers that were empty
         self._kind_of, self._files = kind_of, files
         self._kinds: dict[type, Kind] = {}
         self.atoms: set[type] = set()
-        self._seen: dict[int, object] = {}
+        self._seen: dict[int, object] = {}  # by id; the reference keeps the id from being used again
         self._stand_ins: dict[int, tuple[object, object]] = {}
-        self._named = {"forward"}
-        self._unnamed: defaultdict[str, list[object]] = defaultdict(list)
+        self._named = {"forward"}  # names that code has mentioned
+        self._unnamed: defaultdict[str, list[object]] = defaultdict(list)  # methods that no code has mentioned yet
         self._room = _ROOM
         self._slots: set[tuple[int, str]] = set()
         self._todo: list[tuple[Visit, object]] = []
 
     def look(self) -> None:
         """Visit everything that was seen, and everything that is reached from it."""
+        # An explicit stack: linked objects can be deeper than Python's recursion limit.
         while self._todo:
             visit, thing = self._todo.pop()
             if id(thing) not in self._seen:
@@ -90,6 +91,7 @@ class Memento:
         for container in self._empty:
             if container:
                 container.clear()
+        # Backwards: the contents first, then the objects that hold them.
         for put_back, thing, before in reversed(self._kept):
             try:
                 put_back(thing, before)
