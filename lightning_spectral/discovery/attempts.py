@@ -149,6 +149,7 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 
 def _short(error: Exception) -> str:
+    """Return the first line of a message, at most 200 characters."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else ""
 

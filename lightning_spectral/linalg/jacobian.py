@@ -82,7 +82,7 @@ class Jacobian(LinearOperator):
 
         Args:
             v: In the shape of ``x``.
-            precision: Relative rounding error of the function, by default that of the dtype of ``x``.
+            precision: Relative rounding error of the function, by default the machine epsilon of the dtype of ``x``.
         """
         length, size = torch.linalg.vector_norm(v), torch.linalg.vector_norm(self.x)
         if not length:

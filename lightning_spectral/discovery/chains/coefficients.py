@@ -42,7 +42,7 @@ def agreed_paths(linear: LinearPart, prober: Prober, paths: Sequence[Path]) -> t
     Args:
         linear: The linear part of the branch.
         prober: Remembers the numbers of each program.
-        paths: The paths; those without an expert are added up.
+        paths: The paths. Paths without an expert are added up.
 
     Raises:
         UnmeasurableError: The sum of the products is not what the branch does.

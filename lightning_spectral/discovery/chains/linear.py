@@ -221,6 +221,7 @@ class LinearPart:
         return seen
 
     def _carriers(self, value: int) -> Iterable[int]:
+        """Return the inputs that carry a value in the linear part: the sources of its step, without patterns."""
         step = self.steps.step(value)
         return (self.steps.carrier(value),) if step.kind == "mixing" else step.sources
 
@@ -312,6 +313,7 @@ class LinearPart:
         return self._outside[value]
 
     def _computed(self, value: int) -> Tensor:
+        """Return the content of a value, computed again from made-up weights if it is made of mute parameters."""
         tape = self.tape
         if not tape.made_of_parameters(value):
             return tape.wide(value)

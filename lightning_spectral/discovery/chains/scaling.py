@@ -140,6 +140,7 @@ class ScalingWalk:
         return [value for value in others if self.tape.tensors[value].is_floating_point()]
 
     def _sum(self, values: Iterable[int]) -> Scaling:
+        """Return the ends of several values together."""
         found = Scaling()
         for value in values:
             found.update(self.ends(value))

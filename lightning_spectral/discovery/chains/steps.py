@@ -89,6 +89,7 @@ class Steps:
         return self._known[value]
 
     def _decided(self, value: int) -> Step:
+        """Decide the step of a value. The order of the questions matters: a written-out norm is also a product."""
         tape, stream = self.tape, self.region.stream
         if value == stream:
             return Step("stream")
@@ -256,6 +257,7 @@ class Steps:
         return found
 
     def _is_anchor(self, operation: Operation) -> bool:
+        """Whether an operation is a product, a norm or attention, so that no elementwise function goes through it."""
         tape = self.tape
         if is_product(tape, operation) or is_norm(operation) or is_contraction(operation):
             return True
@@ -288,6 +290,7 @@ class Steps:
                 return producer.name == "unsqueeze" and not self.tape.shape(value)
 
     def _is_narrow_beside(self, operation: Operation, value: int) -> bool:
+        """Whether another operand than the given value has one entry per token."""
         return any(item != value and self._is_narrow(item, operation) for item in operation.inputs)
 
     def _written_activation(self, value: int, inputs: Iterable[int]) -> Step | None:

@@ -71,6 +71,7 @@ def attends_to_one(tape: Tape) -> bool:
 
 
 def _taken(tapes: Iterable[Tape]) -> set[str]:
+    """Return the names of the parameters and buffers that some passes used."""
     return {name for tape in tapes for name in tape.names.values()}
 
 

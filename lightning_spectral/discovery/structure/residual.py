@@ -410,7 +410,7 @@ def _gated(tape: Tape, leaf: int) -> Iterator[int]:
         if normalized_operand(tape, producer) is not None:
             return  # a norm takes back what scales its input
         size = tape.tensors[value].numel()
-        # Of two operands of full size, the one computed from more values is the branch; unless the gate is made of it.
+        # Of two operands of full size, the one with more ancestors is the branch, unless the gate is made of it.
         whole = [item for item in producer.inputs if tape.tensors[item].numel() == size and tape.is_data(item)]
         if len(whole) == 2:
             gate, latest = sorted(whole, key=lambda item: tape.ancestors[item].bit_count())

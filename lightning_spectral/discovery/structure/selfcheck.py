@@ -68,6 +68,7 @@ class SelfCheck:
             return surprise("the self-check could not be made", error)
 
     def _problem(self, name: str, branches: Sequence[FoundBranch]) -> str | None:
+        """Return the first failure: of the stream, of a branch, then of the block with every site at zero."""
         adds = list({branch.add.output: branch.add for branch in branches}.values())
         for earlier, later in itertools.pairwise(adds):
             if not linked(self.tape, later, earlier):

@@ -143,7 +143,7 @@ class Prober:
         return self.once(region, "moved", lambda: self._moved_positions(region))
 
     def _moved_positions(self, region: Region) -> tuple[int, tuple[int, ...]]:
-        # A branch whose last matrix is zero moves nothing. Made-up weights in place of zeros show what it would move.
+        # A branch whose last matrix is zero moves nothing. With made-up weights in place of zeros, it moves positions.
         try:
             return self._moved_with(region, self.made_up_weights(region))
         except (RuntimeError, IndexError):  # a router changed its choice, and shapes depend on the choice

@@ -159,6 +159,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note_result(
         self, func: Any, args: Any, kwargs: Any, inputs: tuple[int, ...], written: list[Tensor], result: Any
     ) -> None:
+        """Add an operation to the tape, with its written tensors and its results as new values."""
         tensors = written + tensors_in(result)
         places = [_place(tensor) for tensor in tensors]
         operation = Operation(len(self.tape.operations), _name(func), func, args, kwargs, inputs, call=self._call)
@@ -191,12 +192,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _name(func: Any) -> str:
+    """Return the name of an operation without namespace and overload."""
     schema = getattr(func, "_schema", None)
     name: str = func.name() if schema is None else schema.name.split("::")[-1]
     return name
 
 
 def _place(tensor: Tensor) -> Place:
+    """Return where a tensor lies; symbolic sizes become numbers.
+
+    Raises:
+        ExampleInputError: The tensor is nested.
+    """
     if tensor.is_nested:
         raise ExampleInputError(_NESTED)
     shape = tuple(map(int, tensor.shape))

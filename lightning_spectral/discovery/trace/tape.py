@@ -134,7 +134,7 @@ class Tape:
         for other in range(value, len(self.tensors)):
             if self.depends(other, value):
                 self.data |= 1 << other
-        self.products.clear()  # what is a product depends on what is data
+        self.products.clear()  # data can turn an operation into a product
 
     def producer(self, value: int) -> Operation | None:
         """Return the operation that made a value, ``None`` for inputs, parameters and constants."""

@@ -268,7 +268,7 @@ class _Batch:
             max_steps=self.solver.max_iter,
             count=self.solver.n_components,
         )
-        # The images of the s probes under the operator as it is now anchor the next carried bounds.
+        # The present images of the s probes anchor the bounds that are carried from here on.
         probes = images[:, start.shape[1] - random :][:, :s]
         solved: list[Solved | None] = []
         for i, outcome in enumerate(outcomes):

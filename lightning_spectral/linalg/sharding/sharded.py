@@ -125,7 +125,7 @@ class Sharded(LinearOperator):
         for matrix, _, _ in self._tiles:
             low, high = matrix.weight.aminmax()
             largest = torch.maximum(largest, torch.maximum(-low, high).to(self.dtype))
-        # The maximum of a number and NaN differs between backends; that of a number and infinity does not.
+        # Backends differ in the maximum of a number and NaN, and agree in the maximum of a number and infinity.
         largest = torch.where(largest.isnan(), torch.inf, largest)
         return balanced_by_largest(self, float(added([self._share(largest)], "max")[0]))
 
@@ -180,6 +180,7 @@ def _padded(tensor: DTensor | FlatShard) -> Share:
 
 
 def _local(tensor: Tensor | FlatShard) -> Tensor:
+    """Return a tensor that every process has whole, as a plain tensor."""
     assert isinstance(tensor, Tensor)
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
