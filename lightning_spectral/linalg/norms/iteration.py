@@ -65,7 +65,7 @@ def iterate(
         part = krylov if len(judged) == len(active) else krylov.select(judged)
         ritz = part.ritz()
         positions = [active[j] for j in judged]
-        # One transfer for all numbers that decide, and the same decision in every process.
+        # Every process decides from the numbers of the first one (see `sharded`).
         judged_by = torch.stack([*judge(ritz, positions), ritz.theta[:, -1], ritz.finite.double()])
         excess, bounds, theta, finite = part.operators.agreed(judged_by.mT).mT.tolist()
         stopped = [j for j, left in enumerate(excess) if krylov.steps == max_steps or left <= 1 or not finite[j]]
