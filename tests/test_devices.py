@@ -25,7 +25,7 @@ from lightning_spectral import (
     measure,
 )
 from lightning_spectral.analysis import lyapunov_exponents
-from lightning_spectral.discovery.structure.assembly import blocks_of
+from lightning_spectral.discovery.find import blocks_of
 from lightning_spectral.discovery.trace.recorder import record
 from lightning_spectral.discovery.trace.tape import probe_device
 from lightning_spectral.passes.aside.streams import random_streams_kept

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from lightning_spectral.analysis.exponents import LyapunovSpectrum, angle_exponent, gradient_exponent, lyapunov_spectrum
-from lightning_spectral.discovery.find import asked_blocks, attempted_calls
+from lightning_spectral.discovery.attempts import attempted_calls
+from lightning_spectral.discovery.find import asked_blocks
 from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.errors import ConfigurationError, ExampleInputError
 from lightning_spectral.linalg import Jacobian

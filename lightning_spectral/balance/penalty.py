@@ -35,17 +35,14 @@ from lightning_spectral.discovery import find_blocks
 from lightning_spectral.discovery.asked import check_blocks, check_model
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import (
-    Adjoint,
     Diagonal,
     LinearOperator,
     Matrix,
-    Product,
     RandomizedSVD,
-    Scaled,
     Solver,
     SolverState,
-    Sum,
 )
+from lightning_spectral.linalg.leaves import Leaf, multiplied
 from lightning_spectral.linalg.solvers import SolverChoice, solver_named
 from lightning_spectral.measuring.linearize import Linearized, WeightLinearization, linearize_sum
 from lightning_spectral.records import Branch, Path, ResidualBlock, alternatives
@@ -235,11 +232,13 @@ def _log_norm(item: Linearized, subspace: Tensor) -> Tensor:
         item: The operator.
         subspace: ``(n, p)``, right singular vectors, the dominant one first.
     """
-    value = _log_length(_multiplied(item.operator, subspace[:, :1]))
+    value = _log_length(multiplied(item.operator, subspace[:, :1], _with_graph))
     right = item.normalized
     if right is None:
         return value
-    return value + 0.5 * math.log(right.shape[0]) - _log_length(_multiplied(right, _probes(right, subspace)))
+    return (
+        value + 0.5 * math.log(right.shape[0]) - _log_length(multiplied(right, _probes(right, subspace), _with_graph))
+    )
 
 
 def _log_length(X: Tensor) -> Tensor:
@@ -259,26 +258,18 @@ def _probes(operator: LinearOperator, V: Tensor) -> Tensor:
     return torch.cat([V, (G - V @ (V.mT @ G)) / math.sqrt(_PROBES)], dim=1)
 
 
-def _multiplied(operator: LinearOperator, X: Tensor, *, transposed: bool = False) -> Tensor:
-    """Multiply as the operator does, ``(n, k) -> (m, k)``, with a graph that reaches the parameters."""
-    match operator:
-        case Product():
-            for factor in operator.operators if transposed else reversed(operator.operators):
-                X = _multiplied(factor, X, transposed=transposed)
-            return X
-        case Sum():
-            return torch.stack([_multiplied(term, X, transposed=transposed) for term in operator.operators]).sum(0)
-        case Adjoint():
-            return _multiplied(operator.operator, X, transposed=not transposed)
-        case Scaled():
-            return _multiplied(operator.operator, X * operator.c, transposed=transposed)
+def _with_graph(leaf: Leaf) -> Tensor:
+    """Return the product of a leaf, with a graph that reaches its parameter."""
+    match leaf.operator:
         case Diagonal():
-            return X * operator.gain.to(X.dtype).unsqueeze(-1)
+            return leaf.X * leaf.operator.gain.to(leaf.X.dtype).unsqueeze(-1)
         case Matrix():
-            product: Tensor = _MatrixProduct.apply(operator.weight, X, operator, transposed)  # type: ignore[no-untyped-call]
+            weight = leaf.operator.weight
+            arguments = (weight, leaf.X, leaf.operator, leaf.transposed)
+            product: Tensor = _MatrixProduct.apply(*arguments)  # type: ignore[no-untyped-call]
             return product
         case _:  # holds no parameter
-            return operator.adjoint(X) if transposed else operator.matmat(X)
+            return leaf.multiplied()
 
 
 class _MatrixProduct(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""What the public functions are asked for, a model and its blocks: one check, one error that says what to type."""
+"""Check the model, the blocks and the hints that a public function gets. Each error says what to type instead."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["check_blocks", "check_hints", "check_model"]
 
 
 def check_model(model: object, function: str) -> None:
-    """Check that a model is one.
+    """Check that a model is a module.
 
     Args:
-        model: What came.
-        function: Name of the public function that it came to.
+        model: The argument.
+        function: Name of the public function that got it.
 
     Raises:
-        ConfigurationError: It is something else.
+        ConfigurationError: The argument is no module.
     """
     if isinstance(model, nn.Module):
         return
@@ -37,14 +37,14 @@ def check_model(model: object, function: str) -> None:
 
 
 def check_blocks(blocks: object, call: str) -> None:
-    """Check that blocks, which may be ``None``, are blocks.
+    """Check that an argument is ``None`` or iterates over blocks.
 
     Args:
-        blocks: What came.
-        call: The call as it should be, for the message.
+        blocks: The argument.
+        call: A correct call, for the message.
 
     Raises:
-        ConfigurationError: They are something else.
+        ConfigurationError: The argument is something else.
     """
     if blocks is None or (
         not isinstance(blocks, str | Mapping | nn.Module | Tensor)
@@ -59,10 +59,10 @@ def check_blocks(blocks: object, call: str) -> None:
 
 
 def check_hints(hints: object) -> None:
-    """Check that hints, which may be ``None``, are a mapping.
+    """Check that hints are ``None`` or a mapping.
 
     Raises:
-        ConfigurationError: They are something else, such as the path of a module.
+        ConfigurationError: The hints are something else, such as the path of a module.
     """
     if hints is None or isinstance(hints, Mapping):
         return
@@ -74,6 +74,7 @@ def check_hints(hints: object) -> None:
 
 
 def _kind(value: object) -> str:
+    """Return the name of a class, or of the class of a value, for a message."""
     return f"class ({value.__name__})" if isinstance(value, type) else type(value).__name__
 
 

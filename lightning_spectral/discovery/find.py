@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from traceback import walk_tb
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from lightning_spectral.discovery.asked import check_blocks, check_hints, check_model
+from lightning_spectral.discovery.attempts import Pass, passed, recorded, refuse_unreadable
 from lightning_spectral.discovery.hints import with_hints
-from lightning_spectral.discovery.inputs import arguments_of, guesses
-from lightning_spectral.discovery.structure.assembly import blocks_of
-from lightning_spectral.discovery.structure.parts import attends_to_one, has_lists, idle_parts, parts, unseen
+from lightning_spectral.discovery.inputs import arguments_of
+from lightning_spectral.discovery.structure.branches import FoundBranch, alike, branches_of, finished
+from lightning_spectral.discovery.structure.ends import EndFinder
+from lightning_spectral.discovery.structure.groups import Groups, named_groups, settled_kinds
+from lightning_spectral.discovery.structure.parts import unseen
+from lightning_spectral.discovery.structure.residual import residual_adds
+from lightning_spectral.discovery.structure.selfcheck import SelfCheck
 from lightning_spectral.discovery.structure.shapes import with_shapes
-from lightning_spectral.discovery.trace.recorder import record
+from lightning_spectral.discovery.trace.probe import Prober, Region
 from lightning_spectral.discovery.trace.surprises import SURPRISES, surprise
 from lightning_spectral.discovery.trace.tape import Tape
 from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
-from lightning_spectral.linalg.sharding.flattened import is_flattened
-from lightning_spectral.linalg.sharding.presence import is_dtensor, is_fully_sharded
-from lightning_spectral.passes.aside import kept
-from lightning_spectral.records import Blocks, ResidualBlock
+from lightning_spectral.records import Blocks, Branch, ResidualBlock
 
-__all__ = ["Pass", "asked_blocks", "attempted_calls", "blocks_in_calls", "find_blocks", "passed", "recorded"]
+__all__ = ["Found", "asked_blocks", "blocks_in_calls", "blocks_of", "find_blocks"]
 
-_TOLD = 4  # sums that are no residual adds: further ones are counted
+_TOLD = 4  # refused sums that are listed; further ones are counted
 _HATCH = """If the model has residual blocks, describe them (paths relative to the block, * for one path component):
 
     find_blocks(model, hints={
@@ -41,13 +41,13 @@ _HATCH = """If the model has residual blocks, describe them (paths relative to t
 def find_blocks(model: nn.Module, *, batch: Any = None, hints: Mapping[str, Any] | None = None) -> Blocks:
     """Find every residual block of a model: its branches, their kinds, their sites and their factors.
 
-    The structure is read from one traced forward pass: what is added to the residual stream, which module returned it,
-    whether it mixes tokens, and which matrices lie on its linear path. Names only break ties. The pass leaves
-    parameters, buffers, hooks, training flags and random streams as they were.
+    The structure is read from one traced forward pass: which values are added to the residual stream, which module
+    returned each of them, whether it mixes tokens, and which matrices lie on its linear path. Names only break ties.
+    The pass leaves parameters, buffers, hooks, training flags and random streams as they were.
 
-    Without an example input, parts that did not run are run by themselves: a tower of a model of two, whose input is
-    optional. A model that has no forward of its own, such as many a LightningModule, is searched in its parts, frozen
-    ones only if all are frozen.
+    Without an example input, parts that did not run are run by themselves: for example the second tower of a model
+    whose forward takes an optional second input. A model that has no forward of its own, such as many a
+    LightningModule, is searched part by part. Frozen parts are searched only if all parts are frozen.
 
     Args:
         model: Any module; a LightningModule, a compiled module or a module in DDP as well.
@@ -57,9 +57,9 @@ def find_blocks(model: nn.Module, *, batch: Any = None, hints: Mapping[str, Any]
         hints: Overrides for a model that is not understood; see :mod:`lightning_spectral.discovery.hints`.
 
     Returns:
-        The blocks in the order of execution. Their ``verified`` says whether the self-check passed, ``evidence`` how
-        they were found and what failed. ``notes`` names the parts of the model that no pass has looked at, sums that
-        look like residual adds and are none, and what is left out of the norms.
+        The blocks in the order of execution. Each block's ``verified`` says whether the self-check passed; its
+        ``evidence`` says how it was found and what failed. ``notes`` names the parts of the model that no pass ran,
+        the sums that look like residual adds and are none, and what the norms leave out.
 
     Raises:
         ExampleInputError: No example input could be run, or the model is sharded or on the meta device.
@@ -68,35 +68,31 @@ def find_blocks(model: nn.Module, *, batch: Any = None, hints: Mapping[str, Any]
     """
     check_model(model, "find_blocks")
     check_hints(hints)
+    _refuse_meta(model)
     args, kwargs = arguments_of(batch)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ExampleInputError(
-            f"{type(model).__name__} has parameters on the meta device, which hold no numbers: materialize it first "
-            "(to_empty and initialize, or load a checkpoint), then look for its blocks"
-        )
-    passes: list[Pass] = []
     try:
         passes = recorded(model, args, kwargs)
     except ExampleInputError:
         if not hints:
             raise
+        passes = []
     return _blocks_on(model, passes, hints)
 
 
 def asked_blocks(
     model: nn.Module, blocks: Sequence[ResidualBlock] | None, batch: Any, function: str
 ) -> Sequence[ResidualBlock]:
-    """Return the blocks that a public function is asked about: those that came, or those that are found.
+    """Return the blocks that a public function works on: the given blocks, or else the blocks that are found.
 
     Args:
         model: The model.
         blocks: Its blocks, if the user has passed them.
-        batch: Example input for finding them.
+        batch: Example input for finding blocks.
         function: Name of the public function, for its errors.
 
     Raises:
-        ConfigurationError: The model or the blocks are something else.
-        BlocksNotFoundError, ExampleInputError: As :func:`find_blocks` does.
+        ConfigurationError: The model is no module, or the blocks are no blocks.
+        BlocksNotFoundError, ExampleInputError: As :func:`find_blocks` raises them.
     """
     check_model(model, function)
     check_blocks(blocks, f"{function}(model, find_blocks(model))")
@@ -108,7 +104,7 @@ def blocks_in_calls(
     calls: Iterable[tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]],
     hints: Mapping[str, Any] | None = None,
 ) -> Blocks:
-    """Find the residual blocks in passes of some modules of a model. All names are those that the model has.
+    """Find the residual blocks in passes of some modules of a model. All names are paths in the model.
 
     Args:
         model: The model, which need not be callable itself.
@@ -120,15 +116,104 @@ def blocks_in_calls(
         BlocksNotFoundError: No pass contains a residual block.
         ConfigurationError: The hints do not fit the model.
     """
-    _refuse_sharded(model)
-    passes = []
-    for module, args, kwargs in calls:
-        passes.append(passed(model, module, args, kwargs))
-    return _blocks_on(model, passes, hints)
+    refuse_unreadable(model)
+    return _blocks_on(model, [passed(model, module, args, kwargs) for module, args, kwargs in calls], hints)
+
+
+class Found(NamedTuple):
+    """The blocks on one tape.
+
+    Attributes:
+        blocks: The blocks in the order of execution.
+        refused: Why some sums that look like residual adds are none.
+        notes: What the norms leave out.
+    """
+
+    blocks: list[ResidualBlock]
+    refused: list[str]
+    notes: list[str]
+
+
+def blocks_of(tape: Tape, model: nn.Module) -> Found:
+    """Find the residual blocks of a recorded forward pass: the steps 2 to 6 of "Finding the blocks", docs/inside.md.
+
+    Args:
+        tape: The recorded forward pass, which is step 1.
+        model: The model that was recorded.
+    """
+    prober = Prober(tape)
+    adds, refused = residual_adds(tape, prober)  # 2. where something is added to the stream
+    branches, homeless = branches_of(tape, adds, prober)  # 3. what each addend is, and where it can be scaled
+    groups = named_groups(tape, dict(model.named_modules()), branches)  # 4. which branches form a block
+    records = _with_factors(tape, model, groups, branches, prober)  # 5. the matrices of each branch
+    blocks = _checked(groups, records, SelfCheck(tape, prober, branches, [*refused, *homeless]))  # 6. is it so
+    return Found(blocks, [refusal.reason for refusal in (*refused, *homeless)], list(dict.fromkeys(_notes(branches))))
+
+
+def _with_factors(
+    tape: Tape, model: nn.Module, groups: Groups, branches: Sequence[FoundBranch], prober: Prober
+) -> dict[str, tuple[Branch, ...]]:
+    """Return the records of the branches of each block: kinds, sites, factors and ends."""
+    modules, aliases = dict(model.named_modules()), _further_paths(model)
+    finder = EndFinder(tape, model, branches, prober)
+    result = {}
+    for name, members in groups.items():
+        records: list[Branch] = []
+        for branch, kind in zip(members, settled_kinds(members), strict=True):
+            # A shared block runs several times. Its factors have to be the same in every call.
+            calls = [item for item in branches if item.site.path == branch.site.path]
+            ways = [finished(tape, modules, name, call, kind, prober) for call in calls]
+            for place in range(max(map(len, ways))):
+                record = alike([way[min(place, len(way) - 1)] for way in ways])
+                records.append(finder.with_ends(record, branch, name))
+        result[name] = tuple(replace(record, aliases=aliases.get(record.site, ())) for record in records)
+    return result
+
+
+def _further_paths(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the other paths of every module that has several, by its first path."""
+    found: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(module, []).append(path)
+    return {first: tuple(others) for first, *others in found.values() if others}
+
+
+def _checked(groups: Groups, records: Mapping[str, tuple[Branch, ...]], check: SelfCheck) -> list[ResidualBlock]:
+    """Return the blocks, each with what its self-check says."""
+    blocks = []
+    for index, (name, members) in enumerate(groups.items()):
+        problem = check.problem(name, members)
+        if problem is None and len(records[name]) > len(members):
+            problem = "attention and an MLP share one site, so neither can be scaled by itself"
+        evidence = "trace" if problem is None else f"trace; not verified: {problem}"
+        dims = _token_dims(check.tape, members, check.prober)
+        blocks.append(ResidualBlock(index, name, records[name], problem is None, evidence, dims))
+    return blocks
+
+
+def _token_dims(tape: Tape, members: Sequence[FoundBranch], prober: Prober) -> tuple[int, ...]:
+    """Return the dimensions of the stream along which a block mixes positions."""
+    ends = [branch.added if branch.add.stack is None else branch.add.stack.written for branch in members]
+    regions = [Region(tape, branch.add.stream, end) for branch, end in zip(members, ends, strict=True)]
+    try:
+        return tuple(sorted({dim for region in regions for dim in prober.mixed_dims(region)}))
+    except SURPRISES:
+        return ()
+
+
+def _notes(branches: Iterable[FoundBranch]) -> Iterator[str]:
+    """Yield what the norms leave out of branches that write to several streams."""
+    for branch in branches:
+        stack = branch.add.stack
+        if stack is not None and stack.depends:
+            yield (
+                f"the model keeps {stack.count} streams side by side, and maps that depend on its data read, mix or "
+                "write them: those maps are left out of the norms"
+            )
 
 
 def _blocks_on(model: nn.Module, passes: Sequence[Pass], hints: Mapping[str, Any] | None) -> Blocks:
-    """Return the blocks on some tapes, each of them once."""
+    """Return the blocks of several passes, each block once, with hints applied."""
     found: dict[str, ResidualBlock] = {}
     refusals: list[str] = []
     notes: list[str] = []
@@ -155,6 +240,7 @@ def _blocks_on(model: nn.Module, passes: Sequence[Pass], hints: Mapping[str, Any
 
 
 def _nothing_found(model: nn.Module, descriptions: Iterable[str], refusals: list[str]) -> str:
+    """Return the message for a model without blocks: what was tried, what was refused, what to type next."""
     lines = [
         f"no residual block was found in {type(model).__name__}.",
         (
@@ -166,157 +252,9 @@ def _nothing_found(model: nn.Module, descriptions: Iterable[str], refusals: list
     return "\n".join([*lines, _HATCH])
 
 
-class Pass(NamedTuple):
-    """A recorded pass of a model, or of a part of it, and what it was run on."""
-
-    tape: Tape
-    description: str
-
-
-def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Pass]:
-    """Record a pass on the given inputs, or on the first guess that runs, and passes of parts that did not run in it.
-
-    Args:
-        model: The model, or a wrapper around it.
-        args: Positional arguments, if the caller has some.
-        kwargs: Keyword arguments, the same.
-
-    Raises:
-        ExampleInputError: None ran, which says what was tried, or the model is sharded.
-    """
-    _refuse_sharded(model)
-    attempts: list[str] = []
-    search = partial(_search, model, args, kwargs, attempts)
-    found = search(_unwrapped(model))
-    if found and not (args or kwargs):
-        found += [item for part in idle_parts(model, [item.tape for item in found]) for item in search(part)]
-    if found:
-        return found
-    advice = (
-        f"{type(model).__name__} could not be run on any guessed input, and its structure is read from one forward "
-        "pass. Pass an example, batch=example_input, or set example_input_array on the LightningModule. "
-        "Tried:"
-    )
-    raise ExampleInputError("\n".join([advice, *(attempts or ["  nothing: the model gives no sign of what it takes"])]))
-
-
-def passed(model: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:
-    """Record a pass of a module of a model, under the names that the model has.
-
-    Raises:
-        ExampleInputError: It failed.
-    """
-    try:
-        tape = record(model, _call(module, args, dict(kwargs)), (args, dict(kwargs)))
-        return Pass(tape, "the first training batch")
-    except ExampleInputError:
-        raise
-    except Exception as error:  # whatever the user's forward raises
+def _refuse_meta(model: nn.Module) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
         raise ExampleInputError(
-            f"{type(module).__name__} cannot be run again on the input of its first pass: "
-            f"{type(error).__name__}: {_short(error)}"
-        ) from error
-
-
-def _search(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], attempts: list[str], module: nn.Module
-) -> list[Pass]:
-    """Record a pass of a module or, where it cannot be run itself, of each of the parts that it is made of."""
-    runs_itself = False
-    poor: list[Pass] = []
-    for description, make in _arguments(module, args, kwargs):
-        try:
-            positional, named = make()
-            found = Pass(record(model, _call(module, positional, named), (positional, named)), description)
-            if args or kwargs or not attends_to_one(found.tape):
-                return [found]
-            poor = [found]  # a picture that is too small shows nothing of attention: the largest that runs is kept
-        except ExampleInputError:  # says itself what to pass
-            raise
-        except Exception as error:  # whatever the user's forward raises
-            without_forward = _lacks_forward(module, error)
-            if (args or kwargs) and not without_forward:
-                raise ExampleInputError(
-                    f"the model cannot be run on the given example input: {type(error).__name__}: {error}"
-                ) from error
-            runs_itself |= not without_forward
-            attempts.append(f"  {type(module).__name__} on {description}: {type(error).__name__}: {_short(error)}")
-    if poor:
-        return poor
-    below = parts(module)
-    if runs_itself and (len(below) > 1 or has_lists(module)):
-        return []  # its parts are not the model that its own forward makes of them, nor is a stem before its layers
-    whole = [_search(model, args, kwargs, attempts, part) for part in below]
-    return [item for passes in whole for item in passes] if all(whole) else []  # half of a model is none
-
-
-def _lacks_forward(module: nn.Module, error: BaseException) -> bool:
-    """Whether a module says that it has no forward; what an operation inside of it lacks is another matter."""
-    trace = error.__traceback__
-    if not isinstance(error, NotImplementedError) or trace is None:
-        return False
-    *_, (frame, _) = walk_tb(trace)
-    own = frame.f_code.co_varnames[:1]
-    return frame.f_code.co_name == "_forward_unimplemented" or any(frame.f_locals.get(name) is module for name in own)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        return model.module  # type: ignore[no-any-return]
-    return model
-
-
-def _refuse_sharded(model: nn.Module) -> None:
-    """Refuse a model whose weights exist in one piece only while a layer runs, or never: no pass can be looked at."""
-    name = next((name for name, item in model.named_parameters() if is_dtensor(item)), None)
-    if name is not None or is_flattened(model) or any(map(is_fully_sharded, model.modules())):
-        raise ExampleInputError(
-            f"{type(model).__name__} is sharded{f' ({name} is a DTensor)' if name else ''}, and structure is read from "
-            "one forward pass of whole weights. Find the blocks before sharding, blocks = find_blocks(model) in "
-            "configure_model ahead of parallelize_module and fully_shard, and pass them on: measure(model, blocks), "
-            "SpectralMonitor(blocks=blocks). They stay valid, because they hold names"
+            f"{type(model).__name__} has parameters on the meta device, which hold no numbers: materialize it first "
+            "(to_empty and initialize, or load a checkpoint), then look for its blocks"
         )
-
-
-def _call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], Any]:
-    return lambda: module(*args, **kwargs)
-
-
-def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else ""
-
-
-def attempted_calls(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Iterator[tuple[str, nn.Module, Callable[[], Any]]]:
-    """Yield calls worth trying: what the input is, the module to call, and how to make its arguments.
-
-    Args:
-        model: The model, or a wrapper around it.
-        args: Positional arguments, if the caller has some.
-        kwargs: Keyword arguments, the same.
-    """
-    below = [_unwrapped(model)]
-    while len(below) == 1:
-        (module,) = below
-        for description, make in _arguments(module, args, kwargs):
-            yield description, module, make
-        below = parts(module)
-
-
-def _arguments(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    if args or kwargs:
-        yield "the given example input", lambda: (args, dict(kwargs))
-        return
-    with kept(module):  # an example may be a property that draws numbers
-        tried = list(guesses(module))
-    for description, make in tried:
-        yield description, partial(_made, module, make)
-
-
-def _made(module: nn.Module, make: Callable[[], Any]) -> Any:
-    with kept(module):
-        return make()

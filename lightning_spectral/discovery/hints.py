@@ -8,13 +8,13 @@
                           "output": "att.out.weight",
                           "value": {"parameter": "att.qkv.weight", "rows": [[128, 192]]},
                           "pre_norm": "norm1.weight"},
-            "mlp": "ffn",                                # site only: the factors are those that the trace found
+            "mlp": "ffn",                                # site only: the factors come from the trace
         },
     }
 
-Where the hint names the site of a traced branch of its kind, the ends of the branch (see
-:class:`~lightning_spectral.records.Branch`) are those that the trace found. Elsewhere they are taken on trust: the norm
-behind the branch, or else the first matrix, each with the ``bias`` beside it.
+The ends of a branch (see :class:`~lightning_spectral.records.Branch`) come from the trace where the hint names the site of a
+traced branch of its kind. Elsewhere the hint decides: the end is the norm behind the branch, or else the first matrix,
+each with the ``bias`` beside it.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ _KINDS: tuple[BranchKind, ...] = get_args(BranchKind)
 def with_hints(
     model: nn.Module, blocks: Sequence[ResidualBlock], hints: Mapping[str, Any]
 ) -> tuple[ResidualBlock, ...]:
-    """Override, or add to, what was found by what the user says.
+    """Override the found blocks by the hints of the user, and add hinted blocks that were not found.
 
     Args:
-        model: The model; block paths and parameters must exist in it.
-        blocks: What discovery found, possibly nothing.
+        model: The model. Block paths and parameters must exist in it.
+        blocks: The found blocks, possibly none.
         hints: Block pattern to branches, as the module's docstring shows.
 
     Returns:
-        The blocks, hinted where a hint matches: in the order of execution, or, where a hint adds one, of the modules.
+        The blocks in the order of execution. If a hint adds a block, the order is that of the modules in the model.
 
     Raises:
-        ConfigurationError: Where a pattern matches no module, or a branch, a role or a parameter does not exist.
+        ConfigurationError: A pattern matches no module, or a kind, a role or a parameter does not exist.
     """
     paths = [path for path, _ in model.named_modules()]
     found = {block.name: block for block in blocks}
@@ -67,7 +67,7 @@ def with_hints(
         for path in matches:
             name = next((name for name, block in found.items() if path in block.modules), path)
             found[name] = _hinted(model, path, found.get(name, ResidualBlock(0, path, ())), branches)
-    ordered = list(found.values())  # in the order of execution, as far as it is known
+    ordered = list(found.values())  # in the order of execution; an added block has no place in it
     if len(found) > len(blocks):
         ordered.sort(key=lambda block: paths.index(block.name) if block.name in paths else -1)
     return tuple(replace(block, index=index) for index, block in enumerate(ordered))
@@ -92,6 +92,7 @@ def _hinted(model: nn.Module, path: str, block: ResidualBlock, branches: Mapping
 
 
 def _branch(model: nn.Module, block: str, kind: BranchKind, hint: Any, known: Branch | None) -> Branch:
+    """Return a hinted branch. What the hint leaves out comes from the known branch."""
     given = {"site": hint} if isinstance(hint, str) else dict(hint)
     site = given.pop("site", None)
     index = given.pop("output_index", None)
@@ -113,7 +114,7 @@ def _branch(model: nn.Module, block: str, kind: BranchKind, hint: Any, known: Br
 
 
 def _with_ends(model: nn.Module, branch: Branch) -> Branch:
-    """Add the ends that the factors speak for."""
+    """Return a branch with its ends: in each path the first matrix, or the norm behind it, and the bias beside it."""
     leading = (next((item for item in path.factors if item.role in _ENDS), None) for path in branch.paths)
     ends: dict[End, None] = {}
     for factor in leading:
@@ -136,10 +137,12 @@ def _exists(model: nn.Module, path: str) -> bool:
 
 
 def _rank(role: FactorRole) -> int:
+    """Return the place of a role in the matrix product."""
     return _ORDER.index(role)
 
 
 def _factor(model: nn.Module, block: str, role: str, value: Any) -> Factor:
+    """Return the factor of one entry of a hint: a number, a parameter path, or a mapping with a path."""
     if role not in _ORDER:
         raise ConfigurationError(f"hints: {role!r} is not a role of a factor; expected one of {', '.join(_ORDER)}")
     if isinstance(value, int | float):
@@ -161,6 +164,7 @@ def _factor(model: nn.Module, block: str, role: str, value: Any) -> Factor:
 
 
 def _absolute(model: nn.Module, block: str, relative: str) -> str:
+    """Return a path in the model from a path in a block. The path must exist."""
     path = f"{block}.{relative}" if block else relative
     try:
         resolve(model, path)

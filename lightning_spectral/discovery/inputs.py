@@ -22,7 +22,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and keyword arguments that a batch stands for.
+    """Return a batch as positional and keyword arguments.
 
     Args:
         batch: A tensor, a tuple of positional arguments, a mapping of keyword arguments, or ``None`` for no arguments.
@@ -38,7 +38,7 @@ def guesses(model: nn.Module) -> Iterator[tuple[str, Callable[[], Inputs]]]:
     """Yield ``(description, make)`` for every kind of input worth trying, the most specific first.
 
     Args:
-        model: The model that is to be run.
+        model: The model to run.
     """
     if getattr(model, "example_input_array", None) is not None:
         yield "example_input_array", lambda: _as_inputs(model.example_input_array)
@@ -58,6 +58,7 @@ def guesses(model: nn.Module) -> Iterator[tuple[str, Callable[[], Inputs]]]:
 
 
 def _repeated(make: Callable[[], Tensor], count: int) -> Inputs:
+    """Return as many positional arguments as a forward requires, made alike."""
     return tuple(make() for _ in range(count)), {}
 
 
@@ -68,6 +69,7 @@ def _as_inputs(example: Any) -> Inputs:
 
 
 def _required(model: nn.Module) -> list[str]:
+    """Return the names of the required positional arguments of a forward, one name for ``*args``."""
     parameters = inspect.signature(model.forward).parameters.values()
     names = [
         item.name
@@ -78,6 +80,7 @@ def _required(model: nn.Module) -> list[str]:
 
 
 def _reference(model: nn.Module) -> Tensor:
+    """Return a tensor with the device and dtype of the inputs: the first floating-point parameter."""
     return next((item for item in model.parameters() if item.is_floating_point()), torch.empty(0, device="cpu"))
 
 
@@ -94,12 +97,16 @@ def _ids(model: nn.Module, vocabulary: int) -> Tensor:
 
 
 def _vocabularies(model: nn.Module) -> list[int]:
-    """Return the sizes of the embeddings, the largest first: more positions than tokens occur too."""
+    """Return the sizes of the embeddings, the largest first.
+
+    The largest is not always the vocabulary: a table of positions can have more rows. So each size is tried.
+    """
     sizes = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
     return sorted(sizes, reverse=True)
 
 
 def _widths(model: nn.Module) -> list[int]:
+    """Return candidates for the width of the input: of the first linear layer, LayerNorm and vector."""
     norms = [tuple(module.normalized_shape) for module in model.modules() if isinstance(module, nn.LayerNorm)]
     linears = [module.in_features for module in model.modules() if isinstance(module, nn.Linear)]
     first = [item.shape[-1] for item in model.parameters() if not is_lazy(item) and item.dim() == 1]
@@ -108,9 +115,9 @@ def _widths(model: nn.Module) -> list[int]:
 
 
 def _image_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Yield shapes of pictures, the smallest first: attention over the pixels of a large one would fill the memory.
+    """Yield shapes of pictures, the smallest first: attention over the pixels of a large picture fills the memory.
 
-    The first convolution says how many pixels make a token; 4 × 4 tokens show all of a structure.
+    The stride of the first convolution is the size of a token in pixels. 4 × 4 tokens are enough to show a structure.
     """
     convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if convolution is None:

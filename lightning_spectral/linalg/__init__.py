@@ -1,4 +1,4 @@
-"""Linear operators without matrices, and the solvers that measure their spectral norms. Knows no Transformer."""
+"""Matrix-free linear operators, and the solvers that measure their spectral norms. Knows no Transformer."""
 
 from lightning_spectral.linalg.jacobian import Jacobian
 from lightning_spectral.linalg.matrix import Matrix

@@ -18,10 +18,15 @@ __all__ = ["Jacobian"]
 class Jacobian(LinearOperator):
     """The matrix J of partial derivatives ∂f/∂x at one point, both sides flattened. It is never formed.
 
-    Jᵀu is a backward pass through a graph of ``f`` that is built once and kept. It is linear in u, and its own
-    derivative by u is J: that makes Jv a backward pass through the graph of a backward pass, for every function that
-    can be differentiated twice, where forward-mode differentiation is missing for many kernels. Where it cannot, the
-    products Jv are central differences, of about ten digits in float64, and ``finite_differences`` says so.
+    Jᵀu is a backward pass through a graph of ``f``, which is built once and kept. The map u ↦ Jᵀu is linear, and its
+    derivative is Jᵀ. So a backward pass through the graph of this backward pass multiplies by J::
+
+        x ──► f(x)               backward with u:    Jᵀu, as a function of u
+        u ──► Jᵀu                backward with v:    (Jᵀ)ᵀv = Jv
+
+    Forward-mode differentiation would do the same, but is missing for many kernels. Functions that cannot be
+    differentiated twice are multiplied by central differences, of about ten digits in float64;
+    ``finite_differences`` is then true.
 
     Args:
         function: Maps a tensor like ``x`` to another tensor; pure, and differentiable at ``x``.
@@ -46,11 +51,11 @@ class Jacobian(LinearOperator):
         return self._result.detach()
 
     def matmat(self, X: Tensor) -> Tensor:
-        """Multiply column by column."""
+        """Multiply column by column: ``(n, k) -> (m, k)``."""
         return torch.stack([self._product(v.reshape(self.x.shape)).flatten() for v in X.unbind(1)], dim=1)
 
     def adjoint(self, Y: Tensor) -> Tensor:
-        """Multiply by the transpose, column by column: a backward pass each."""
+        """Multiply by the transpose, one backward pass per column: ``(m, k) -> (n, k)``."""
         if self._constant:
             return Y.new_zeros(self.shape[1], Y.shape[1])
         columns = [u.reshape(self._result.shape) for u in Y.unbind(1)]
@@ -62,7 +67,7 @@ class Jacobian(LinearOperator):
         return self.adjoint(unit).mT.cpu().double()
 
     def balanced(self) -> tuple[LinearOperator, int] | None:
-        """Take out the power of two of the largest entry of one product, by random signs."""
+        """Take out the power of two of the largest entry of J times a vector of random signs."""
         generator = torch.Generator().manual_seed(1)
         signs = torch.randint(0, 2, (self.shape[1], 1), generator=generator, device="cpu").mul(2).sub(1)
         largest = float(self.matmat(signs.to(self.device, self.dtype)).abs().amax())
@@ -77,7 +82,7 @@ class Jacobian(LinearOperator):
 
         Args:
             v: In the shape of ``x``.
-            precision: Relative rounding error of the function, by default that of the dtype of ``x``.
+            precision: Relative rounding error of the function, by default the machine epsilon of the dtype of ``x``.
         """
         length, size = torch.linalg.vector_norm(v), torch.linalg.vector_norm(self.x)
         if not length:
@@ -89,6 +94,7 @@ class Jacobian(LinearOperator):
         return change / (2 * step)
 
     def _product(self, v: Tensor) -> Tensor:
+        """Return Jv, for v in the shape of ``x``. The first product builds the second graph."""
         if self._constant:
             return torch.zeros_like(self.value)
         if self._transposed is None and not self.finite_differences:
@@ -97,7 +103,7 @@ class Jacobian(LinearOperator):
         return self.difference(v) if self._transposed is None else _backward(*self._transposed, v)
 
     def _by_source(self) -> tuple[Tensor, Tensor] | None:
-        """Return Jᵀu and u, with the graph that leads from the one to the other; ``None`` if there is no such graph."""
+        """Return Jᵀu and u with the graph from u to Jᵀu; ``None`` if the graph is missing or wrong."""
         generator = torch.Generator().manual_seed(2)
         v, w = (torch.randn(like.shape, generator=generator, device="cpu").to(like) for like in (self.x, self._result))
         try:
@@ -107,13 +113,14 @@ class Jacobian(LinearOperator):
             image = _backward(transposed, u, v)
         except RuntimeError:  # some operation cannot be differentiated twice
             return None
-        # Other such operations are silently missing in the graph; then ⟨w, Jv⟩ and ⟨Jᵀw, v⟩ differ.
+        # Some operations do not raise, but are missing in the graph. Then ⟨w, Jv⟩ and ⟨Jᵀw, v⟩ differ.
         error = (w * image).sum() - (_backward(self._result, self._source, w) * v).sum()
         size = torch.linalg.vector_norm(w) * torch.linalg.vector_norm(image) + torch.finfo(self.dtype).tiny
         return None if error.abs() > torch.finfo(self.dtype).eps ** 0.5 * size else (transposed, u)
 
 
 def _backward(result: Tensor, source: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:
+    """Return the gradient of ⟨result, u⟩ by the source, zero where there is no way between them."""
     (gradient,) = torch.autograd.grad(
         result, source, u, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )

@@ -1,4 +1,4 @@
-"""The one operator that reads weights: every byte that a solver moves is moved here."""
+"""The one operator that reads matrices: nearly every byte that a solver moves is moved here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_spectral.linalg.operators import LinearOperator, balanced_by_larg
 
 __all__ = ["Matrix"]
 
-# Elements that are converted at a time where a weight cannot be multiplied as it lies (16 bits, odd strides).
+# Elements that are converted at a time for a weight that torch cannot multiply in place (16 bits, odd strides).
 _PIECE_SIZE = 1 << 18
 
 
@@ -22,10 +22,10 @@ class Matrix(LinearOperator):
     """A weight, read as ``(out_features, in_features)``, never copied.
 
     Args:
-        weight: ``(m, n)`` with any strides, or ``(groups, rows, n)``, which is seen as the ``(groups * rows, n)``
-            matrix with the groups below each other, such as the values in fused rows ``(heads, 3, head_dim, n)[:, 2]``.
-            Groups of columns are the :class:`Adjoint` of a Matrix. Weights of 16 bits are converted a few rows at a
-            time.
+        weight: ``(m, n)`` with any strides, or ``(groups, rows, n)``, which is read as the ``(groups * rows, n)``
+            matrix with the groups below each other. An example are the values in fused rows
+            ``(heads, 3, head_dim, n)[:, 2]``. For groups of columns, take the :class:`Adjoint` of a Matrix. Weights of
+            16 bits are converted a few rows at a time.
 
     Raises:
         ConfigurationError: If the weight is on the meta device, quantized or integer, empty, or not 2-D or 3-D.
@@ -33,12 +33,12 @@ class Matrix(LinearOperator):
 
     def __init__(self, weight: Tensor) -> None:
         check_weight(weight, "weight", dims=(2, 3))
-        self.weight = weight  # as given, with its graph; products are taken without
+        self.weight = weight  # as given, with its graph; products have no graph
         weight = weight.detach()
         self.shape = (weight.shape[:-1].numel(), weight.shape[-1])
         self.dtype = vector_dtype(weight)
         self.device = weight.device
-        # One matrix is stored by rows or, transposed (Conv1D), by columns; reading it is the same with roles swapped.
+        # A matrix that is stored by columns (Conv1D) is read as its transpose, with matmat and adjoint swapped.
         self._by_columns = weight.ndim == 2 and weight.stride(0) == 1 and weight.stride(1) != 1
         self._rows = weight.mT if self._by_columns else weight
 
@@ -94,7 +94,13 @@ class Matrix(LinearOperator):
         return result.mT
 
     def _pieces(self, dtype: torch.dtype, small: bool = False) -> Iterator[Tensor]:
-        """Yield the stored rows in order: as they lie where that can be multiplied, else converted a few at a time."""
+        """Yield the stored rows in order, in pieces that torch can multiply.
+
+        Args:
+            dtype: The dtype of the pieces. A weight of another dtype or of odd strides is converted a few rows at a
+                time.
+            small: Whether every piece has to be small.
+        """
         for block in self._rows if self._rows.ndim == 3 else (self._rows,):
             fits = block.dtype == dtype and block.stride(1) == 1
             if fits and not small:
@@ -118,8 +124,9 @@ def _times(rows: Tensor, X: Tensor) -> Tensor:
     (Yᵀ @ rows)ᵀ            44-60  29-41  30-38  24-34  17-22  10-13
     ======================  =====  =====  =====  =====  =====  =====
 
-    Hence ``linear`` up to 4 columns here, always the last form in ``_down``, and blocks of 14 columns in the solver:
-    12 to 16 take as long as 8 and need fewer products. From 8 on it does not matter whether X is stored by rows.
+    Hence ``linear`` up to 4 columns here, and always the last form in ``_down``. The solver takes blocks of 14 columns,
+    because 12 to 16 columns take as long as 8 and need fewer products. From 8 columns on, the layout of X does not
+    matter.
     """
     if X.shape[1] <= 4:
         return F.linear(X.mT, rows).mT

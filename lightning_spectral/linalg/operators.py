@@ -1,8 +1,8 @@
-"""Matrix-free linear operators: what a branch of a model is to a solver.
+"""Matrix-free linear operators: the form in which a solver sees a branch of a model.
 
-An operator knows its shape and how to multiply a block of vectors from the left, by itself and by its adjoint.
-Operators hold references to weights and never copy one. :class:`LinearOperator` is abstract; every subclass is final:
-to get another operator, compose the existing ones.
+An operator knows its shape, and multiplies a block of vectors by itself or by its transpose. It holds references to
+weights and never copies a weight. :class:`LinearOperator` is abstract and every subclass is final: a new operator is
+composed of the existing ones.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class LinearOperator(ABC):
         shape: ``(m, n)``.
         dtype: The dtype of the vectors: float64 where a weight is float64, else float32.
         device: Where the vectors live.
-        mesh: The processes that a weight is spread over, all of which then have to take part in every product; ``None``
-            where every process has all weights.
+        mesh: The processes that a weight is spread over. All of them have to take part in every product. ``None`` if
+            every process has all weights.
     """
 
     shape: tuple[int, int]
@@ -63,13 +63,13 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """Form the ``(m, n)`` matrix in float64 on the CPU: for references and small operators."""
+        """Form the ``(m, n)`` matrix in float64 on the CPU, for references and small operators."""
 
     @abstractmethod
     def balanced(self) -> tuple[LinearOperator, int] | None:
         """Take out a power of two, so that products neither overflow nor underflow.
 
-        Reads every weight once, so it is only asked for after a product came out of range.
+        This reads every weight once, so it is called only after a product has left the range of the dtype.
 
         Returns:
             ``(operator, e)`` with ``self = 2**e * operator``, or ``None`` if a weight is NaN or infinite.
@@ -113,7 +113,9 @@ class Diagonal(LinearOperator):
 
 @final
 class Gather(LinearOperator):
-    """Row selection: row i of the result is row ``index[i]`` of the input. Repeats a key/value head to its query heads.
+    """Row selection: row i of the result is row ``index[i]`` of the input.
+
+    Grouped-query attention repeats a value head to its query heads this way.
 
     Args:
         index: ``(m,)``, integers in ``[0, n)``; may repeat.
@@ -167,7 +169,7 @@ class Scaled(LinearOperator):
         self.mesh = operator.mesh
 
     def matmat(self, X: Tensor) -> Tensor:
-        """Scale, then multiply: a factor that balances a huge weight must come before it."""
+        """Scale, then multiply: in this order a small factor keeps a huge weight from overflowing."""
         return self.operator.matmat(X * self._value)
 
     def adjoint(self, Y: Tensor) -> Tensor:
@@ -216,7 +218,7 @@ class Adjoint(LinearOperator):
 
 @final
 class Product(LinearOperator):
-    """A chain of operators, applied right to left: ``Product(A, B).matmat(x) = A(B x)``. The product is never formed.
+    """A chain of operators, applied from right to left: ``Product(A, B).matmat(x) = A(B x)``. It is never formed.
 
     Args:
         operators: The factors, leftmost first.
@@ -252,7 +254,7 @@ class Product(LinearOperator):
         return Y
 
     def dense(self) -> Tensor:
-        """Multiply the dense factors; sharded ones are never formed."""
+        """Multiply the dense factors. With sharded factors, multiply unit vectors instead."""
         if self.mesh is not None:
             return dense_by_columns(self)
         result = self.operators[0].dense()
@@ -270,11 +272,11 @@ class Product(LinearOperator):
 
 
 def check_weight(weight: Tensor, word: str, *, dims: tuple[int, ...]) -> None:
-    """Refuse what has no numbers to multiply with.
+    """Raise for a tensor that has no numbers to multiply with.
 
     Args:
         weight: The tensor.
-        word: What to call it in the message.
+        word: Its name in the message.
         dims: Accepted numbers of dimensions.
 
     Raises:
@@ -301,7 +303,10 @@ def dense_by_columns(operator: LinearOperator) -> Tensor:
 
 
 def largest_mesh(operators: Iterable[LinearOperator]) -> DeviceMesh | None:
-    """Return the mesh of most processes; sharding around tensor parallelism makes one that contains the other."""
+    """Return the mesh with the most processes.
+
+    With sharding around tensor parallelism, the meshes of two operators differ, and the larger one contains the other.
+    """
     meshes = [operator.mesh for operator in operators if operator.mesh is not None]
     return max(meshes, key=lambda mesh: mesh.size(), default=None)
 
@@ -318,6 +323,6 @@ def balanced_by_largest(operator: LinearOperator, largest: float) -> tuple[Linea
     # The scale, and a vector multiplied by it, must stay normal numbers: 2**±126 in float32, 2**±1022 in float64.
     limit = 1000 if operator.dtype == torch.float64 else 120
     if largest == 0:
-        return operator, -limit  # any power of two is right, and the smallest does not hide the other terms of a sum
+        return operator, -limit  # every exponent is right for 0, but a large one would drown other terms of a sum
     exponent = max(-limit, min(limit, math.frexp(largest)[1]))
     return (Scaled(operator, math.ldexp(1.0, -exponent)), exponent) if exponent else (operator, 0)

@@ -1,4 +1,4 @@
-"""A solver as a user names it: an object, or a word."""
+"""Choose a solver by an object or by a word."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SolverChoice = Solver | Literal["randomized", "exact"] | None
 
 
 def solver_named(solver: Any, default: Solver | None = None) -> Solver:
-    """Return the solver that was asked for.
+    """Return the chosen solver.
 
     Args:
         solver: A solver, ``"randomized"``, ``"exact"`` or ``None``.
-        default: What ``None`` stands for; a :class:`RandomizedSVD` by default.
+        default: The solver for ``None``; a :class:`RandomizedSVD` by default.
 
     Raises:
-        ConfigurationError: It is something else.
+        ConfigurationError: ``solver`` is no solver and no such word.
     """
     if solver is None:
         return default or RandomizedSVD()

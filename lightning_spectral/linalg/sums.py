@@ -52,7 +52,7 @@ class Sum(LinearOperator):
         return total
 
     def dense(self) -> Tensor:
-        """Add the dense terms; sharded ones are never formed."""
+        """Add the dense terms. With sharded terms, multiply unit vectors instead."""
         if self.mesh is not None:
             return dense_by_columns(self)
         total = self.operators[0].dense()
@@ -61,7 +61,7 @@ class Sum(LinearOperator):
         return total
 
     def balanced(self) -> tuple[LinearOperator, int] | None:
-        """Take out the power of two of the largest term."""
+        """Take out the power of two of the largest term; the other terms are scaled down to it."""
         terms = [operator.balanced() for operator in self.operators]
         found = [term for term in terms if term is not None]
         if len(found) < len(terms):

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_spectral.discovery.attempts import passed, recorded
 from lightning_spectral.discovery.chains.recipes import attribute_path
-from lightning_spectral.discovery.find import passed, recorded
 from lightning_spectral.discovery.structure.residual import ResidualAdd, Term, residual_adds
 from lightning_spectral.discovery.trace.probe import Prober
 from lightning_spectral.discovery.trace.replay import execute

@@ -1,3 +1,3 @@
-"""The user's code runs here: listened to where it runs anyway, or run aside so that nothing of it is left."""
+"""The user's code runs here: listened to in a run, or run aside so that it leaves no trace."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""The tensors among the arguments and the results of an operation, and those that it writes to."""
+"""The tensors among the arguments and results of an operation, and the tensors that it writes to."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def written_tensors(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any
 
 @cache
 def _write_positions(function: Any) -> tuple[tuple[int, str], ...]:
+    """Return position and name of each argument that an operation writes to; an impossible position if keyword-only."""
     return tuple(
         (len(function._schema.arguments) if argument.kwarg_only else position, argument.name)
         for position, argument in enumerate(function._schema.arguments)

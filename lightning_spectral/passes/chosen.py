@@ -1,4 +1,4 @@
-"""Of several forward passes through one block, the one whose numbers count."""
+"""Choose, of several forward passes through one block, the pass whose numbers count."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ __all__ = ["Passes"]
 
 
 class Passes:
-    """Keeps numbers by the index of a block: those of the last pass, or of the last one that trained.
+    """Keeps numbers by the index of a block: of the last pass, or of the last pass that trained.
 
-    A training step may run a model many times: to decode, for a target, for a metric, in two views, and once more where
-    activations are recomputed. What trained is what the backward pass goes through.
+    A training step may run a model many times: to decode, for a target, for a metric, in two views, and once more to
+    recompute activations. A pass trained if the backward pass goes through it.
 
     Args:
-        training: Whether only passes that train count. Where nothing in a block can be trained, any pass with a graph
-            around it counts; a pass without grad mode never does.
+        training: Whether only passes that train count. For a block without trainable parameters, any pass in grad mode
+            counts. A pass outside of grad mode never counts.
     """
 
     def __init__(self, *, training: bool = False) -> None:
         self.training = training
         self._count = 0
-        self._counting: dict[int, tuple[int, Tensor]] = {}  # the number of the pass, and what was seen in it
+        self._counting: dict[int, tuple[int, Tensor]] = {}  # the number of the pass, and its numbers
         self._frozen: dict[int, Tensor] = {}
 
     @property
     def listens(self) -> bool:
-        """Whether a pass that runs now may count."""
+        """Whether a pass that runs now can count."""
         return torch.is_grad_enabled() or not self.training
 
     @property
     def numbers(self) -> dict[int, Tensor]:
-        """What was seen, by the index of the block."""
+        """The numbers of the passes that count, by the index of the block."""
         return self._frozen | {index: numbers for index, (_, numbers) in self._counting.items()}
 
     def trained(self, index: int) -> bool:
-        """Whether the numbers of a block are of a pass that has trained."""
+        """Whether the numbers of a block come from a pass that trained."""
         return index in self._counting
 
     def note(self, index: int, output: Tensor, numbers: Tensor) -> None:
-        """Take what was seen in a pass.
+        """Note the numbers of a pass through a block. They count now, or once the backward pass arrives.
 
         Args:
-            index: Of the block.
-            output: What the block, or the last of its branches, has returned.
-            numbers: What is known of it.
+            index: The index of the block.
+            output: The output of the block, or of its last branch.
+            numbers: The numbers.
         """
         self._count += 1
         if not self.training:
@@ -56,9 +56,10 @@ class Passes:
         elif not output.requires_grad:
             self._frozen[index] = numbers
         elif output.grad_fn is not None:
-            # On the node and not on the tensor, which a user may want to pickle.
+            # A hook on the tensor would keep a user from pickling it; a hook on the node does not.
             output.grad_fn.register_prehook(partial(self._went_through, index, self._count, numbers))
 
     def _went_through(self, index: int, count: int, numbers: Tensor, _: Any) -> None:
+        """Count a pass that the backward pass went through, unless a later one has trained."""
         if count > self._counting.get(index, (0,))[0]:
             self._counting[index] = count, numbers

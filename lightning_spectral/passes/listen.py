@@ -1,9 +1,10 @@
-"""Hear what modules are called with and what they return, without a hook in them.
+"""Hear the arguments and results of module calls, without hooks.
 
-A hook belongs to its module. It is copied and pickled with it, it switches the fused kernels of
-``nn.TransformerEncoder`` off, and code is compiled anew for it. ``nn.Module.__call__`` has another door: what stands in
-the attribute ``_compiled_call_impl`` of a module is called in its place. Only ``nn.Module.compile`` uses it, modules
-leave it behind when they are copied or pickled, and compiled code never goes through the one of a module inside it.
+A hook belongs to its module: it is copied and pickled with the module, it switches off the fused kernels of
+``nn.TransformerEncoder``, and compiled code is compiled again because of it. ``nn.Module.__call__`` has another door.
+If a module has the attribute ``_compiled_call_impl``, that is called instead of the module. Only ``nn.Module.compile``
+uses this attribute. Copies and pickles of a module do not have it, and compiled code does not look at the attribute of
+a module inside it.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ __all__ = ["Hear", "Listener", "compiled_call", "listen", "stop_listening"]
 _DOOR = "_compiled_call_impl"
 
 Hear = Callable[[nn.Module, Callable[[], Any], tuple[Any, ...], dict[str, Any]], Any]
-"""Gets a module, its call, and the arguments; makes the call and returns what the call returned."""
+"""Takes a module, its call and the arguments; makes the call and returns its result."""
 
 
 class Listener:
-    """Stands in front of a module. A copy of it is ``None``: what hears a module does not hear its copies.
+    """Stands in front of a module. Copies of a listener are ``None``, so a listener does not hear copies of its module.
 
     Args:
         module: The module.
-        hear: What is called in its place.
+        hear: Is called in place of the module.
     """
 
     def __init__(self, module: nn.Module, hear: Hear) -> None:
@@ -39,8 +40,8 @@ class Listener:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
-        # A shallow copy, such as the replicas of nn.DataParallel, has the attributes of the module. It is no part of
-        # the model, and has to run its own code.
+        # A shallow copy of the module, such as a replica of nn.DataParallel, has this listener, too. The copy is not
+        # part of the model and has to run its own code.
         caller = sys._getframe(1).f_locals.get("self")
         if isinstance(caller, nn.Module) and caller is not self._module:
             return caller._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -50,7 +51,7 @@ class Listener:
         return self._hear(self._module, lambda: call(*args, **kwargs), args, kwargs)
 
     def stop(self) -> None:
-        """Step aside, wherever in a row of listeners this one stands."""
+        """Stop listening. Several listeners may stand in a row; stopped ones leave it from the front."""
         self.stopped = True
         front = vars(self._module).get(_DOOR)
         while isinstance(front, Listener) and front.stopped:
@@ -60,10 +61,10 @@ class Listener:
             delattr(self._module, _DOOR)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Return nothing, which is what stands in front of a module by default."""
+        """Return ``None``: no listener stands in front of a copy."""
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        """Become nothing in a pickle."""
+        """Become ``None`` in a pickle."""
         return _nobody, ()
 
 
@@ -72,18 +73,18 @@ def _nobody() -> None:
 
 
 def listen(modules: Iterable[nn.Module], hear: Hear) -> list[Listener]:
-    """Listen to modules, except where that is impossible or would be compiled: then nothing is heard of them."""
+    """Listen to modules. Script modules cannot be listened to and are left out."""
     return [Listener(module, hear) for module in modules if not isinstance(module, torch.jit.ScriptModule)]
 
 
 def stop_listening(listeners: list[Listener]) -> None:
-    """Leave the modules as they were, and the list empty."""
+    """Stop all listeners, and empty the list."""
     while listeners:
         listeners.pop().stop()
 
 
 def compiled_call(module: nn.Module) -> Any:
-    """Return the compiled code of a module that was compiled in place, whether or not it is listened to."""
+    """Return the compiled code of a module that was compiled in place, also behind listeners; else ``None``."""
     door = getattr(module, _DOOR, None)
     while isinstance(door, Listener):
         door = door.behind

@@ -1,3 +1,3 @@
-"""From the residual add of a branch backwards to the stream: the chains of factors that it is linear in."""
+"""From the residual add of a branch backwards to the stream: the chains of factors in which the branch is linear."""
 
 __all__: list[str] = []

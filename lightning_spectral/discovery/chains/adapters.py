@@ -1,4 +1,4 @@
-"""Read a sum of products that multiply one value: a matrix, and the adapters beside it."""
+"""Read a sum of products that multiply one value: a matrix W and the low-rank adapters beside it, W + B₁A₁ + B₂A₂."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ __all__ = ["summed_matrix"]
 def summed_matrix(
     region: Region, prober: Prober, linear: LinearPart, value: int, addends: Sequence[Addend]
 ) -> tuple[WeightProduct, Factor]:
-    """Return the product whose matrix the others are added to, and that matrix with its adapters.
+    """Return the product with the base matrix W, and W as a factor with its adapters.
 
     Args:
         region: The branch.
         prober: Checks that all terms read the same channels.
         linear: Checks that all terms write the same channels.
         value: The sum.
-        addends: Its terms; the first single product without multipliers is the one that the others adapt.
+        addends: Its terms. The first single product without multipliers has the base matrix.
 
     Raises:
         UnmeasurableError: The terms are no matrices that can be added up, or one cannot be read.
@@ -60,7 +60,7 @@ def _is_alike(
     part: Addend,
     chain: Sequence[WeightProduct],
 ) -> bool:
-    """Whether a term reads what the first product reads, and writes its channels in order, position by position."""
+    """Whether a term reads the rows that the first product reads, and adds its channels in order, row by row."""
     channels = tuple(range(region.tape.shape(value)[first.channel]))
     written = (part.links[0].anchor, chain[0].channel)
     readers = [(value, first.channel), *((product.data, product.channel) for product in chain[:-1])]
@@ -75,21 +75,26 @@ def _is_alike(
 
 
 def _reads_alike(region: Region, prober: Prober, first: WeightProduct, second: WeightProduct) -> bool:
-    """Whether two products multiply the same rows, which may have been moved in different ways."""
-    # From the nearest value that both come from: further up, other numbers might pick other rows.
+    """Whether two products multiply the same rows, which each may have moved in its own way."""
+    # Compare from the nearest common value on. From a value further up, the moves could depend on other content.
     others = set(moved_values(region.tape, second.data))
     source = next(value for value in moved_values(region.tape, first.data) if value in others)
     return prober.same_rows(region, source, (first.data, first.channel), (second.data, second.channel))
 
 
 def _product(region: Region, link: Route) -> WeightProduct:
+    """Return the product at which a route starts."""
     operation = region.tape.producer(link.anchor)
     assert operation is not None
     return weight_product(region.tape, operation)
 
 
 def _adapter(region: Region, linear: LinearPart, part: Addend, products: Sequence[WeightProduct]) -> tuple[Factor, ...]:
-    """Return the chain of one adapter, multipliers included, the leftmost factor first."""
+    """Return the factors of one adapter, multipliers included, the leftmost factor first.
+
+    Raises:
+        UnmeasurableError: The adapter has a gain per channel, stacked matrices, or several matrices side by side.
+    """
     chain: list[Factor] = []
     for position, (link, product) in enumerate(zip(part.links, products, strict=True)):
         multipliers = tuple(multiplier_factors(region.tape, link.multipliers))

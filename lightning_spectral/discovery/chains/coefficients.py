@@ -1,4 +1,15 @@
-"""Hold the products of factors against the linear part of a branch: their sum has to be what the branch does."""
+"""Compare the products of the found factors with the linear part of the branch, and solve for their coefficients.
+
+The linear part L of a branch maps the same vector u at every token to a row of ``Y``. Factors were read off the tape as
+paths with products M₁ … M_p. At each token t there must be coefficients with L(u)ₜ = Σᵢ cₜᵢ Mᵢ u. Stack k vectors::
+
+                    tokens                     paths          tokens
+              ┌             ┐            ┌             ┐   ┌         ┐
+    k · width │      Y      │  =  k·width│   Mᵢ u_j    │ · │    C    │ paths
+              └             ┘            └             ┘   └         ┘
+
+With k · width ≥ 2p the system is overdetermined, so a factor that is missing, permuted or wrong leaves a residual.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +26,23 @@ from lightning_spectral.records import Factor, Path
 
 __all__ = ["agreed_paths"]
 
-_TOLERANCE = 1e-5
-_ZERO = 1e-4
+_TOLERANCE = 1e-5  # of the residual, relative
+_ZERO = 1e-4  # smaller coefficients count as zero: the token does not take this path
 _MOST_VECTORS = 8
 _NORMS = ("inner_norm", "post_norm")
 
 
 def agreed_paths(linear: LinearPart, prober: Prober, paths: Sequence[Path]) -> tuple[Path, ...]:
-    """Return the paths with the numbers by which the branch multiplies them, checked on random vectors.
+    """Return the paths, each with the number by which the branch multiplies it, checked on random vectors.
 
-    The linear part of the branch makes y = Σᵢ cᵢ Mᵢ u of a vector u. For a branch that every token takes as a whole,
-    the cᵢ are one set of numbers for all tokens: minus signs, terms that are added twice and means over parts are in
-    them. For experts, each cᵢ is 0 at the tokens of others.
+    The linear part of the branch makes y = Σᵢ cᵢ Mᵢ u of a vector u. In a dense branch the cᵢ are the same at all
+    tokens; they contain minus signs, terms that are added twice, and means over parts. In a mixture of experts, cᵢ is 0
+    at tokens that another expert takes.
 
     Args:
         linear: The linear part of the branch.
         prober: Remembers the numbers of each program.
-        paths: The paths; those without an expert are added up.
+        paths: The paths. Paths without an expert are added up.
 
     Raises:
         UnmeasurableError: The sum of the products is not what the branch does.
@@ -46,16 +57,19 @@ def agreed_paths(linear: LinearPart, prober: Prober, paths: Sequence[Path]) -> t
 
 
 def _times(path: Path, number: float, count: int) -> Path:
+    """Return a path multiplied by a number, one of ``count`` paths."""
     if abs(number - 1) <= _TOLERANCE:
         return path
     factor = Factor("scale", None, constant=number)
     if any(item.role in _NORMS for item in path.factors):
-        # What stands right of a norm matters beside other terms only; what stands left of it was read off the tape.
+        # A number left of the norm was already read off the tape. A number right of the norm cancels in a single path,
+        # and only weighs the terms of a sum against each other.
         return path if count == 1 else replace(path, factors=(*path.factors, factor))
     return replace(path, factors=(factor, *path.factors))
 
 
 def _coefficients(linear: LinearPart, prober: Prober, paths: Sequence[Path]) -> list[float] | str:
+    """Return one number per path, 1 for paths of experts that did not run; or the reason why there are none."""
     known = [place for place, path in enumerate(paths) if linear.knows(path.factors)]
     chosen = [number for number, place in enumerate(known) if paths[place].expert not in (None, "shared")]
     result = [1.0] * len(paths)
@@ -78,7 +92,7 @@ def _coefficients(linear: LinearPart, prober: Prober, paths: Sequence[Path]) -> 
 def _equations(
     linear: LinearPart, channel: int, chains: Sequence[tuple[Factor, ...]], count: int
 ) -> tuple[Tensor, Tensor]:
-    """Return what the branch makes of some vectors at every token, and what each product makes of them.
+    """Return Y, what the branch makes of some vectors at every token, and what each product makes of them.
 
     Returns:
         ``(vectors · width, tokens)`` and ``(vectors · width, chains)``.
@@ -98,11 +112,11 @@ def _equations(
 
 
 def _solved(y: Tensor, products: Tensor) -> Tensor | str:
-    """Solve Y = M C for the coefficients C, ``(paths, tokens)``."""
-    y = y[:, (y != 0).any(0)]
+    """Solve Y = M C for the coefficients C, ``(paths, tokens)``, or return why there is no solution."""
+    y = y[:, (y != 0).any(0)]  # zero tokens (padding, no expert) give no equation
     if not y.numel():
         return "nothing of the stream reaches its end when activations and gates are left out"
-    # The solution of smallest size, where two products are alike.
+    # gelsd: where two products are equal (tied experts), the solution of smallest norm.
     numbers: Tensor = torch.linalg.lstsq(products, y, driver="gelsd").solution
     if not bool((products @ numbers - y).abs().max() <= _TOLERANCE * y.abs().max()):
         return "the product of its matrices is not what it does when its activations and gates are left out"
@@ -110,7 +124,12 @@ def _solved(y: Tensor, products: Tensor) -> Tensor | str:
 
 
 def _one_each(numbers: Tensor, chosen: Sequence[int]) -> list[float] | str:
-    """Return one coefficient for each path, the same at every token that the path reaches."""
+    """Return one coefficient per path, or the reason why its coefficient is not the same at all tokens it reaches.
+
+    Args:
+        numbers: ``(paths, tokens)``.
+        chosen: The rows whose path the data chooses: experts.
+    """
     reached = numbers.abs() > _ZERO
     largest = [float(row[row.abs().argmax()]) for row in numbers]
     for row, fed, number in zip(numbers, reached, largest, strict=True):
@@ -119,7 +138,7 @@ def _one_each(numbers: Tensor, chosen: Sequence[int]) -> list[float] | str:
     summed = [place for place in range(len(numbers)) if place not in chosen]
     if not all(bool(reached[place].any()) for place in summed):
         return "a part of it cancels when its activations and gates are left out"
-    # At the ends of a sequence a term may be missing; at most tokens none is.
+    # At the ends of a sequence a term may be missing (a shifted token), but not at half of the tokens.
     if summed and float(reached[summed].all(0).double().mean()) < 0.5:
         return "different tokens take different ways through it"
     return [number if abs(number) > _ZERO else 1.0 for number in largest]

@@ -1,4 +1,11 @@
-"""Extend the chains of the experts that ran on the example batch to all experts of a mixture."""
+"""Extend the chains of the experts that ran on the example batch to all experts of a mixture.
+
+Which experts run depends on the batch, but all have to be measured. Experts are stored in one of three ways::
+
+    batched    w1: (experts, d, h)      one product for all: ("stack",) in the layout stands for the expert
+    picked     w1: (experts, d, h)      w1[3] for each expert that runs: ("select", 0, 3) in the layout
+    listed     experts.3.w1             an entry of a list for a whole expert, or a list for each matrix (w1.3, w2.3)
+"""
 
 from __future__ import annotations
 
@@ -17,7 +24,8 @@ from lightning_spectral.weights.paths import common_parts, resolve
 __all__ = ["with_all_experts"]
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-# For each matrix of a chain, the component of its path that numbers the expert; −1 for one that all experts share.
+# For each matrix of a chain, the index of the path component that numbers the expert; −1 for a shared matrix.
+# In "layers.0.experts.3.w1" that is 3.
 Level = tuple[int, ...]
 
 
@@ -26,10 +34,8 @@ def with_all_experts(
 ) -> tuple[Path, ...]:
     """Return one path per chain, and per expert where the data chooses between chains.
 
-    Chains that every token takes are added up. A chain that the data chooses is that of an expert: which experts run
-    depends on the batch, and all are measured. Experts lie in one of three ways: stacked along dimension 0 of a
-    parameter and multiplied in one batched product, stacked and picked one by one, or in lists, one for whole experts
-    or one for each of their matrices.
+    Chains that every token takes are added up. A chain that the data chooses belongs to an expert, and stands for all
+    experts that are stored beside it.
 
     Args:
         modules: The modules of the model by path.
@@ -49,7 +55,7 @@ def with_all_experts(
     known: set[Chain] = set()
     shared: list[Path] = []
     for chain in chains:
-        if chain.factors in known:
+        if chain.factors in known:  # an expert that another expert's family already has
             continue
         family = _stacked(modules, chain.factors)
         if chain.selective and not family:
@@ -67,10 +73,10 @@ def with_all_experts(
 
 
 def _as_they_ran(found: Iterable[Path], chosen: Sequence[Chain]) -> list[Path]:
-    """Drop chains that were made after another expert's, of experts that ran and are built otherwise.
+    """Drop chains that were copied from another expert's chain, for experts that ran with a different chain.
 
     Raises:
-        UnmeasurableError: There are some, and experts that did not run: how these are built is not known.
+        UnmeasurableError: Experts are built differently, and some did not run: their chains are unknown.
     """
     ran, seen = set(chosen), {_matrices(chain) for chain in chosen}
     made = [path for path in found if path.factors not in ran]
@@ -82,16 +88,17 @@ def _as_they_ran(found: Iterable[Path], chosen: Sequence[Chain]) -> list[Path]:
 
 
 def _matrices(chain: Chain) -> tuple[Factor, ...]:
+    """Return the matrices of a chain, without gains and numbers: they identify the expert."""
     return tuple(factor for factor in chain if factor.role in MATRICES)
 
 
 def _make(chain: Chain) -> tuple[int, ...]:
-    """Return how deep in the model each matrix lies: the same for experts of one list."""
+    """Return the depth of each matrix in the model: equal for experts of one list."""
     return tuple(name.count(".") for name in _matrix_names(chain))
 
 
 def _stacked(modules: Mapping[str, nn.Module], chain: Chain) -> list[Path]:
-    """Experts along dimension 0 of a parameter, in a batched product or picked by index."""
+    """Return one path per expert for experts along dimension 0 of a parameter, batched or picked; else none."""
     matrices = [factor for factor in chain if factor.role in MATRICES]
     stacks = [factor for factor in matrices if STACK in factor.layout]
     if stacks:
@@ -106,7 +113,14 @@ def _stacked(modules: Mapping[str, nn.Module], chain: Chain) -> list[Path]:
 
 
 def _map_layout(chain: Chain, step: tuple[object, ...], number: int, count: int) -> Chain:
-    """Return the chain of one expert: its entry of the stack, or its share of rows that hold all experts."""
+    """Return the chain of one expert: its entry of each stack, or its share of the rows that hold all experts.
+
+    Args:
+        chain: The chain.
+        step: The step of a layout that picks the expert.
+        number: The number of the expert.
+        count: The number of experts.
+    """
     result = []
     for factor in chain:
         adapters = tuple(_map_layout(adapter, step, number, count) for adapter in factor.adapters)
@@ -136,10 +150,15 @@ def _matrix_names(chain: Chain) -> list[str]:
 
 
 def _levels(modules: Mapping[str, nn.Module], block: str, chosen: Sequence[Chain]) -> list[Level]:
-    """Return where in the paths of their matrices the experts are numbered: several places where lists are nested.
+    """Return the components of the matrices' paths that number the experts; several levels for nested lists.
 
-    The chains are of one make. Experts that ran differ in just these components. Where one expert ran alone, it is
-    numbered by the outermost list inside the block that holds all of its matrices under one key.
+    Several experts that ran differ in exactly these components. A single expert that ran is numbered by the outermost
+    list inside the block that has all of its matrices under one key.
+
+    Args:
+        modules: The modules of the model by path.
+        block: Module path of the block.
+        chosen: The chains of experts that ran. Their matrices lie at equal depths.
     """
     split = [[name.split(".") for name in _matrix_names(chain)] for chain in chosen]
     if not split:
@@ -149,9 +168,11 @@ def _levels(modules: Mapping[str, nn.Module], block: str, chosen: Sequence[Chain
         [depth for depth in range(len(path)) if len({parts[place][depth] for parts in split}) > 1]
         for place, path in enumerate(first)
     ]
+    # Every matrix differs in the same number of components, or in none (a shared matrix): one level per component.
     count = max(map(len, differ))
     if count and all(len(depths) in (0, count) for depths in differ):
         return list(zip(*(depths or [-1] * count for depths in differ), strict=True))
+    # One expert ran: nothing differs. Look for lists between the block and each matrix.
     start = len(block.split(".")) if block else 0
     entries = [
         [depth for depth in range(start, len(path)) if isinstance(modules.get(".".join(path[:depth])), _CONTAINERS)]
@@ -164,7 +185,7 @@ def _levels(modules: Mapping[str, nn.Module], block: str, chosen: Sequence[Chain
 
 
 def _listed(modules: Mapping[str, nn.Module], chain: Chain, levels: Sequence[Level]) -> list[Path]:
-    """Experts in lists inside the block: the entries that are built as the chain's are."""
+    """Return one path per expert for experts in lists: every combination of keys under which all matrices exist."""
     if not levels:
         return []
     chains: list[tuple[tuple[str, ...], Chain]] = [((), chain)]
@@ -178,7 +199,7 @@ def _listed(modules: Mapping[str, nn.Module], chain: Chain, levels: Sequence[Lev
 
 
 def _siblings(modules: Mapping[str, nn.Module], chain: Chain, level: Level) -> Iterator[tuple[str, Chain]]:
-    """Yield the chain with every key that the lists at one level have in common."""
+    """Yield each key that all lists of one level have, and the chain with this key."""
     split = [name.split(".") for name in _matrix_names(chain)]
     heads = {".".join(path[:depth]): path[depth] for path, depth in zip(split, level, strict=True) if depth >= 0}
     keys = [_keys(modules.get(head)) for head in heads]
@@ -194,6 +215,7 @@ def _keys(container: nn.Module | None) -> list[str]:
 
 
 def _moved(factor: Factor, heads: Mapping[str, str], key: str) -> Factor:
+    """Return a factor of another expert: with another key in the lists ``heads``, given with their present keys."""
     adapters = tuple(tuple(_moved(item, heads, key) for item in chain) for chain in factor.adapters)
     factor = replace(factor, adapters=adapters)
     for head, old in heads.items():
@@ -208,10 +230,10 @@ def _moved(factor: Factor, heads: Mapping[str, str], key: str) -> Factor:
 def _check_complete(
     modules: Mapping[str, nn.Module], known: Iterable[Chain], chosen: Iterable[Chain], ran: Collection[str]
 ) -> None:
-    """Refuse a mixture with weights that did not run and belong to no expert that is known.
+    """Refuse a mixture with a weight that did not run and belongs to no known expert.
 
     Raises:
-        UnmeasurableError: There are some, so that the largest norm is not known.
+        UnmeasurableError: There is such a weight, so the largest norm is not known.
     """
     head = ".".join(common_parts(name.rpartition(".")[0] for chain in chosen for name in _matrix_names(chain)))
     owner = modules.get(head)
@@ -228,7 +250,7 @@ def _check_complete(
 
 
 def _is_beside(modules: Mapping[str, nn.Module], head: str, name: str, known: Collection[tuple[str, ...]]) -> bool:
-    """Whether a weight stands beside known ones and is no expert: the gate of an expert that did not run."""
+    """Whether a weight beside known weights is no expert, such as the gate inside an expert that did not run."""
     parts, start = name.split("."), len(head.split(".")) if head else 0
     depth = next(depth for depth in range(start, len(parts)) if tuple(parts[: depth + 1]) not in known)
     single = depth == len(parts) - 2  # a layer

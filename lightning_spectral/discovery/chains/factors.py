@@ -1,4 +1,8 @@
-"""Turn the linear routes of a branch into chains of factors, read off a recorded forward pass."""
+"""Turn the linear routes of a branch into chains of factors, read off a recorded forward pass.
+
+The walk goes from the end of the branch to the stream, from anchor to anchor. A chain lists its factors in the order of
+the matrix product, so in the order of the walk: [output, value, pre_norm] is output · value · diag(pre_norm).
+"""
 
 from __future__ import annotations
 
@@ -34,13 +38,13 @@ _MAX_CHAINS = 4096
 
 
 class FoundChain(NamedTuple):
-    """One chain of factors, the one nearest the site first.
+    """One chain of factors, the factor nearest the site first.
 
     Attributes:
         factors: The chain.
-        selective: Whether the data chooses what goes this way: the chain of an expert.
-        mixes: Whether it leads through an attention pattern.
-        bends: Whether an activation or a gate stands between two of its matrices.
+        selective: Whether the data chooses the tokens of this chain: an expert.
+        mixes: Whether the chain leads through an attention pattern.
+        bends: Whether an activation or a gate stands between two matrices of the chain.
     """
 
     factors: Chain
@@ -50,7 +54,7 @@ class FoundChain(NamedTuple):
 
 
 def chains(linear: LinearPart, prober: Prober, kind: BranchKind) -> tuple[FoundChain, ...]:
-    """Return the chains of factors of one branch, which are added up, or alternatives where the data chooses.
+    """Return the chains of factors of one branch. Chains are added up; chains that the data chooses are alternatives.
 
     Args:
         linear: The linear part of the branch.
@@ -58,7 +62,7 @@ def chains(linear: LinearPart, prober: Prober, kind: BranchKind) -> tuple[FoundC
         kind: The kind of the branch, which names the roles.
 
     Returns:
-        One chain per way from the branch output to the stream: one for a dense branch, one per expert that ran.
+        One chain per way from the branch output to the stream: usually 1 for a dense branch, 1 per expert that ran.
 
     Raises:
         UnmeasurableError: Where the branch is not a sum of products of its parameters; the message says why.
@@ -78,7 +82,7 @@ def chains(linear: LinearPart, prober: Prober, kind: BranchKind) -> tuple[FoundC
 
 
 def kind_of(chain: FoundChain | _Inner, kind: BranchKind) -> BranchKind:
-    """Return the kind of one chain of a branch: an MLP can lie beside attention, in front of one output matrix."""
+    """Return the kind of one chain. A parallel block can have one output matrix for attention and an MLP together."""
     return "mlp" if kind == "attention" and chain.bends and not chain.mixes else kind
 
 
@@ -88,10 +92,15 @@ def merged(chain: Chain) -> Chain:
 
 
 class _Inner(NamedTuple):
-    """A chain from the stream to a value, and the part of the reader's channels that it feeds (``None`` for all).
+    """A chain from the stream to a value, while the walk is on its way.
 
-    ``bent`` tells whether an activation or a gate stands behind its last matrix, ``bends`` whether one did further
-    inside.
+    Attributes:
+        factors: The factors so far, the last one first.
+        selective: Whether the data chooses the tokens of this chain.
+        columns: The channels of the reader that the chain feeds, ``None`` for all.
+        mixes: Whether the chain leads through an attention pattern.
+        bends: Whether an activation or a gate stands between two matrices of the chain.
+        bent: Whether one stands behind the last matrix so far. The next matrix turns it into ``bends``.
     """
 
     factors: Chain
@@ -113,15 +122,25 @@ class _Walker:
     router: Router
 
     def chains_to(self, value: int, reader: Reader) -> Iterator[_Inner]:
-        """Yield the chains of factors that end at a value, the last factor first."""
+        """Yield the chains of factors from the stream to a value, as the reader of the value sees them.
+
+        Args:
+            value: The value.
+            reader: The product that reads the value next, or the end of the branch.
+        """
         routes = self.router.routes(value)
+        # Attention and an MLP that enter one matrix: while one of them is read, the other one is held at zero.
         apart = len({route.kind == "mixing" for route in routes}) > 1 and self.linear.mixes_tokens
         for route in routes:
             own = replace(reader, held=(*reader.held, *self._beside(route, routes, value))) if apart else reader
             yield from self._along(route, own)
 
     def _beside(self, route: Route, routes: Sequence[Route], value: int) -> Iterator[int]:
-        """Yield values on other ways to a value: attention and an MLP can share the matrix at their beginning."""
+        """Yield values to hold at zero so that only the given route feeds a value.
+
+        For an MLP these are the attention products. For attention they are all values of the MLP that the attention
+        product neither feeds nor reads; both can begin with one fused matrix.
+        """
         if route.kind != "mixing":
             yield from (other.anchor for other in routes if other.kind == "mixing")
             return
@@ -131,7 +150,9 @@ class _Walker:
                 yield item
 
     def _along(self, route: Route, reader: Reader) -> Iterator[_Inner]:
+        """Yield the chains that end with one route."""
         if route.kind == "stream":
+            # The chain is complete. The caller keeps chains with at least one matrix.
             yield _Inner(self._multipliers(route, reader, None), route.selective, bent=not route.is_linear)
             return
         operation = self.tape.producer(route.anchor)
@@ -143,7 +164,7 @@ class _Walker:
             yield inner._replace(factors=(*before, *inner.factors), selective=selective, bent=bent)
 
     def _multipliers(self, route: Route, reader: Reader, columns: Columns | None) -> Chain:
-        """Return the multipliers of a route as factors, gains in the order of the channels that are read next."""
+        """Return the multipliers of a route as factors, the entries of gains in the order of the reader's channels."""
         found = []
         for multiplier in route.multipliers:
             for factor in multiplier_factors(self.tape, (multiplier,), by_head=True):
@@ -155,6 +176,7 @@ class _Walker:
         return tuple(found)
 
     def _through(self, route: Route, operation: Operation, reader: Reader) -> Iterator[_Inner]:
+        """Yield the chains that end with the anchor of a route."""
         if route.kind == "mixing":
             carrier = self.router.steps.carrier(route.anchor)
             if self.linear.mixes_tokens:
@@ -170,16 +192,20 @@ class _Walker:
             yield from self._through_matrix(route, product, matrix_factor(self.tape, product), reader)
 
     def _through_sum(self, route: Route, reader: Reader) -> Iterator[_Inner]:
+        """Yield the chains through a sum of products: one chain for a matrix with adapters, else one per term."""
         addends = self.router.sums[route.anchor]
         try:
             product, matrix = summed_matrix(self.region, self.prober, self.linear, route.anchor, addends)
-        except UnmeasurableError:  # no matrix with adapters: terms that are added up
+        except UnmeasurableError:  # not one matrix with adapters
             for addend in addends:
                 yield from self._along(addend.links[0], reader)
             return
         yield from self._through_matrix(route, product, matrix, reader)
 
     def _through_matrix(self, route: Route, product: WeightProduct, matrix: Factor, reader: Reader) -> Iterator[_Inner]:
+        """Yield the chains through a matrix, of which the reader sees some rows and each inner chain feeds columns."""
+        # `columns` are the columns of the reader that these rows feed; the reader's matrix is cut to them further out.
+        # `inner.columns` are the columns of this matrix that an inner chain feeds; this matrix is cut to them here.
         rows, columns = rows_read(self.linear, product, route.anchor, reader)
         matrix = replace(matrix, rows=rows)
         for inner in self.chains_to(product.data, Reader.of(product)):
@@ -189,13 +215,14 @@ class _Walker:
             yield inner._replace(factors=factors, columns=columns, bends=bends, bent=False)
 
     def _through_norm(self, route: Route, operation: Operation, reader: Reader) -> Iterator[_Inner]:
+        """Yield the chains through a norm: its gain, and what stands before it unless that is the stream."""
         step = self.router.steps.step(route.anchor)
         (source,) = step.sources
         norm = self._norm(route, operation, reader)
         if step.multiplier != 1.0:
             norm = (*multiplier_factors(self.tape, (step.multiplier,)), *norm)
         if self._is_of_stream(source):
-            # Nothing but the stream stands before the norm, and the norm removes the scale of that.
+            # The norm removes every number that multiplies the stream before it, so the chain ends here.
             yield _Inner(norm)
             return
         for inner in self.chains_to(source, reader):
@@ -204,12 +231,14 @@ class _Walker:
             yield inner._replace(factors=(*norm, *inner.factors))
 
     def _norm(self, route: Route, operation: Operation, reader: Reader) -> Chain:
-        """Return a norm as a factor, its gain in the order of the channels that are read next."""
+        """Return a norm as a factor, its gain in the order of the reader's channels."""
         gain = norm_gain(operation) if is_norm(operation) else None
         channel = norm_channel(self.tape, operation)
         size = self.tape.shape(route.anchor)[channel]
         found = tuple(multiplier_factors(self.tape, () if gain is None else (gain,)))
         factor = replace(found[0], size=size) if found else Factor("scale", None, size=size)
+        # A norm divides by a size that all channels share. So it must be read as a whole, each channel equally often;
+        # repeated channels are heads that several query heads read.
         order = self.linear.channels((route.anchor, channel), reader.target)
         if order is None or any(order.count(place) != order.count(0) for place in range(size)):
             raise UnmeasurableError("a norm is read in part, or its channels are mixed afterwards")
@@ -224,7 +253,7 @@ class _Walker:
         return (replace(factor, role="inner_norm"),)
 
     def _is_of_stream(self, value: int) -> bool:
-        """Whether a value is the stream, or the norm of the stream, with numbers that multiply it."""
+        """Whether a value is the stream times a number, up to norms: no matrix and no gain stands before it."""
         for route in self.router.routes(value):
             if route.kind in ("product", "sum", "mixing"):
                 return False
@@ -236,12 +265,16 @@ class _Walker:
 
 
 def _ordered(gain: Factor, order: tuple[int, ...] | None, columns: Columns | None) -> Factor:
-    """Return a gain with its entries in the order of the channels that are read next.
+    """Return a gain with its entries in the order of the reader's channels.
 
     Args:
         gain: The gain.
-        order: For each of these channels the number of the entry, −1 for none; ``None`` where there are several.
-        columns: The channels that are fed, ``None`` for all.
+        order: The number of the gain's entry for each channel of the reader, −1 for no entry; ``None`` where several
+            entries multiply one channel.
+        columns: The channels of the reader that are fed, ``None`` for all.
+
+    Raises:
+        UnmeasurableError: Some channel has no entry, or several.
     """
     if order is not None and columns is not None:
         order = tuple(order[place] for place in columns)
@@ -253,7 +286,7 @@ def _ordered(gain: Factor, order: tuple[int, ...] | None, columns: Columns | Non
 
 
 def _merged_constants(chain: Chain) -> Chain:
-    """Multiply the numbers between two norms into one, in front of what they multiply: they commute with matrices."""
+    """Multiply the numbers between two norms into one number: numbers commute with matrices, but not with norms."""
     result: list[Factor] = []
     segment: list[Factor] = []
     number = 1.0
@@ -266,6 +299,7 @@ def _merged_constants(chain: Chain) -> Chain:
         segment.clear()
         number = 1.0
 
+    # [0.5, W, 2, V, norm, 3] becomes [W, V, norm, 3]: 0.5 · 2 commutes with W and V, and 3 stands behind the norm.
     for factor in chain:
         if factor.role == "scale" and factor.parameter is None:
             number *= factor.constant
@@ -278,7 +312,11 @@ def _merged_constants(chain: Chain) -> Chain:
 
 
 def _with_roles(chain: Chain, kind: BranchKind) -> Chain:
-    """Name the matrices by their place: output and value for attention, down and up for an MLP."""
+    """Name the matrices by their place: output and value for attention, down and up for an MLP.
+
+    A chain of more than two matrices has ``latent`` matrices behind these two (MLA). A norm left of the first matrix is
+    ``post_norm``, a norm right of the last one ``pre_norm``, and a norm in between stays ``inner_norm``.
+    """
     matrices = [position for position, factor in enumerate(chain) if factor.role == "latent"]
     names: tuple[FactorRole, FactorRole] = ("output", "value") if kind == "attention" else ("down", "up")
     roles = dict(zip(matrices, names, strict=False))
@@ -295,7 +333,10 @@ def _with_roles(chain: Chain, kind: BranchKind) -> Chain:
 
 
 def _norm_in_front(chain: Chain, position: int, last: int) -> FactorRole:
-    """Return the role of a norm right of the first matrix: in front of the branch, unless it normalizes a gain."""
+    """Return the role of a norm right of the first matrix: ``pre_norm`` in front of the branch, else ``inner_norm``.
+
+    A norm with a gain further right normalizes what the gain makes, so it is not in front of the branch.
+    """
     gains = any(factor.role == "scale" and factor.size is not None for factor in chain[position:])
     return "pre_norm" if position > last and not gains else "inner_norm"
 
@@ -305,7 +346,7 @@ def _named(factor: Factor, role: FactorRole) -> Factor:
 
 
 def _merged_norms(chain: Chain) -> Chain:
-    """A gain that is multiplied onto a weightless norm is that norm's gain."""
+    """Write a gain and the norm without weights behind it as one norm with this gain."""
     result: list[Factor] = []
     for factor in chain:
         previous = result[-1] if result else None

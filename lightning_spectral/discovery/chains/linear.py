@@ -1,9 +1,15 @@
-"""Run the linear part of a branch forwards, and hold the products of its factors against it.
+"""Run the linear part of a branch forwards, and compare it with the products of the found factors.
 
-The linear part follows the steps of a branch (``steps``): a product multiplies without its bias, an activation passes
-its input on, a gate the half that it gates, an attention pattern the values, a norm multiplies by its gain. What it
-makes of one vector u, the same at every position, has to be Σᵢ cᵢ Mᵢ u, where the Mᵢ are the products of the factors
-that were found and the cᵢ are numbers. A permutation, a gain or a term that the factors miss shows here.
+The linear part follows the steps of a branch (``steps``):
+
+    product       multiplies without its bias
+    activation    passes its input on
+    gate          passes on the half that it gates
+    attention     passes the values on
+    norm          multiplies by its gain
+
+It maps one vector u, the same at every position, to Σᵢ cᵢ Mᵢ u, where the Mᵢ are the products of the found factors and
+the cᵢ are numbers. If the factors miss a permutation, a gain or a term, the two sides differ (``coefficients``).
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ from lightning_spectral.discovery.trace.operations import (
     Divisor,
     base_name,
     is_attention,
+    is_fused_attention,
     is_norm,
     matrix_operands,
     norm_channels_second,
@@ -41,8 +48,8 @@ class LinearPart:
 
     Args:
         steps: The steps of the branch.
-        mixes_tokens: Whether products of data with data are attention, which passes the values on; else they add up
-            experts, and each counts once.
+        mixes_tokens: Whether products of data with data are attention, which passes the values on. Else such products
+            add up experts, each with the weight 1.
     """
 
     def __init__(self, steps: Steps, *, mixes_tokens: bool) -> None:
@@ -50,16 +57,17 @@ class LinearPart:
         self._outside: dict[int, Tensor] = {}
 
     def run(self, target: int, sources: Mapping[int, Tensor]) -> Tensor:
-        """Return what the linear part makes of some values.
+        """Compute a value by the linear part.
 
         Args:
             target: The value to compute.
-            sources: Content for the values to begin with. The stream, and what is no source, is zero.
+            sources: Content for the values to begin with. The stream is zero unless it is a source.
 
         Raises:
             UnmeasurableError: An operation on the way is no step of a linear map.
         """
         made = {value: self._laid_out(value, content) for value, content in sources.items()}
+        # Values are numbered in the order of execution, so sorting them is a topological order.
         for value in sorted(self._needed(target, sources)):
             if value not in made:
                 made[value] = self._laid_out(value, self._carried(value, self.steps.step(value), made))
@@ -84,18 +92,19 @@ class LinearPart:
     def channels(
         self, source: tuple[int, int], target: tuple[int, ...], held: Iterable[int] = ()
     ) -> tuple[int, ...] | None:
-        """Find which channel of one value each channel of another one comes from.
+        """Find the channel of one value that each channel of another value comes from.
 
-        Channel j of the source holds the number j + 1, and then 1: the quotient is the number, whatever multiplies it.
+        The source is run three times: with 1, with j + 1 and with √(j + 1) in channel j. If target channel i is g times
+        source channel j, the quotients of the second and third run by the first are j + 1 and √(j + 1), whatever g is.
+        A mixture of channels can hit an integer by chance, but not its root as well.
 
         Args:
             source: Value and channel dimension.
             target: Value and channel dimension (several dimensions together form the channels).
-            held: Values on other ways to the target, which count as zero.
+            held: Values on other ways to the target, which are held at zero.
 
         Returns:
-            For each target channel the number of its source channel, −1 where none feeds it; ``None`` where channels
-            are mixed.
+            The source channel of each target channel, −1 where no channel feeds it; ``None`` where channels are mixed.
         """
         value, dimension = source
         ones = torch.ones_like(self.tape.wide(value))
@@ -105,10 +114,10 @@ class LinearPart:
         numbers = torch.arange(1, count + 1, dtype=ones.dtype, device=ones.device)
         shape = [1] * ones.dim()
         shape[dimension] = count
-        # Roots of the numbers, too: a mixture of channels can hit one number by chance, not both.
         contents = (ones, ones * numbers.view(shape), ones * numbers.sqrt().view(shape))
         silent = {item: torch.zeros_like(self.tape.wide(item)) for item in held}
         plain, numbered, rooted = (self._columns({**silent, value: content}, target) for content in contents)
+        # Rows are positions. A channel may be fed at some positions only (a shifted token), but always from one source.
         fed = plain != 0
         quotients = torch.where(fed, numbered / plain, 0.0)
         roots = torch.where(fed, rooted / plain, 0.0)
@@ -122,15 +131,15 @@ class LinearPart:
         return tuple(int(number) - 1 for number in whole.tolist())
 
     def gain_channels(self, anchor: int, gain: int, target: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Find which entry of a gain multiplies each channel of a value.
+        """Find the entry of a gain that multiplies each channel of a value, by numbering the entries of the gain.
 
         Args:
             anchor: The value at which the way to the target begins.
-            gain: The value of the gain, by which something on this way is multiplied or divided.
+            gain: The value of the gain. A value on the way is multiplied or divided by it.
             target: Value and channel dimensions.
 
         Returns:
-            For each channel the number of the entry, −1 where none multiplies it; ``None`` where several do.
+            The entry of each channel, −1 for no entry; ``None`` where several entries multiply one channel.
         """
         places = self._multiplied_by(anchor, target[0], gain)
         if len(places) != 1:
@@ -150,11 +159,12 @@ class LinearPart:
         return None if float(spread) > 1e-6 else tuple(int(number) - 1 for number in whole.tolist())
 
     def _multiplied_by(self, anchor: int, target: int, gain: int) -> list[int]:
+        """Return the values between an anchor and a target that a gain directly multiplies."""
         operations = ((value, self.tape.producer(value)) for value in sorted(self._needed(target, {anchor})))
         return [value for value, operation in operations if operation is not None and gain in operation.inputs]
 
     def product(self, factors: Sequence[Factor], u: Tensor) -> Tensor:
-        """Multiply a vector by the product of a chain of factors, as their parameters are. Norms count by their gains.
+        """Multiply a vector by the product of a chain of factors. A norm multiplies by its gain.
 
         Args:
             factors: The chain, the factor nearest the site first.
@@ -168,6 +178,7 @@ class LinearPart:
         return u
 
     def _times(self, factor: Factor, u: Tensor) -> Tensor:
+        """Multiply a vector by one factor, with its adapters and its picked rows."""
         assert factor.parameter is not None
         content = arranged(self._fixed(self._values[factor.parameter]), factor.layout)
         rows = None if factor.rows is None else [row for run in factor.rows for row in run]
@@ -180,7 +191,7 @@ class LinearPart:
         return result if rows is None else result[rows]
 
     def knows(self, factors: Iterable[Factor]) -> bool:
-        """Whether all parameters of a chain took part in the pass: those of an idle expert did not."""
+        """Whether all parameters of a chain took part in the pass. The parameters of an idle expert did not."""
         return all(
             item.parameter is None or item.parameter in self._values for factor in factors for item in factor.flat()
         )
@@ -191,12 +202,14 @@ class LinearPart:
         return {attribute_path(name): value for value, name in self.tape.names.items()} | self.tape.attributes
 
     def _columns(self, sources: Mapping[int, Tensor], target: tuple[int, ...]) -> Tensor:
+        """Return a value as ``(positions, channels)``; several dimensions of the target together form the channels."""
         value, *dimensions = target
         result = self.run(value, sources)
         width = math.prod(result.shape[dimension] for dimension in dimensions)
         return result.movedim(dimensions, tuple(range(-len(dimensions), 0))).reshape(-1, width)
 
     def _needed(self, target: int, sources: Container[int]) -> set[int]:
+        """Return the values on the linear ways to a target. The search stops at the sources."""
         seen, queue = {target}, [target]
         while queue:
             value = queue.pop()
@@ -208,11 +221,18 @@ class LinearPart:
         return seen
 
     def _carriers(self, value: int) -> Iterable[int]:
+        """Return the inputs that carry a value in the linear part: the sources of its step, without patterns."""
         step = self.steps.step(value)
         return (self.steps.carrier(value),) if step.kind == "mixing" else step.sources
 
     def _carried(self, value: int, step: Step, made: Mapping[int, Tensor]) -> Tensor:
-        """Return what one step makes."""
+        """Compute one value by its step.
+
+        Args:
+            value: The value.
+            step: Its step.
+            made: The content of the sources of the step.
+        """
         shape = self.tape.shape(value)
         if step.kind in ("stream", "none"):
             return torch.zeros_like(self.tape.wide(value))
@@ -229,6 +249,7 @@ class LinearPart:
         if step.kind == "mixing":
             carrier = self.steps.carrier(value)
             dimension = _token_dim(operation, carrier)
+            # combine weights (tokens, experts) @ outputs (experts, channels): experts are added up
             if not self.mixes_tokens and not is_attention(operation):
                 return made[carrier].sum(dimension, keepdim=True).expand(shape)
             return _spread(made[carrier], dimension, shape)
@@ -237,7 +258,7 @@ class LinearPart:
         return self._executed(operation, value, made)
 
     def _executed(self, operation: Operation, value: int, made: Mapping[int, Tensor]) -> Tensor:
-        """Run an operation that is affine in what it carries, without its constant part."""
+        """Run an operation f that is affine in its carried inputs X, without its constant part: f(X) − f(0)."""
         carried = {item: made[item] for item in operation.inputs if item in made}
         silent = {item: torch.zeros_like(content) for item, content in carried.items()}
         place = operation.outputs.index(value)
@@ -250,7 +271,7 @@ class LinearPart:
         return end(carried) - end(silent)
 
     def _normed(self, operation: Operation, step: Step, content: Tensor) -> Tensor:
-        """Multiply by the gain of a norm. The norm takes out what scaled the stream before it."""
+        """Multiply by the gain of a norm, and divide by the number that scaled the stream before the norm."""
         content = content / self._scalar_before(step.sources[0])
         if not is_norm(operation):
             assert isinstance(step.multiplier, float)
@@ -262,7 +283,7 @@ class LinearPart:
         return content.mul(factor.view(-1, *[1] * (content.dim() - 2)) if norm_channels_second(operation) else factor)
 
     def _scalar_before(self, value: int) -> float:
-        """Return the number that multiplies the stream on its way to a value, 1 where there is more on the way."""
+        """Return the number that multiplies the stream on its way to a value, 1 where the way has other steps."""
         product = 1.0
         while True:
             step = self.steps.step(value)
@@ -276,6 +297,7 @@ class LinearPart:
             product, value = product * multiplier, step.sources[0]
 
     def _number(self, step: Step) -> float | None:
+        """Return the multiplier of a step as a number, ``None`` for zero and for more than one entry."""
         if isinstance(step.multiplier, float):
             return step.multiplier
         divides = isinstance(step.multiplier, Divisor)
@@ -285,15 +307,18 @@ class LinearPart:
         return 1 / float(content) if divides else float(content)
 
     def _fixed(self, value: int) -> Tensor:
-        """Return a value that does not depend on the stream, or is held: with made-up weights where they are mute."""
+        """Return the content of a value outside the linear part, made of made-up weights where weights are mute."""
         if value not in self._outside:
             self._outside[value] = self._computed(value)
         return self._outside[value]
 
     def _computed(self, value: int) -> Tensor:
+        """Return the content of a value, computed again from made-up weights if it is made of mute parameters."""
         tape = self.tape
         if not tape.made_of_parameters(value):
             return tape.wide(value)
+        # Only parameters are replaced. A weight that is made of them is made again, so that both sides of the
+        # comparison use the same made-up numbers.
         if value in tape.names:
             weight = tape.wide(value)
             return made_up(weight) if weight.is_floating_point() and is_mute(weight) else weight
@@ -306,13 +331,16 @@ class LinearPart:
 
 def _token_dim(operation: Operation, carrier: int) -> int:
     """Return the dimension of the carrier that an attention product sums over."""
-    if "attention" in operation.name:
+    if is_fused_attention(operation):
         return -2
     return -2 if carrier == matrix_operands(operation)[1] else -1
 
 
 def _spread(content: Tensor, dimension: int, shape: Sequence[int]) -> Tensor:
-    """Give every position what the positions of a value hold, which is the same at all that hold anything."""
+    """Copy the content of the positions that are not zero, which is the same at all of them, to every position.
+
+    An attention pattern with rows that add up to 1 makes the same of equal values.
+    """
     count = (content != 0).sum(dimension, keepdim=True).clamp(min=1)
     one = content.sum(dimension, keepdim=True) / count
     for place, (have, want) in enumerate(zip(one.shape, shape, strict=True)):

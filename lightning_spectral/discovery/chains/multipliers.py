@@ -1,4 +1,4 @@
-"""Read what multiplies a path: constants, parameters, and gains per channel."""
+"""Turn the multipliers of a path into factors: constants, single parameters, and gains per channel."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def multiplier_factors(tape: Tape, multipliers: Sequence[Multiplier], *, by_head
     Args:
         tape: The recorded forward pass.
         multipliers: Numbers, and values that are made of parameters or are constant.
-        by_head: Whether gains of several dimensions pass, such as one for each head and channel: the caller asks which
-            channel each entry multiplies.
+        by_head: Whether gains of several dimensions are allowed, such as one entry per head and channel. The caller
+            then finds the channel that each entry multiplies.
 
     Raises:
-        UnmeasurableError: A multiplier cannot be read again later, or is no multiplier of whole channels.
+        UnmeasurableError: A multiplier cannot be read again later, or differs between tokens.
     """
     for multiplier in multipliers:
         if isinstance(multiplier, float):
@@ -50,6 +50,7 @@ def multiplier_factors(tape: Tape, multipliers: Sequence[Multiplier], *, by_head
 
 
 def _gain(tape: Tape, value: int, by_head: bool) -> Factor:
+    """Return a multiplier that is made of parameters as a factor."""
     try:
         name, steps = recipe(tape, value)
     except NoRecipeError as error:
@@ -57,7 +58,8 @@ def _gain(tape: Tape, value: int, by_head: bool) -> Factor:
     shape = [size for size in tape.shape(value) if size != 1]
     if len(shape) > 1 and not by_head:
         raise UnmeasurableError("a multiplier on the path differs between tokens")
-    # What a gain is multiplied with does not matter here, only the order of its entries.
+    # A gain is read as a flat vector, so steps that keep the order of its entries are dropped. Every reshaping does;
+    # a transposition does if the parameter has one dimension larger than 1.
     vector = all(sum(size > 1 for size in tape.shape(parent)) < 2 for parent in tape.parents_with_names(value))
     idle = _RESHAPING | (_TURNING if vector else frozenset())
     steps = tuple(step for step in steps if step[0] not in idle)

@@ -1,11 +1,17 @@
-"""Whether an attention pattern passes the values on as they are: what is done to it behind its softmax."""
+"""Check that an attention pattern passes the values on unscaled, whatever happens to it behind its softmax."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from lightning_spectral.discovery.trace.operands import UnmeasurableError
-from lightning_spectral.discovery.trace.operations import is_contraction, matrix_operands, moved_input
+from lightning_spectral.discovery.trace.operations import (
+    is_contraction,
+    is_fused_attention,
+    is_softmax,
+    matrix_operands,
+    moved_input,
+)
 from lightning_spectral.discovery.trace.replay import replay
 from lightning_spectral.discovery.trace.tape import Operation, Tape
 
@@ -15,10 +21,11 @@ _TOLERANCE = 1e-3  # patterns are recorded in the precision of the model
 
 
 def check_pattern(tape: Tape, operation: Operation, carrier: int) -> None:
-    """Check that an attention pattern is a softmax, up to data movement, or adds up to 1 whatever its parameters are.
+    """Check that an attention pattern is a softmax, up to data movement, or that its rows add up to 1.
 
-    A pattern is held fixed and left out. A number that multiplies it would be left out with it, although the same
-    number behind it is counted. What depends on the tokens is a gate.
+    The linearization leaves the pattern out. A number that multiplies the pattern would then be left out, although the
+    same number behind the pattern counts. A multiplier that depends on the tokens is a gate, and is left out like every
+    gate. The sums are taken twice, the second time with other parameters: learned numbers change them.
 
     Args:
         tape: The recorded forward pass.
@@ -26,10 +33,10 @@ def check_pattern(tape: Tape, operation: Operation, carrier: int) -> None:
         carrier: The operand that carries the values.
 
     Raises:
-        UnmeasurableError: Learned numbers multiply it, or it adds up to another number at every token.
+        UnmeasurableError: Learned numbers multiply the pattern, or its rows all add up to a number other than 1.
     """
     operands = matrix_operands(operation)
-    if "attention" in operation.name or carrier not in operands or _is_plain(tape, operands[carrier == operands[0]]):
+    if is_fused_attention(operation) or carrier not in operands or _is_plain(tape, operands[carrier == operands[0]]):
         return
     pattern, dimension = operands[carrier == operands[0]], -1 if carrier == operands[1] else -2
     learned = _learned(tape, pattern)
@@ -48,10 +55,10 @@ def check_pattern(tape: Tape, operation: Operation, carrier: int) -> None:
 
 
 def _is_plain(tape: Tape, value: int) -> bool:
-    """Whether a value is a softmax, moved at most."""
+    """Whether a value is a softmax, up to data movement."""
     while True:
         operation = tape.producer(value)
-        if operation is not None and "softmax" in operation.name:
+        if operation is not None and is_softmax(operation):
             return True
         moved = None if operation is None else moved_input(operation)
         if moved is None:
@@ -60,11 +67,11 @@ def _is_plain(tape: Tape, value: int) -> bool:
 
 
 def _learned(tape: Tape, pattern: int) -> set[int]:
-    """Return the parameters that enter a pattern behind its softmaxes."""
+    """Return the parameters that enter a pattern behind its last softmax."""
     found, seen, queue = set[int](), {pattern}, [pattern]
     while queue:
         operation = tape.producer(queue.pop())
-        if operation is None or "softmax" in operation.name or is_contraction(operation):
+        if operation is None or is_softmax(operation) or is_contraction(operation):
             continue
         for item in operation.inputs:
             if tape.made_of_parameters(item):

@@ -1,4 +1,14 @@
-"""Read a product with a weight: which matrix it applies to which channels, and which of its rows are read next."""
+"""Read a product with a weight: its matrix, the channels that it applies to, and the rows that are read next.
+
+Rows matter because of fused projections. Of a fused QKV matrix, attention reads the rows of V, head by head::
+
+    weight (3d, d)                 channels of the output projection's input
+    ┌─────────┐
+    │    Q    │
+    │    K    │
+    │    V    │──── rows 2d … 3d − 1 ────► 0 … d − 1          so W_v is these rows, in this order
+    └─────────┘
+"""
 
 from __future__ import annotations
 
@@ -8,7 +18,13 @@ from dataclasses import dataclass, replace
 from lightning_spectral.discovery.chains.linear import LinearPart
 from lightning_spectral.discovery.chains.recipes import NoRecipeError, Step, recipe, shortest
 from lightning_spectral.discovery.trace.operands import UnmeasurableError
-from lightning_spectral.discovery.trace.operations import base_name, matrix_operands, moved_values, weight_operand
+from lightning_spectral.discovery.trace.operations import (
+    base_name,
+    is_plain_product,
+    matrix_operands,
+    moved_values,
+    weight_operand,
+)
 from lightning_spectral.discovery.trace.tape import Operation, Tape
 from lightning_spectral.records import Factor
 
@@ -24,7 +40,7 @@ __all__ = [
 ]
 
 MATRICES = ("output", "value", "latent", "down", "up")
-STACK = ("stack",)  # stands for picking an expert from dimension 0
+STACK = ("stack",)  # a step of a layout: the entry of an expert in dimension 0, filled in later
 _TRANSPOSE = ("transpose", -2, -1)
 
 Columns = tuple[int, ...]
@@ -32,7 +48,7 @@ Columns = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class WeightProduct:
-    """How a product reads its operands: its weight or the transpose of it, applied to the channels of the data.
+    """How a product reads its operands: the weight, or its transpose, multiplies the channels of the data.
 
     Attributes:
         data: The value that is multiplied.
@@ -50,7 +66,7 @@ class WeightProduct:
 
 
 def _without_repetition(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """Give dimensions along which a weight is repeated a size of 1: one of the copies is meant."""
+    """Return steps that keep one copy of a repeated weight: new dimensions of size 1 instead of repetitions."""
     once: list[Step] = []
     for step in steps:
         once += [("unsqueeze", 0)] * step[1] if step[0] == "expand" else [step]
@@ -59,13 +75,13 @@ def _without_repetition(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """What reads what is looked for next: a product, or the end of the branch.
+    """The place that a backward walk comes from, which reads the next value: a product, or the end of the branch.
 
     Attributes:
         value: The value that is read.
         channel: The dimension of its channels.
-        product: The product, ``None`` at the end of the branch.
-        held: Values on other ways to it, which count as zero.
+        product: The product that reads it, ``None`` at the end of the branch.
+        held: Values on other ways to ``value``, which are held at zero.
     """
 
     value: int
@@ -80,7 +96,7 @@ class Reader:
 
     @property
     def target(self) -> tuple[int, int]:
-        """The value that is read, and the dimension of its channels."""
+        """The value that is read, and the dimension of its channels, as :meth:`LinearPart.channels` takes them."""
         return self.value, self.channel
 
 
@@ -100,7 +116,7 @@ def weight_product(tape: Tape, operation: Operation) -> WeightProduct:
         return WeightProduct(operands[0], weight, False, 1, False)
     if name == "linear":
         return WeightProduct(operands[0], weight, False, -1, False)
-    if name not in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "grouped_mm", "_addmm_activation", "matmul"):
+    if not is_plain_product(operation):
         raise UnmeasurableError(f"it passes through the kernel {operation.name!r}, whose weight layout is unknown")
     stacked = len(tape.shape(weight)) == 3 and not _is_repeated(tape, weight)
     if weight == operands[1]:
@@ -109,7 +125,7 @@ def weight_product(tape: Tape, operation: Operation) -> WeightProduct:
 
 
 def _is_repeated(tape: Tape, weight: int) -> bool:
-    """Whether a batch of matrices is a batch of one, or one matrix repeated over the batch, and not one of experts."""
+    """Whether a batch of matrices has one matrix only, alone or repeated over the batch. Else it is one of experts."""
     producers = (tape.producer(value) for value in moved_values(tape, weight))
     return tape.shape(weight)[0] == 1 or any(item is not None and item.name == "expand" for item in producers)
 
@@ -135,7 +151,7 @@ def matrix_factor(tape: Tape, product: WeightProduct) -> Factor:
     if len(tape.shape(product.weight)) == 3 and product.channel != 1:
         steps = (*steps, STACK if product.stacked else ("select", 0, 0))
     steps = _without_repetition(steps)
-    # Of the parents of a parametrized weight (a magnitude, a scale), the largest has its shape.
+    # A parametrized weight has several parents, such as a magnitude and a direction. The largest has its shape.
     shapes = [tape.shape(parameter) for parameter in tape.parents_with_names(product.weight)]
     try:
         steps = shortest(steps, max(shapes, key=math.prod))
@@ -147,21 +163,21 @@ def matrix_factor(tape: Tape, product: WeightProduct) -> Factor:
 def rows_read(
     linear: LinearPart, product: WeightProduct, result: int, reader: Reader
 ) -> tuple[tuple[range, ...] | None, Columns | None]:
-    """Return the rows of a matrix in the order in which the next one reads them, and the part that they are of it.
+    """Return the rows of a matrix in the order of the reader's channels, and the reader's channels that they feed.
 
     Args:
         linear: The linear part of the branch.
-        product: The product whose rows are asked for.
+        product: The product with the matrix.
         result: The value of that product.
-        reader: Who reads them.
+        reader: Reads the rows.
 
     Returns:
-        The rows, ``None`` for all of them in order; and the columns of the reader that they feed, ``None`` for all.
+        The rows, ``None`` for all rows in order; and the columns of the reader that the rows feed, ``None`` for all.
 
     Raises:
         UnmeasurableError: Channels are mixed on the way, or the matrix feeds a part of the stream only.
     """
-    # One product for all experts at once: the reader's channels are those of each expert in turn.
+    # A reader that multiplies all experts in one product has channels per expert: dimension 0 counts as a channel.
     tape, read = linear.tape, reader.product
     joined = read is not None and read.stacked and not (product.stacked and tape.shape(product.weight)[0] > 1)
     target = (reader.value, 0, reader.channel) if joined else reader.target
@@ -178,7 +194,7 @@ def rows_read(
 
 
 def columns_read(matrix: Factor, columns: Columns) -> Factor:
-    """Return the columns of a matrix that one of several matrices side by side feeds.
+    """Return some columns of a matrix as a factor: the columns that one of several inner matrices feeds.
 
     Raises:
         UnmeasurableError: The matrix has adapters, whose columns are not known.
@@ -192,7 +208,7 @@ def columns_read(matrix: Factor, columns: Columns) -> Factor:
 
 
 def as_ranges(numbers: tuple[int, ...]) -> tuple[range, ...]:
-    """Write a sequence of numbers as ranges of one length and one step where that is possible (heads, mostly)."""
+    """Write a sequence of numbers as ranges, of equal lengths where all steps are equal: one range per head."""
     runs: list[range] = []
     for number in numbers:
         last = runs[-1] if runs else range(0)

@@ -1,4 +1,7 @@
-"""Read off the tape how a matrix or a gain is made of a parameter: a name and a list of tensor methods."""
+"""Read off the tape how a matrix or a gain is made of a parameter: a name and a list of tensor methods.
+
+A recipe holds no tensor. So it can be applied later to a model whose weights have changed, moved or been sharded.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.discovery.trace.operations import base_name, moved_input
+from lightning_spectral.discovery.trace.operations import base_name, is_copy, moved_input
 from lightning_spectral.discovery.trace.tape import Operation, Ref, Tape
 from lightning_spectral.records.layout import UNARY, arranged
 
 __all__ = ["NoRecipeError", "Step", "attribute_path", "recipe", "shortest"]
 
 Step = tuple[Any, ...]
-_COPIES = {"_to_copy", "clone", "detach", "contiguous", "alias", "lift_fresh", "to", "copy"}
 
 
 class NoRecipeError(Exception):
@@ -43,7 +45,7 @@ def recipe(tape: Tape, value: int) -> tuple[str, tuple[Step, ...]]:
     if operation is None:
         raise NoRecipeError("it is a constant that belongs to no parameter")
     computed = next((path for path, made in tape.attributes.items() if made == value), None)
-    if computed is not None:  # what is done to it afterwards has steps of its own
+    if computed is not None:  # a parametrized weight: the attribute gives its value, the parametrization is no step
         return computed, ()
     source, step = _step(tape, operation, value)
     name, steps = recipe(tape, source)
@@ -51,7 +53,7 @@ def recipe(tape: Tape, value: int) -> tuple[str, tuple[Step, ...]]:
 
 
 def attribute_path(name: str) -> str:
-    """Turn ``layer.parametrizations.weight.original`` into ``layer.weight``: the attribute holds the real weight."""
+    """Turn ``layer.parametrizations.weight.original`` into ``layer.weight``, the attribute with the computed weight."""
     head, separator, tail = name.partition(".parametrizations.")
     return f"{head}.{tail.split('.')[0]}" if separator else name
 
@@ -60,7 +62,7 @@ def _step(tape: Tape, operation: Operation, value: int) -> tuple[int, tuple[Step
     """Return the input of an operation and the tensor methods that repeat it."""
     name, source = base_name(operation), moved_input(operation)
     if source is not None:
-        if name in _COPIES:
+        if is_copy(operation):
             return source, ()
         return source, (_view_step(tape, operation, name, source, value),)
     numbers = [item for item in operation.args if isinstance(item, int | float)]
@@ -80,12 +82,13 @@ def _step(tape: Tape, operation: Operation, value: int) -> tuple[int, tuple[Step
 
 
 def _view_step(tape: Tape, operation: Operation, name: str, source: int, value: int) -> Step:
+    """Return the tensor method that repeats a view, a rearrangement or a pick."""
     args = tuple(tuple(item) if isinstance(item, list) else item for item in operation.args[1:])
     shape = tape.shape(source)
     if name in ("t", "transpose"):
         dims: tuple[Any, ...] = args[:2] if name == "transpose" else (-2, -1)
         return ("transpose", *sorted(item if item < 0 else item - len(shape) for item in dims))
-    if name == "expand":  # the dimensions that are new; along the others, a copy is as good as another
+    if name == "expand":  # the number of new dimensions; along a repeated dimension all copies are equal
         return (name, len(tape.shape(value)) - len(shape))
     if name in ("squeeze", "unsqueeze", "permute", "movedim"):
         return (name, *args)
@@ -100,7 +103,7 @@ def _view_step(tape: Tape, operation: Operation, name: str, source: int, value: 
 
 
 def _picked_step(tape: Tape, operation: Operation, name: str, shape: tuple[int, ...]) -> Step:
-    """Return the step that takes entries by their numbers: experts by the input, rows or columns in a fixed order."""
+    """Return the step that picks entries by number: experts that the input chooses, or rows in a fixed order."""
     picked = [value for value in operation.inputs[1:] if not tape.tensors[value].is_floating_point()]
     if len(shape) >= 3 and any(tape.is_data(value) for value in picked):
         return ("experts",)
@@ -122,7 +125,7 @@ def _picked_step(tape: Tape, operation: Operation, name: str, shape: tuple[int, 
 def _part_step(
     tape: Tape, operation: Operation, name: str, args: tuple[Any, ...], shape: tuple[int, ...], value: int
 ) -> Step | None:
-    """Return the step that takes one part of a tensor."""
+    """Return the step that takes one part of a tensor, ``None`` for an unknown operation."""
     number = operation.outputs.index(value)
     if name == "select":
         return ("select", args[0], args[1])
@@ -152,7 +155,9 @@ def _simplified(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 
 @lru_cache(maxsize=64)
 def shortest(steps: tuple[Step, ...], shape: tuple[int, ...]) -> tuple[Step, ...]:
-    """Return an equal recipe of views where there is one: ``einsum`` rearranges weights in ways that copy them.
+    """Return an equivalent recipe of views where there is one. ``einsum`` rearranges weights in ways that copy them.
+
+    Both recipes are applied to a tensor of numbers 0, 1, 2, …; equal results mean equal recipes.
 
     Args:
         steps: A recipe; ``("stack",)`` stands for picking entry e of dimension 0.

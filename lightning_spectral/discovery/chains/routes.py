@@ -2,6 +2,22 @@
 
 On these routes lie the matrices of the circuit linearization: output and value projection for attention (the attention
 pattern is held fixed), down and up projection for an MLP (its activation and gate are left out).
+
+A route is one way from an anchor to a value without another anchor in between. Anchors are products with weights,
+attention products, norms and the stream itself. Everything else on the way is a multiplier or changes nothing::
+
+    stream ── norm ── up ── gelu ── down ── × 0.5 ── output
+      ▲        ▲      ▲              ▲
+      anchors: each is where a route begins
+
+    routes(output) = (down, multipliers 0.5)      routes(input of down) = (up, not linear: gelu)
+
+Where routes meet in a sum, the value has several routes. One case is special: terms that all read the same value and
+are products in a row, a weight beside its low-rank adapters. They form one matrix, so the sum is an anchor, too::
+
+          ┌── W ──────────┐
+    x ────┤               + ── value               routes(value) = (sum),  sums[value] = (W), (B, A)
+          └── A ── B ─────┘
 """
 
 from __future__ import annotations
@@ -14,7 +30,7 @@ from lightning_spectral.discovery.chains.steps import Step, Steps
 from lightning_spectral.discovery.trace.operations import (
     Multiplier,
     added_operand,
-    base_name,
+    is_addition,
     matrix_operands,
     moved_values,
     term_factor,
@@ -33,8 +49,8 @@ class Route:
         anchor: The value at which the route starts.
         kind: ``"product"``, ``"sum"`` (of products that read one value), ``"mixing"``, ``"norm"`` or ``"stream"``.
         multipliers: Constants and parameters that multiply the value on the route, nearest its end first.
-        is_linear: Whether nothing but multipliers lies on the route: no activation and no gate.
-        selective: Whether the data chooses what goes this way: a router's weight, tokens that are picked.
+        is_linear: Whether only multipliers lie on the route: no activation and no gate.
+        selective: Whether the data chooses the tokens on this route, by a router's weight or by picking them.
     """
 
     anchor: int
@@ -44,27 +60,30 @@ class Route:
     selective: bool = False
 
     def scaled(self, multiplier: Multiplier) -> Route:
-        """Return the route with one more multiplier at its end."""
+        """Return the route with one more multiplier at its end, the same route for the number 1."""
         if isinstance(multiplier, float) and multiplier == 1.0:
             return self
         return replace(self, multipliers=(multiplier, *self.multipliers))
 
     def through(self, step: Step) -> Route:
-        """Return the route after one more step."""
+        """Return the route after one more step.
+
+        An activation multiplies by the slope that it has far from zero. A gate counts as 1, and is not linear.
+        """
         route = self.scaled(step.multiplier) if step.kind in ("multiply", "activation") else self
         linear = self.is_linear and step.kind not in ("activation", "gate")
         selective = self.selective or step.selective
         if linear == route.is_linear and selective == route.selective:
-            return route
+            return route  # routes are compared and hashed by the thousand: no copy without a change
         return replace(route, is_linear=linear, selective=selective)
 
 
 class Addend(NamedTuple):
-    """One term of a sum of matrices: products in a row.
+    """One term of a sum of matrices: products in a row, such as B A of an adapter beside W.
 
     Attributes:
-        links: The routes to the products, the last product first.
-        source: The value that the first product reads, up to data movement.
+        links: The routes to the products, the last product first: B, then A.
+        source: The value that the first product, A, reads, before data movement.
     """
 
     links: tuple[Route, ...]
@@ -72,7 +91,7 @@ class Addend(NamedTuple):
 
 
 class Router:
-    """Finds the routes of one branch.
+    """Finds the routes of one branch, and remembers them by value.
 
     Attributes:
         sums: The terms of every sum of products that read one value: a matrix and the adapters beside it.
@@ -85,15 +104,17 @@ class Router:
         self._known: dict[int, tuple[Route, ...]] = {}
 
     def routes(self, value: int) -> tuple[Route, ...]:
-        """Return the different routes that end at ``value``; none where nothing of the stream does.
+        """Return the different routes that end at ``value``; none if no way from the stream leads to it.
 
         Raises:
             UnmeasurableError: A way back to the stream leads through an operation that is no step of a linear map.
         """
-        # A mixture collects its experts in a chain of sums, one per expert: a stack of our own has no depth limit.
+        # Depth-first with an explicit stack: a value stays on the stack until the routes to its sources are known. A
+        # mixture adds up hundreds of experts in a chain of sums, which is too deep for recursion.
         stack = [value]
         while stack:
             step = self.steps.step(stack[-1])
+            # The walk stops at anchors: what a mixing or a norm reads belongs to other routes.
             waiting = (
                 [] if step.kind in ("mixing", "norm") else [item for item in step.sources if self._is_open(step, item)]
             )
@@ -101,15 +122,16 @@ class Router:
                 stack += waiting
                 continue
             top = stack.pop()
-            if top not in self._known:
+            if top not in self._known:  # a value with two readers can be on the stack twice
                 self._known[top] = tuple(dict.fromkeys(self._routes(top, step)))
         return self._known[value]
 
     def _is_open(self, step: Step, source: int) -> bool:
+        """Whether the routes to a source are needed and unknown. The data of a product belongs to other routes."""
         return source not in self._known and (step.kind != "product" or source != step.sources[0])
 
     def _routes(self, value: int, step: Step) -> Iterable[Route]:
-        """Return the routes to a value; those to what its step carries on are known."""
+        """Return the routes to a value. The routes to the sources of its step are known."""
         if step.kind == "none":
             return []
         if step.kind in ("stream", "norm", "mixing"):
@@ -123,7 +145,11 @@ class Router:
         return [route.through(step) for item in step.sources for route in self._known[item]]
 
     def _product(self, operation: Operation, value: int, step: Step) -> Iterable[Route]:
-        """A product is an anchor; fused with the addition of something that depends on the stream, it is a term."""
+        """Return the routes to a product, alpha · A X + beta · C in its fused form.
+
+        A bias C is left out. Where C depends on the stream, the product and C are two terms of a sum.
+        """
+        # In addmm, alpha multiplies the product and beta the added value.
         product = Route(value, "product").scaled(float(operation.kwargs.get("alpha", 1)))
         if len(step.sources) == 1:
             return [product]
@@ -132,7 +158,10 @@ class Router:
         return self._added(value, [(self._known[added], float(operation.kwargs.get("beta", 1))), ((product,), 1.0)])
 
     def _added(self, value: int, terms: Sequence[tuple[Sequence[Route], float]]) -> Iterable[Route]:
-        """Routes to a sum of terms, each with the number that multiplies it."""
+        """Return the routes to a sum, given the routes to each term and the number that multiplies it.
+
+        That is one route if the terms form one matrix, else all routes to all terms.
+        """
         parts = self._products(terms)
         if parts:
             self.sums[value] = parts
@@ -140,7 +169,15 @@ class Router:
         return [route.scaled(factor) for routes, factor in terms for route in routes]
 
     def _products(self, terms: Sequence[tuple[Sequence[Route], float]]) -> tuple[Addend, ...]:
-        """Return terms as products in a row, if all of them read one value and one is a single product; else none."""
+        """Return the terms as products in a row if together they are one matrix; else no term.
+
+        They are one matrix if each term is a linear row of products, all rows read one value, and one row is a single
+        product, which the others adapt.
+        """
+        # A row that begins further up reads another value. So each term offers all of its beginnings, the shortest
+        # first: a term B A x offers "B reads A x" and "B A reads x". The sources of single products are tried in turn,
+        # and a source that every term offers is the one.
+        # An activation, a gate or a choice of tokens on the way makes a term a branch of its own, and no adapter.
         rows: list[list[Addend]] = []
         for routes, factor in terms:
             if len(routes) != 1 or not routes[0].is_linear or routes[0].kind not in ("product", "sum"):
@@ -150,7 +187,7 @@ class Router:
             route = routes[0].scaled(factor)
             if route.kind == "product":
                 rows.append(list(self._rows(route)))
-            else:
+            else:  # a sum inside a sum: W + B₁A₁ was found, and B₂A₂ comes beside it
                 inner = self.sums[route.anchor]
                 rows += [[Addend((_behind(part.links[0], route), *part.links[1:]), part.source)] for part in inner]
         sources = [row[0].source for row in rows if len(row[0].links) == 1]
@@ -161,7 +198,7 @@ class Router:
         return ()
 
     def _rows(self, route: Route) -> Iterator[Addend]:
-        """Yield the products that lie in a row behind one, each time with one more."""
+        """Yield the row of one product, then the row with the product before it, and so on up the branch."""
         links = [route]
         while True:
             source = self._read_by(links[-1])
@@ -172,7 +209,11 @@ class Router:
             links.append(further[0])
 
     def _read_by(self, route: Route) -> int:
-        """Return what the product at the start of a route multiplies, before data movement."""
+        """Return the value that the product at the start of a route reads, before data movement.
+
+        Two products that read one value may each have moved it in their own way; before the moves it is the same
+        number on the tape. The search does not go beyond the stream, which can itself be a moved value.
+        """
         operation = self.tape.producer(route.anchor)
         assert operation is not None
         weight = weight_operand(self.tape, operation)
@@ -185,9 +226,9 @@ class Router:
 
 def _factor(operation: Operation, value: int) -> float:
     """Return the number by which a sum multiplies one of its terms."""
-    return term_factor(operation, value) if base_name(operation) in ("add", "sub", "rsub") else 1.0
+    return term_factor(operation, value) if is_addition(operation) else 1.0
 
 
 def _behind(route: Route, outer: Route) -> Route:
-    """Return a route with the multipliers of another one that goes on from its end."""
+    """Return a route followed by another one: the multipliers of both."""
     return replace(route, multipliers=(*outer.multipliers, *route.multipliers))

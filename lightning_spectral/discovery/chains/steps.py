@@ -1,9 +1,13 @@
 """How each operation of a branch carries the stream on, where the branch is taken as linear in its matrices.
 
-A branch is a program. Its circuit is what remains of the program when an activation passes its input on, a gate passes
-on the half that it gates, an attention pattern passes on the values, and a norm multiplies by its gain. This file
-decides, operation by operation, which of these an operation is. The routes of a branch (``routes``) and its linear part
-(``linear``) are both read off these decisions.
+A branch is a program. In its circuit an activation passes its input on, a gate passes on the half that it gates, an
+attention pattern passes on the values, and a norm multiplies by its gain. This file decides the kind of each operation.
+The routes of a branch (``routes``) and its linear part (``linear``) are both read off these decisions.
+
+    silu(gate(x)) * up(x)       mul      gate        sources = up       the half that is linear
+    0.5 * y * (1 + erf(y))      mul      activation  sources = y        two operands that are functions of one value
+    softmax(s) @ v              bmm      mixing      carrier = v
+    p[:, :, None] * expert(x)   mul      gate        selective          one entry per token: a router's weight
 """
 
 from __future__ import annotations
@@ -18,8 +22,13 @@ from lightning_spectral.discovery.trace.operations import (
     added_operand,
     addends,
     base_name,
+    is_addition,
+    is_allocation,
+    is_broadcast,
     is_contraction,
+    is_join,
     is_norm,
+    is_pick,
     is_product,
     matrix_operands,
     moved_input,
@@ -37,11 +46,8 @@ __all__ = ["Step", "Steps", "picks_by_data"]
 
 Kind = Literal["stream", "none", "move", "multiply", "gate", "sum", "join", "product", "mixing", "norm", "activation"]
 
-# Operations that read the shape of their input and nothing else.
-_ONLY_SHAPE = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
 # Activations that have a parameter.
 _LEARNED_ACTIVATIONS = {"prelu", "_prelu_kernel"}
-_PICKS = {"index", "index_select", "gather", "take_along_dim", "masked_select", "embedding"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +55,13 @@ class Step:
     """What one operation does to the stream.
 
     Attributes:
-        kind: ``"stream"`` (the beginning), ``"none"`` (nothing of the stream goes on), ``"move"`` (data movement and
-            linear reductions), ``"multiply"`` (by a constant or parameters), ``"gate"``, ``"sum"``, ``"join"`` (several
-            values side by side), ``"product"`` (with a weight), ``"mixing"`` (of tokens), ``"norm"``, ``"activation"``.
-        sources: The values that are carried on.
-        multiplier: What a ``"multiply"`` multiplies by; the slope of an activation that is written out.
-        selective: Whether the data chooses what goes this way: a router's weight, tokens that are picked.
+        kind: ``"stream"`` (the beginning), ``"none"`` (the stream ends here), ``"move"`` (data movement and linear
+            reductions), ``"multiply"`` (by a constant or parameters), ``"gate"``, ``"sum"``, ``"join"`` (several values
+            side by side), ``"product"`` (with a weight), ``"mixing"`` (of tokens), ``"norm"``, ``"activation"``.
+        sources: The inputs that carry the stream on.
+        multiplier: The multiplier of a ``"multiply"``; the size of the output of a written-out ``"norm"``; the slope of
+            a written-out ``"activation"``.
+        selective: Whether the data chooses the tokens that pass, by a router's weight or by picking them.
     """
 
     kind: Kind
@@ -82,14 +89,15 @@ class Steps:
         return self._known[value]
 
     def _decided(self, value: int) -> Step:
+        """Decide the step of a value. The order of the questions matters: a written-out norm is also a product."""
         tape, stream = self.tape, self.region.stream
         if value == stream:
             return Step("stream")
         operation = tape.producer(value)
-        if not tape.depends(value, stream) or operation is None or operation.name in _ONLY_SHAPE:
+        if not tape.depends(value, stream) or operation is None or is_allocation(operation):
             return Step("none")
         if not tape.tensors[value].numel():
-            return Step("none")  # an expert without a token: its siblings tell what it is
+            return Step("none")  # an expert without a token: its siblings show how it is built
         if is_product(tape, operation):
             return self._product(operation)
         if is_norm(operation):
@@ -104,7 +112,7 @@ class Steps:
         return self._linear(operation, value) or self._joined(operation, value)
 
     def _masked(self, operation: Operation, value: int) -> Step:
-        """Return the step of a choice between two values; by a mask that is made of them it is an activation."""
+        """Return the step of a choice between two values. If they make the mask themselves, it is an activation."""
         masks = refs(operation, 0 if base_name(operation) == "where" else 1)
         inputs = tuple(dict.fromkeys(item for item in operation.inputs if self.tape.depends(item, self.region.stream)))
         if any(mask in inputs for mask in masks):
@@ -114,7 +122,11 @@ class Steps:
         return Step("join", inputs)
 
     def _size_of_norm(self, source: int, value: int) -> float:
-        """Return the root mean square of what a written-out norm returns: 1/√d where it divides by the length."""
+        """Return the root mean square of the output of a written-out norm: 1, or 1/√d if it divides by the length.
+
+        Raises:
+            UnmeasurableError: The root mean square depends on the input.
+        """
         size = self.prober.size_of_norm(self.region, source, value)
         if size is None:
             raise UnmeasurableError(
@@ -126,13 +138,14 @@ class Steps:
         """Return the operand of a mixing that carries the values.
 
         Raises:
-            UnmeasurableError: Neither operand does, or both.
+            UnmeasurableError: Neither operand carries the values, or both do.
         """
         operation = self.tape.producer(value)
         assert operation is not None
         return value_operand(self.tape, operation)
 
     def _product(self, operation: Operation) -> Step:
+        """Return the step of a product with a weight. An added value that depends on the stream is a second source."""
         tape = self.tape
         weight, added = weight_operand(tape, operation), added_operand(operation)
         data = tuple(item for item in matrix_operands(operation) if item != weight)
@@ -141,7 +154,7 @@ class Steps:
         return Step("product", data[:1])
 
     def _linear(self, operation: Operation, value: int) -> Step | None:
-        """Return the step of an operation that is linear in one value."""
+        """Return the step of an operation that is linear in one value, ``None`` for another operation."""
         moved = moved_input(operation)
         if moved is not None:
             return Step("move", (moved,), selective=picks_by_data(self.tape, operation))
@@ -157,9 +170,9 @@ class Steps:
         """Return the step of an operation that joins several values, or is an activation."""
         tape, name = self.tape, base_name(operation)
         inputs = tuple(dict.fromkeys(item for item in operation.inputs if tape.depends(item, self.region.stream)))
-        if name in ("add", "sub", "rsub") or len(addends(tape, operation)) > 1:
+        if is_addition(operation) or len(addends(tape, operation)) > 1:
             return Step("sum", inputs)
-        if name in ("cat", "stack", "refresh"):
+        if is_join(operation):
             return Step("join", inputs)
         scattered = scattered_inputs(operation)
         if scattered:
@@ -172,10 +185,10 @@ class Steps:
         return self._activation(operation, value, inputs)
 
     def _multiplied(self, operation: Operation, value: int, inputs: tuple[int, ...]) -> Step:
-        """Follow the linear operand of a gate; two operands that are functions of one value make an activation."""
-        if len(inputs) == 1:  # gated by data of another origin, such as a conditioning vector
+        """Return the step of a product of two data-dependent values: a gate, or an activation of one value."""
+        if len(inputs) == 1:  # the other operand has another origin, such as a conditioning vector
             if self._is_narrow(inputs[0], operation) or self._is_bounded(inputs[0]):
-                return Step("none")  # it gates what is not of the stream, such as a value embedding
+                return Step("none")  # the stream is the gate, and gates for example a value embedding
             return Step("gate", inputs, selective=self._is_narrow_beside(operation, inputs[0]))
         first, second = inputs
         narrow = [item for item in inputs if self._is_narrow(item, operation)]
@@ -189,14 +202,21 @@ class Steps:
         return Step("gate", (self._gated(first, second),))
 
     def _gated(self, first: int, second: int) -> int:
-        """Return which of two operands is the linear one, and not the gate."""
+        """Return which of two operands is the linear one; the other is the gate.
+
+        Three signs, in this order: only one operand is affine; only one is a sigmoid, which is the gate; a name with
+        "gate" in it. Of two operands without any sign, both not affine, the first one counts as linear.
+
+        Raises:
+            UnmeasurableError: Both operands are affine, and no name says which is the gate.
+        """
         affine = [self._is_affine(item) for item in (first, second)]
         if affine[1] and not affine[0]:
             return second
         if affine[0] == affine[1] and self._is_sigmoid(first) != self._is_sigmoid(second):
             return second if self._is_sigmoid(first) else first
         if affine[0] == affine[1] and self._named_gate(first):
-            # Both halves (or none) are linear: structure cannot tell, the name of the weight can.
+            # Both halves are linear, or neither: only the name of the weight can tell.
             return second
         if all(affine) and not self._named_gate(second):
             raise UnmeasurableError(
@@ -206,7 +226,7 @@ class Steps:
         return first
 
     def _is_sigmoid(self, value: int) -> bool:
-        """Whether a value was made by a sigmoid, and moved and multiplied by numbers since."""
+        """Whether a value is the output of a sigmoid, up to moves and multipliers."""
         while (operation := self.tape.producer(value)) is not None and "sigmoid" not in operation.name:
             step = self.step(value)
             if step.kind not in ("move", "multiply"):
@@ -215,9 +235,11 @@ class Steps:
         return operation is not None
 
     def _is_affine(self, value: int) -> bool:
+        """Whether a value is affine in its anchors."""
         return self.prober.is_affine(self.region, self._anchors(value), value)
 
     def _is_bounded(self, value: int) -> bool:
+        """Whether a value stays the same while its anchors grow."""
         return self.prober.is_bounded(self.region, self._anchors(value), value)
 
     def _anchors(self, value: int) -> set[int]:
@@ -235,12 +257,14 @@ class Steps:
         return found
 
     def _is_anchor(self, operation: Operation) -> bool:
+        """Whether an operation is a product, a norm or attention, so that no elementwise function goes through it."""
         tape = self.tape
         if is_product(tape, operation) or is_norm(operation) or is_contraction(operation):
             return True
         return normalized_operand(tape, operation) is not None
 
     def _named_gate(self, value: int) -> bool:
+        """Whether every weight that makes a value belongs to a module with "gate" in its path."""
         names = [
             tape_name.rpartition(".")[0]
             for anchor in self._anchors(value)
@@ -252,27 +276,28 @@ class Steps:
         return bool(names) and all("gate" in name for name in names)
 
     def _is_narrow(self, value: int, operation: Operation) -> bool:
-        """Whether the value has one entry per token: a router's weight, not a gate per channel."""
+        """Whether the value has one entry per token, as a router's weight has. A gate has one entry per channel."""
         whole = self.tape.shape(operation.outputs[0])
         while True:
             shape = self.tape.shape(value)
             if not shape or not whole or (shape[-1] == 1 and whole[-1] != 1):
                 return True
             producer = self.tape.producer(value)
-            if producer is None or producer.name not in ("expand", "unsqueeze", "_to_copy"):
+            if producer is None or not is_broadcast(producer):
                 return False
             value = producer.inputs[0]
             if len(self.tape.shape(value)) < len(whole):
                 return producer.name == "unsqueeze" and not self.tape.shape(value)
 
     def _is_narrow_beside(self, operation: Operation, value: int) -> bool:
+        """Whether another operand than the given value has one entry per token."""
         return any(item != value and self._is_narrow(item, operation) for item in operation.inputs)
 
     def _written_activation(self, value: int, inputs: Iterable[int]) -> Step | None:
-        """Return the step of a function of one value, entry by entry, that was written as several operations.
+        """Return the step of an activation that was written out in several operations, ``None`` for another value.
 
-        It counts with the slope that it has for large arguments, which is 1 for every common activation however its
-        constants are arranged: 0.5 · (x · (1 + erf(x/√2))) must not differ from gelu(x).
+        The step multiplies by the slope that the function has far from zero. That is 1 for every common activation:
+        0.5 · (x · (1 + erf(x/√2))) counts like gelu(x), wherever its constants stand.
         """
         source = self.region.common_source(inputs)
         if self.tape.shape(source) != self.tape.shape(value) or not self._is_weightless(source, value):
@@ -283,14 +308,21 @@ class Steps:
         return Step("activation", (source,), 1.0 if learned else self.prober.slope(self.region, source, value))
 
     def _read_between(self, source: int, value: int) -> set[int]:
+        """Return all values that the operations between two values read."""
         operations = (self.tape.producer(item) for item in self.tape.between(source, value)[1:])
         return {item for operation in operations if operation is not None for item in operation.inputs}
 
     def _is_weightless(self, source: int, value: int) -> bool:
+        """Whether only elementwise operations stand between two values: no product, no norm, no attention."""
         operations = (self.tape.producer(item) for item in self.tape.between(source, value)[1:])
         return not any(operation is not None and self._is_anchor(operation) for operation in operations)
 
     def _activation(self, operation: Operation, value: int, inputs: tuple[int, ...]) -> Step:
+        """Return the step of an operation of no other kind, which has to be elementwise.
+
+        Raises:
+            UnmeasurableError: The operation has a parameter, joins several values, or mixes channels or tokens.
+        """
         tape, name = self.tape, base_name(operation)
         learned = any(
             tape.made_of_parameters(item) and tape.tensors[item].is_floating_point() for item in operation.inputs
@@ -312,8 +344,7 @@ class Steps:
 
 
 def picks_by_data(tape: Tape, operation: Operation) -> bool:
-    """Whether an operation picks or writes entries at places that depend on the model's inputs: tokens of an expert."""
-    name = base_name(operation)
-    if name not in _PICKS and not scattered_inputs(operation):
+    """Whether an operation picks or writes entries at data-dependent places, such as the tokens of an expert."""
+    if not is_pick(operation) and not scattered_inputs(operation):
         return False
     return any(tape.is_data(item) and not tape.tensors[item].is_floating_point() for item in operation.inputs)

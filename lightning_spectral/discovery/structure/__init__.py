@@ -1,3 +1,3 @@
-"""Residual adds, sites, branches and blocks of a recorded pass, and the check that they are what they seem."""
+"""Residual adds, sites, branches and blocks of a recorded pass, and the numerical check of each block."""
 
 __all__: list[str] = []

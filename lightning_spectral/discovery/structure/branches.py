@@ -22,6 +22,7 @@ from lightning_spectral.discovery.trace.operations import (
     Multiplier,
     is_attention,
     is_contraction,
+    is_fused_attention,
     is_product,
     matrix_operands,
     refs,
@@ -38,15 +39,15 @@ __all__ = ["FoundBranch", "alike", "branches_of", "finished"]
 
 @dataclass(frozen=True, slots=True)
 class FoundBranch:
-    """A branch with the places on the tape that later rooms need.
+    """A branch, and where it lies on the tape.
 
     Attributes:
         kind: The kind of the branch.
-        add: The residual add that it enters.
-        terms: The terms of that sum which form it.
-        site: Where it can be scaled.
-        modules: Paths of the modules whose calls made its products.
-        neighbours: How many other positions move when one is perturbed.
+        add: The residual add that the branch enters.
+        terms: The terms of the residual add that form the branch.
+        site: The place where the branch can be scaled.
+        modules: Paths of the modules whose calls made the products of the branch.
+        neighbours: How many other positions of its output move when one position of the stream is perturbed.
     """
 
     kind: BranchKind
@@ -58,7 +59,7 @@ class FoundBranch:
 
     @property
     def added(self) -> int:
-        """The last value that is this branch alone, in the layout of the stream."""
+        """The last value that contains this branch and no other, in the layout of the stream."""
         first, *rest = self.terms
         others = (term for term in (self.add.skip, *self.add.branches, *self.add.others) if term not in self.terms)
         shared = set(first.spine).intersection(*(term.spine for term in rest))
@@ -66,7 +67,7 @@ class FoundBranch:
 
 
 def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> tuple[list[FoundBranch], list[Refusal]]:
-    """Return every branch in the order of execution, and the sums whose branches were refused."""
+    """Return every branch in the order of execution, and the sums whose branches were refused, with reasons."""
     usable = usable_modules(tape, adds)
     found: list[FoundBranch] = []
     refusals: list[Refusal] = []
@@ -100,7 +101,10 @@ def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> tupl
 def _grouped(
     tape: Tape, add: ResidualAdd, prober: Prober, usable: Container[str]
 ) -> Iterator[tuple[BranchKind, list[Term], int]]:
-    """Group the terms of a sum by kind where one module returns their partial sum (routed and shared experts)."""
+    """Yield branches as (kind, terms, neighbours). Terms of one kind form one branch if a module returns their sum.
+
+    Routed and shared experts are an example: the module of the mixture returns their sum.
+    """
     kinds = {term.start: _kind(tape, add, term, prober) for term in add.branches}
     remaining = list(add.branches)
 
@@ -113,7 +117,7 @@ def _grouped(
         kind, neighbours = kinds[first.start]
         alike = [term for term in rest if kinds[term.start][0] == kind]
         together = [first, *alike]
-        if not one_module_returns(together):  # all experts, whose partial sums no module returns; or one after another
+        if not one_module_returns(together):  # not all of them: add the terms one by one while a module returns the sum
             together = [first]
             for term in alike:
                 if one_module_returns([*together, term]):
@@ -123,12 +127,24 @@ def _grouped(
 
 
 def _kind(tape: Tape, add: ResidualAdd, term: Term, prober: Prober) -> tuple[BranchKind, int]:
+    """Return the kind of one term, and how many other positions move when one is perturbed.
+
+    ===============  =================  ==============================================  =================
+    moves others     softmax or kernel  further sign                                    kind
+    ===============  =================  ==============================================  =================
+    yes              yes                a product of data with data                     attention
+    yes              otherwise                                                          mixer
+    no               yes                looks up positions that were put beside its own attention
+    no               any                looks up data that is not of the stream         cross_attention
+    no               any                                                                mlp
+    ===============  =================  ==============================================  =================
+    """
     region = Region(tape, add.stream, term.start)
     operations = [operation for value in region.values[1:] if (operation := tape.producer(value)) is not None]
     attends = any(is_attention(operation) for operation in operations)
     moved = prober.moved_positions(region)
     if not moved and attends and any(_reads_beside(tape, operation, add.stream) for operation in operations):
-        return "attention", 0  # a class token that attends to itself and to the patches
+        return "attention", 0  # the stream is a class token, which attends to itself and to the patches
     if moved > 0:
         mixes = any(is_contraction(operation) and not is_product(tape, operation) for operation in operations)
         return ("attention" if attends and mixes else "mixer"), moved
@@ -139,30 +155,30 @@ def _kind(tape: Tape, add: ResidualAdd, term: Term, prober: Prober) -> tuple[Bra
 
 
 def _reads_beside(tape: Tape, operation: Operation, stream: int) -> bool:
-    """Whether attention looks up something in a row of other positions that the stream was put in."""
+    """Whether attention looks up positions of a sequence that joins the stream with data that is not of the stream."""
     rows = (value for item in _looked_up(tape, operation) for value in tape.between(stream, item)[1:])
     joins = (join for value in rows if (join := tape.producer(value)) is not None and _joins_positions(tape, join))
     return any(tape.is_data(item) and not tape.depends(item, stream) for join in joins for item in join.inputs)
 
 
 def _joins_positions(tape: Tape, operation: Operation) -> bool:
-    """Whether values are put side by side along a dimension that is neither the first, of the batch, nor the last."""
+    """Whether an operation joins values along a dimension of positions: neither the first (batch) nor the last."""
     rank = len(tape.shape(operation.outputs[0]))
     dim = operation.args[1] if len(operation.args) > 1 else 0
     return operation.name == "cat" and isinstance(dim, int) and 0 < dim % rank < rank - 1
 
 
 def _looked_up(tape: Tape, operation: Operation) -> tuple[int, ...]:
-    """Return the values in which an operation looks up something: keys, or a picture that is sampled at places."""
+    """Return the values that an operation looks up: the keys of attention, or a picture that is sampled at places."""
     if "grid_sampler" in operation.name:
         return refs(operation, 0)
     if not is_contraction(operation) or is_product(tape, operation):
         return ()
-    return refs(operation, 1) if "attention" in operation.name else matrix_operands(operation)
+    return refs(operation, 1) if is_fused_attention(operation) else matrix_operands(operation)
 
 
 def _modules(tape: Tape, add: ResidualAdd, term: Term) -> Iterator[str]:
-    """Yield the paths of the calls that made the products of a branch (all of its calls where it has none)."""
+    """Yield the paths of the calls that made the products of a branch, or all its operations if it has no product."""
     inside = [value for value in tape.between(add.stream, term.start) if value not in add.skip.spine]
     operations = [operation for value in inside if (operation := tape.producer(value)) is not None]
     products = [operation for operation in operations if is_product(tape, operation)] or operations
@@ -171,12 +187,13 @@ def _modules(tape: Tape, add: ResidualAdd, term: Term) -> Iterator[str]:
 
 
 def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term], prober: Prober) -> Site:
-    """Name the last weight of a branch that no module carries: only the weight itself can be scaled, if used once.
+    """Return the last weight of a branch as its site, for a branch that no module carries.
 
-    The branch is not linear in the weight of a gate; where it is linear in none, the last weight gives the name.
+    Scaling that weight scales the branch if the branch is affine in it and uses it once. A branch is not affine in the
+    weight of a gate. If it is affine in no weight, the last one still gives the branch its name.
 
     Raises:
-        UnmeasurableError: There is no such weight; the message goes on from "and".
+        UnmeasurableError: There is no such weight. The message continues a sentence that ends with "and".
     """
     gates: list[Site] = []
     problem = "no weight is in it"
@@ -205,7 +222,7 @@ def _parameter_site(tape: Tape, add: ResidualAdd, terms: Sequence[Term], prober:
 
 
 def _is_affine_in(tape: Tape, prober: Prober, add: ResidualAdd, terms: Sequence[Term], weight: int) -> bool:
-    """Whether a branch is an affine function of one of its weights: its bias stays."""
+    """Whether a branch is an affine function of one of its weights: f(3w) − f(0) = 3 (f(w) − f(0))."""
     region = Region(tape, add.stream, terms[0].start)
     held = prober.made_up_weights(region) | prober.finite_around(region)
     content = held.pop(weight, tape.wide(weight))
@@ -219,6 +236,7 @@ def _is_affine_in(tape: Tape, prober: Prober, add: ResidualAdd, terms: Sequence[
 
 
 def _product_count(tape: Tape, parameter: int) -> int:
+    """Return how many products of the pass use a parameter."""
     weights = [weight_operand(tape, operation) for operation in tape.operations if is_product(tape, operation)]
     return sum(weight is not None and tape.depends(weight, parameter) for weight in weights)
 
@@ -226,10 +244,10 @@ def _product_count(tape: Tape, parameter: int) -> int:
 def finished(
     tape: Tape, modules: Mapping[str, nn.Module], block: str, branch: FoundBranch, kind: BranchKind, prober: Prober
 ) -> tuple[Branch, ...]:
-    """Return the record of a branch, with the factors of its weight linearizations or the reason for their absence.
+    """Return the record of a branch, with its factors or the reason why it has none.
 
     Returns:
-        One record; two of one site where attention and an MLP are added up by the matrix at their common end.
+        One record. Two records with one site where attention and an MLP share their last matrix.
     """
     site = branch.site
     record = Branch(kind, site.path, site.output_index)
@@ -262,7 +280,11 @@ def finished(
 
 
 def _kinds(found: Sequence[FoundChain], kind: BranchKind) -> list[BranchKind]:
-    """Return the kind of every chain of a branch."""
+    """Return the kind of every chain of a branch.
+
+    Raises:
+        UnmeasurableError: Attention and an MLP lie one behind the other in one branch, or the data chooses chains.
+    """
     kinds = [kind_of(chain, kind) for chain in found]
     if "mlp" in kinds and kind == "attention":
         if any(chain.mixes and chain.bends for chain in found):
@@ -273,10 +295,10 @@ def _kinds(found: Sequence[FoundChain], kind: BranchKind) -> list[BranchKind]:
 
 
 def alike(records: Sequence[Branch]) -> Branch:
-    """Return the record of a branch that a model runs several times, as it is in every call.
+    """Return the record of a branch that a model runs several times, without factors if they differ between calls.
 
     Args:
-        records: The records of its calls, in the order of execution.
+        records: The records of the calls, in the order of execution.
     """
     first, *others = records
     if all(_rounded(other.paths) == _rounded(first.paths) for other in others):
@@ -286,6 +308,8 @@ def alike(records: Sequence[Branch]) -> Branch:
 
 
 def _rounded(paths: Sequence[Path]) -> tuple[Path, ...]:
+    """Return paths with rounded constants, which each call computed anew."""
+
     def chain(factors: Sequence[Factor]) -> tuple[Factor, ...]:
         return tuple(replace(item, constant=round(item.constant, 6)) for item in factors)
 
@@ -293,14 +317,18 @@ def _rounded(paths: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def _written(tape: Tape, add: ResidualAdd) -> Iterator[Factor]:
-    """Yield what multiplies a branch on its way to several streams: of many numbers, the root of their mean square."""
+    """Yield the multipliers of a branch on its way to several streams; a vector counts by its root mean square."""
     for factor in multiplier_factors(tape, add.stack.writers) if add.stack is not None else ():
         many = factor.size is not None and factor.size > 1
         yield replace(factor, layout=(*factor.layout, ("rms",)), size=None) if many else factor
 
 
 def _whole(tape: Tape, branch: FoundBranch) -> tuple[Region, tuple[tuple[int, Multiplier], ...]]:
-    """Return a branch from the stream to the value that is all of its terms, and what multiplies that value."""
+    """Return the region of a branch, up to the value that is the sum of its terms, and the multipliers of that value.
+
+    Raises:
+        UnmeasurableError: One value is added several times, with learned multipliers.
+    """
     first, *rest = branch.terms
     if not rest:
         return Region(tape, branch.add.stream, first.start), first.outer

@@ -1,4 +1,4 @@
-"""Find the parameters at the end of each branch, which together carry its size."""
+"""Find the ends of each branch: the last parameters, which together scale it (see :mod:`..chains.scaling`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_spectral.weights.paths import resolve
 
 __all__ = ["EndFinder"]
 
-_FACTOR = 1.7
+_FACTOR = 1.7  # by which the numerical test scales the ends
 _TOLERANCE = {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: 1e-4}
 
 
@@ -30,12 +30,12 @@ class EndFinder:
     """Finds the ends of the branches of one recorded forward pass."""
 
     def __init__(self, tape: Tape, model: nn.Module, found: Iterable[FoundBranch], prober: Prober) -> None:
-        """Take note of every call of every site.
+        """Remember the stream and the site of every call of every branch.
 
         Args:
             tape: The recorded forward pass.
             model: The model that was recorded.
-            found: All branches of the pass, those of blocks that run several times as often as they run.
+            found: All branches of the pass. A branch that runs several times is in it once per run.
             prober: Answers numerical questions.
         """
         self.tape, self.model, self.prober = tape, model, prober
@@ -50,11 +50,11 @@ class EndFinder:
 
     @cached_property
     def _idle(self) -> set[str]:
-        """The parameters that did not take part in the forward pass, each by one name."""
+        """The parameters that did not take part in the forward pass, each by its first name."""
         return {name for name, _ in self.model.named_parameters()} - set(self.tape.names.values())
 
     def with_ends(self, record: Branch, branch: FoundBranch, block: str) -> Branch:
-        """Return the record of a branch with its ends, or with the reason for their absence.
+        """Return the record of a branch with its ends, or with the reason why it has none.
 
         Args:
             record: The record to complete.
@@ -72,7 +72,14 @@ class EndFinder:
         return replace(record, ends=tuple(dict.fromkeys(item for end in ends for item in self._siblings(end, block))))
 
     def _leaves(self, region: Region, places: Sequence[tuple[int, int]]) -> dict[int, float]:
-        """Return the ends as values of the tape; where some cannot serve, a multiplier behind them may."""
+        """Return the ends as values of the tape, each with its offset.
+
+        The walk proposes ends. If some cannot be ends, the walk is repeated without them: a multiplier behind a matrix,
+        such as a LayerScale, can be the end instead.
+
+        Raises:
+            UnscalableError: There are no ends.
+        """
         refused: dict[int, str] = {}
         while True:
             found = ScalingWalk(self.tape, region.stream, refused).ends(region.leaf)
@@ -100,7 +107,7 @@ class EndFinder:
         return None
 
     def _serves_only(self, leaf: int, places: Sequence[tuple[int, int]]) -> bool:
-        """Whether what is computed from a parameter leads to the site, in one of its calls (unread views aside)."""
+        """Whether every use of a parameter ends in the site, in one of its calls. Unread views do not count."""
         tape, sites = self.tape, {site for _, site in places}
         seen, queue = {leaf}, [leaf]
         while queue:
@@ -119,12 +126,13 @@ class EndFinder:
         return True
 
     def _is_scaled(self, region: Region, found: Scaling) -> bool:
-        """Whether scaling the parameters scales the branch."""
+        """Whether scaling the parameters scales the branch, tested once per program."""
         shapes = tuple((self.tape.shape(leaf), offset) for leaf, offset in found.leaves.items())
         return self.prober.once(region, ("ends", shapes), partial(self._scales_exactly, region, found))
 
     def _scales_exactly(self, region: Region, found: Scaling) -> bool:
-        # What starts at zero, or is not finite, would prove nothing: noise stands in for it.
+        """Whether f(c · ends) = c · f(ends) for c = 1.7, in a replay."""
+        # Zeros and numbers that are not finite would pass any test, so noise replaces them.
         held = self.prober.made_up_weights(region) | {value: _alive(self.tape.wide(value)) for value in found.read}
         held = {value: content for value, content in held.items() if not self._made_of(value, found.leaves)}
         content = {leaf: self.tape.wide(leaf) for leaf in found.leaves}
@@ -141,7 +149,10 @@ class EndFinder:
         return any(self.tape.depends(value, leaf) for leaf in leaves)
 
     def _siblings(self, end: End, block: str) -> list[End]:
-        """Return an end, and its likes in the experts that did not run: in entries of a container inside the block."""
+        """Return an end and the same parameter in every sibling expert that did not run.
+
+        Experts are the entries of a container inside the block.
+        """
         parts = end.parameter.split(".")
         found = [end]
         for depth in range(len(parts) - 1, len(block.split(".")) if block else 0, -1):
@@ -156,6 +167,7 @@ class EndFinder:
 
 
 def _alive(content: Tensor) -> Tensor:
+    """Return the content, or noise if it is zero everywhere or not finite."""
     if not content.is_floating_point() or (bool(content.any()) and bool(content.isfinite().all())):
         return content
     return torch.randn(content.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(content)

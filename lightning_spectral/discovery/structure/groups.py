@@ -1,4 +1,11 @@
-"""Group branches into residual blocks: by the containers that hold them, and what stands alone by its neighbours."""
+"""Group branches into residual blocks: by the containers around them, then lone branches with their neighbours.
+
+==================================  =========================================================
+``h.0.attn``, ``h.0.mlp``           one entry with a mixer and an MLP: the block ``h.0``
+``0`` attention, ``1`` MLP          neighbours on one stream: the block ``0 + 1``
+``0`` MLP, ``1`` mixer, ``2`` MLP   half an MLP on each side: the block ``0 + 1 + 2``
+==================================  =========================================================
+"""
 
 from __future__ import annotations
 
@@ -12,9 +19,9 @@ from lightning_spectral.discovery.trace.tape import Tape
 from lightning_spectral.records import BranchKind
 from lightning_spectral.weights.paths import common_parts
 
-__all__ = ["named_groups", "settled_kinds"]
+__all__ = ["Groups", "named_groups", "settled_kinds"]
 
-# A block has few branches; an entry of a container with more of them is a stage of several blocks.
+# An entry of a container with more branches is a stage of several blocks.
 _MOST_BRANCHES = 6
 _MIXERS = ("attention", "mixer")
 
@@ -24,14 +31,14 @@ Groups = dict[str, list[FoundBranch]]
 def named_groups(tape: Tape, modules: Mapping[str, nn.Module], branches: Sequence[FoundBranch]) -> Groups:
     """Group branches by the entry of a container (``ModuleList``, ``Sequential``) that holds a mixer and an MLP.
 
-    An entry that holds another such entry is a stack of blocks. Where no entry holds both, a branch belongs to the
-    innermost entry around its modules, or around its site where the modules lie in several lists; where there is no
-    container at all, to the module around them. A block that is called several times is listed once.
+    Such an entry is complete. A complete entry that contains another complete entry is a stack of blocks, not a block.
+    A branch without a complete entry belongs to the innermost entry around its modules. If its modules lie in several
+    lists, it belongs to the innermost entry around its site; without any container, to the module around its modules.
+    A block that is called several times is listed once.
 
-    A group that does the same to several streams is a block for each of them.
-
-    A group with attention alone and one with an MLP alone, one behind the other on one stream, are one block. Where
-    all blocks that begin with an MLP have one more MLP behind them, it is theirs: half an MLP on each side.
+    Then three corrections follow. A group that does the same to several streams is split into one block per stream. A
+    group with attention alone and a group with an MLP alone, neighbours on one stream, are joined. If every block that
+    begins with an MLP has another MLP behind it, that MLP joins the block: half an MLP on each side.
 
     Args:
         tape: The recorded forward pass.
@@ -45,7 +52,7 @@ def named_groups(tape: Tape, modules: Mapping[str, nn.Module], branches: Sequenc
 
 
 def _stream_by_stream(tape: Tape, groups: Groups) -> Groups:
-    """Split a group that does the same to several streams, each by branches of its own: those of text and picture."""
+    """Split a group that has equal branches on several streams, such as a stream of text and one of a picture."""
     result: Groups = {}
     for name, members in groups.items():
         streams: list[list[FoundBranch]] = []
@@ -64,6 +71,7 @@ def _stream_by_stream(tape: Tape, groups: Groups) -> Groups:
 
 
 def _by_container(modules: Mapping[str, nn.Module], branches: Sequence[FoundBranch]) -> Groups:
+    """Group branches by container entries, as :func:`named_groups` says."""
     members: dict[str, dict[str, FoundBranch]] = {}
     entries = {id(branch): _entries(modules, branch) for branch in branches}
     for branch in branches:
@@ -89,6 +97,7 @@ def _entries(modules: Mapping[str, nn.Module], branch: FoundBranch) -> list[str]
 
 
 def _around(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[str]:
+    """Return the container entries around all of some paths, the innermost first."""
     parts = common_parts(paths)
     prefixes = [(".".join(parts[:depth]), ".".join(parts[: depth - 1])) for depth in range(len(parts), 0, -1)]
     containers = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -96,9 +105,10 @@ def _around(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[str]
 
 
 def _paired(tape: Tape, groups: Groups) -> Groups:
-    """Join groups of one kind with their neighbours of the other kind, so that the fewest are left alone.
+    """Join groups of one kind with neighbours of the other kind, so that the fewest groups are left alone.
 
-    Blocks begin with an MLP only where all do: one behind a sum that was not understood would begin a chain of them.
+    Blocks begin with a mixer or with an MLP; the order that leaves fewer groups alone wins. Blocks begin with an MLP
+    only if all of them do. Else one sum that was not understood would shift the pairing of all blocks behind it.
     """
     ways = [_joined(tape, groups, mlp_first=False), _with_second_halves(tape, _joined(tape, groups, mlp_first=True))]
     if any(members[0].kind != "mlp" for names, members in ways[1] if len(names) > 1):
@@ -108,7 +118,7 @@ def _paired(tape: Tape, groups: Groups) -> Groups:
 
 
 def _joined(tape: Tape, groups: Groups, *, mlp_first: bool) -> list[tuple[list[str], list[FoundBranch]]]:
-    """Join each group with the one in front of it, where that lacks what it has."""
+    """Join each group with the group in front of it, if the two complement each other on one stream."""
     result: list[tuple[list[str], list[FoundBranch]]] = []
     for name, members in groups.items():
         begins = bool(result) and (mlp_first or result[-1][1][0].kind != "mlp")
@@ -123,7 +133,7 @@ def _joined(tape: Tape, groups: Groups, *, mlp_first: bool) -> list[tuple[list[s
 def _with_second_halves(
     tape: Tape, groups: list[tuple[list[str], list[FoundBranch]]]
 ) -> list[tuple[list[str], list[FoundBranch]]]:
-    """Join an MLP alone with the pair in front of it, if all pairs that begin with an MLP have such a neighbour."""
+    """Join a lone MLP with the pair in front of it, if every pair that begins with an MLP has a lone MLP behind it."""
     firsts = [place for place, (names, members) in enumerate(groups) if len(names) > 1 and members[0].kind == "mlp"]
     if not all(_has_second_half(tape, groups[place : place + 2]) for place in firsts):
         return groups
@@ -136,6 +146,7 @@ def _with_second_halves(
 
 
 def _has_second_half(tape: Tape, groups: Sequence[tuple[list[str], list[FoundBranch]]]) -> bool:
+    """Whether the second of two groups is an MLP that follows the first on its stream."""
     if len(groups) < 2:
         return False
     (_, members), (_, second) = groups
@@ -143,7 +154,7 @@ def _has_second_half(tape: Tape, groups: Sequence[tuple[list[str], list[FoundBra
 
 
 def _complement(first: Sequence[FoundBranch], second: Sequence[FoundBranch]) -> bool:
-    """Whether one group has a mixer and no MLP, and the other an MLP and no mixer, or reads another sequence."""
+    """Whether two groups make a block: a mixer and an MLP in either order, or no MLP and then cross-attention."""
     kinds = [{branch.kind for branch in group} for group in (first, second)]
     if "cross_attention" in kinds[1] and len(kinds[1]) == 1:
         return "mlp" not in kinds[0]
@@ -152,11 +163,13 @@ def _complement(first: Sequence[FoundBranch], second: Sequence[FoundBranch]) -> 
 
 
 def _follows(tape: Tape, first: Sequence[FoundBranch], second: Sequence[FoundBranch]) -> bool:
+    """Whether the second group reads the stream right behind the first group, or enters the same sum."""
     last, add = first[-1].add, second[0].add
     return last.output == add.output or linked(tape, add, last)
 
 
 def _is_complete(branches: Sequence[FoundBranch]) -> bool:
+    """Whether branches make a whole block: a mixer, an MLP, and not too many."""
     kinds = [branch.kind for branch in branches]
     mixers = sum(kind in _MIXERS for kind in kinds)
     return (
@@ -167,7 +180,11 @@ def _is_complete(branches: Sequence[FoundBranch]) -> bool:
 
 
 def _token_shift(branches: Sequence[FoundBranch]) -> int | None:
-    """Return the position of a mixer that reads one neighbouring token only, beside a real mixer: a channel mix."""
+    """Return the position of a channel mix: an MLP that also reads the previous token (RWKV). ``None`` for none.
+
+    It looks like a mixer that moves 1 other position. It counts as a channel mix beside exactly one real mixer, in a
+    block without an MLP.
+    """
     mixers = [position for position, branch in enumerate(branches) if branch.kind in _MIXERS]
     shifts = [
         position for position in mixers if branches[position].kind == "mixer" and branches[position].neighbours == 1
@@ -178,7 +195,7 @@ def _token_shift(branches: Sequence[FoundBranch]) -> int | None:
 
 
 def settled_kinds(branches: Sequence[FoundBranch]) -> list[BranchKind]:
-    """Return the kinds of the branches of one block, in which a channel mix with a token shift is an MLP."""
+    """Return the kinds of the branches of one block. A channel mix with a token shift counts as an MLP."""
     kinds: list[BranchKind] = [branch.kind for branch in branches]
     shift = _token_shift(branches)
     if shift is not None:

@@ -1,7 +1,20 @@
 """Find the residual adds of a recorded forward pass: where the stream meets the output of a branch.
 
-Nothing here reads a name. A residual add is a sum of which one term, the skip, is an ancestor of another, the branch,
-with a product with a weight in between.
+Nothing here reads a name. In a residual add, one term, the skip, is an ancestor of another term, the branch, and a
+product with a weight lies in between::
+
+            ┌──────────────── skip ────────────────┐
+    leaf ───┤                                      + ── output
+            └─ norm ─ product ─ … ─ × s ─ branch ──┘
+               (these values are the interior)
+
+Four traps:
+
+* A sum of many terms is a tree of adds. It is flattened first, and then cut back to the smallest partial sum that has
+  the skip and all branches: what happens to the sum later happens to the whole stream.
+* A branch contains sums of its own (biases, a residual MLP inside of it). Only the outermost adds count.
+* A long skip over several blocks looks like a residual add around them. It is dropped if blocks are chained inside.
+* A stream can begin with a parameter, such as learned queries, which then counts as data.
 """
 
 from __future__ import annotations
@@ -18,7 +31,9 @@ from lightning_spectral.discovery.trace.operations import (
     base_name,
     is_attention,
     is_mixing_without_weights,
+    is_multiplication,
     is_norm,
+    is_part,
     is_product,
     moved_input,
     multiplied_input,
@@ -45,12 +60,15 @@ class Term:
     """One term of a sum.
 
     Attributes:
-        start: The value that is added: an operand of the sum, in the layout of the stream.
-        leaf: The value at which data movement and multiplication by constants end, read backwards from the start.
+        start: The added value: an operand of the sum, in the layout of the stream.
+        leaf: The first value behind the start, read backwards, that is not a moved or multiplied copy of another one.
         spine: Every value from the whole sum down to the leaf, partial sums included.
-        multipliers: The constants on the way (numbers or values), outermost first, each with the value it multiplies.
-        outer: The multipliers among them that act on a partial sum, above the start.
-        gated: The values behind the leaf that gates multiply, nearest first: scaling one of them scales the term.
+        multipliers: The constants on the spine (numbers or values), outermost first, each with the value it multiplies.
+        outer: The multipliers that act on a partial sum, above the start.
+        gated: The values behind the leaf that gates multiply, nearest first. Scaling one of them scales the term.
+
+    In ``x + 0.5 * dropout(gate * h)`` the branch has the start ``0.5 * …``, the leaf ``gate * h``, the multiplier 0.5,
+    and h is gated.
     """
 
     start: int
@@ -61,7 +79,10 @@ class Term:
     gated: tuple[int, ...] = ()
 
     def inside(self, total: int) -> Term:
-        """Return the term as one of a partial sum: what happens to the sum afterwards happens to the stream as well."""
+        """Return the term as a term of a partial sum, without the multipliers that act on the partial sum as a whole.
+
+        They multiply the stream as well, so they belong to no branch.
+        """
         spine = self.spine[self.spine.index(total) :]
         multipliers, outer = (
             tuple(item for item in items if item[0] < total) for items in (self.multipliers, self.outer)
@@ -76,10 +97,10 @@ class ResidualAdd:
     Attributes:
         output: The value of the sum.
         skip: The term that carries the stream.
-        branches: The terms that were computed from it.
-        others: What else is added: nothing in a plain block.
-        interior: Bit set of the values strictly between the skip and the sum.
-        stack: The streams that the sum writes to, where there are several side by side.
+        branches: The terms that were computed from the stream by weights.
+        others: The other terms, such as position codes; none in a plain block.
+        interior: Bit set of the values on ways from the skip to the branches, the skip's leaf excluded.
+        stack: The streams that the sum writes to, for a model with several streams side by side.
     """
 
     output: int
@@ -91,7 +112,7 @@ class ResidualAdd:
 
     @property
     def stream(self) -> int:
-        """What the branches read: the stream, or the one that was read from a stack of streams."""
+        """The value that the branches read: the stream, or the one stream that is read from a stack of streams."""
         return self.skip.leaf if self.stack is None else self.stack.read
 
 
@@ -113,13 +134,14 @@ def residual_adds(tape: Tape, prober: Prober) -> tuple[list[ResidualAdd], list[R
 
     Args:
         tape: The recorded forward pass.
-        prober: Remembers what maps of several streams are.
+        prober: Answers numerical questions about maps of several streams.
 
     Returns:
-        The adds in the order of execution, and the sums that look like one and were refused.
+        The adds in the order of execution, and the refused sums, which look like residual adds.
     """
     _begin_streams(tape)
     adds, refusals = [], []
+    # Streams have to begin before the search: a term can only be a skip if it is data.
     for add in _outermost(tape, _candidates(tape, prober)):
         if _reads_second_stream(tape, add):
             reason = (
@@ -133,7 +155,7 @@ def residual_adds(tape: Tape, prober: Prober) -> tuple[list[ResidualAdd], list[R
 
 
 def _gated_streams(tape: Tape) -> Iterator[Refusal]:
-    """Yield the sums of which one term is a stream times a gate: highways, and gates as in a GRU."""
+    """Yield the sums that have a stream times a gate of data as a term: highways, and gates as in a GRU."""
     for operation in tape.operations:
         parts = addends(tape, operation)
         for part in parts:
@@ -151,7 +173,7 @@ def _gated_streams(tape: Tape) -> Iterator[Refusal]:
 
 
 def _leads_through_weight(tape: Tape, value: int, end: int) -> bool:
-    """Whether data of one shape leads to a value through a product with a weight."""
+    """Whether a value is data, and leads to another value of its shape through a product with a weight."""
     if not tape.is_data(value) or tape.shape(value) != tape.shape(end) or not tape.depends(end, value):
         return False
     between = (tape.producer(item) for item in tape.between(value, end)[1:])
@@ -159,8 +181,11 @@ def _leads_through_weight(tape: Tape, value: int, end: int) -> bool:
 
 
 def _candidates(tape: Tape, prober: Prober) -> list[ResidualAdd]:
-    """Return every sum that adds a branch to a stream, in the order of execution."""
-    products = 0
+    """Return every sum that adds a branch to a stream, in the order of execution.
+
+    The operations are read backwards. So a whole sum is seen before its partial sums, which it absorbs.
+    """
+    products = 0  # bit set of the values that a weight, or mixing without a weight, has made
     for operation in tape.operations:
         if is_product(tape, operation) or is_mixing_without_weights(operation):
             for output in operation.outputs:
@@ -170,6 +195,7 @@ def _candidates(tape: Tape, prober: Prober) -> list[ResidualAdd]:
     for operation in reversed(tape.operations):
         if operation.index in absorbed:
             continue
+        # A stack first: a sum that writes to a stack can also look like an ordinary residual add.
         stack = stack_at(tape, prober, operation)
         if stack is not None:
             found.append(_on_stack(tape, operation, stack, absorbed))
@@ -181,10 +207,10 @@ def _candidates(tape: Tape, prober: Prober) -> list[ResidualAdd]:
 
 
 def _begin_streams(tape: Tape) -> None:
-    """Count parameters as data that a stream begins with: learned queries, latents, a class token.
+    """Count a parameter as data if a stream begins with it: learned queries, latents, a class token.
 
-    Such a parameter is added to something that was computed from it, in its own shape, by products with other weights:
-    of data, or by attention before any data comes in (the object queries of DETR, whose stream begins at zero).
+    A stream begins with a parameter if a value of its shape that was computed from it is added to it. That value is
+    data; or attention made it before any data came in, as for the object queries of DETR, whose stream begins at zero.
     """
     for operation in tape.operations:
         if base_name(operation) != "add" or len(operation.inputs) != 2:
@@ -199,7 +225,7 @@ def _begin_streams(tape: Tape) -> None:
 
 
 def _is_stream(tape: Tape, value: int) -> bool:
-    """Whether a value is a residual sum, up to norms: positions are added to it, and no stream begins with them."""
+    """Whether a value is a residual sum, up to norms. A parameter that is added to it is a position code."""
     sums = (operation for item in stream_values(tape, value) if (operation := tape.producer(item)) is not None)
     return any(
         base_name(operation) == "add" and tape.depends(one, other) and tape.shape(one) == tape.shape(other)
@@ -209,14 +235,16 @@ def _is_stream(tape: Tape, value: int) -> bool:
 
 
 def _attends(tape: Tape, start: int, end: int) -> bool:
+    """Whether attention leads from a parameter to a value, without data."""
     operations = (tape.producer(value) for value in tape.between(start, end))
     return tape.made_of_parameters(end) and any(item is not None and is_attention(item) for item in operations)
 
 
 def _reads_second_stream(tape: Tape, add: ResidualAdd) -> bool:
-    """Whether the branch adds to something a value of the stream's size that goes on as a stream of its own.
+    """Whether a sum inside the branch adds a foreign value and goes on as a stream of its own (reversible streams).
 
-    Positions or the first stream may be added inside of a branch: nobody but the branch reads such a sum.
+    The foreign value has the size of the stream and does not come from it. A position code or the embedding may be
+    added inside of a branch as well, but then only the branch reads the sum.
     """
     size = tape.shape(add.output if add.stack is None else add.stack.read)
     for value in bits(add.interior):
@@ -224,6 +252,7 @@ def _reads_second_stream(tape: Tape, add: ResidualAdd) -> bool:
         if operation is None or tape.shape(value) != size:
             continue
         parts = addends(tape, operation)
+        # A part that does not come from the stream of this add.
         foreign = len(parts) > 1 and not all(tape.depends(part, add.skip.leaf) for part in parts)
         if foreign and not leads_only_to(tape, value, add.output):
             return True
@@ -231,9 +260,9 @@ def _reads_second_stream(tape: Tape, add: ResidualAdd) -> bool:
 
 
 def goes_on(tape: Tape, value: int) -> bool:
-    """Whether a sum is read as a stream is: by a norm, a product, another sum, or the caller.
+    """Whether a norm, a product, another sum or the caller reads a sum, as they read a stream.
 
-    Inside of a recurrent cell, sums are read by gates and activations alone.
+    Inside of a recurrent cell, only gates and activations read a sum.
     """
     queue = [value]
     while queue:
@@ -252,7 +281,7 @@ def goes_on(tape: Tape, value: int) -> bool:
 
 
 def leads_only_to(tape: Tape, value: int, output: int) -> bool:
-    """Whether every use of a value ends in another one. Views that nobody computes with do not count."""
+    """Whether every use of a value ends in ``output``. Unused views do not count."""
     seen, queue = {value}, [value]
     while queue:
         for reader in set(tape.readers[queue.pop()]):
@@ -267,7 +296,7 @@ def leads_only_to(tape: Tape, value: int, output: int) -> bool:
 
 
 def _on_stack(tape: Tape, operation: Operation, stack: Stack, absorbed: set[int]) -> ResidualAdd:
-    """Return a sum that writes to a stack of streams as a residual add of the branches that it writes."""
+    """Return a sum that writes to a stack of streams as a residual add of the branches that are written."""
     output, written = operation.outputs[0], stack.written
     value, path, _ = _followed(tape, written, stack.spine[:-1], ())
     producer = tape.producer(value)
@@ -284,9 +313,16 @@ def _on_stack(tape: Tape, operation: Operation, stack: Stack, absorbed: set[int]
 
 
 def _terms(tape: Tape, whole: Operation, absorbed: set[int], above: tuple[int, ...] = ()) -> list[Term]:
-    """Flatten a sum into its terms; a partial sum that only this sum reads is part of it."""
+    """Flatten a sum into its terms. A partial sum that only this sum reads is absorbed.
+
+    Args:
+        tape: The recorded forward pass.
+        whole: The sum.
+        absorbed: The indices of absorbed partial sums, which this function adds to.
+        above: The values above the sum, where it is itself written to a stack of streams.
+    """
     found = []
-    # A sum over hundreds of experts is as deep: a stack of our own has no limit.
+    # An explicit stack: a sum over hundreds of experts is hundreds of adds deep, too deep for recursion.
     stack: list[tuple[Operation, tuple[int, ...], tuple[tuple[int, Multiplier], ...]]] = [
         (whole, above or (whole.outputs[0],), ())
     ]
@@ -301,6 +337,8 @@ def _terms(tape: Tape, whole: Operation, absorbed: set[int], above: tuple[int, .
             outer = (*multipliers, (start, alpha)) if alpha != 1 and start in scaled else multipliers
             value, path, factors = _followed(tape, start, spine, outer)
             producer = tape.producer(value)
+            # Readers other than this sum would see the partial sum: then it is a value of its own, a term. So is a sum
+            # without channels, such as a sum of routing weights.
             private = _is_private(tape, path[len(spine) :]) and _has_channels(tape, value, whole.outputs[0])
             if producer is not None and len(addends(tape, producer)) > 1 and private:
                 absorbed.add(producer.index)
@@ -312,7 +350,7 @@ def _terms(tape: Tape, whole: Operation, absorbed: set[int], above: tuple[int, .
 
 
 def _operands(tape: Tape, operation: Operation) -> list[int]:
-    """Return the terms of one sum, each as often as it is added."""
+    """Return the terms of one addition, each as often as it is added: x + x has two."""
     parts = addends(tape, operation)
     if base_name(operation) == "sum":
         return list(parts)
@@ -322,7 +360,17 @@ def _operands(tape: Tape, operation: Operation) -> list[int]:
 def _followed(
     tape: Tape, value: int, spine: tuple[int, ...], factors: tuple[tuple[int, Multiplier], ...]
 ) -> tuple[int, tuple[int, ...], tuple[tuple[int, Multiplier], ...]]:
-    """Walk from a term backwards through data movement and multipliers, down to a sum or to the leaf."""
+    """Walk from a term backwards through data movement and multipliers, down to a sum or to the leaf.
+
+    Args:
+        tape: The recorded forward pass.
+        value: The term.
+        spine: The values above the term.
+        factors: The multipliers above the term.
+
+    Returns:
+        The value at which the walk ends, the longer spine, and all multipliers.
+    """
     while True:
         spine = (*spine, value)
         producer = tape.producer(value)
@@ -337,28 +385,32 @@ def _followed(
 
 
 def _is_private(tape: Tape, values: Sequence[int]) -> bool:
+    """Whether each value has one reader. A partial sum with a second reader is a value of its own."""
     return all(len(set(tape.readers[value])) == 1 for value in values)
 
 
 def _has_channels(tape: Tape, value: int, whole: int) -> bool:
-    """Whether a value has the channels of a sum, last or second, in a dimension of their own."""
+    """Whether a value still has a dimension of the size of the sum's channels, which are last or second."""
     shape = tape.shape(whole)
     return not shape or not {shape[-1], *shape[1:2]}.isdisjoint(tape.shape(value))
 
 
 def _gated(tape: Tape, leaf: int) -> Iterator[int]:
-    """Yield what stands behind gates in front of a leaf, as long as one operand alone can be the branch.
+    """Yield the values that gates multiply to make a leaf, nearest first.
 
-    A gate that is made of other data (of a conditioning vector), or that has one entry for all channels, is not.
+    In gate · h, h can be the branch if it is the later operand: computed from more values than the gate, and not an
+    ancestor of the gate. A gate of a conditioning vector, or with one entry for all channels, is never the branch. The
+    walk ends where both operands could be the branch.
     """
     value = leaf
     while True:
         producer = tape.producer(value)
-        if producer is None or base_name(producer) not in ("mul", "multiply") or len(producer.inputs) != 2:
+        if producer is None or not is_multiplication(producer) or len(producer.inputs) != 2:
             return
         if normalized_operand(tape, producer) is not None:
             return  # a norm takes back what scales its input
         size = tape.tensors[value].numel()
+        # Of two operands of full size, the one with more ancestors is the branch, unless the gate is made of it.
         whole = [item for item in producer.inputs if tape.tensors[item].numel() == size and tape.is_data(item)]
         if len(whole) == 2:
             gate, latest = sorted(whole, key=lambda item: tape.ancestors[item].bit_count())
@@ -373,6 +425,7 @@ def _gated(tape: Tape, leaf: int) -> Iterator[int]:
 
 
 def _next(tape: Tape, value: int) -> int | None:
+    """Return the value that a value is a moved or multiplied copy of, ``None`` for a sum or other operations."""
     producer = tape.producer(value)
     if producer is None or len(addends(tape, producer)) > 1:
         return None
@@ -381,11 +434,11 @@ def _next(tape: Tape, value: int) -> int | None:
 
 
 def _transparent(tape: Tape, operation: Operation) -> tuple[int, Multiplier | None] | None:
-    """Return the input of an operation that is linear and homogeneous in it, with the multiplier if there is one."""
+    """Return the carried input of a move, a multiplication or a bias, with its multiplier, if any; else ``None``."""
     moved = moved_input(operation)
     if moved is not None:
-        # A part of a tensor is a stream of its own.
-        whole = len(operation.outputs) == 1 and operation.name not in ("select", "slice", "index", "index_select")
+        # A part of a tensor is not the stream, but a stream of its own.
+        whole = len(operation.outputs) == 1 and not is_part(operation)
         return (moved, None) if whole and tape.is_data(moved) else None
     multiplied = multiplied_input(tape, operation)
     if multiplied is not None:
@@ -397,33 +450,42 @@ def _transparent(tape: Tape, operation: Operation) -> tuple[int, Multiplier | No
 
 
 def _as_residual(tape: Tape, output: int, terms: list[Term], products: int) -> ResidualAdd | None:
+    """Return a sum as a residual add, ``None`` if no term was computed from another one by a weight.
+
+    Args:
+        tape: The recorded forward pass.
+        output: The sum.
+        terms: The terms of the sum.
+        products: Bit set of the values that a product has made.
+    """
     found = []
     for skip in terms:
         branches = []
         for term in terms:
             if term is skip or term.leaf == skip.leaf or not tape.depends(term.leaf, skip.leaf):
                 continue
+            # Products among the ancestors of the branch that are later than the skip: is one on the way between them?
             inside = tape.ancestors[term.leaf] & products & ~((1 << skip.leaf) - 1)
             if any(tape.depends(value, skip.leaf) and value != skip.leaf for value in bits(inside)):
                 branches.append(term)
         if branches:
             others = tuple(term for term in terms if term is not skip and term not in branches)
             found.append(ResidualAdd(output, skip, tuple(branches), others))
-    # Of several skips (a long skip joins the stream) the latest is the stream; where the stream itself is added once
-    # more behind the sum, the first.
+    # If a long skip joins the stream, there are several skips: the latest one is the stream. If the stream is added
+    # twice, the skips have one leaf: the one with the smallest partial sum counts.
     best = max(found, key=lambda add: (add.skip.leaf, -_partial_sum(add)), default=None)
     return None if best is None else _completed(tape, _smallest(best))
 
 
 def _partial_sum(add: ResidualAdd) -> int:
-    """Return the smallest partial sum that has the stream and all branches."""
+    """Return the smallest partial sum that contains the stream and all branches: the lowest value common to spines."""
     return min(set(add.skip.spine).intersection(*(term.spine for term in add.branches)))
 
 
 def _smallest(add: ResidualAdd) -> ResidualAdd:
-    """Return the smallest partial sum that has the stream and all branches, as a sum.
+    """Return a residual add cut back to its smallest partial sum.
 
-    What multiplies or joins this sum afterwards happens to the whole stream, and belongs to no branch.
+    Multipliers and addends of that partial sum act on the whole stream, so they belong to no branch.
     """
     total = _partial_sum(add)
     others = tuple(term.inside(total) for term in add.others if total in term.spine)
@@ -431,8 +493,12 @@ def _smallest(add: ResidualAdd) -> ResidualAdd:
 
 
 def _completed(tape: Tape, add: ResidualAdd) -> ResidualAdd:
-    # What multiplies the stream before the branches leave it (an embedding's scale, the gain of a norm behind the
-    # last sum) is the stream's, not theirs.
+    """Move the leaf of the skip to the point where the branches leave the stream, and collect the interior.
+
+    The skip was followed backwards through constants, possibly beyond that point. An embedding's scale or the gain of
+    a norm behind the last sum multiplies the stream before the branches read it, so it is no multiplier of the skip.
+    """
+    # The first value down the spine that all branches depend on.
     leaves = [term.leaf for term in add.branches]
     depth = next(i for i, value in enumerate(add.skip.spine) if all(tape.depends(leaf, value) for leaf in leaves))
     add.skip = replace(add.skip, leaf=_first_view(tape, add.skip.spine[depth:], leaves))
@@ -444,7 +510,10 @@ def _completed(tape: Tape, add: ResidualAdd) -> ResidualAdd:
 
 
 def _first_view(tape: Tape, spine: Sequence[int], leaves: Sequence[int]) -> int:
-    """Return the first of several views of the stream that a branch reads: a view of a view can be an earlier one."""
+    """Return the earliest value that equals the head of a spine up to views and that a branch reads.
+
+    A skip and a branch can read the same stream through different views, x.view(a) and x.view(b) of one x.
+    """
     fork, size = spine[0], tape.tensors[spine[0]].numel()
     for view, value in itertools.pairwise(spine):
         producer = tape.producer(view)
@@ -458,8 +527,18 @@ def _first_view(tape: Tape, spine: Sequence[int], leaves: Sequence[int]) -> int:
 
 
 def _outermost(tape: Tape, adds: list[ResidualAdd]) -> list[ResidualAdd]:
-    """Drop the adds inside another's branch, and the long skips that span a chain of blocks."""
+    """Drop the adds inside another add's branch, and the long skips around a chain of blocks.
+
+    Both look alike, adds inside of an add. Inside a long skip they are chained: the stream of one is the output of
+    another::
+
+        long skip     x ──┬─ block ─ block ─ block ─┬─ +      drop the outer add
+                          └─────────────────────────┘
+        inner sums    x ──┬─ norm ─ (a + f(a)) ─ W ─┬─ +      drop the inner add
+                          └─────────────────────────┘
+    """
     dropped: set[int] = set()
+    # The largest interior first: a dropped add no longer drops the adds inside it.
     for add in sorted(adds, key=lambda item: -item.interior.bit_count()):
         if add.output in dropped:
             continue
@@ -470,7 +549,7 @@ def _outermost(tape: Tape, adds: list[ResidualAdd]) -> list[ResidualAdd]:
         ]
         outputs = {other.output for other in inner}
         chained = any(stream_source(tape, other.skip.leaf, outputs) is not None for other in inner)
-        # The first stream added again behind one block: what is added to it is the stream, and no branch.
+        # A long skip around one block has no chain. There the "branch" is the output of the inner add itself.
         chained |= any(term.leaf in outputs for term in add.branches)
         if chained:
             dropped.add(add.output)
@@ -480,12 +559,12 @@ def _outermost(tape: Tape, adds: list[ResidualAdd]) -> list[ResidualAdd]:
 
 
 def stream_source(tape: Tape, value: int, outputs: set[int]) -> int | None:
-    """Walk from a value up the residual stream, through norms and constants, to one of the given sums."""
+    """Return the first of the given sums on the way from a value up its stream, through norms and constants."""
     return next((item for item in stream_values(tape, value) if item in outputs), None)
 
 
 def stream_values(tape: Tape, value: int) -> Iterator[int]:
-    """Yield a value and what it was passed on from as a stream, through norms and constants, the nearest first."""
+    """Yield a value and the values up its stream, through norms and constants, the nearest first."""
     source: int | None = value
     while source is not None:
         yield source
@@ -500,7 +579,7 @@ def stream_step(tape: Tape, operation: Operation) -> int | None:
         return step[0]
     if is_norm(operation):
         return operation.inputs[0]
-    if base_name(operation) == "sub" and len(operation.inputs) == 2:  # the mean is taken off
+    if base_name(operation) == "sub" and len(operation.inputs) == 2:  # x − mean(x)
         value, mean = operation.inputs
         return value if tape.depends(mean, value) and is_statistic(tape, mean, value) else None
     return normalized_operand(tape, operation)

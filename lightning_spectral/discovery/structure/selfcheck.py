@@ -1,7 +1,9 @@
-"""Check a residual block: with every site at zero it passes the stream on, and it is linear in each site.
+"""Check a residual block numerically and along its stream.
 
-Nothing but the stream, its norms, constant factors and what does not come from this stream may be left at zero (zero
-test), and what reaches the stream is proportional to the factor at each site (linear test).
+* Zero test: with every site at zero the block passes on the stream, up to norms, constant factors and addends that do
+  not come from this stream.
+* Linear test: with the factors c = 0, 1 and 3 at one site, the sum f(c) satisfies f(3) − f(0) = 3 (f(1) − f(0)).
+* No weight outside of the branches acts on the stream inside of the block.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from lightning_spectral.discovery.trace.operations import (
     attended,
     is_attention,
     is_contraction,
+    is_fused_attention,
     is_norm,
     is_product,
     is_wide_convolution,
@@ -40,7 +43,7 @@ class SelfCheck:
     """Checks the blocks of one recorded forward pass."""
 
     def __init__(self, tape: Tape, prober: Prober, found: Sequence[FoundBranch], refusals: Sequence[Refusal]) -> None:
-        """Take note of what was found and what was not.
+        """Remember all branches, all refused sums, and all weights outside of branches.
 
         Args:
             tape: The recorded forward pass.
@@ -53,7 +56,7 @@ class SelfCheck:
         self._outside = list(_weights_outside(tape, found))
 
     def problem(self, name: str, branches: Sequence[FoundBranch]) -> str | None:
-        """Return what fails in the self-check of a block, ``None`` where nothing does.
+        """Return the first failure of the self-check of a block, ``None`` for a block that passes.
 
         Args:
             name: Name of the block.
@@ -65,6 +68,7 @@ class SelfCheck:
             return surprise("the self-check could not be made", error)
 
     def _problem(self, name: str, branches: Sequence[FoundBranch]) -> str | None:
+        """Return the first failure: of the stream, of a branch, then of the block with every site at zero."""
         adds = list({branch.add.output: branch.add for branch in branches}.values())
         for earlier, later in itertools.pairwise(adds):
             if not linked(self.tape, later, earlier):
@@ -73,6 +77,7 @@ class SelfCheck:
         return next(filter(None, checks), None) or self._left_at_zero(name, adds)
 
     def _branch_problem(self, branch: FoundBranch, stream: int) -> str | None:
+        """Return what is wrong with one branch."""
         tape = self.tape
         if branch.kind == "mlp" and self._hides_mixing(branch):
             return "one position cannot show whether a branch mixes positions: pass an example of two tokens or more"
@@ -87,13 +92,13 @@ class SelfCheck:
         return None
 
     def _positions(self, branch: FoundBranch) -> int:
-        """Return the number of positions in each sequence, or in each picture, of the stream that a branch reads."""
+        """Return the number of positions of one sequence, or of one picture, in the stream that a branch reads."""
         shape = self.tape.shape(branch.add.stream)
         channel = self.prober.channel_dim(Region(self.tape, branch.add.stream, branch.terms[0].start))
         return math.prod(size for dim, size in enumerate(shape) if dim not in (0, channel % len(shape)))
 
     def _hides_mixing(self, branch: FoundBranch) -> bool:
-        """Whether it would mix more positions: attention over one, or a padded convolution of one."""
+        """Whether a branch could mix positions, but has a single one here: attention, or a padded convolution."""
         tape, one = self.tape, self._positions(branch) == 1
         values = tape.between(branch.add.stream, branch.site.value)
         operations = [item for value in values if (item := tape.producer(value)) is not None]
@@ -104,21 +109,21 @@ class SelfCheck:
         )
 
     def _attends_to_one(self, branch: FoundBranch, operation: Operation) -> bool:
-        """Whether attention has a single key: in a window of one position. A router's softmax is no attention."""
+        """Whether attention has a single key, as in a window of one position. A router's softmax does not count."""
         tape = self.tape
-        compares = "attention" in operation.name or any(
+        compares = is_fused_attention(operation) or any(
             (item := tape.producer(value)) is not None and is_contraction(item) and not is_product(tape, item)
             for value in tape.between(branch.add.stream, operation.inputs[0])
         )
         return compares and attended(tape, operation) == 1
 
     def _is_linear(self, branch: FoundBranch) -> bool:
-        """Whether the sum is the stream alone with the site at 0, and proportional to the factor at the site."""
+        """Whether the sum is the stream with the site at 0, and grows in proportion to the factor at the site."""
         tape = self.tape
         region = Region(tape, branch.site.value, branch.add.output)
-        content = 1 + self.prober.finite(branch.site.value)  # what was recorded may be zero
+        content = 1 + self.prober.finite(branch.site.value)  # a site may be recorded as zero
         held = self.prober.made_up_weights(region) | self.prober.finite_around(region)
-        # Positions and the like, which do not come from the stream, are left out with the other branches.
+        # The other branches are silenced, and so are addends that do not come from the stream, such as positions.
         others = [term for term in branch.add.others if not tape.depends(term.leaf, branch.add.skip.leaf)]
         silent = [term for term in (*branch.add.branches, *others) if term not in branch.terms]
         rest = {term.start: torch.zeros_like(tape.wide(term.start)) for term in silent}
@@ -133,7 +138,7 @@ class SelfCheck:
         return proportional and alive and float((zero - stream).abs().max()) <= tolerance
 
     def _left_at_zero(self, name: str, adds: Sequence[ResidualAdd]) -> str | None:
-        """Return what is left of a block with every site at zero, beside what it passes on."""
+        """Return what a block adds to the stream with every site at zero, ``None`` for nothing."""
         call = self._call_around(name, adds)
         if call is None:
             return self._weight_outside(name, adds[0].skip.leaf)
@@ -146,7 +151,7 @@ class SelfCheck:
         return self._refused(entry, output) or lost or self._weight_outside(name, entry)
 
     def _call_around(self, name: str, adds: Sequence[ResidualAdd]) -> Call | None:
-        """Return the call of the block that made its first residual add; ``None`` for a list that is never called."""
+        """Return the call of the block around its first residual add; ``None`` for a block that is never called."""
         operation = self.tape.producer(adds[0].output)
         number = -1 if operation is None else operation.call
         while number >= 0 and self.tape.calls[number].path != name:
@@ -154,7 +159,7 @@ class SelfCheck:
         return self.tape.calls[number] if number >= 0 else None
 
     def _ends(self, call: Call, adds: Sequence[ResidualAdd]) -> tuple[int | None, int | None]:
-        """Return the stream as it enters and as it leaves the call of a block."""
+        """Return the values of the stream that enter and leave the call of a block, ``None`` for a missing one."""
         size = self.tape.tensors[adds[0].output].numel()
         entries = [
             value
@@ -166,10 +171,11 @@ class SelfCheck:
             for _, value in call.outputs
             if self.tape.depends(value, adds[-1].output) and self.tape.tensors[value].numel() == size
         ]
-        # Of several (the first stream is passed along), the latest is the stream.
+        # Several entries: the embedding is passed along to every block, and the latest entry is the stream.
         return max(entries, default=None), min(outputs, default=None)
 
     def _refused(self, entry: int, output: int) -> str | None:
+        """Return the reason of the first refused sum inside a block."""
         refused = (
             refusal.reason
             for refusal in self.refusals
@@ -178,7 +184,10 @@ class SelfCheck:
         return next(refused, None)
 
     def _begins_projected(self, call: Call, stream: int) -> str | None:
-        """Return whether a stream begins in a call with a sum of attention and a projection: a stage that widens it."""
+        """Return the problem of a block whose first sum adds attention to a projection of its input.
+
+        A stage that widens the stream begins so. Nothing of the input is passed on unchanged.
+        """
         tape = self.tape
         for value in stream_values(tape, stream):
             operation = tape.producer(value)
@@ -190,7 +199,7 @@ class SelfCheck:
         return None
 
     def _keeps_tokens_apart(self, operation: Operation, add: ResidualAdd) -> bool:
-        """Whether a norm on the stream that is written out takes its statistics over channels, not over positions."""
+        """Whether a written-out norm on the stream takes its statistics over channels, not over positions."""
         channel, rank = norm_channel(self.tape, operation), len(self.tape.shape(operation.outputs[0]))
         if is_norm(operation) or channel == -1 or not operation.inputs:
             return True
@@ -198,13 +207,17 @@ class SelfCheck:
         return channel % rank == self.prober.channel_dim(region) % len(self.tape.shape(region.stream))
 
     def _lost_on_the_way(self, adds: Sequence[ResidualAdd], entry: int, output: int) -> str | None:
-        """Walk from what leaves a block back to what enters it, through residual adds, norms and constants."""
+        """Walk from the output of a block back to its entry, through residual adds, norms and constants.
+
+        Returns:
+            What is in the way, ``None`` for a free way.
+        """
         tape, value = self.tape, output
         while value != entry:
             add = self._adds.get(value)
             operation = tape.producer(value)
             if operation is None or value < entry:
-                return None  # it begins inside, or the entry was another view of the stream
+                return None  # the stream begins inside, or the entry was another view of the stream
             if add is None:
                 step = stream_step(tape, operation) if self._keeps_tokens_apart(operation, adds[0]) else None
             else:
@@ -217,17 +230,17 @@ class SelfCheck:
         return None
 
     def _one_stream(self, entry: int, value: int) -> int | None:
-        """Return the stream that all terms of a sum carry which come from the entry."""
+        """Return the last value that all terms of a sum that come from the entry carry on as a stream."""
         operation = self.tape.producer(value)
         terms = () if operation is None else addends(self.tape, operation)
         others = () if operation is None else set(operation.inputs).difference(terms)
         if any(self.tape.depends(item, entry) for item in others):
-            return None  # what has one entry for all channels, or for all positions
+            return None  # a smaller addend, with one entry for all channels or all positions, also comes from the entry
         found = [set(stream_values(self.tape, term)) for term in terms if self.tape.depends(term, entry)]
         return max(set.intersection(*found), default=None) if found else None
 
     def _mixed_before(self, name: str, call: Call, begin: int) -> str | None:
-        """Return an attention of a block before its stream begins: beside a stream of another length, say."""
+        """Return the problem of a block with attention before its stream begins, on a stream of another length."""
         tape = self.tape
         before = {value for entry in call.inputs if tape.depends(begin, entry) for value in tape.between(entry, begin)}
         operations = (operation for value in before if (operation := tape.producer(value)) is not None)
@@ -237,7 +250,7 @@ class SelfCheck:
         return next((f"{weight} acts outside the branches that were found" for weight in weights), None)
 
     def _asks_by_data(self, operation: Operation) -> bool:
-        """Whether the queries of an attention are made of data; a learned query pools a sequence."""
+        """Whether the queries of attention are made of data. Learned queries only pool a sequence."""
         asked: Operation | None = operation
         while asked is not None and not is_contraction(asked):
             asked = self.tape.producer(asked.inputs[0])
@@ -246,8 +259,9 @@ class SelfCheck:
         return all(map(self.tape.is_data, asked.inputs[:2] if is_attention(asked) else matrix_operands(asked)))
 
     def _weight_outside(self, name: str, entry: int) -> str | None:
+        """Return the problem of a block with a weight that acts on its stream outside of its branches."""
         for value, weight in self._outside:
-            # Behind the last sum of a block that is the model itself stands its head.
+            # If the block is the whole model, the weights behind its last sum are the head's.
             inside = weight.startswith(f"{name}.") if name else self.tape.depends(max(self._adds), value)
             if inside and value != entry and self.tape.depends(value, entry):
                 return f"{weight} acts outside the branches that were found"
@@ -255,7 +269,7 @@ class SelfCheck:
 
 
 def _weights_outside(tape: Tape, branches: Sequence[FoundBranch]) -> Iterator[tuple[int, str]]:
-    """Yield the products that lie in no branch and lead to what the pass returns, each with the name of its weight."""
+    """Yield the products outside of all branches that the result depends on, each with the name of its weight."""
     returned = [value for call in tape.calls if call.parent < 0 for _, value in call.outputs]
     inside = 0
     for branch in branches:

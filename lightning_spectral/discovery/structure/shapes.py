@@ -1,4 +1,4 @@
-"""Factors with the shapes of their parameters, so that weights of another size are told from those that were meant."""
+"""Add the shapes of parameters to factors. A weight of another size can then be refused when it is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["with_shapes"]
 
 
 def with_shapes(model: nn.Module, blocks: Iterable[ResidualBlock]) -> tuple[ResidualBlock, ...]:
-    """Return blocks whose factors know the shapes of their parameters.
+    """Return blocks whose factors hold the shapes of their parameters.
 
     Args:
         model: The model that the blocks were found in.
@@ -46,7 +46,7 @@ def _shape(model: nn.Module, parameter: str) -> tuple[int, ...] | None:
     if module is None:
         return None
     inner: Any = getattr(module, "parametrizations", None)
-    # A parametrized weight is computed when it is asked for; what it is computed from is stored.
+    # Reading a parametrized weight would compute it; its stored original has the same shape.
     parametrized = isinstance(inner, nn.ModuleDict) and name in inner
     value = getattr(inner[name], "original", None) if parametrized else getattr(module, name, None)
     return tuple(value.shape) if isinstance(value, Tensor) and not is_lazy(value) else None

@@ -19,8 +19,8 @@ class Site:
     Attributes:
         path: Module path, or ``param:<path>``.
         output_index: Element of the output tuple, ``None`` for a tensor.
-        value: The value of the tape that stands at the site.
-        carries: Whether a factor there multiplies the branch; not at a weight that only names it, such as a gate's.
+        value: The value of the tape at the site.
+        carries: Whether a factor at the site multiplies the branch. A gate's weight only gives the branch a name.
     """
 
     path: str
@@ -34,9 +34,9 @@ def choose_site(
 ) -> Site | None:
     """Return the site of one branch, ``None`` where no module carries it.
 
-    A candidate returns the branch itself, or the branch before constants or gates multiply it. Of several, those come
-    first whose output is exactly what is added, then those that stand outermost (fused kernels bypass inner
-    projections); of equals, the one called first.
+    A candidate returns the branch itself, or the branch before constants or gates multiply it. Of several candidates, a
+    module whose output is exactly the added value comes first, then the outermost one, because fused kernels bypass
+    inner projections. Of equals, the module that was called first is chosen.
 
     Args:
         tape: The recorded forward pass.
@@ -62,10 +62,10 @@ def choose_site(
 
 
 def usable_modules(tape: Tape, adds: Iterable[ResidualAdd]) -> set[str]:
-    """Return the paths of the modules that carry one branch: scaling their output scales that branch and nothing else.
+    """Return the paths of the modules that carry one branch each: scaling the output scales that branch and no other.
 
-    A dropout that several branches share, or that is also applied to attention weights, is no such module. A module
-    that is called at several depths (a shared block) is, if it has the same place among the branches each time.
+    A dropout that several branches share, or that is also applied to attention weights, is not usable. A module of a
+    shared block, called at several depths, is usable if the same modules return its branch each time.
     """
     places: defaultdict[str, set[frozenset[str]]] = defaultdict(set)
     uses: Counter[str] = Counter()

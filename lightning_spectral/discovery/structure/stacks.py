@@ -1,8 +1,13 @@
 """Find the residual adds of models that keep several streams side by side: hyper-connections and their kin.
 
-Such a model reads one stream z = Σᵢ pᵢ Sᵢ out of a stack S of them, and writes what a branch makes of it to all:
-S′ⱼ = Σᵢ Rᵢⱼ Sᵢ + qⱼ f(z). The maps p, q and R act on the streams and on no channel. So the branch f is an ordinary one
-from z to f(z), and that is what is measured.
+Such a model keeps a stack S of streams. It reads one stream z = Σᵢ pᵢ Sᵢ from the stack, and writes the output of a
+branch to all streams: S′ⱼ = Σᵢ Rᵢⱼ Sᵢ + qⱼ f(z). The maps p, q and R mix streams, and never channels. So f is an
+ordinary branch from z to f(z), and its norm is measured::
+
+              ┌──────────── R ───────── kept ─┐
+    before S ─┤                               + ── S′
+              └─ p ─ read z ─ f ─ written ─ q ┘
+    (b, t, n, d)     (b, t, d)  (b, t, d)       (b, t, n, d)
 """
 
 from __future__ import annotations
@@ -22,6 +27,8 @@ from lightning_spectral.discovery.trace.operations import (
     Multiplier,
     base_name,
     is_contraction,
+    is_fused_attention,
+    is_multiplication,
     is_product,
     matrix_operands,
     moved_input,
@@ -41,14 +48,14 @@ class Stack:
     """How a sum writes to a stack of streams.
 
     Attributes:
-        kept: The term that carries the streams on.
-        before: The streams as they were.
-        read: The one stream that was read from them.
-        written: What was made of it and is written to all.
-        spine: Every value from the sum down to what is written.
-        writers: What multiplies it on the way: numbers, and values that are made of parameters.
-        depends: Whether something that depends on the data multiplies it as well, or mixes the streams.
-        count: The number of streams.
+        kept: The term R S that carries the streams on.
+        before: The streams S before the sum.
+        read: The stream z that the branch reads.
+        written: The output f(z) of the branch.
+        spine: Every value from the sum down to ``written``.
+        writers: The multipliers q of ``written`` on the spine: numbers, and values that are made of parameters.
+        depends: Whether p, q or R depends on the data.
+        count: The number n of streams.
     """
 
     kept: int
@@ -61,7 +68,7 @@ class Stack:
     count: int
 
     def size(self, tape: Tape) -> float:
-        """Return the size of what is written, relative to the branch: the root of the mean square of the writers."""
+        """Return the root mean square of the writers: the size of the written value relative to the branch."""
         product = 1.0
         for writer in self.writers:
             if isinstance(writer, float):
@@ -78,6 +85,7 @@ def stack_at(tape: Tape, prober: Prober, operation: Operation) -> Stack | None:
     data = [value for value in operation.inputs if tape.is_data(value)]
     if base_name(operation) != "add" or len(data) != 2:
         return None
+    # Either operand can be the kept one. Cheap questions about sizes and wiring come before the numerical ones.
     for kept, put in (data, data[::-1]):
         spine = _down_to_one(tape, operation.outputs[0], put)
         before = None if spine is None else _before(tape, kept, spine[-1])
@@ -98,10 +106,17 @@ def stack_at(tape: Tape, prober: Prober, operation: Operation) -> Stack | None:
 
 
 def _down_to_one(tape: Tape, total: int, put: int) -> tuple[int, ...] | None:
-    """Follow what is written to all streams down to the one stream that it was made of."""
+    """Return the spine from a sum down to the first value with the size of one stream, ``None`` if there is none.
+
+    Args:
+        tape: The recorded forward pass.
+        total: The sum.
+        put: The term that is written to the streams.
+    """
     whole, spine = tape.tensors[total].numel(), [total, put]
     while True:
         size = tape.tensors[spine[-1]].numel()
+        # q expands one stream to n: behind it the value is smaller, and n is the quotient of the sizes.
         if 0 < size < whole:
             return tuple(spine) if whole % size == 0 else None
         producer = tape.producer(spine[-1])
@@ -112,27 +127,33 @@ def _down_to_one(tape: Tape, total: int, put: int) -> tuple[int, ...] | None:
 
 
 def _carrier(tape: Tape, operation: Operation) -> int | None:
-    """Return the operand of a map of streams that holds the channels: the larger one."""
+    """Return the operand of a map of streams that holds the channels; ``None`` for other operations.
+
+    Of two operands it is the larger one, because p, q and R have no channels.
+    """
     moved = moved_input(operation)
     if moved is not None:
         return moved if tape.is_data(moved) else None
     multiplied = multiplied_input(tape, operation)
     if multiplied is not None:
         return multiplied[0]
-    name = base_name(operation)
-    if name not in ("mul", "multiply") and not (is_contraction(operation) and "attention" not in operation.name):
+    if not is_multiplication(operation) and not (is_contraction(operation) and not is_fused_attention(operation)):
         return None
     operands = [value for value in matrix_operands(operation) if tape.is_data(value)]
     return max(operands, key=lambda value: tape.tensors[value].numel(), default=None)
 
 
 def _before(tape: Tape, kept: int, written: int) -> int | None:
-    """Walk from what is kept of the streams back to the streams that the branch was made of, in their own layout."""
+    """Return the streams before the sum, in their own layout, ``None`` if the kept term does not come from them.
+
+    The walk goes back from the kept term, through R, to the first value that the branch was made of.
+    """
     value, whole = kept, tape.tensors[kept].numel()
     while True:
         producer = tape.producer(value)
         carrier = None if producer is None else _carrier(tape, producer)
         fits = carrier is not None and tape.tensors[carrier].numel() >= whole
+        # Go on through views even after the branch depends on the value: the layout of the stack itself is wanted.
         if tape.depends(written, value) and not (fits and producer is not None and moved_input(producer) is not None):
             return value
         if carrier is None or not fits:
@@ -141,9 +162,11 @@ def _before(tape: Tape, kept: int, written: int) -> int | None:
 
 
 def _one_stream(tape: Tape, before: int, written: int) -> tuple[int, int] | None:
-    """Return the first value of one stream that all ways from the streams to the branch lead through, and its end.
+    """Return the stream that the branch reads, and the output of the branch, both in one layout with channels last.
 
-    Both are in one layout: positions and channels, which stand last.
+    Every way from the streams to the output leads through the stream that is read: it is the first value of its size
+    among the gateways (see :meth:`Region.gateways`). The branch may read it in other views, and its output has views
+    too. The pair of views that fits is chosen, equal shapes before equal shapes up to dimensions of size 1.
     """
     size = tape.tensors[written].numel()
     if tape.tensors[before].numel() <= size:
@@ -152,6 +175,7 @@ def _one_stream(tape: Tape, before: int, written: int) -> tuple[int, int] | None
     first = next((value for value in gateways if value != before), None)
     if first is None:
         return None
+    # Views of the stream that is read, as long as they follow each other without another operation.
     reads = [first]
     for value in gateways[gateways.index(first) + 1 :]:
         operation = tape.producer(value)
@@ -171,7 +195,7 @@ def _fit(tape: Tape, read: int, written: int) -> bool:
 
 
 def _ups(tape: Tape, value: int | None) -> Iterator[int]:
-    """Yield a value and what it is a view of."""
+    """Yield a value, the value that it is a view of, and so on."""
     while value is not None:
         yield value
         operation = tape.producer(value)
@@ -180,7 +204,7 @@ def _ups(tape: Tape, value: int | None) -> Iterator[int]:
 
 
 def _moves(tape: Tape, value: int, up: int) -> Iterator[int]:
-    """Yield the values behind a value up to the one that it is a view of."""
+    """Yield the values behind a value, of which it is a view, up to and including ``up``."""
     for item in _ups(tape, value):
         if item != value:
             yield item
@@ -189,6 +213,7 @@ def _moves(tape: Tape, value: int, up: int) -> Iterator[int]:
 
 
 def _works(tape: Tape, read: int, written: int) -> bool:
+    """Whether a product with a weight lies between two values: a branch, and not another map of streams."""
     producers = (tape.producer(value) for value in tape.between(read, written)[1:])
     return any(operation is not None and is_product(tape, operation) for operation in producers)
 
@@ -196,8 +221,17 @@ def _works(tape: Tape, read: int, written: int) -> bool:
 def _keeps(tape: Tape, prober: Prober, before: int, end: int, width: int | None = None) -> bool:
     """Whether a value is made of a stack of streams channel by channel and token by token.
 
-    What the streams are multiplied by is held as it was recorded.
+    The multipliers of the streams keep their recorded content, although they may depend on the streams.
+
+    Args:
+        tape: The recorded forward pass.
+        prober: Answers numerical questions.
+        before: The streams.
+        end: The value.
+        width: The number of channels, by default the last dimension of the value.
     """
+    # Two ways to run the map. If it is a chain of products with maps, replay it with the maps held. If it has other
+    # operations (norms, several readers), run its linear part, and check separately that no positions are mixed.
     region = Region(tape, before, end)
     width = tape.shape(end)[-1] if width is None else width
     held = _beside(tape, before, end)
@@ -213,7 +247,7 @@ def _keeps(tape: Tape, prober: Prober, before: int, end: int, width: int | None 
 
 
 def _beside(tape: Tape, before: int, end: int) -> dict[int, Tensor] | None:
-    """Return what the streams are multiplied by on their way, ``None`` where other operations are on it."""
+    """Return the multipliers of the streams on the way to a value, ``None`` if the way has other operations."""
     held: dict[int, Tensor] = {}
     value = end
     while value != before:
@@ -227,20 +261,32 @@ def _beside(tape: Tape, before: int, end: int) -> dict[int, Tensor] | None:
 
 
 def _is_fixed(tape: Tape, before: int, kept: int, read: int) -> bool:
-    """Whether the maps that mix and read the streams are made of numbers and parameters alone."""
+    """Whether the maps p and R, which read and mix the streams, are made of numbers and parameters alone."""
     between = {value for end in (kept, read) for value in tape.between(before, end) if value != before}
     operations = [operation for value in between if (operation := tape.producer(value)) is not None]
-    mapping = [item for item in operations if base_name(item) in ("mul", "multiply") or is_contraction(item)]
+    # Every data-dependent p or R makes a product of two data-dependent operands.
+    mapping = [item for item in operations if is_multiplication(item) or is_contraction(item)]
     return not any(sum(map(tape.is_data, matrix_operands(operation))) > 1 for operation in mapping)
 
 
 def _channelwise(tape: Tape, source: int, width: int, run: Callable[[Tensor], Tensor]) -> bool:
-    """Whether numbers that multiply each channel make a value of another one, whatever its channels hold."""
+    """Whether a function multiplies channels by numbers only, and mixes none.
+
+    Content u, the same at all tokens and streams, must become g · u, with gains g that do not depend on u. Two random u
+    are compared. If channels were mixed, the two gains would differ.
+
+    Args:
+        tape: The recorded forward pass.
+        source: The input of the function: its shape is used.
+        width: The number of channels. The last dimension may hold several streams side by side.
+        run: The function.
+    """
     generator = torch.Generator().manual_seed(19)
     like, gains = tape.wide(source), list[Tensor]()
     if like.shape[-1] % width:
         return False
     for _ in range(2):
+        # Between 1 and 2: a quotient by u is safe.
         u = 1 + torch.rand(width, generator=generator, dtype=torch.float64, device="cpu").to(like)
         result = run(u.repeat(like.shape[-1] // width).expand(like.shape).clone())
         if result.shape[-1] % width:
@@ -251,10 +297,11 @@ def _channelwise(tape: Tape, source: int, width: int, run: Callable[[Tensor], Te
 
 
 def _writers(tape: Tape, spine: tuple[int, ...]) -> Iterator[Multiplier | None]:
-    """Yield what multiplies a branch on its way to all streams, ``None`` where that depends on the data.
+    """Yield the multipliers of a branch on its way to all streams, ``None`` for one that depends on the data.
 
-    A constant vector counts by the root of its mean square.
+    A constant vector counts by its root mean square.
     """
+    # The ends of the spine are left out: the sum at its top, and the branch itself at its bottom.
     for value in spine[1:-1]:
         operation = tape.producer(value)
         assert operation is not None

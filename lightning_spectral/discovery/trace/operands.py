@@ -1,13 +1,16 @@
-"""Which operand of an operation carries the values: not the attention pattern, not a statistic of the value itself."""
+"""Which operand of an operation carries the values. The other operand is an attention pattern or a statistic."""
 
 from __future__ import annotations
 
 from lightning_spectral.discovery.trace.operations import (
     base_name,
     is_attention,
+    is_broadcast,
     is_contraction,
+    is_fused_attention,
     is_norm,
     is_product,
+    is_softmax,
     matrix_operands,
     norm_channels_second,
     refs,
@@ -22,15 +25,22 @@ class UnmeasurableError(Exception):
 
 
 def normalized_operand(tape: Tape, operation: Operation) -> int | None:
-    """Return the value that is multiplied by a statistic of itself: a norm written out in elementary operations."""
+    """Return the value that a norm written out in elementary operations normalizes; ``None`` for other operations.
+
+    Such a norm multiplies a value x by a statistic of x, or x − mean(x) by a statistic of x::
+
+        x ──────────────────────────┐
+        └─ pow ─ mean ─ rsqrt ────── mul ── x / rms(x)
+    """
     if base_name(operation) not in ("mul", "div") or len(operation.inputs) != 2:
         return None
     if not tape.is_data(operation.outputs[0]):
-        return None  # a weight that is divided by its own norm
+        return None  # a weight that is divided by its own norm is still a weight
     first, second = operation.inputs
     for value, statistic in ((first, second), (second, first)):
+        # The statistic may have been broadcast to the shape of the value before the product.
         source = tape.producer(statistic)
-        while source is not None and source.name in ("expand", "unsqueeze", "_to_copy", "view"):
+        while source is not None and (is_broadcast(source) or source.name == "view"):
             statistic = source.inputs[0]
             source = tape.producer(statistic)
         if not is_statistic(tape, statistic, value):
@@ -43,12 +53,12 @@ def normalized_operand(tape: Tape, operation: Operation) -> int | None:
 
 
 def is_statistic(tape: Tape, statistic: int, value: int) -> bool:
-    """Whether something has one entry for all channels of a value."""
+    """Whether one value has a single entry for all channels of another value."""
     return _reduced(tape, statistic, value) is not None
 
 
 def _reduced(tape: Tape, statistic: int, value: int) -> int | None:
-    """Return the dimension of the channels of a value, last or second, along which something has one entry."""
+    """Return the dimension of the channels of ``value``, last or second, along which ``statistic`` has one entry."""
     shape = tape.shape(value)
     whole = (1,) * (len(shape) - len(tape.shape(statistic))) + tape.shape(statistic)
     dims = (-1, 1) if len(shape) > 2 else (-1,) * len(shape[:1])
@@ -56,33 +66,38 @@ def _reduced(tape: Tape, statistic: int, value: int) -> int | None:
 
 
 def norm_channel(tape: Tape, operation: Operation) -> int:
-    """Return the dimension of the channels of a norm: the last, or the second of feature maps."""
+    """Return the dimension of the channels of a norm: −1, or 1 for feature maps."""
     if is_norm(operation):
         return 1 if norm_channels_second(operation) else -1
-    statistics = (value for value in operation.inputs if tape.is_data(value))  # a gain is none
+    statistics = (value for value in operation.inputs if tape.is_data(value))  # a gain is no statistic
     found = (_reduced(tape, statistic, operation.outputs[0]) for statistic in statistics)
     return next((dim for dim in found if dim is not None), -1)
 
 
 def _centred(tape: Tape, value: int) -> int:
-    """Return x for x − mean(x): the variance may have been computed from x in another way."""
+    """Return x for x − mean(x), any other value unchanged. The variance may have been computed from x itself."""
     operation = tape.producer(value)
     return operation.inputs[0] if operation is not None and base_name(operation) == "sub" else value
 
 
 def _is_weighted(tape: Tape, value: int) -> bool:
+    """Whether a product with a weight, or attention, made the value. No norm computes its statistic so."""
     operation = tape.producer(value)
     return operation is not None and (is_product(tape, operation) or is_attention(operation))
 
 
 def value_operand(tape: Tape, operation: Operation) -> int:
-    """Return the operand of an attention product that carries the values, not the pattern."""
-    if "attention" in operation.name:
+    """Return the operand of an attention product that carries the values. The other operand is the pattern.
+
+    Raises:
+        UnmeasurableError: Both operands are data of one kind, or one is a constant of unknown origin.
+    """
+    if is_fused_attention(operation):
         found = refs(operation, 2)
         if found:
             return found[0]
     operands = matrix_operands(operation)
-    # Talking heads multiply the pattern by a weight that mixes heads.
+    # First without, then through products with weights: talking heads multiply the pattern by a weight.
     patterns = ([value for value in operands if _is_pattern(tape, value, through)] for through in (False, True))
     weighted: list[int] = next(filter(None, patterns), [])
     others = [value for value in operands if value not in weighted]
@@ -94,12 +109,12 @@ def value_operand(tape: Tape, operation: Operation) -> int:
 
 
 def _is_pattern(tape: Tape, value: int, through: bool) -> bool:
-    """Whether the value was made by a softmax, read backwards through everything but another product of data.
+    """Whether a softmax made the value. The search goes backwards and stops at products of data with data.
 
     Args:
         tape: The recorded forward pass.
         value: The value.
-        through: Whether products with weights are passed, too.
+        through: Whether the search passes products with weights.
     """
     seen, queue = set(), [value]
     while queue:
@@ -108,7 +123,7 @@ def _is_pattern(tape: Tape, value: int, through: bool) -> bool:
             continue
         if is_contraction(operation) and not (through and is_product(tape, operation)):
             continue
-        if "softmax" in operation.name:
+        if is_softmax(operation):
             return True
         seen.add(operation.index)
         queue += operation.inputs

@@ -1,4 +1,10 @@
-"""Which positions of a branch's output move when positions of its stream are perturbed."""
+"""Which positions of a branch's output move when positions of its stream are perturbed.
+
+A branch that mixes no positions moves exactly the perturbed ones. Two patterns of perturbation are tried::
+
+    moved_by_one     x . . . . .      causal attention: every later position sees the first
+    moved_by_half    x . x . x .      local or shifted mixers, and attention that hides the first position
+"""
 
 from __future__ import annotations
 
@@ -11,17 +17,17 @@ from torch import Tensor
 __all__ = ["moved_by_half", "moved_by_one"]
 
 Change = Callable[[Tensor, float], Tensor]
-"""Perturbs the stream at the positions of a mask by a size, and returns how far each position of the output moves."""
+"""Maps a mask of positions and a size of perturbation to how far each position of the output moves."""
 
-_ONE, _HALF = 1e-3, 1e-5
-_LEAST = 1e-9
+_ONE, _HALF = 1e-3, 1e-5  # sizes of perturbation, relative to the stream
+_LEAST = 1e-9  # relative to the largest move: smaller moves are rounding
 
 
 def moved_by_one(change: Change, rows: Tensor) -> tuple[int, tuple[int, ...]]:
     """Perturb the first position.
 
     Args:
-        change: How far each position moves.
+        change: Maps a perturbation to how far each position moves.
         rows: The stream, its channels last.
 
     Returns:
@@ -39,11 +45,11 @@ def moved_by_half(change: Change, rows: Tensor) -> tuple[int, tuple[int, ...]]:
     """Perturb every second position along each dimension in turn.
 
     Args:
-        change: How far each position moves.
+        change: Maps a perturbation to how far each position moves.
         rows: The stream, its channels last.
 
     Returns:
-        The largest number of positions between them that move, and the dimensions along which some do.
+        The largest number of unperturbed positions that move, and the dimensions along which some move.
     """
     counts: dict[int, int] = {}
     for dim, first in itertools.product(range(rows.dim() - 1), (1, 0)):
@@ -53,7 +59,7 @@ def moved_by_half(change: Change, rows: Tensor) -> tuple[int, tuple[int, ...]]:
         places.movedim(dim, 0)[first::2] = True
         try:
             moved = _moved(change(places, _HALF), places)
-        except (RuntimeError, IndexError):  # a router chose otherwise, and shapes depend on its choice
+        except (RuntimeError, IndexError):  # a router changed its choice, and shapes depend on the choice
             continue
         if moved.shape == places.shape:
             counts[dim] = int(moved[~places].sum())
@@ -65,7 +71,7 @@ def _nowhere(rows: Tensor) -> Tensor:
 
 
 def _moved(change: Tensor, places: Tensor) -> Tensor:
-    """Return which positions move: none of a branch that is not finite."""
+    """Return a mask of the positions that move. No position of a branch that is not finite counts."""
     largest = change.max()
     moved = (change > _LEAST * largest) & largest.isfinite()
-    return moved.view_as(places) if moved.numel() == places.numel() else moved  # the branch can lay them out otherwise
+    return moved.view_as(places) if moved.numel() == places.numel() else moved  # the output may have other positions

@@ -1,7 +1,12 @@
 """Numerical questions to a recorded graph: does a branch mix tokens, is it affine here, which channel feeds which.
 
-Every probe replays a slice of the tape in float64 on made-up content, so that its answer is a property of the program
-and not of the weights. Blocks that run the same program share their answers: a probe runs once per distinct program.
+Every probe replays a slice of the tape in float64 on made-up content. So its answer is a property of the program, not
+of the weights. Blocks that run the same program share their answers: a probe runs once per distinct program.
+
+Made-up content can change a router's choice, and with it shapes further on. A replay that fails for that reason raises
+one of four errors, which the probes answer with the safe answer (not affine, not elementwise, not the same).
+
+Seeds differ from probe to probe, so that the noise of one probe never equals the content that another one held fixed.
 """
 
 from __future__ import annotations
@@ -14,7 +19,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_spectral.discovery.trace.operations import base_name, is_attention, is_product, matrix_operands, refs
+from lightning_spectral.discovery.trace.operations import (
+    base_name,
+    is_attention,
+    is_convolution,
+    is_multiplication,
+    is_product,
+    is_softmax,
+    matrix_operands,
+    refs,
+)
 from lightning_spectral.discovery.trace.positions import moved_by_half, moved_by_one
 from lightning_spectral.discovery.trace.programs import program_hash
 from lightning_spectral.discovery.trace.replay import replay
@@ -27,7 +41,7 @@ _TOLERANCE = 1e-8
 
 
 class Region:
-    """The part of a tape between the stream and the output of one branch."""
+    """The part of a tape between the stream and the output of one branch: all values on ways from one to the other."""
 
     def __init__(self, tape: Tape, stream: int, leaf: int) -> None:
         """Collect the values between ``stream`` and ``leaf``."""
@@ -38,25 +52,32 @@ class Region:
         self._local = {value: position for position, value in enumerate(self.values)}
 
     def local(self, value: int) -> int:
-        """Return the position of a value in the region, which is the same in every region of one program."""
+        """Return the position of a value in the region, −1 for a value outside. Regions of one program agree on it."""
         return self._local.get(value, -1)
 
     @cached_property
     def program(self) -> int:
-        """Hash of the program: equal for blocks that compute the same function, whatever their weights are."""
+        """Hash of the program; equal for regions that compute the same function with other weights."""
         return program_hash(self.tape, self.values)
 
     def common_source(self, values: Iterable[int]) -> int:
-        """Return the last value through which every way from the stream to any of the values leads."""
+        """Return the last value that every way from the stream to any of the values leads through.
+
+        That is the lowest common ancestor in the tree of dominators::
+
+            stream ── norm ─┬─ up ─── mul ── down          common_source(up, gate) = norm
+                            └─ gate ──┘
+        """
         found, *others = values
         for value in others:
-            # The tree of dominators is climbed from the later of two values, because numbers grow along the way.
+            # A value has a higher number than its dominators. So the later one of two values is replaced by its
+            # immediate dominator until both are the same.
             while found != value:
                 found, value = (self._gateways[found], value) if found > value else (found, self._gateways[value])
         return found
 
     def gateways(self) -> list[int]:
-        """Return the values between stream and output that every way leads through, both included, in order."""
+        """Return the values that every way from the stream to the output leads through, both included, in order."""
         found = [self.leaf]
         while found[-1] != self.stream:
             found.append(self._gateways[found[-1]])
@@ -64,9 +85,14 @@ class Region:
 
     @cached_property
     def _gateways(self) -> dict[int, int]:
-        """For each value the last one before it that every way from the stream leads through (immediate dominator)."""
+        """The immediate dominator of each value: the last value that every way from the stream to it leads through.
+
+        Cooper, Harvey and Kennedy, "A Simple, Fast Dominance Algorithm" (2001). One pass is enough, because values are
+        in topological order and a tape has no loops.
+        """
         self_map: dict[int, int] = {self.stream: self.stream}
-        self.__dict__["_gateways"] = self_map  # `common_source` climbs what is known so far
+        # `common_source` reads the map while it is being filled: a cached property must be in place before.
+        self.__dict__["_gateways"] = self_map
         for value in self.values[1:]:
             operation = self.tape.producer(value)
             assert operation is not None
@@ -76,7 +102,11 @@ class Region:
 
 
 class Prober:
-    """Asks the questions and remembers the answers per program."""
+    """Asks numerical questions about regions, and remembers each answer for all regions of the same program.
+
+    A public question builds a key of local numbers and calls :meth:`once`; the private method of the same name
+    computes the answer.
+    """
 
     def __init__(self, tape: Tape) -> None:
         """Start without answers."""
@@ -84,7 +114,13 @@ class Prober:
         self._answers: dict[Hashable, Any] = {}
 
     def once(self, region: Region, question: Hashable, ask: Callable[[], _Answer]) -> _Answer:
-        """Return the answer to a question about a region, asking only once per program."""
+        """Return the answer to a question about a region. Each question is asked once per program.
+
+        Args:
+            region: The region.
+            question: A key of the question. Values in it are local numbers, which all regions of a program share.
+            ask: Computes the answer.
+        """
         key = (region.program, question)
         if key not in self._answers:
             self._answers[key] = ask()
@@ -92,45 +128,48 @@ class Prober:
         return answer
 
     def moved_positions(self, region: Region) -> int:
-        """Return how many positions of the branch output move when others of the stream are perturbed.
+        """Return how many positions of the branch output move when other positions of the stream are perturbed.
 
-        One position is perturbed or, where none other moves, every second one. A random direction is used, because a
-        constant shift is invisible behind a LayerNorm; it is small, so that no router changes its choice.
+        The first position is perturbed; if no other position moves, every second position is. The perturbation is
+        random, because a LayerNorm hides a constant shift, and small, so that no router changes its choice.
         """
         return self._moved(region)[0]
 
     def mixed_dims(self, region: Region) -> tuple[int, ...]:
-        """Return the dimensions of the stream along which a branch mixes positions: where its tokens stand."""
+        """Return the dimensions of the stream along which a branch mixes positions: the dimensions of tokens."""
         return self._moved(region)[1]
 
     def _moved(self, region: Region) -> tuple[int, tuple[int, ...]]:
         return self.once(region, "moved", lambda: self._moved_positions(region))
 
     def _moved_positions(self, region: Region) -> tuple[int, tuple[int, ...]]:
-        # A branch that starts at zero moves nothing; with made-up weights in place of zeros it shows what it is.
+        # A branch whose last matrix is zero moves nothing. With made-up weights in place of zeros, it moves positions.
         try:
             return self._moved_with(region, self.made_up_weights(region))
-        except (RuntimeError, IndexError):  # a router chose otherwise, and shapes depend on its choice
+        except (RuntimeError, IndexError):  # a router changed its choice, and shapes depend on the choice
             return self._moved_with(region, {})
 
     def _moved_with(self, region: Region, held: Mapping[int, Tensor]) -> tuple[int, tuple[int, ...]]:
+        """Return how many other positions move, and along which dimensions, with some content held fixed."""
         held = {**self.finite_around(region), **held}
         channel = self._channel_dim(region)
         rows = self.finite(region.stream).movedim(channel, -1)
         count, dims = moved_by_one(self._change(region, channel, held), rows)
-        # The first position can be padding, which no other one attends to, or all can attend to themselves alone.
+        # The first position may be padding that no other position attends to. Or a sharp softmax lets every position
+        # attend to itself alone: flat patterns undo that.
         for patterns in (self._flat_patterns(region), {}) if not count else ():
             try:
                 count, dims = moved_by_half(self._change(region, channel, {**held, **patterns}), rows)
-            except (RuntimeError, IndexError):  # a router without a preference
+            except (RuntimeError, IndexError):  # a flat softmax can also be a router's, and break its choice
                 continue
             if count or not patterns:
                 break
+        # The dimensions were counted with the channels last; the stream may have them elsewhere.
         places = [dim for dim in range(rows.dim()) if dim != channel % rows.dim()]
         return count, tuple(places[dim] for dim in dims)
 
     def _change(self, region: Region, channel: int, held: Mapping[int, Tensor]) -> Callable[[Tensor, float], Tensor]:
-        """Return a function that perturbs the stream at some positions, and says how far each one moves."""
+        """Return a function that perturbs the stream at some positions, and returns how far each position moves."""
         stream = self.finite(region.stream)
         rows = stream.movedim(channel, -1)
         noise = _noise(rows) * (float(rows.abs().mean()) or 1.0)
@@ -144,30 +183,30 @@ class Prober:
             content = stream.clone()
             content.movedim(channel, -1)[places] += size * noise[places]
             moved = (output(content) - before).abs().amax(-1)
-            return torch.where(moved.isfinite(), moved, 0.0)  # tokens that attend to nothing are NaN
+            return torch.where(moved.isfinite(), moved, 0.0)  # a token that attends to nothing is NaN
 
         return change
 
     def _flat_patterns(self, region: Region) -> dict[int, Tensor]:
-        """Return content with which attention attends to all alike: equal weights, or queries that are zero."""
+        """Return content that makes attention uniform: equal weights after a softmax, zero queries of a kernel."""
         content = {}
         for value in region.values[1:]:
             operation = self.tape.producer(value)
             if operation is None or not is_attention(operation):
                 continue
-            if "softmax" in operation.name:
+            if is_softmax(operation):
                 content[value] = torch.full_like(self.tape.wide(value), 1 / self.tape.shape(value)[operation.args[1]])
             else:
                 content |= {query: torch.zeros_like(self.tape.wide(query)) for query in refs(operation, 0)}
         return content
 
     def made_up_weights(self, region: Region) -> dict[int, Tensor]:
-        """Return content for the weights, gains and gates of a region that show nothing as they are."""
+        """Return content for weights, gains and gates that hide the branch: zeros, or numbers that are not finite."""
         content = {}
         for value in region.values[1:]:
             operation = self.tape.producer(value)
             if operation is None or base_name(operation) in ("add", "sub"):
-                continue
+                continue  # a bias of zero hides nothing
             for item in matrix_operands(operation) if is_product(self.tape, operation) else operation.inputs:
                 like = self.tape.tensors[item]
                 mute = like.is_floating_point() and is_mute(like) and self.tape.made_of_parameters(item)
@@ -176,41 +215,41 @@ class Prober:
         return content
 
     def _is_gate_at_zero(self, region: Region, operation: Operation, value: int) -> bool:
-        """Whether the branch is multiplied by zeros of another origin: by the gate of a conditioning vector."""
-        gate = base_name(operation) in ("mul", "multiply") and not self.tape.depends(value, region.stream)
+        """Whether a value is a gate that is zero and does not come from the stream, such as adaLN-Zero's."""
+        gate = is_multiplication(operation) and not self.tape.depends(value, region.stream)
         return gate and self.tape.is_data(value) and not bool(self.tape.tensors[value].any())
 
     def finite(self, value: int) -> Tensor:
-        """Return the recorded content of a value, or noise where it holds NaN: a run diverges, its program does not."""
+        """Return the recorded content of a value, or noise if it contains NaN. A diverged run has the same program."""
         content = self.tape.wide(value)
         return _noise(content, seed=13) if content.is_floating_point() and bool(content.isnan().any()) else content
 
     def finite_around(self, region: Region) -> dict[int, Tensor]:
-        """Return noise for the values outside a region that it reads, and that hold NaN."""
+        """Return noise for the values that a region reads from outside and that contain NaN."""
         producers = (self.tape.producer(value) for value in region.values[1:])
         read = {item for operation in producers if operation is not None for item in operation.inputs}
         outside = (item for item in read if region.local(item) < 0 and self.tape.tensors[item].is_floating_point())
         return {item: self.finite(item) for item in outside if bool(self.tape.tensors[item].isnan().any())}
 
     def channel_dim(self, region: Region) -> int:
-        """Return the dimension of the stream that holds its channels: the last, or the second of feature maps."""
+        """Return the dimension of the channels of the stream: −1, or 1 for feature maps."""
         return self.once(region, "channels", lambda: self._channel_dim(region))
 
     def _channel_dim(self, region: Region) -> int:
-        """Ask the first convolution, whose channels stand second, which dimension of the stream they come from."""
+        """Ask the first convolution of the branch: whether its channels, dimension 1, are dimension 1 of the stream."""
         shape = self.tape.shape(region.stream)
         operations = (self.tape.producer(value) for value in region.values[1:])
-        first = next((item for item in operations if item is not None and "convolution" in item.name), None)
+        first = next((item for item in operations if item is not None and is_convolution(item)), None)
         if first is None or len(shape) < 3 or not self.tape.depends(first.inputs[0], region.stream):
             return -1
         between = (self.tape.producer(value) for value in self.tape.between(region.stream, first.inputs[0])[1:])
         if any(operation is not None and is_product(self.tape, operation) for operation in between):
-            return -1  # it reads channels of the branch
-        # A channel can have a gain of nearly zero.
+            return -1  # a product stands before it: it reads channels of the branch, not of the stream
+        # Two channels are asked, because one of them can have a gain of nearly zero.
         return 1 if any(self._keeps_channel(region, first.inputs[0], place) for place in {0, shape[1] // 2}) else -1
 
     def _keeps_channel(self, region: Region, target: int, place: int) -> bool:
-        """Whether what an entry of dimension 1 of the stream holds stands at the same entry of a later value."""
+        """Whether entry ``place`` of dimension 1 of the stream reaches the same entry of a later value."""
         stream = _noise(self.tape.tensors[region.stream], seed=14)
         other = stream.clone()
         other.select(1, place).add_(1.0)
@@ -219,12 +258,17 @@ class Prober:
         except (RuntimeError, IndexError, ValueError, TypeError):
             return False
         change = (ends[1] - ends[0]).abs().movedim(1, 0).flatten(1).sum(1)
-        # Norms over channels spread a change of one channel thinly over the others.
+        # A norm over channels spreads a change of one channel, but only thinly. So the changed channel must move more
+        # than twice as far as any other, and not be the only one that moves.
         others = torch.cat([change[:place], change[place + 1 :]])
         return place < len(change) and len(others) > 0 and float(change[place]) > 2 * float(others.amax())
 
     def is_affine(self, region: Region, sources: Iterable[int], target: int) -> bool:
-        """Whether ``target`` is an affine function of all the sources together (midpoint test)."""
+        """Whether ``target`` is an affine function of all the sources together.
+
+        The midpoint test: f((a + b) / 2) = (f(a) + f(b)) / 2 for random a and b. An affine f passes for all a and b; a
+        smooth function that is not affine fails with probability 1.
+        """
         sources = sorted(sources)
         question = ("affine", *map(region.local, sources), region.local(target))
         return self.once(region, question, lambda: self._is_affine(sources, target))
@@ -236,14 +280,14 @@ class Prober:
         try:
             ends = [replay(self.tape, content, target) for content in (first, second, middle)]
         except (RuntimeError, IndexError, ValueError, TypeError):
-            return False  # content-dependent shapes: certainly not affine
+            return False  # shapes depend on the content: certainly not affine
         if not ends[0].is_floating_point():
             return False
         chord = (ends[0] + ends[1]) / 2
         return bool((ends[2] - chord).abs().max() <= _TOLERANCE * (chord.abs().max() + 1e-30))
 
     def is_bounded(self, region: Region, sources: Iterable[int], target: int) -> bool:
-        """Whether a value stays as it is while all that it is made of grows: a gate, not a path."""
+        """Whether a value stays the same while its sources grow from 1e3 to 1e6: a sigmoid or tanh, so a gate."""
         sources = sorted(sources)
         question = ("bounded", *map(region.local, sources), region.local(target))
         return self.once(region, question, lambda: self._is_bounded(sources, target))
@@ -258,7 +302,11 @@ class Prober:
         return bool((grown - once).abs() <= 1e-2 * grown)
 
     def is_elementwise(self, region: Region, source: int, target: int) -> bool:
-        """Whether every entry of ``target`` is a function of the same entry of ``source``, which has the same shape."""
+        """Whether every entry of ``target`` is a function of the same entry of ``source``.
+
+        About half of the entries of the source change. If the function is elementwise, the target is bitwise the same
+        at all other entries.
+        """
         question = ("elementwise", region.local(source), region.local(target))
         return self.once(region, question, lambda: self._is_elementwise(source, target))
 
@@ -276,14 +324,17 @@ class Prober:
         return one.is_floating_point() and torch.equal(one[stays], two[stays])
 
     def size_of_norm(self, region: Region, source: int, target: int) -> float | None:
-        """Return the root mean square of a value that a norm makes of another, ``None`` where it varies."""
+        """Return the root mean square of the output of a norm, ``None`` where it depends on the input.
+
+        RMSNorm and LayerNorm return 1; a norm that divides by the length returns 1/√d.
+        """
         question = ("size", region.local(source), region.local(target))
         return self.once(region, question, lambda: self._size_of_norm(source, target))
 
     def _size_of_norm(self, source: int, target: int) -> float | None:
         sizes = []
         for seed in (16, 17):
-            content = 1e3 * _noise(self.tape.tensors[source], seed=seed)  # large beside what keeps the norm from 0 / 0
+            content = 1e3 * _noise(self.tape.tensors[source], seed=seed)  # large beside the norm's epsilon
             try:
                 sizes.append(float(replay(self.tape, {source: content}, target).square().mean().sqrt()))
             except (RuntimeError, IndexError, ValueError, TypeError):
@@ -292,7 +343,12 @@ class Prober:
         return (1.0 if abs(sizes[0] - 1) < 1e-6 else sizes[0]) if alike else None
 
     def slope(self, region: Region, source: int, target: int) -> float:
-        """Return the slope that an elementwise function has far from zero, 1 where it is not a straight line there."""
+        """Return the slope of an elementwise function f far from zero, 1 where f is not a straight line there.
+
+        For t = ±1e3 the difference quotient (f(2t) − f(t)) / t is the slope. f counts as a straight line through zero
+        on that side if the slope is the same at all entries and f(2t) ≈ 2f(t). Of both sides the steeper one counts:
+        GELU, SiLU and ReLU have slope 0 on the left and 1 on the right.
+        """
         return self.once(
             region, ("slope", region.local(source), region.local(target)), lambda: self._slope(source, target)
         )
@@ -311,13 +367,13 @@ class Prober:
         return slope if abs(slope) > 1e-6 and abs(slope - 1) > 1e-6 else 1.0
 
     def same_rows(self, region: Region, source: int, first: tuple[int, int], second: tuple[int, int]) -> bool:
-        """Whether two values, each given with its channel dimension, hold the same channels at the same positions.
+        """Whether two values hold the same channels at the same positions, once each is written as rows of channels.
 
         Args:
             region: The branch.
-            source: What both were made of by data movement.
+            source: A value from which both were made by data movement.
             first: A value and its channel dimension.
-            second: Another one.
+            second: Another value and its channel dimension.
         """
         question = ("same", region.local(source), region.local(first[0]), first[1], region.local(second[0]), second[1])
         return self.once(region, question, lambda: self._same_rows(source, first, second))
@@ -331,12 +387,16 @@ class Prober:
         return torch.equal(one, other)
 
     def keeps_positions(self, region: Region, source: tuple[int, int], target: tuple[int, int]) -> bool:
-        """Whether what a value holds at a position reaches another value there, and nowhere else.
+        """Whether each position of the source reaches the same position of the target, and no other.
+
+        The target is f(X) = L(X) + c with a linear L and rows X, one row per position. Multiply each row by a random
+        sign, S = diag(±1). If L acts row by row, f(SX) − f(0) = S(f(X) − f(0)); if L mixes rows, the equation fails
+        for random S.
 
         Args:
             region: The branch.
             source: A value and its channel dimension.
-            target: A value that is affine in it, and its channel dimension.
+            target: A value that is affine in the source, and its channel dimension.
         """
         question = ("positions", region.local(source[0]), source[1], region.local(target[0]), target[1])
         return self.once(region, question, lambda: self._keeps_positions(region, source, target))
@@ -358,6 +418,7 @@ class Prober:
         return bool(error.abs().max() <= _TOLERANCE * (once - silent).abs().max())
 
     def _columns(self, sources: Mapping[int, Tensor], target: tuple[int, ...], held: Mapping[int, Tensor]) -> Tensor:
+        """Return a value as ``(positions, channels)``; several dimensions of the target together form the channels."""
         value, *dimensions = target
         result = replay(self.tape, sources, value, held=held)
         channels = math.prod(result.shape[dimension] for dimension in dimensions)
@@ -365,21 +426,22 @@ class Prober:
 
 
 def is_mute(weight: Tensor) -> bool:
-    """Whether a weight shows nothing of its place: zeros that pass nothing on, numbers that are not finite."""
+    """Whether a weight hides the structure around it: a zero matrix, a gain with a zero, or one that is not finite."""
     if not bool(weight.isfinite().all()):
         return True
     return not bool(weight.any()) or (sum(size > 1 for size in weight.shape) < 2 and not bool(weight.all()))
 
 
 def made_up(weight: Tensor) -> Tensor:
-    """Return content in place of a weight: a matrix of noise, or a gain around 1."""
+    """Return content in place of a weight: noise / √(larger of the last two sizes) for a matrix, a gain around 1."""
     noise = _noise(weight, seed=8)
     matrix = sum(size > 1 for size in weight.shape) > 1
     return noise / math.sqrt(max(weight.shape[-2:])) if matrix else 1 + 0.1 * noise
 
 
 def _noise(like: Tensor, seed: int = 0) -> Tensor:
-    """Return normal noise with the shape and the strides of a tensor: views of it must stay possible."""
+    """Return normal noise with the shape and the strides of a tensor, so that its recorded views stay possible."""
+    # Drawn on the CPU: the same numbers on every device.
     noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
     device = probe_device(like.device)
     return torch.empty_like(like, dtype=probe_dtype(like), device=device, requires_grad=False).copy_(noise)

@@ -1,4 +1,7 @@
-"""When two parts of a tape are one program: the same function of the stream, whatever their weights are."""
+"""Recognize two parts of a tape as one program: the same function of the stream, up to the values of the weights.
+
+A model of 80 equal layers then costs one probe per question, and not 80.
+"""
 
 from __future__ import annotations
 
@@ -16,30 +19,34 @@ __all__ = ["program_hash"]
 def program_hash(tape: Tape, values: Sequence[int]) -> int:
     """Return a hash that is equal for parts of a tape that run the same program.
 
-    What may differ is what a measurement reads anew: the content of parameters and of data. Everything else counts:
-    operations, wiring, every argument, shapes, dtypes, how weights are made of parameters, which parameters are one,
-    and the content of constants: two layers may differ in nothing but a permutation.
+    The content of parameters and of data is ignored. Everything else counts: operations, wiring, every argument,
+    shapes, strides, dtypes, how weights are made of parameters, which parameters are shared, and the content of
+    constants. Constants count because two layers may differ in a permutation only.
 
     Args:
         tape: The recorded forward pass.
-        values: The part: the first is what it reads, and each further one depends on it.
+        values: The values of the part. The first is its input; every other value depends on it.
     """
     return hash(_Reader(tape, values).lines())
 
 
 class _Reader:
+    """Describes a part of a tape in hashable terms. Values inside are named by their place, not by their number."""
+
     def __init__(self, tape: Tape, values: Sequence[int]) -> None:
         self.tape, self.values = tape, values
         self._names: dict[int, Hashable] = {value: ("inside", place) for place, value in enumerate(values)}
         self._opaque = 0
 
     def lines(self) -> tuple[Hashable, ...]:
+        """Return one line for the input and one for each further value."""
         return (self._kind(self.values[0]), *(self._made(value) for value in self.values[1:]))
 
     def _made(self, value: int) -> Hashable:
-        """Describe how a value was made."""
+        """Describe the operation that made a value."""
         operation = self.tape.producer(value)
         assert operation is not None
+        # A refreshed view has no recorded arguments: its inputs describe it.
         arguments = self._argument(operation.args), self._argument(operation.kwargs)
         sources = () if operation.function is not None else tuple(self._name(item) for item in operation.inputs)
         return operation.name, operation.outputs.index(value), arguments, sources, self._kind(value)
@@ -49,6 +56,7 @@ class _Reader:
         return place.shape, place.strides, place.dtype
 
     def _argument(self, item: Any) -> Hashable:
+        """Describe an argument. Its type is part of it, because 1, 1.0 and True hash alike."""
         if isinstance(item, Ref):
             return self._name(item.value)
         if isinstance(item, list | tuple):
@@ -60,26 +68,29 @@ class _Reader:
         return type(item).__name__, str(item)
 
     def _name(self, value: int) -> Hashable:
-        """Describe a value that is read."""
+        """Return the description of a value that an operation reads, the same each time."""
         if value not in self._names:
             self._names[value] = self._outside(value)
         return self._names[value]
 
     def _outside(self, value: int) -> Hashable:
+        """Describe a value that does not depend on the input of the part."""
         tape = self.tape
         content = tape.tensors[value]
         if not (content.is_floating_point() or content.is_complex()):
             return "numbers", self._kind(value), _content(content)
         if tape.is_data(value) or value in tape.names:
-            self._opaque += 1  # numbered, because it matters whether two of them are one
+            self._opaque += 1  # numbered: two readings of one parameter differ from readings of two parameters
             return "data" if tape.is_data(value) else "parameter", self._opaque, self._kind(value)
         if not tape.made_of_parameters(value):
             return "numbers", self._kind(value), _content(content)
-        # Ways from parameters to weights are short: views, slices, a parametrization.
+        # A weight that is made of parameters. The way is short (views, slices, parametrizations): recursion is safe.
         return self._made(value)
 
 
 def _content(tensor: Tensor) -> int:
-    # A tensor of one entry counts as contiguous whatever its strides are, and could not be read as bytes.
+    """Return a hash of the bytes of a tensor."""
+    # clone, not contiguous(): a tensor of one entry counts as contiguous with any strides, and odd strides forbid
+    # the view as bytes.
     tensor = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return hash(tensor.view(-1).view(torch.uint8).numpy().tobytes()) if tensor.numel() else 0

@@ -1,4 +1,9 @@
-"""Record one forward pass, and leave the model as it was."""
+"""Record one forward pass, and leave the model as it was.
+
+The recorder stands below autograd and sees every tensor operation. Python tensors are told apart by their place in
+memory: the same place without a write in between is the same value. A write makes all values of its storage stale, and
+a stale view becomes a new value, a "refresh", when it is read next (see :mod:`.tape`).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +28,7 @@ from lightning_spectral.passes.aside.writes import whole_storage
 __all__ = ["record"]
 
 
-# Fused operations that hide a sum are recorded as what they compute: x, what multiplies it, and what is added.
+# Fused operations that hide a sum are recorded as x · factor + added, with the (x, factor, added) that these return.
 _SPELLED_OUT: dict[str, Callable[..., tuple[Tensor, Any, Tensor]]] = {
     "lerp": lambda x, y, weight: (x, 1 - weight, y * weight),
     "addcmul": lambda x, y, z, value=1: (x, 1, value * (y * z)),
@@ -38,7 +43,13 @@ _NESTED = (
 
 @dataclass(slots=True)
 class _Storage:
-    """What is known of one storage: the values in it, those that a write made stale, and the writes so far."""
+    """What is known of one storage.
+
+    Attributes:
+        current: The values in it by their place.
+        stale: The values that a write made stale, each with the number of writes before that write.
+        writes: The written values, in order.
+    """
 
     current: dict[Place, int] = field(default_factory=dict)
     stale: dict[Place, tuple[int, int]] = field(default_factory=dict)
@@ -56,10 +67,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.storages: defaultdict[int, _Storage] = defaultdict(_Storage)
         self.names = names
         self.stack: list[int] = []
-        self.keep: list[Tensor] = []
+        self.keep: list[Tensor] = []  # a freed storage's address could be used again, and two values become one
 
     def lookup(self, tensor: Tensor, *, data: bool = False) -> int:
-        """Return the value that a tensor holds now, adding it where it is new."""
+        """Return the value that a tensor holds now, and add it to the tape if it is new."""
         place = _place(tensor)
         storage = self.storages[place.storage]
         if place in storage.current:
@@ -77,6 +88,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return value
 
     def _refresh(self, tensor: Tensor, place: Place, storage: _Storage) -> int:
+        """Add the value of a stale view: its old value and all writes to its storage since then make it."""
         old, since = storage.stale.pop(place)
         inputs = (old, *storage.writes[since:])
         covered = self.tape.places[inputs[-1]].covers(place)
@@ -87,9 +99,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def _call(self) -> int:
+        """The number of the innermost module call that runs, −1 for none."""
         return self.stack[-1] if self.stack else -1
 
     def _append(self, operation: Operation, tensors: Sequence[Tensor], places: Sequence[Place]) -> int:
+        """Add an operation with its outputs, and return its first output."""
         tape = self.tape
         tape.operations.append(operation)
         operation.outputs = tuple(
@@ -101,7 +115,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return operation.outputs[0] if operation.outputs else -1
 
     def _before_write(self, tensor: Tensor) -> None:
-        """Keep what a storage holds before it is written to, in every value that lives in it."""
+        """Give every value in a storage a copy of its content before the storage is written to."""
         place = _place(tensor)
         storage = self.storages[place.storage]
         flat = whole_storage(tensor).clone()
@@ -112,16 +126,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage.current.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation and note it."""
+        """Run one operation and record it."""
         kwargs = kwargs or {}
         name = _name(func)
         spelled_out = _SPELLED_OUT.get(name.removesuffix("_")) if "out" not in kwargs else None
         if spelled_out is not None:
             with self:
                 x, factor, added = spelled_out(*args, **kwargs)
+                # Under this mode again: the two simple operations are recorded instead of the fused one.
                 return x.mul_(factor).add_(added) if name.endswith("_") else x * factor + added
         if torch.is_inference_mode_enabled():
-            with self:  # composite operations arrive whole there, such as einsum and linear
+            with self:  # inference mode passes composite operations, such as einsum and linear, in one piece
                 result = func.decompose(*args, **kwargs) if hasattr(func, "decompose") else NotImplemented
             if result is not NotImplemented:
                 return result
@@ -144,11 +159,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note_result(
         self, func: Any, args: Any, kwargs: Any, inputs: tuple[int, ...], written: list[Tensor], result: Any
     ) -> None:
+        """Add an operation to the tape, with its written tensors and its results as new values."""
         tensors = written + tensors_in(result)
         places = [_place(tensor) for tensor in tensors]
         operation = Operation(len(self.tape.operations), _name(func), func, args, kwargs, inputs, call=self._call)
         if not written and len(places) == 1 and places[0] in self.storages[places[0].storage].current:
-            return  # a view of the whole (detach, alias, view to the same shape) is the value itself
+            return  # detach, alias or a view to the same shape: the value itself, at its own place
         self._append(operation, [tensor.detach() for tensor in tensors], places)
         self.keep += tensors
         for number, (place, value) in enumerate(zip(places, operation.outputs, strict=True)):
@@ -160,7 +176,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 storage.stale.pop(place, None)
 
     def computed_weights(self, model: nn.Module) -> dict[str, int]:
-        """Return the weights that modules compute anew for every pass: parametrized ones, and those that hooks make."""
+        """Return the weights that modules compute in every pass, by parametrizations or by hooks, by attribute path."""
         found = {}
         for call in self.tape.calls:
             owner, _, name = call.path.rpartition(".")
@@ -176,12 +192,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _name(func: Any) -> str:
+    """Return the name of an operation without namespace and overload."""
     schema = getattr(func, "_schema", None)
     name: str = func.name() if schema is None else schema.name.split("::")[-1]
     return name
 
 
 def _place(tensor: Tensor) -> Place:
+    """Return where a tensor lies; symbolic sizes become numbers.
+
+    Raises:
+        ExampleInputError: The tensor is nested.
+    """
     if tensor.is_nested:
         raise ExampleInputError(_NESTED)
     shape = tuple(map(int, tensor.shape))
@@ -193,7 +215,7 @@ def _place(tensor: Tensor) -> Place:
 
 
 def _watch_calls(model: nn.Module, recorder: _Recorder, stack: ExitStack) -> None:
-    """Hook every module until the stack closes, so that the tape knows which call made which value."""
+    """Hook every module until the stack closes, so that the tape knows inside which call each value was made."""
     calls = recorder.tape.calls
 
     def enter(path: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -215,7 +237,7 @@ def _watch_calls(model: nn.Module, recorder: _Recorder, stack: ExitStack) -> Non
 
 
 def _values(recorder: _Recorder, output: Any) -> Iterator[tuple[int | str | None, int]]:
-    """Yield the place in a returned structure (index or key) and the value there, for every tensor in it."""
+    """Yield the key in a returned structure and the value there, for every tensor; ``None`` for a bare tensor."""
     if isinstance(output, Tensor):
         yield None, recorder.lookup(output)
         return
@@ -227,7 +249,7 @@ def _values(recorder: _Recorder, output: Any) -> Iterator[tuple[int | str | None
 
 
 def _tensors(structure: Any, around: tuple[int, ...] = ()) -> Iterator[Tensor]:
-    """Yield the tensors in a structure. Data classes that nobody registered with torch are structures, too."""
+    """Yield the tensors in a structure, data classes included. ``around`` has the ids of the data classes above."""
     for leaf in tree_leaves(structure):
         if isinstance(leaf, Tensor):
             yield leaf
@@ -240,8 +262,8 @@ def record(model: nn.Module, run: Callable[[], Any], inputs: Any) -> Tape:
     """Record one forward pass.
 
     The pass runs in evaluation mode, without autocast and with grad enabled (which keeps the fused fast path of
-    ``torch.nn`` transformer layers off). Parameters, buffers, hooks, training flags and every random stream are as
-    before afterwards.
+    ``torch.nn`` transformer layers off). Afterwards parameters, buffers, hooks, training flags and every random stream
+    are as before.
 
     Args:
         model: The model whose modules are watched.
@@ -256,8 +278,9 @@ def record(model: nn.Module, run: Callable[[], Any], inputs: Any) -> Tape:
         stack.enter_context(undisturbed(model, inputs))
         stack.enter_context(torch.enable_grad())
         if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-            run()  # a pass of its own gives lazy layers their weights, for as long as the model is disturbed
+            run()  # an unrecorded pass gives lazy layers their weights; leaving the context takes them away again
         tensors = [*model.named_parameters(), *model.named_buffers()]
+        # Reversed, so that a shared parameter has its first name.
         recorder = _Recorder(tape, {_place(tensor): name for name, tensor in reversed(tensors)})
         for leaf in _tensors(inputs):
             recorder.lookup(leaf, data=True)

@@ -1,4 +1,11 @@
-"""Run a slice of a recorded forward pass again, on other content, in float64, without touching the model."""
+"""Run a slice of a recorded forward pass again: on other content, in float64, without touching the model.
+
+Only values that depend on a source are computed again. All other values keep their recorded content::
+
+    stream ──► norm ──► product ──► add ──► target       recomputed: everything between the source and the target
+                          ▲          ▲
+                        weight     held                  read from the tape, or from `held`
+"""
 
 from __future__ import annotations
 
@@ -25,8 +32,8 @@ def replay(
         tape: The recorded forward pass.
         sources: New content for some values, in float64 where it is floating point.
         target: The value to compute.
-        held: Content for values that are not recomputed even where they depend on a source; unlike a source, such a
-            value does not make what depends on it be computed again.
+        held: Content for values that are not recomputed even where they depend on a source. A value that depends on
+            held values alone keeps its recorded content; a value that depends on a source does not.
 
     Returns:
         The content that ``target`` has with the new sources.
@@ -42,13 +49,14 @@ def replay(
 
     done: set[int] = set()
     with torch.no_grad():
+        # Values are numbered in the order of their creation: no value before the first source depends on a source.
         for value in bits(tape.ancestors[target] & ~((1 << min(sources)) - 1)):
             operation = tape.producer(value)
             if operation is None or operation.index in done or value in fixed:
                 continue
             if not any(parent in environment for parent in operation.inputs):
                 continue
-            done.add(operation.index)
+            done.add(operation.index)  # an operation with several outputs is reached once for each
             for output, tensor in zip(operation.outputs, execute(tape, operation, fetch), strict=True):
                 if output not in fixed and tensor is not None:
                     environment[output] = tensor
@@ -56,7 +64,16 @@ def replay(
 
 
 def execute(tape: Tape, operation: Operation, fetch: Callable[[int], Tensor]) -> Sequence[Tensor | None]:
-    """Run one operation functionally: what the original wrote in place is written to a copy."""
+    """Run one operation functionally: a tensor that the original wrote to in place is copied before.
+
+    Args:
+        tape: The recorded forward pass.
+        operation: The operation.
+        fetch: Returns the content of an input.
+
+    Returns:
+        The content of the outputs, in the order of ``operation.outputs``: first the written tensors, then the results.
+    """
     if operation.function is None:
         return [_refresh(tape, operation, fetch)]
 
@@ -80,14 +97,14 @@ def execute(tape: Tape, operation: Operation, fetch: Callable[[int], Tensor]) ->
 
 
 def _call(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Call the operation, or what stands in for a kernel that knows no float64."""
+    """Call the operation in float64. Where the kernel has no float64, call an equivalent, or the kernel in float32."""
     assert operation.function is not None
     try:
         return operation.function(*args, **kwargs)
     except (RuntimeError, NotImplementedError):
         if operation.name == "_grouped_mm":
             return _grouped_product(*args, **kwargs)
-        if operation.name in ("view", "_unsafe_view"):  # kernels on different devices lay out their results differently
+        if operation.name in ("view", "_unsafe_view"):  # the result of a kernel can have other strides on a CPU
             return args[0].reshape(args[1])
         if operation.name.startswith("_scaled_dot_product"):
             return _attention(operation.function, *args, **kwargs)
@@ -96,7 +113,7 @@ def _call(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 
 def _attention(function: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute what a fused kernel for attention computes. Each takes its arguments in an order of its own."""
+    """Compute what a fused attention kernel computes. The schema tells the order of its arguments."""
     names = [argument.name for argument in function._schema.arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
     q, k, v = given["query"], given["key"], given["value"]
@@ -109,6 +126,7 @@ def _attention(function: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _grouped_product(rows: Tensor, weights: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """Multiply the rows of each expert by its matrix; ``offsets[e]`` is the end of the rows of expert e."""
     if offsets is None or rows.dim() != 2 or weights.dim() != 3:
         return rows @ weights
     ends = offsets.tolist()
@@ -127,7 +145,10 @@ def _in_float64(leaf: Any) -> Any:
 
 
 def _refresh(tape: Tape, operation: Operation, fetch: Callable[[int], Tensor]) -> Tensor:
-    """Recompute a view after writes to its storage: lay the old content out, write the changed parts, read the view."""
+    """Recompute a view after writes to its storage.
+
+    Three steps in a flat buffer: lay out the old content, write the changed parts in order, read the view.
+    """
     old, *writes = operation.inputs
     place = tape.places[operation.outputs[0]]
     extents = [tape.places[value].end for value in operation.inputs]

@@ -1,10 +1,10 @@
-"""What goes wrong in reading a forward pass that nobody foresaw: it costs one branch, and becomes its reason."""
+"""Errors that nobody foresaw while a pass is read. Each costs one branch, and its message becomes the reason."""
 
 from __future__ import annotations
 
 __all__ = ["SURPRISES", "surprise"]
 
-# Every error that an operation in an unknown place can lead to; not those of the machine, such as too little memory.
+# Every error that an unknown program can cause. Errors of the machine, such as too little memory, are not caught.
 SURPRISES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 

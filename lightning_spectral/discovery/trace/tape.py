@@ -1,7 +1,13 @@
 """One forward pass as a graph of values, in static single assignment.
 
-An operation never changes a value, it makes new ones: in-place operations and views are brought to that form while they
-are recorded, so that the graph says what depends on what, and any slice of it can be run again.
+An operation never changes a value; it makes new ones. In-place operations and views are brought to that form while they
+are recorded. So the graph says which value depends on which, and any slice of the graph can be run again.
+
+    code                            tape
+    h = x.view(6, 4)                v1 = view(v0)
+    h.add_(1)                       v2 = add_(v1)            h is now v2
+    y = x.sum()                     v3 = refresh(v0, v2)     x after the write to its storage
+                                    v4 = sum(v3)
 """
 
 from __future__ import annotations
@@ -20,13 +26,13 @@ __all__ = ["Call", "Operation", "Place", "Ref", "Tape", "bits", "probe_device", 
 
 
 class Ref(NamedTuple):
-    """Place of a value in the recorded arguments of an operation."""
+    """A value in the recorded arguments of an operation, in the place of its tensor."""
 
     value: int
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in memory: two tensors with one place and one storage version are one value."""
+    """Where a tensor lies in memory. Two tensors with one place, and no write between them, are one value."""
 
     storage: int
     offset: int
@@ -36,14 +42,14 @@ class Place(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The place behind the last entry."""
+        """The offset behind the last entry."""
         if 0 in self.shape:
             return self.offset
         steps = zip(self.shape, self.strides, strict=True)
         return self.offset + 1 + sum((size - 1) * stride for size, stride in steps)
 
     def covers(self, other: Place) -> bool:
-        """Whether what is written here leaves nothing of another place in one storage as it was."""
+        """Whether a write to this place overwrites all of another place in the same storage."""
         if self == other:
             return True
         dense = self.end - self.offset == math.prod(self.shape)
@@ -73,7 +79,8 @@ class Call:
         path: Path of the module.
         parent: Number of the call around it, −1 for none.
         inputs: The values among the arguments.
-        outputs: The values in what it returned, each with its place there (index, key or field; ``None`` for itself).
+        outputs: The returned values, each with its index, key or field in the returned structure; ``None`` for a
+            tensor that was returned by itself.
     """
 
     index: int
@@ -106,7 +113,7 @@ class Tape:
         self.readers: defaultdict[int, list[int]] = defaultdict(list)
         self.data = 0
         self.parameters = 0
-        self.products: dict[int, bool] = {}  # which operations multiply with a weight, as far as that was asked
+        self.products: dict[int, bool] = {}  # the answers of `is_product` so far, by the index of the operation
         self._returned: dict[int, list[Call]] | None = None
         self._wide: dict[int, Tensor] = {}
 
@@ -119,15 +126,15 @@ class Tape:
         return bool(self.ancestors[value] >> on & 1)
 
     def is_data(self, value: int) -> bool:
-        """Whether the value depends on the inputs of the model, and not on parameters and constants alone."""
+        """Whether the value depends on the inputs of the model."""
         return bool(self.data >> value & 1)
 
     def count_as_data(self, value: int) -> None:
-        """Count a value, and all that was computed from it, as depending on the inputs of the model."""
+        """Count a value, and every value that was computed from it, as data."""
         for other in range(value, len(self.tensors)):
             if self.depends(other, value):
                 self.data |= 1 << other
-        self.products.clear()
+        self.products.clear()  # data can turn an operation into a product
 
     def producer(self, value: int) -> Operation | None:
         """Return the operation that made a value, ``None`` for inputs, parameters and constants."""
@@ -143,7 +150,7 @@ class Tape:
         return list(bits(self.ancestors[value] & self.parameters))
 
     def calls_that_return(self, value: int) -> list[Call]:
-        """Return the module calls whose output is, or contains, the value."""
+        """Return the module calls that returned the value, alone or inside a structure."""
         if self._returned is None:
             self._returned = {}
             for call in self.calls:
@@ -166,36 +173,36 @@ class Tape:
         return value
 
     def between(self, start: int, end: int) -> list[int]:
-        """Return the values that depend on ``start`` and that ``end`` depends on, both ends included, in order."""
+        """Return the values on all ways from ``start`` to ``end``, both included, in order."""
         mask = self.ancestors[end] & ~((1 << start) - 1)
         return [value for value in bits(mask) if self.depends(value, start)]
 
     def wide(self, value: int) -> Tensor:
-        """Return the recorded content in float64, so that a probe sees structure instead of rounding.
+        """Return the recorded content in float64, in which rounding cannot hide structure.
 
-        It is on the device of the pass, or on the CPU where that device has no float64.
+        The content is on the device of the pass, or on the CPU where that device has no float64.
         """
         if value in self._wide:
             return self._wide[value]
         tensor = self.tensors[value].detach()
         floats = tensor.is_floating_point() or tensor.is_complex()
         result = tensor.to(probe_device(tensor.device), probe_dtype(tensor) if floats else tensor.dtype)
-        if result is not tensor and value not in self.names:  # a copy of every parameter would double the model
+        if result is not tensor and value not in self.names:  # keeping a copy of every parameter would double the model
             self._wide[value] = result
         return result
 
 
 def probe_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of what probes put in the place of a tensor."""
+    """Return the dtype in which probes replace a tensor: complex128 or float64."""
     return torch.complex128 if tensor.is_complex() else torch.float64
 
 
 @cache
 def probe_device(device: torch.device) -> torch.device:
-    """Return the device on which probes run for a pass on some device: the CPU for one without float64."""
+    """Return the device on which probes of a pass run: the device of the pass, or the CPU where it has no float64."""
     try:
         float(torch.ones(1, dtype=torch.float64, device=device) + 1)
-    except (RuntimeError, TypeError, AssertionError):  # Apple's, many of Intel's; or none such is in this machine
+    except (RuntimeError, TypeError, AssertionError):  # Apple's, many of Intel's; or this machine has no such device
         return torch.device("cpu")
     return device
 

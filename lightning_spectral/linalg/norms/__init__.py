@@ -1,3 +1,3 @@
-"""Solvers: the spectral norms of a batch of operators, randomized or exact; the Frobenius norm of one."""
+"""Solvers: spectral norms of a batch of operators, randomized or exact, and the Frobenius norm of one operator."""
 
 __all__: list[str] = []

@@ -28,7 +28,7 @@ class ExactSVD:
     n_components: int = 8
 
     def init(self, operators: Sequence[LinearOperator]) -> SolverState:
-        """Return an empty state: nothing is carried over, the state only offers the singular vectors."""
+        """Return an empty state. The solver reads nothing from a state; it only writes singular vectors into it."""
         return SolverState(seed=0, memories=(None,) * len(operators))
 
     def compute(
@@ -66,6 +66,6 @@ def largest_singular(operator: LinearOperator, count: int) -> tuple[SpectralNorm
         value = math.ldexp(float(sigma[0]), exponent)
     except OverflowError:
         return SpectralNorm(None, None, OUT_OF_RANGE), None
-    # Weights of 64 bits were balanced and multiplied in float64, all others converted to it without error.
+    # No other error: all products were taken in float64, and narrower weights convert to it without error.
     bound = torch.finfo(torch.float64).eps * max(operator.shape) if value else 0.0
     return SpectralNorm(value, bound), memory

@@ -14,7 +14,7 @@ from lightning_spectral.linalg.sharding.sharded import Sharded, agreed, balanced
 
 __all__ = ["frobenius_norm", "frobenius_norms_of_groups"]
 
-# Columns multiplied at a time: the width at which a product moves the most bytes per second for each column.
+# Columns multiplied at a time: at this width a product takes the least time per column.
 _COLUMNS = 16
 
 
@@ -23,16 +23,16 @@ def frobenius_norm(
 ) -> Tensor:
     """Return ‖A‖_F.
 
-    Exact for a :class:`Matrix`, sharded or not, a :class:`Diagonal`, a matrix between diagonals, and multiples and
-    adjoints of these, and wherever there are as many probes as columns. For other products the estimator of Meyer,
-    Musco, Musco and Woodruff, "Hutch++" (SOSA 2021), Algorithm 1: with a known orthonormal subspace V,
+    The norm is exact for a :class:`Matrix`, sharded or not, a :class:`Diagonal`, a matrix between diagonals, multiples
+    and adjoints of them, and every operator with at most ``n_probes`` columns. Other products are estimated by Meyer,
+    Musco, Musco and Woodruff, "Hutch++" (SOSA 2021), Algorithm 1. With a known orthonormal subspace V,
 
         ‖A‖_F² = ‖AV‖_F² + E‖A(I − VVᵀ)g‖²,
 
-    where the second term is a mean over ``n_probes`` vectors g of random signs. It is unbiased, with a standard
-    deviation of at most √(2/n_probes) · ‖BᵀB‖_F for B = A(I − VVᵀ). With ‖BᵀB‖_F ≤ ‖B‖₂‖B‖_F, the relative standard
-    deviation of the norm is at most √(1/(2 · n_probes · r)), where r = ‖A‖_F²/‖B‖₂² is at least the stable rank of A:
-    1 % for 64 probes and r = 78, and never above 9 %.
+    where the second term is a mean over ``n_probes`` vectors g of random signs. The mean is unbiased. Its standard
+    deviation is at most √(2/n_probes) · ‖BᵀB‖_F for B = A(I − VVᵀ), and ‖BᵀB‖_F ≤ ‖B‖₂‖B‖_F. So the relative standard
+    deviation of the norm is at most √(1/(2 · n_probes · r)), where r = ‖A‖_F²/‖B‖₂² is at least the stable rank of A.
+    For 64 probes that is 1 % at r = 78, and never more than 9 %.
 
     Args:
         operator: ``(m, n)``.
@@ -46,20 +46,22 @@ def frobenius_norm(
     with torch.no_grad(), torch.autocast(operator.device.type, enabled=False):
         before = generator.get_state()
         (norm,) = agreed([_norm(operator, generator, n_probes, subspace)], [operator.mesh])
+        # Between the fifth roots of the limits there is room for the intermediate products of a chain. Outside, they
+        # may have lost digits or overflowed, and the operator is balanced first.
         limits = torch.finfo(torch.float32)
         if limits.tiny**0.2 < float(norm) < limits.max**0.2:
             return norm
         scaled = balanced(operator)
         if scaled is None:
             return norm.fill_(math.nan)
-        generator.set_state(before)
+        generator.set_state(before)  # the same probes: balancing must not change the estimate
         return _norm(scaled[0], generator, n_probes, subspace) * 2.0 ** scaled[1]
 
 
 def frobenius_norms_of_groups(
     operator: LinearOperator, groups: int, *, generator: torch.Generator, n_probes: int = 64
 ) -> Tensor:
-    """Return the Frobenius norm of each of several groups of rows: exact with as many probes as columns.
+    """Return the Frobenius norm of each of several groups of rows, exact for at most ``n_probes`` columns.
 
     Args:
         operator: ``(m, n)``.
@@ -86,6 +88,7 @@ def frobenius_norms_of_groups(
 
 
 def _norm(operator: LinearOperator, generator: torch.Generator, n_probes: int, subspace: Tensor | None) -> Tensor:
+    """Return ‖A‖_F, by the cheapest of the ways that :func:`frobenius_norm` names. No step guards against overflow."""
     factors = _factors(operator)
     others = [factor for factor in factors if not isinstance(factor, Diagonal)]
     if not others:
@@ -102,7 +105,7 @@ def _norm(operator: LinearOperator, generator: torch.Generator, n_probes: int, s
 
 
 def _factors(operator: LinearOperator) -> list[LinearOperator]:
-    """Return the factors of nested products, with multiples as diagonals."""
+    """Return nested products as one flat list of factors, with multiples as diagonals."""
     match operator:
         case Product():
             return [factor for part in operator.operators for factor in _factors(part)]
@@ -117,7 +120,7 @@ def _factors(operator: LinearOperator) -> list[LinearOperator]:
 
 
 def _empty(operator: LinearOperator) -> Tensor:
-    """Return an empty tensor of the device and dtype that sums are kept in."""
+    """Return an empty tensor with the device and dtype of sums."""
     dtype = torch.float32 if operator.device.type == "mps" else torch.float64
     return torch.empty(0, dtype=dtype, device=operator.device)
 
@@ -129,7 +132,7 @@ def _gain(diagonals: Sequence[LinearOperator]) -> Tensor | None:
 
 
 def _by_columns(operator: LinearOperator) -> Tensor:
-    """Multiply by every unit vector: exact, and no dearer than as many probes."""
+    """Multiply by every unit vector: exact, at the price of as many probes."""
     units = torch.eye(operator.shape[1], dtype=operator.dtype, device=operator.device)
     total = _empty(operator).new_zeros(())
     for block in torch.split(units, _COLUMNS, dim=1):

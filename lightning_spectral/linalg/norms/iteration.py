@@ -1,4 +1,4 @@
-"""The adaptive loop: grow the Krylov subspaces of a batch, and stop each operator when its own error allows."""
+"""The adaptive loop: grow the Krylov subspaces of a batch, and stop each operator as soon as its own error is small."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["Outcome", "iterate"]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Where one operator stopped.
+    """The result for one operator.
 
     Attributes:
-        theta: The largest Ritz value, at most σ₁².
-        bound: Relative, of √σ₁²/θ − 1 from above.
+        theta: The largest Ritz value θ, at most σ₁².
+        bound: An upper bound of √(σ₁²/θ) − 1, the relative error of √θ.
         subspace: ``(n, count)``, right singular vectors, improved by one power step.
         steps: Products by AᵀA.
     """
@@ -43,10 +43,10 @@ def iterate(
 
     Args:
         krylov: The subspaces before their first step.
-        judge: Maps the Ritz pairs of the operators that still run, and their positions in the batch, to what is left
-            to do, ``(batch,)``, with 1 or less where an operator may stop, and to the relative bounds, ``(batch,)``.
+        judge: Maps Ritz pairs and the positions of their operators in the batch to the excess and the relative bound,
+            ``(batch,)`` each. The excess is the error divided by the allowed error: an operator stops at 1 or less.
         first: Step at which to judge for the first time.
-        max_steps: At which all stop. A subspace also stops before it fills its space.
+        max_steps: Step at which all operators stop. A subspace also stops before it fills the whole space.
         count: Singular vectors wanted.
 
     Returns:
@@ -58,12 +58,14 @@ def iterate(
     paces = [_Pace(due=first) for _ in active]
     while active:
         krylov.expand()
+        # i counts the operators of the batch, j the operators that still run.
         judged = [j for j, i in enumerate(active) if krylov.steps >= min(paces[i].due, max_steps)]
         if not judged:
             continue
         part = krylov if len(judged) == len(active) else krylov.select(judged)
         ritz = part.ritz()
         positions = [active[j] for j in judged]
+        # Every process decides from the numbers of the first one (see `sharded`).
         judged_by = torch.stack([*judge(ritz, positions), ritz.theta[:, -1], ritz.finite.double()])
         excess, bounds, theta, finite = part.operators.agreed(judged_by.mT).mT.tolist()
         stopped = [j for j, left in enumerate(excess) if krylov.steps == max_steps or left <= 1 or not finite[j]]
@@ -83,14 +85,14 @@ def iterate(
 
 @dataclass(frozen=True, slots=True)
 class _Pace:
-    """When to judge an operator again: judging costs as much as multiplying by a small weight.
+    """When to judge an operator again. A judgement costs as much as a product with a small weight.
 
-    Each operator keeps its own pace, so that its result does not depend on its neighbours.
+    Each operator has its own pace, so that its result does not depend on the other operators of the batch.
 
     Attributes:
         due: The step of the next judgement.
-        seen: The step of the last one, and
-        excess: what was left to do then; before the first, what is typical of the first step.
+        seen: The step of the last judgement.
+        excess: The excess at that step. Before the first judgement, a value typical of step 1.
     """
 
     due: int
@@ -100,8 +102,8 @@ class _Pace:
     def after(self, step: int, excess: float) -> _Pace:
         """Return the pace after a judgement.
 
-        What is left to do falls by a factor that itself falls from step to step on hard spectra, so the last factor
-        names a step before which nothing will be found.
+        The excess falls by a factor r per step. On hard spectra r itself falls from step to step. So if r stays as it
+        was, the excess reaches 1 after ln(excess) / ln(r) steps, and in truth not earlier.
         """
         if not 1 < excess < math.inf:
             return _Pace(step + 1, step, self.excess)

@@ -1,4 +1,19 @@
-"""Block Krylov subspaces of AᵀA for a batch of operators, and their Ritz values."""
+"""Block Krylov subspaces of AᵀA for a batch of operators, and their Ritz values.
+
+After q steps of block Lanczos, with blocks Q₁ … Q_q of b columns each and Q = [Q₁ … Q_q]:
+
+    AᵀA Q = Q T + Q_{q+1} B E_qᵀ
+
+    T = ┌ T₁₁  R₂ᵀ          ┐          T = QᵀAᵀAQ is block tridiagonal in exact arithmetic.
+        │ R₂   T₂₂  R₃ᵀ     │          B couples the last block to Q_{q+1}, the next one.
+        │      R₃   T₃₃  …  │          E_q selects the last b columns.
+        └           …    …  ┘
+
+For an eigenpair T s = θ s, the Ritz vector Q s has the residual AᵀA Q s − θ Q s = Q_{q+1} (B E_qᵀ s). So the last b
+entries of s tell how far a Ritz vector is from an eigenvector, without another product.
+
+All blocks are stored transposed, as rows: Q is ``(batch, k, n)`` with k = q · b.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +30,13 @@ __all__ = ["BlockKrylov", "Ritz"]
 
 @dataclass(frozen=True, slots=True)
 class Ritz:
-    """The eigenpairs of T = QᵀAᵀAQ, on the CPU in float64: matrices this small cost more to launch than to solve.
+    """The eigenpairs (θᵢ, sᵢ) of T, on the CPU in float64: launching kernels for such small matrices costs more.
 
     Attributes:
-        theta: ``(batch, k)``, Ritz values, ascending.
-        vectors: ``(batch, k, k)``, eigenvectors of T as columns.
-        coupling: ``(batch, b, k)``: Ritz vector i leaves the subspace by Q_{q+1} · coupling[:, i].
-        finite: ``(batch,)``, one flag per operator; the other fields hold zeros where the arithmetic overflowed.
+        theta: ``(batch, k)``, Ritz values θᵢ, ascending.
+        vectors: ``(batch, k, k)``, eigenvectors sᵢ as columns.
+        coupling: ``(batch, b, k)``, columns B E_qᵀ sᵢ: the residual of Ritz vector i is Q_{q+1} · coupling[:, i].
+        finite: ``(batch,)``, one flag per operator. Where the arithmetic overflowed, the other fields hold zeros.
     """
 
     theta: Tensor
@@ -30,10 +45,11 @@ class Ritz:
     finite: Tensor
 
     def leak(self) -> Tensor:
-        """Return the relative error of √θ₁ to second order, ``(batch,)``.
+        """Return an estimate of the relative error of √θ₁, to second order, ``(batch,)``.
 
-        The residual r of the first Ritz vector moves its value by about r²/gap, where the gap reaches to the smallest
-        Ritz value of the first block, the nearest one that the subspace can no longer tell from what it has not seen.
+        With the residual r of the first Ritz vector, σ₁² − θ₁ is about min(r, r² / gap). The gap is the distance from
+        θ₁ to the b-th largest Ritz value: a block of b columns approximates the b largest eigenvalues, and cannot tell
+        smaller ones from unseen ones. The relative error of √θ₁ is half of the relative error of θ₁.
         """
         first = self.theta[:, -1].clamp_min(torch.finfo(self.theta.dtype).tiny)
         residual = torch.linalg.vector_norm(self.coupling[:, :, -1], dim=1) / first
@@ -46,13 +62,13 @@ class BlockKrylov:
     """The block Krylov subspace span{S, AᵀAS, …, (AᵀA)^{q−1}S} of every operator of a batch, grown block by block.
 
     Musco and Musco, "Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value Decomposition"
-    (2015), Algorithm 2, with an orthonormal basis kept as in the block Lanczos method: fully reorthogonalized, twice,
-    which makes T = QᵀAᵀAQ the projection in fact and not only in exact arithmetic.
+    (2015), Algorithm 2. The basis is kept orthonormal as in the block Lanczos method, and is fully reorthogonalized,
+    twice: only then is the computed T the projection QᵀAᵀAQ despite rounding errors.
 
     Args:
         operators: The batch.
         block: ``(batch, b, n)``, orthonormal rows, the transposed first block.
-        images: ``(batch, b, m)``, its images under the operators, which the caller has already paid for.
+        images: ``(batch, b, m)``, the images of the rows under the operators, so that they are not computed twice.
     """
 
     def __init__(self, operators: Stacked, block: Tensor, images: Tensor) -> None:
@@ -75,6 +91,7 @@ class BlockKrylov:
 
     def expand(self) -> None:
         """Multiply the newest block by AᵀA, project it onto the basis, orthonormalize the rest into the next block."""
+        # The first step is cheaper: the caller has the images A Q₁, so AᵀA Q₁ takes one product instead of two.
         if self._images is None:
             self.basis = torch.cat([self.basis, self._next], dim=1)
             Z = self.operators.normal(self._next)
@@ -83,15 +100,17 @@ class BlockKrylov:
             self._images = None
         column = Z @ self.basis.mT
         Q, R = torch.linalg.qr(torch.baddbmm(Z, column, self.basis, alpha=-1).mT)
-        # Twice is enough: what is left after one projection may be little more than its rounding error.
+        # The rest after one projection may be little more than its rounding error, and then not orthogonal to the
+        # basis. Two projections are enough ("twice is enough", Kahan and Parlett).
         again = Q.mT @ self.basis.mT
         Q, R2 = torch.linalg.qr(torch.baddbmm(Q.mT, again, self.basis, alpha=-1).mT)
+        # Z = basis · column + Q·R of the first pass, and that Q = basis · again + Q·R2 of the second pass.
         self._columns.append(column + R.mT @ again)
         self._coupling = R2 @ R
         self._next = Q.mT.contiguous()
 
     def ritz(self) -> Ritz:
-        """Solve the projected problem. One transfer to the CPU."""
+        """Solve the projected problem, with one transfer to the CPU."""
         batch, b, k = self._columns[-1].shape
         T = self.basis.new_zeros(batch, k, k)
         for i, column in enumerate(self._columns):
@@ -103,9 +122,9 @@ class BlockKrylov:
         return Ritz(theta, vectors, parts[:, k:, :b] @ vectors[:, -b:], finite)
 
     def dominant(self, ritz: Ritz, count: int) -> Tensor:
-        """Return the first Ritz vectors, improved by the power step that is already known.
+        """Return the first Ritz vectors, improved by one power step that reads no weight.
 
-        AᵀA times a Ritz vector is its Ritz value times itself plus its coupling to the next block: no weight is read.
+        AᵀA Q s = θ Q s + Q_{q+1} B E_qᵀ s, and all terms on the right are known.
 
         Args:
             ritz: What :meth:`ritz` returned for the present basis.

@@ -21,14 +21,14 @@ from lightning_spectral.linalg.sharding.stacked import Stacked
 
 __all__ = ["RandomizedSVD"]
 
-# Operators solved side by side: enough to share the small dense steps, few enough to keep their bases small.
+# Operators solved side by side: enough to share small dense steps, few enough to keep the memory of their bases small.
 _BATCH = 8
 # Up to this dimension a dense factorization is as cheap as iterating.
 _DENSE = 32
-# Products of a warm start: within the budget of reading each weight three times twice.
+# Products by AᵀA of a warm start at most. Each of them reads every weight twice.
 _WARM_STEPS = 3
-# Times ``max_bound``: a carried bound that is still good enough. Below, every measurement of weights that move quickly
-# would pay for a new certificate.
+# A carried bound may grow to 2.5 times ``max_bound`` before the operator is certified again. With less slack, weights
+# that move quickly would need a new certificate at every measurement.
 _SLACK = 2.5
 
 Solved = tuple[SpectralNorm, Memory | None]
@@ -39,34 +39,33 @@ class RandomizedSVD:
     """Spectral norms by randomized block Krylov iteration, warm-started, with a bound for every value.
 
     *Cold.* The range finder of Halko, Martinsson and Tropp, "Finding structure with randomness" (SIAM Review 53, 2011),
-    Algorithm 4.4, from a Gaussian test matrix X of ``n_components + n_oversamples`` columns, keeping all blocks as
-    Musco and Musco do (see :class:`~lightning_spectral.linalg.norms.krylov.BlockKrylov`): on spectra without a gap,
-    such as random weights have, the Krylov subspace needs 5 products where subspace iteration needs dozens. An operator
-    is iterated until its estimated error falls below ``tolerance`` and its bound below ``max_bound``; the others of its
-    batch stop when they are done.
+    Algorithm 4.4, starts from a Gaussian test matrix X of ``n_components + n_oversamples`` columns. All blocks are kept
+    as in Musco and Musco (see :class:`~lightning_spectral.linalg.norms.krylov.BlockKrylov`). Random weights have a
+    spectrum without a gap; there the Krylov subspace needs 5 products, and subspace iteration dozens. Each operator is
+    iterated until its estimated error falls below ``tolerance`` and its bound below ``max_bound``.
 
     *Warm.* The state holds ``n_components`` right singular vectors V of every operator. They are iterated until the
-    second-order estimate of their error falls below ``warm_tolerance``; on slowly changing weights that is one or two
-    products. The bound is carried over: σ₁ can have grown by no more than the norm of the change of the operator, which
-    the images of the old probes under the new operator bound. When the carried bound exceeds 2.5 times ``max_bound``,
-    the operator is certified again, from [V X].
+    second-order estimate of their error falls below ``warm_tolerance``: one or two products on slowly changing weights.
+    The bound is carried over. σ₁ has grown at most by the norm of the change of the operator, and the images of the old
+    probes under the new operator bound that norm. If the carried bound exceeds 2.5 times ``max_bound``, the operator is
+    certified again, from [V X].
 
-    *What the bound means.* The value is a Rayleigh value: below σ₁, up to rounding, always. ``error_bound`` β claims
-    σ₁ ≤ (1 + β) · value. After a cold start this fails with a probability below ``failure_probability``, over the
-    choice of ``seed``, whatever the operator (see :mod:`~lightning_spectral.linalg.norms.certificate`); after warm
-    starts with at most twice that, provided the operators do not depend on the probes, that is, on the seed.
+    *The bound.* The value is a Rayleigh value, always below σ₁, up to rounding. The ``error_bound`` β says
+    σ₁ ≤ (1 + β) · value. After a cold start this fails with a probability below ``failure_probability`` over the choice
+    of ``seed``, for every operator (see :mod:`~lightning_spectral.linalg.norms.certificate`). After warm starts the
+    probability at most doubles, provided that the operators do not depend on the seed.
 
     Attributes:
         n_components: Right singular vectors kept in the state.
-        n_oversamples: Random columns beside them. The fewer, the weaker the bound at equal cost.
-        tolerance: Relative estimated error at which an operator is no longer iterated.
-        max_bound: Relative bound at which an operator is no longer iterated. The bound lies three to a thousand times
-            above the error, so it may be larger than the tolerance. With the defaults, the largest error in 1500 random
-            matrices of five kinds of flat and decaying spectra was 0.9 %.
-        warm_tolerance: Relative estimated error at which a warm start is no longer iterated.
-        max_iter: Most products by AᵀA per operator; reached, the value comes with the bound it has.
-        failure_probability: Of the bound, see above.
-        seed: Of the probes. The global random state is never touched.
+        n_oversamples: Random columns beside them. Fewer columns give a weaker bound at equal cost.
+        tolerance: Relative estimated error at which a cold operator stops.
+        max_bound: Relative bound at which a cold operator stops. The bound is 3 to 1000 times as large as the error, so
+            it may exceed the tolerance. With the defaults, the largest error in 1500 random matrices of five kinds of
+            flat and decaying spectra was 0.9 %.
+        warm_tolerance: Relative estimated error at which a warm operator stops.
+        max_iter: Largest number of products by AᵀA per operator. There the value is returned with the bound so far.
+        failure_probability: Probability that the bound fails, see above.
+        seed: Seed of the probes. The global random state is never touched.
 
     Raises:
         ConfigurationError: If an attribute is out of its range.
@@ -91,7 +90,7 @@ class RandomizedSVD:
                 raise ConfigurationError(f"{name} must lie between 0 and 1, got {getattr(self, name)!r}.")
 
     def init(self, operators: Sequence[LinearOperator]) -> SolverState:
-        """Return the state before the first measurement: nothing but the seed."""
+        """Return the state before the first measurement: the seed alone."""
         return SolverState(self.seed, (None,) * len(operators))
 
     def compute(
@@ -101,7 +100,7 @@ class RandomizedSVD:
 
         Args:
             operators: In the order of the state.
-            state: From :meth:`init` or the last call. A memory that does not fit its operator is not used.
+            state: From :meth:`init` or the last call. A memory whose shapes do not fit its operator is ignored.
 
         Returns:
             The norms, in the order of the operators, and the state for the next call.
@@ -118,6 +117,7 @@ class RandomizedSVD:
         return tuple(norms), SolverState(state.seed, tuple(memories))
 
     def _fitting(self, operator: LinearOperator, memory: Memory | None) -> Memory | None:
+        """Return a memory on the device and in the dtype of its operator, ``None`` if its shapes do not fit."""
         m, n = operator.shape
         shapes = ((n, self.n_components), (self.n_oversamples, m))
         if memory is None or (tuple(memory.subspace.shape), tuple(memory.images.shape)) != shapes:
@@ -143,10 +143,10 @@ class _Batch:
 
     Attributes:
         solver: The hyper-parameters.
-        seed: Of the probes.
+        seed: Seed of the probes.
         operators: The batch.
         memories: One per operator; empty for a cold start.
-        exponent: The power of two that was taken out of the operators; ``None`` before anybody looked.
+        exponent: The exponent of the power of two that was taken out; ``None`` if the operators are not balanced.
     """
 
     solver: RandomizedSVD
@@ -156,7 +156,7 @@ class _Batch:
     exponent: int | None = None
 
     def solve(self) -> list[Solved]:
-        """Solve all operators, those whose arithmetic leaves the range of the dtype one by one."""
+        """Solve all operators: together, but one by one where the arithmetic leaves the range of the dtype."""
         columns = self.solver.n_components + self.solver.n_oversamples
         if min(self.operators.shape) <= max(_DENSE, 2 * columns):
             return [largest_singular(operator, self.solver.n_components) for operator in self.operators.operators]
@@ -174,7 +174,8 @@ class _Batch:
         """Return the blocks [V X] as rows, ``(batch, p + s, n)``; for a cold start all of them are random."""
         generator = torch.Generator().manual_seed(self.seed)
         n, s = self.operators.shape[1], self.solver.n_oversamples
-        # One X for all operators of a width: each bound holds for itself, and no operator depends on its neighbours.
+        # One X for all operators of a width. Each bound holds by itself, and the result of an operator does not depend
+        # on the rest of its batch.
         X = torch.randn(self.solver.n_components + s, n, generator=generator, device=generator.device)
         rows = X.to(self.operators.device, self.operators.dtype).expand(len(self.operators), -1, n)
         if not self.memories:
@@ -182,7 +183,7 @@ class _Batch:
         return torch.cat([torch.stack([memory.subspace.mT for memory in self.memories]), rows[:, :s]], dim=1)
 
     def _in_range(self, images: Tensor) -> list[int]:
-        """Return the operators whose squares will neither overflow nor underflow. One host sync."""
+        """Return the operators whose products by AᵀA will neither overflow nor underflow, with one transfer."""
         limits = torch.finfo(images.dtype)
         low, high = (limits.tiny**0.4, limits.max**0.4) if self.exponent is None else (0.0, limits.max)
         largest = self.operators.agreed(images.abs().amax((1, 2))).tolist()
@@ -223,7 +224,7 @@ class _Batch:
         return solved
 
     def _ceilings(self, images: Tensor) -> Tensor:
-        """Return the carried upper bounds of ‖A‖₂: the certified ones plus what can have been added since."""
+        """Return the carried upper bounds of ‖A‖₂: the certified bound plus a bound of the change since then."""
         old = torch.stack([memory.images for memory in self.memories])
         delta = normal_quantile(self.solver.n_oversamples, self.solver.failure_probability)
         changes = spectral_norms(images[:, self.solver.n_components :] - old) / delta
@@ -231,7 +232,7 @@ class _Batch:
         return changes.new_tensor(known) + changes
 
     def _refine(self, start: Tensor, images: Tensor, ceilings: list[float]) -> list[Solved | None]:
-        """Iterate V alone, until its own error is small; the bound is the carried one."""
+        """Iterate V alone until its estimated error is small. The bound is carried over."""
         p = self.solver.n_components
         outcomes = iterate(
             BlockKrylov(self.operators, start[:, :p], images[:, :p]),
@@ -251,7 +252,7 @@ class _Batch:
         random = s if self.memories else start.shape[1]
         delta = normal_quantile(random, self.solver.failure_probability)
         Q, R = torch.linalg.qr(start.mT)
-        # AQ = (A[V X])R⁻¹: the images are known, R is well conditioned (X is random, V orthonormal).
+        # AQ = (A[V X])R⁻¹ costs no product. R is well conditioned, because X is random and V orthonormal.
         krylov = BlockKrylov(self.operators, Q.mT, torch.linalg.solve_triangular(R.mT, images, upper=False))
         R_X = R[:, :, -random:].mT.cpu().double()
 
@@ -267,6 +268,7 @@ class _Batch:
             max_steps=self.solver.max_iter,
             count=self.solver.n_components,
         )
+        # The present images of the s probes anchor the bounds that are carried from here on.
         probes = images[:, start.shape[1] - random :][:, :s]
         solved: list[Solved | None] = []
         for i, outcome in enumerate(outcomes):
@@ -281,7 +283,7 @@ class _Batch:
         return solved
 
     def _solved(self, outcome: Outcome, ceiling: float, anchor: Memory) -> Solved:
-        """Return the norm, and the memory: new singular vectors beside the last certificate, the anchor."""
+        """Return the norm, and the memory: new singular vectors beside the last certificate, ``anchor``."""
         value, exponent = math.sqrt(outcome.theta), self.exponent or 0
         # Rounding errors of long sums grow like the square root of their length.
         rounding = 8 * torch.finfo(self.operators.dtype).eps * math.sqrt(max(self.operators.shape))

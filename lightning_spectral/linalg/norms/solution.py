@@ -1,4 +1,4 @@
-"""What a solver returns, and what it remembers."""
+"""The results of a solver, and the memory that it carries from one measurement to the next."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class SpectralNorm:
 
     Attributes:
         value: An estimate from below of the largest singular value; ``None`` where it cannot be computed.
-        error_bound: A posteriori bound β ≥ 0 with σ₁ ≤ (1 + β) · value; ``None`` where there is no value. What is
-            proven and what holds with high probability is said by the solver.
+        error_bound: A posteriori bound β ≥ 0 with σ₁ ≤ (1 + β) · value; ``None`` where there is no value. The solver
+            documents whether the bound is proven or holds with high probability.
         reason: Why there is no value, ``None`` where there is one.
         iterations: Multiplications by AᵀA, each of which reads every weight twice.
     """
@@ -37,13 +37,13 @@ class SpectralNorm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Memory:
-    """What is remembered of one operator A = 2^exponent · Ã.
+    """The memory of one operator A = 2^exponent · Ã.
 
     Attributes:
         subspace: ``(n, p)``, orthonormal columns: approximate right singular vectors, the dominant one first.
-        images: ``(s, m)``, rows Ãx of the random probes x, as they were when the upper bound was certified.
-        upper: The certified upper bound of ‖Ã‖₂.
-        exponent: The power of two that was taken out.
+        images: ``(s, m)``, the images Ãx of the random probes x as rows, at the time of the last certificate.
+        upper: The upper bound of ‖Ã‖₂ in that certificate.
+        exponent: The exponent of the power of two that was taken out.
     """
 
     subspace: Tensor
@@ -57,7 +57,7 @@ class SolverState:
     """What a solver carries from one measurement to the next: plain numbers and tensors.
 
     Attributes:
-        seed: Seed of the random probes. All randomness of a solver comes from it, so that resuming is exact.
+        seed: Seed of the random probes. All randomness of a solver comes from it, so a resumed run is exact.
         memories: One entry per operator; ``None`` for an operator that has not been solved.
     """
 

@@ -1,3 +1,3 @@
-"""Weights that are spread over processes, as operators; and stacks of operators of one shape."""
+"""Operators whose weights are spread over processes, and stacks of operators of one shape."""
 
 __all__: list[str] = []

@@ -1,8 +1,14 @@
 """Weights that ``FullyShardedDataParallel`` has flattened and cut: each process holds a range of the entries.
 
-It lays the parameters of a module behind each other in one vector, and cuts that into as many parts as there are
-processes. What a process has of one parameter is a range of its entries, counted by rows, which may end within a row
-and may be empty. A range is at most three rectangles of a matrix: the end of a row, whole rows, the beginning of a row.
+It lays the parameters of a module behind each other in one vector, and cuts the vector into as many parts as there are
+processes. Of one parameter a process then holds a range of entries, counted by rows. The range may be empty, and may
+begin and end within a row. So it is at most three rectangles of the matrix::
+
+    . . . ┌─────┐           head: the end of a row
+    ┌─────┴─────┤
+    │           │           whole rows
+    ├────┬──────┘
+    └────┘ . . .            tail: the beginning of a row
 """
 
 from __future__ import annotations
@@ -27,13 +33,13 @@ __all__ = ["FlatShard", "boxes", "flat_meshes", "flat_shard", "is_flattened"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FlatShard:
-    """What one process holds of a flattened weight.
+    """The part of a flattened weight that one process holds.
 
     Attributes:
         entries: ``(count,)``, successive entries of the weight.
-        shape: Of the whole weight.
-        start: The place of the first of them, counted by rows.
-        mesh: The processes that hold the other ranges.
+        shape: Shape of the whole weight.
+        start: The place of the first entry in the weight, counted by rows.
+        mesh: The processes that hold the ranges.
     """
 
     entries: Tensor
@@ -48,16 +54,16 @@ def is_flattened(model: torch.nn.Module) -> bool:
 
 
 def flat_meshes(model: torch.nn.Module) -> list[DeviceMesh]:
-    """Return the processes among which the parameters of a model are cut, for every part that is flattened."""
+    """Return the processes that share the parameters, one mesh for every flattened part of a model."""
     return [_mesh(handle) for handle in _handles(model)]
 
 
 def flat_shard(wrapper: FullyShardedDataParallel, parameter: object) -> FlatShard | None:
-    """Return what this process holds of a parameter, ``None`` if all processes have it in one piece at the moment.
+    """Return the part of a parameter that this process holds, ``None`` if every process now has it in one piece.
 
     Args:
         wrapper: The innermost wrapper around the parameter's module.
-        parameter: As it is found in its module.
+        parameter: The parameter as its module holds it.
 
     Raises:
         ConfigurationError: Parameters are no objects of their own in this wrapper.
@@ -65,7 +71,7 @@ def flat_shard(wrapper: FullyShardedDataParallel, parameter: object) -> FlatShar
     handle = wrapper._handle
     if handle is None or not _is_cut(wrapper) or not handle.is_sharded(handle.flat_param):
         return None
-    flat = handle.flat_param  # torch has no public name for where in it a parameter lies
+    flat = handle.flat_param  # torch has no public name for the place of a parameter in it
     if flat._params is None:
         raise ConfigurationError(
             "the weight is part of a FlatParameter, in which it cannot be told from the others: expected "
@@ -80,21 +86,21 @@ def flat_shard(wrapper: FullyShardedDataParallel, parameter: object) -> FlatShar
 
 
 def boxes(entries: Tensor, shape: torch.Size, start: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Cut a range of the entries of a tensor into boxes, as views of it.
+    """Cut a range of the entries of a tensor into boxes, as views of the range.
 
     Args:
         entries: ``(count,)``, successive entries.
-        shape: Of the tensor.
-        start: The place of the first of them, counted by rows.
+        shape: Shape of the tensor.
+        start: The place of the first entry, counted by rows.
 
     Yields:
-        A box, and for every dimension the indices that it consists of, as
-        :func:`~lightning_spectral.linalg.sharding.tiles.held` returns them.
+        A box, and its indices along every dimension, as :func:`~lightning_spectral.linalg.sharding.tiles.held` returns
+        them.
     """
     inner = shape[1:]
     size = inner.numel()
     head = min(-start % size, len(entries))  # up to the next whole row
-    tail = head + (len(entries) - head) // size * size  # behind the last one
+    tail = head + (len(entries) - head) // size * size  # behind the last whole row
     for first, last in ((0, head), (tail, len(entries))):
         if first < last:
             row, place = divmod(start + first, size)

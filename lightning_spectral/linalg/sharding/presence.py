@@ -1,6 +1,6 @@
-"""Whether something is sharded, asked without loading what shards: ``torch.distributed.tensor`` takes half a second.
+"""Tell whether a value is sharded without importing ``torch.distributed.tensor``, which takes half a second.
 
-What has not been loaded has made nothing yet, so the answer is no.
+A class whose module has not been imported has no instances, so the answer is then no.
 """
 
 from __future__ import annotations
@@ -31,5 +31,6 @@ def is_wrapped_by_fsdp(module: object) -> TypeGuard[FullyShardedDataParallel]:
 
 
 def _is_a(value: object, home: str, name: str) -> bool:
+    """Whether a value is an instance of a class, given by module and name, if the module has been imported."""
     kind = getattr(sys.modules.get(home), name, None)
     return kind is not None and isinstance(value, kind)

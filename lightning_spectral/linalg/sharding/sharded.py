@@ -1,12 +1,12 @@
-"""Weights that are spread over processes: each multiplies what it holds, and blocks of vectors are added up.
+"""Weights that are spread over processes: each process multiplies its part, and the products are added up.
 
 Let W be the sum of the parts W_r that the processes r of a mesh hold, each padded with zeros to the size of W. Then
-WX = Σ W_r X and WᵀY = Σ W_rᵀ Y: what travels is the sum of a ``(m, k)`` block, never a weight.
+WX = Σ W_r X and WᵀY = Σ W_rᵀ Y. A sum of ``(m, k)`` blocks travels between the processes, never a weight.
 
-Every process of the mesh has to take part in every product, in the same order, so all of them have to decide alike. An
-all-reduce leaves the same bits on all of them, but that is not enough: what every process has for itself, such as norm
-gains beside a tensor-parallel matrix, drifts apart in training by rounding errors. Numbers that something is decided
-from are therefore those of the first process (:func:`agreed`).
+Every process of the mesh has to take part in every product, in the same order. So all processes have to make the same
+decisions. An all-reduce leaves the same bits on all of them, but replicated parameters, such as norm gains beside a
+tensor-parallel matrix, drift apart in training by rounding errors. Decisions are therefore taken from the numbers of
+the first process (:func:`agreed`).
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ __all__ = [
 
 
 class Share(NamedTuple):
-    """What one process contributes to a sum over the processes of a mesh.
+    """The contribution of one process to a sum over the processes of a mesh.
 
     Attributes:
         block: The contribution, of one shape on all processes.
         mesh: The processes.
-        dims: The dimensions of the mesh to sum over; along the others all contributions are equal.
+        dims: The dimensions of the mesh to sum over. Along the other dimensions all contributions are equal.
     """
 
     block: Tensor
@@ -65,22 +65,22 @@ class Sharded(LinearOperator):
     """A weight of which this process holds a part, read like a :class:`~lightning_spectral.linalg.matrix.Matrix`.
 
     Args:
-        weight: A DTensor with the placements ``Shard`` and ``Replicate``, such as ``fully_shard`` and tensor
-            parallelism make, or what ``FullyShardedDataParallel`` has left of a weight. Shards may be uneven or empty.
-        view: How the weight is read, as a Matrix would be: ``(m, n)`` or ``(groups, rows, n)``, a view of what
-            :func:`~lightning_spectral.linalg.sharding.tiles.stand_in` returned for it. By default the weight itself.
+        weight: A DTensor with the placements ``Shard`` and ``Replicate``, from ``fully_shard`` or tensor parallelism;
+            or the part of a weight under ``FullyShardedDataParallel``. Shards may be uneven or empty.
+        view: The matrix, ``(m, n)`` or ``(groups, rows, n)``, as a view of the weight's
+            :func:`~lightning_spectral.linalg.sharding.tiles.stand_in`. By default the weight itself.
 
     Raises:
-        ConfigurationError: If the weight has no numbers to multiply with, if it has another placement, if this process
-            is not part of its mesh, or if it is read in an order that is no view. All but the third are decided alike
-            on all processes.
+        ConfigurationError: The weight has no numbers to multiply with, or another placement; this process is not part
+            of its mesh; or the matrix is no view of the weight. All processes raise together, except where one is
+            not part of the mesh.
     """
 
     def __init__(self, weight: DTensor | FlatShard, view: Tensor | None = None) -> None:
         self.mesh: DeviceMesh
         self._dims: tuple[int, ...]
         if isinstance(weight, FlatShard):
-            # As large as the whole, so that all processes refuse alike.
+            # A tensor of the whole shape, so that all processes raise together, also those with an empty part.
             check_weight(weight.entries.new_empty(1).expand(weight.shape), "weight", dims=(len(weight.shape),))
             self.mesh, self._dims, local = weight.mesh, (0,), weight.entries
             parts = list(boxes(weight.entries, weight.shape, weight.start))
@@ -93,10 +93,12 @@ class Sharded(LinearOperator):
             raise ConfigurationError(f"weight must be read in 2 or 3 dimensions, got shape {tuple(view.shape)}.")
         self.shape, self.dtype = (view.shape[:-1].numel(), view.shape[-1]), vector_dtype(local)
         self.device = local.device
+        # Tiles are views of the local part: optimizer steps in place are seen, and nothing is copied.
         self._tiles = [tile for part, indices in parts for tile in tiles(part, weight.shape, indices, view)]
 
     def share(self, X: Tensor, *, transposed: bool) -> Share:
-        """Return what this process adds to ``W @ X``, or to ``Wᵀ @ X``."""
+        """Return the contribution of this process to ``W @ X``, or to ``Wᵀ @ X``."""
+        # Zeros stand for the rows of other processes. A process without a tile still takes part in the sum.
         total = X.new_zeros(self.shape[1 if transposed else 0], X.shape[1])
         for matrix, rows, columns in self._tiles:
             if transposed:
@@ -123,7 +125,7 @@ class Sharded(LinearOperator):
         for matrix, _, _ in self._tiles:
             low, high = matrix.weight.aminmax()
             largest = torch.maximum(largest, torch.maximum(-low, high).to(self.dtype))
-        # What the maximum of a number and NaN is depends on the backend.
+        # Backends differ in the maximum of a number and NaN, and agree in the maximum of a number and infinity.
         largest = torch.where(largest.isnan(), torch.inf, largest)
         return balanced_by_largest(self, float(added([self._share(largest)], "max")[0]))
 
@@ -147,26 +149,26 @@ def is_sharded(tensor: Tensor | FlatShard) -> TypeGuard[DTensor | FlatShard]:
 
 
 def mesh_around(model: nn.Module) -> DeviceMesh | None:
-    """Return the largest mesh over which parameters of a model are cut, ``None`` where every process has all."""
+    """Return the largest mesh over which parameters of a model are cut, ``None`` if every process has all of them."""
     cut = [parameter for parameter in model.parameters() if is_sharded(parameter)]
     meshes = [item.mesh if isinstance(item, FlatShard) else item.device_mesh for item in cut]
     return max((*meshes, *flat_meshes(model)), key=lambda mesh: mesh.size(), default=None)
 
 
 def replicated(tensor: Tensor | FlatShard) -> Tensor:
-    """Return a tensor in one piece, gathered from the processes that hold it. For vectors and numbers only."""
+    """Return a tensor in one piece, gathered from all processes. For vectors and numbers only."""
     return in_one_piece([tensor])[0]
 
 
 def in_one_piece(tensors: Sequence[Tensor | FlatShard]) -> list[Tensor]:
-    """Return tensors in one piece, with one collective for all that are cut along one mesh. For small ones only."""
+    """Return tensors in one piece, with one collective for each mesh. For small tensors only."""
     shares = {i: _padded(tensor) for i, tensor in enumerate(tensors) if is_sharded(tensor)}
     whole = dict(zip(shares, added(list(shares.values())), strict=True))
     return [whole[i] if i in whole else _local(tensor) for i, tensor in enumerate(tensors)]
 
 
 def _padded(tensor: DTensor | FlatShard) -> Share:
-    """Return what this process holds of a tensor, with zeros for what others hold."""
+    """Return the part of a tensor that this process holds, padded with zeros to the whole shape."""
     if isinstance(tensor, FlatShard):
         flat = tensor.entries.new_zeros(tensor.shape.numel())
         flat[tensor.start : tensor.start + len(tensor.entries)] = tensor.entries
@@ -178,16 +180,17 @@ def _padded(tensor: DTensor | FlatShard) -> Share:
 
 
 def _local(tensor: Tensor | FlatShard) -> Tensor:
+    """Return a tensor that every process has whole, as a plain tensor."""
     assert isinstance(tensor, Tensor)
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def added(shares: Sequence[Share], operation: str = "sum") -> list[Tensor]:
-    """Add up the contributions of all processes: one collective for all shares of one mesh.
+    """Add up the contributions of all processes, with one collective for all shares of one mesh.
 
     Args:
-        shares: Of this process, in the same order on all processes.
-        operation: What to do instead, such as ``"max"``.
+        shares: The contributions of this process, in the same order on all processes.
+        operation: ``"sum"``, or another reduction such as ``"max"``.
 
     Returns:
         The sums, the same bits on every process.
@@ -211,7 +214,7 @@ def added(shares: Sequence[Share], operation: str = "sum") -> list[Tensor]:
 
 
 def agreed(tensors: Sequence[Tensor], meshes: Sequence[DeviceMesh | None]) -> list[Tensor]:
-    """Return what the first process of its mesh has, for every tensor; a tensor without mesh as it is."""
+    """Return, for every tensor, the numbers of the first process of its mesh; a tensor without a mesh unchanged."""
     shares = []
     for tensor, mesh in zip(tensors, meshes, strict=True):
         if mesh is not None:
@@ -222,7 +225,7 @@ def agreed(tensors: Sequence[Tensor], meshes: Sequence[DeviceMesh | None]) -> li
 
 
 def balanced(operator: LinearOperator) -> tuple[LinearOperator, int] | None:
-    """Take out a power of two as :meth:`LinearOperator.balanced` does; ``None`` if it is ``None`` on any process."""
+    """Take out a power of two as :meth:`LinearOperator.balanced` does. ``None`` on all processes if ``None`` on one."""
     result = operator.balanced()
     if operator.mesh is not None:
         missing = torch.tensor(float(result is None), device=operator.device)
@@ -251,7 +254,7 @@ def _sharded_dims(weight: DTensor) -> tuple[int, ...]:
 
 
 def _held(weight: DTensor) -> list[Tensor]:
-    """Return, for every dimension of a weight, the indices that this process holds."""
+    """Return the indices that this process holds, for every dimension of a weight."""
     coordinate = weight.device_mesh.get_coordinate()
     assert coordinate is not None
     cuts: list[list[Cut]] = [[] for _ in weight.shape]

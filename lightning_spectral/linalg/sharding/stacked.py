@@ -1,28 +1,25 @@
-"""A batch of same-shape operators: the weights stay where they are, the small blocks are stacked."""
+"""A batch of operators of one shape. The weights stay where they are; only the small blocks of vectors are stacked."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg.operators import Adjoint, LinearOperator, Product, Scaled
+from lightning_spectral.linalg.leaves import Walk, walk
+from lightning_spectral.linalg.operators import LinearOperator
 from lightning_spectral.linalg.sharding.sharded import Sharded, Share, added, agreed
-from lightning_spectral.linalg.sums import Sum
 
 __all__ = ["Stacked"]
 
-# A product that is interrupted wherever something has to be added up over processes.
-Interrupted = Generator[Share, Tensor, Tensor]
-
 
 class Stacked:
-    """Same-shape operators that multiply a stack of blocks, one block each.
+    """Operators of one shape that multiply a stack of blocks, one block each.
 
-    Blocks are stored as rows, ``(batch, k, n)``: that is how the transposed product leaves them, and projections of
-    rows were measured to be two to four times as fast as those of columns.
+    Blocks are stored as rows, ``(batch, k, n)``. The transposed product leaves them so, and projections of rows were
+    measured to be 2 to 4 times as fast as projections of columns.
 
     Args:
         operators: At least one operator; all of one shape, dtype and device.
@@ -56,19 +53,23 @@ class Stacked:
         return torch.stack([A.adjoint(y.mT).mT for A, y in zip(self.operators, rows, strict=True)])
 
     def normal(self, rows: Tensor) -> Tensor:
-        """Multiply by AᵀA: ``(batch, k, n) -> (batch, k, n)``. The second reading of a weight may find it in cache."""
+        """Multiply by AᵀA: ``(batch, k, n) -> (batch, k, n)``.
+
+        Each operator multiplies twice in a row, so that the second product can find its weight in the cache.
+        """
         if self.sharded:
             return self._together(rows, (False, True))
         pairs = zip(self.operators, rows, strict=True)
         return torch.stack([A.adjoint(A.matmat(x.mT)).mT for A, x in pairs])
 
+    @torch.no_grad()
     def _together(self, rows: Tensor, turns: tuple[bool, ...]) -> Tensor:
-        """Multiply by every operator, or its transpose, in turn; what has to be added up travels together."""
-        runs = [_multiplied(A, x.mT, turns) for A, x in zip(self.operators, rows, strict=True)]
-        return torch.stack([block.mT for block in _side_by_side(runs)])
+        """Multiply by every operator, or by its transpose, in turn; partial sums of all operators travel together."""
+        walks = [_in_turn(A, x.mT, turns) for A, x in zip(self.operators, rows, strict=True)]
+        return torch.stack([block.mT for block in _side_by_side(walks)])
 
     def agreed(self, numbers: Tensor) -> Tensor:
-        """Return numbers of which something is decided, ``(batch, ...)``, as the first process has them."""
+        """Return numbers that a decision depends on, ``(batch, ...)``, as the first process has them."""
         if not self.sharded:
             return numbers
         return torch.stack(agreed(list(numbers), [operator.mesh for operator in self.operators]))
@@ -78,46 +79,38 @@ class Stacked:
         return Stacked([self.operators[i] for i in indices])
 
 
-def _multiplied(operator: LinearOperator, X: Tensor, turns: tuple[bool, ...]) -> Interrupted:
-    """Multiply as the operator does, once for every turn: by itself, or transposed."""
+def _in_turn(operator: LinearOperator, X: Tensor, turns: tuple[bool, ...]) -> Walk:
+    """Walk over an operator once for every turn; a true turn multiplies by the transpose."""
     for transposed in turns:
-        match operator:
-            case Product():
-                for factor in operator.operators if transposed else reversed(operator.operators):
-                    X = yield from _multiplied(factor, X, (transposed,))
-            case Adjoint():
-                X = yield from _multiplied(operator.operator, X, (not transposed,))
-            case Scaled():
-                c = operator.c.detach() if isinstance(operator.c, Tensor) else operator.c
-                X = yield from _multiplied(operator.operator, X * c, (transposed,))
-            case Sum():
-                terms = []
-                for term in operator.operators:
-                    terms.append((yield from _multiplied(term, X, (transposed,))))
-                X = torch.stack(terms).sum(0)
-            case Sharded():
-                X = yield operator.share(X, transposed=transposed)
-            case _:
-                X = operator.adjoint(X) if transposed else operator.matmat(X)
+        X = yield from walk(operator, X, transposed=transposed)
     return X
 
 
-def _side_by_side(runs: Sequence[Interrupted]) -> list[Tensor]:
-    """Run all products from one sum to the next, with one collective for the sums that all of them wait for."""
+def _side_by_side(walks: Sequence[Walk]) -> list[Tensor]:
+    """Finish all walks, with one collective for the sharded leaves that all of them have reached.
+
+    Only a sharded leaf needs other processes. Each walk runs ahead to its next one; then one collective serves all::
+
+        walk 0:  leaf, leaf, sharded ─┐                ┌─ leaf, sharded ─┐
+        walk 1:  leaf, sharded ───────┴── collective ──┴─ sharded ───────┴── collective …
+    """
     results: dict[int, Tensor] = {}
     waiting: dict[int, Share] = {}
 
     def go_on(i: int, total: Tensor | None) -> None:
         try:
-            waiting[i] = next(runs[i]) if total is None else runs[i].send(total)
+            leaf = next(walks[i]) if total is None else walks[i].send(total)
+            while not isinstance(leaf.operator, Sharded):
+                leaf = walks[i].send(leaf.multiplied())
+            waiting[i] = leaf.operator.share(leaf.X, transposed=leaf.transposed)
         except StopIteration as stop:
             results[i] = stop.value
 
-    for i in range(len(runs)):
+    for i in range(len(walks)):
         go_on(i, None)
     while waiting:
         members, totals = list(waiting), added(list(waiting.values()))
         waiting.clear()
         for i, total in zip(members, totals, strict=True):
             go_on(i, total)
-    return [results[i] for i in range(len(runs))]
+    return [results[i] for i in range(len(walks))]

@@ -1,4 +1,4 @@
-"""Passes aside: the user's code runs, and nothing of it is left."""
+"""Passes aside: the user's code runs, and everything it changed is put back."""
 
 from lightning_spectral.passes.aside.restoring import kept, undisturbed
 

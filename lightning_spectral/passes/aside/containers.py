@@ -1,4 +1,8 @@
-"""How containers, arrays and generators of random numbers are kept and put back."""
+"""Keep and put back containers, arrays and generators of random numbers.
+
+Each ``see_…`` notes the content of a thing in a memento and looks into the items; its ``_put_back_…`` restores it. A
+container keeps its identity: it is written to only if its content has changed, and then in place.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +30,10 @@ __all__ = [
     "state_of",
 ]
 
-_MANY = 10_000  # items: what a longer container holds is data, and only the container itself is put back
+_MANY = 10_000  # items of a longer container are data: the container is put back, its items are not looked into
 
 
-# Containers. The methods are those of the builtin classes, since a subclass may have replaced its own.
+# Containers. Methods are called on the builtin class, because a subclass may have replaced its own.
 
 
 def see_dict(memento: Memento, thing: dict[Any, Any]) -> None:
@@ -39,7 +43,7 @@ def see_dict(memento: Memento, thing: dict[Any, Any]) -> None:
     memento.keep(_put_back_dict, thing, (keys, values))
     if len(keys) > _MANY:
         return
-    atoms = memento.atoms  # a model has very many attributes, and most are such
+    atoms = memento.atoms  # most of the very many attributes of a model have nothing to keep
     for key, value in zip(keys, values, strict=True):
         if type(key) not in atoms:
             memento.see(key)
@@ -103,7 +107,7 @@ def _put_back_deque(thing: deque[Any], before: tuple[Any, ...]) -> None:
 
 
 def see_items(memento: Memento, things: tuple[Any, ...] | frozenset[Any]) -> None:
-    """Look into the items of what cannot change."""
+    """Look into the items of a container that cannot change itself."""
     if len(things) <= _MANY:
         for thing in things:
             memento.see(thing)
@@ -128,11 +132,11 @@ def see_array(memento: Memento, thing: np.ndarray[Any, Any]) -> None:
         see_items(memento, tuple(thing.flat))
 
 
-# Random numbers: each with the functions that read and write its state.
+# Generators of random numbers, each with the functions that read and write its state.
 
 
 def state_of(read: Callable[[Any], Any], write: Callable[[Any, Any], object]) -> Visit:
-    """Return a visit that keeps what one function reads and another one writes."""
+    """Return a visit that keeps the state of a generator: one function reads it, the other puts it back."""
     return lambda memento, thing: memento.keep(write, thing, read(thing))
 
 

@@ -1,4 +1,4 @@
-"""How the objects of each class are kept and put back."""
+"""Decide, by its class, how an object is kept and put back."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _ATOMS = (
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, np.generic, np.dtype, np.memmap),
     *(types.ModuleType, types.BuiltinFunctionType, types.CodeType, types.FrameType, types.GeneratorType),
 )
-# Objects of these run threads, hold files, or hold what no forward pass works with.
+# Objects from these packages run threads, hold files, or are not used in a forward pass.
 _LEFT_ALONE = {*LIGHTNING, "asyncio", "concurrent", "io", "logging", "multiprocessing", "queue", "socket", "ssl", "_io"}
 _OF_TORCH = ("torch.nn.", "torch.optim.", "torch.utils.hooks")
 _METHODS = (
@@ -48,11 +48,12 @@ _METHODS = (
 
 
 def kind_of(kind: type) -> Kind:
-    """Return how the objects of a class are looked into, and what makes their stand-ins."""
+    """Return the visit that looks into objects of a class, and the function that makes their stand-ins."""
     return _visit_of(kind), without_history if kind is Tensor else replacement(kind)
 
 
 def _visit_of(kind: type) -> Visit | None:
+    """Return the visit of a class, ``None`` for a class whose objects have nothing to keep."""
     if issubclass(kind, _ATOMS):
         return None
     module = kind.__module__
@@ -67,6 +68,8 @@ def _visit_of(kind: type) -> Visit | None:
 
 
 def _both(visit: Visit) -> Visit:
+    """Return a visit for a user's subclass of a builtin: its content, and its attributes."""
+
     def visit_both(memento: Memento, thing: Any) -> None:
         visit(memento, thing)
         _see_instance(memento, thing)
@@ -78,6 +81,7 @@ def _both(visit: Visit) -> Visit:
 
 
 def _see_instance(memento: Memento, thing: object) -> None:
+    """Keep the class, the attributes and the slots of an instance."""
     kind = type(thing)
     try:
         own = object.__getattribute__(thing, "__dict__")
@@ -124,13 +128,14 @@ def _put_back_member(thing: object, before: tuple[types.MemberDescriptorType, An
 
 
 def _see_class(memento: Memento, kind: type) -> None:
+    """Keep the attributes of a user's class and look into its methods. Of a library's class, look into its bases."""
     for base in kind.__mro__:
         if base is not kind:
             memento.see(base)
     if memento.foreign(kind.__module__):
         for value in vars(kind).values() if issubclass(kind, nn.Module) else ():
             if isinstance(value, types.FunctionType) and not memento.foreign(value.__globals__.get("__name__")):
-                memento.see(value)  # a forward of the user's that was put into a layer of torch
+                memento.see(value)  # the user has put a forward of their own into a layer of torch
         return
     memento.see(type(kind))
     before = dict(vars(kind))
@@ -151,10 +156,11 @@ def _put_back_class(kind: type, before: dict[str, Any]) -> None:
             type.__setattr__(kind, name, value)
 
 
-# Functions, and what holds one object.
+# Functions, and things that hold a single object.
 
 
 def _see_function(memento: Memento, thing: types.FunctionType) -> None:
+    """Keep the defaults of a function, its closure, and the globals that its code names."""
     memento.keep(_put_back_function, thing, (thing.__defaults__, thing.__kwdefaults__))
     for held in (thing.__defaults__, thing.__kwdefaults__, vars(thing), thing.__closure__):
         memento.see(held)
@@ -188,7 +194,7 @@ def _put_back_cell(cell: types.CellType, value: Any) -> None:
 
 
 def _held_in(*attributes: str) -> Visit:
-    """Return a visit to what some attributes of a thing hold, which cannot be set."""
+    """Return a visit that looks into some attributes of a thing. The attributes themselves cannot be set."""
 
     def visit(memento: Memento, thing: Any) -> None:
         for attribute in attributes:
@@ -199,12 +205,13 @@ def _held_in(*attributes: str) -> Visit:
 
 def _see_variable(memento: Memento, thing: contextvars.ContextVar[Any]) -> None:
     value = thing.get(ABSENT)
-    if value is not ABSENT:  # a variable that has none cannot be given none again
+    if value is not ABSENT:  # a variable without a value cannot be made so again
         memento.keep(contextvars.ContextVar.set, thing, value)
         memento.see(value)
 
 
 def _see_tensor(memento: Memento, thing: Tensor) -> None:
+    """Keep a tensor without its numbers, which are copied on the first write (see :mod:`.writes`)."""
     memento.tensors.append(thing)
     memento.keep(TensorState.put_back, thing, TensorState(thing))
     for held in (thing.grad if thing.is_leaf else None, thing._backward_hooks, vars(thing)):

@@ -1,4 +1,4 @@
-"""Run the code of a user and leave nothing of it behind."""
+"""Run the code of a user, and put back everything that it changed."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
 
 @contextmanager
 def kept(*roots: Any) -> Iterator[set[torch.device]]:
-    """Put back, at the end, all that Python can reach from some objects; meanwhile nothing is logged or warned of.
+    """Put back, at the end, everything that Python can reach from some objects. Meanwhile, logs and warnings are off.
 
-    Put back, in place and after an exception too, are attributes, containers, tensors that were written to or replaced,
-    random generators, closures, and the globals and class attributes that the code of the objects names. Not put back
-    is what threads, files, C code and running generators have become.
+    In place, and also after an exception, the context puts back attributes, containers, tensors that were written to or
+    replaced, random generators, closures, and the globals and class attributes that the code of the objects names. It
+    does not put back threads, files, the state of C code, and running generators.
 
     Args:
-        roots: The objects; as a rule a model and the arguments of a pass.
+        roots: The objects, usually a model and the arguments of a pass.
 
     Yields:
         The devices of the tensors that were reached.
@@ -43,6 +43,7 @@ def kept(*roots: Any) -> Iterator[set[torch.device]]:
     with ExitStack() as stack:
         models = [root for root in roots if isinstance(root, nn.Module)]
         memento = Memento(kind_of, {type(module).__module__ for model in models for module in model.modules()})
+        # Left in reverse order: first the numbers of tensors, then settings and random streams, then the memento.
         stack.callback(memento.restore)
         for root in (*roots, *_hooks_of_all_modules()):
             memento.see(root)
@@ -51,7 +52,7 @@ def kept(*roots: Any) -> Iterator[set[torch.device]]:
         stack.enter_context(random_streams_kept(devices))
         stack.enter_context(_settings_kept())
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # the run itself will say it
+        warnings.simplefilter("ignore")  # the real run will give the same warnings
         writes = Writes(memento.tensors)
         stack.callback(writes.undo)
         stack.enter_context(writes)
@@ -60,11 +61,11 @@ def kept(*roots: Any) -> Iterator[set[torch.device]]:
 
 @contextmanager
 def undisturbed(model: nn.Module, *inputs: Any) -> Iterator[None]:
-    """Evaluation mode, no autocast, no compilation, no fused layers; afterwards all is as before (:func:`kept`).
+    """Evaluation mode, no autocast, no compilation, no fused layers. Afterwards everything is put back (:func:`kept`).
 
     Args:
         model: The model.
-        inputs: What its forward is called with.
+        inputs: The arguments of its forward.
     """
     with ExitStack() as stack:
         devices = stack.enter_context(kept(model, *inputs))
@@ -80,12 +81,13 @@ def undisturbed(model: nn.Module, *inputs: Any) -> Iterator[None]:
 
 
 def _hooks_of_all_modules() -> list[object]:
+    """Return the containers of hooks that torch registers for all modules."""
     return [hooks for name, hooks in vars(torch_module).items() if name.startswith("_global_")]
 
 
 @contextmanager
 def _settings_kept() -> Iterator[None]:
-    """Put back what a forward may set for the whole process."""
+    """Put back the settings of the whole process that a forward may change."""
     before = [read() for read, _ in _SETTINGS]
     try:
         yield

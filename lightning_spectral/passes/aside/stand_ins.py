@@ -1,7 +1,7 @@
-"""What a traced pass gets in place of what it must not reach, or of what cannot be put back.
+"""Stand-ins: what a traced pass gets in place of an object that it must not change, or that cannot be put back.
 
-The pass reads a Trainer's step and a logger's folder, and logs nothing; it advances a copy of an iterator. Frameworks
-are known by the names of their classes, since none of them is imported here.
+A pass can read a Trainer's step and a logger's folder, but it logs nothing. It advances a copy of an iterator, not the
+iterator. Frameworks are recognized by the names of their classes, because none of them is imported here.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _ITERATORS = {
 
 
 def replacement(kind: type) -> Callable[[Any], object | None] | None:
-    """Return what makes the stand-in of an object of a class, ``None`` where a pass may have the object itself.
+    """Return the function that makes stand-ins of objects of a class, ``None`` for a class that needs none.
 
-    The function returns ``None`` for an object that has no stand-in.
+    The function returns ``None`` for an object that a pass may have itself.
     """
     if kind in weakref.ProxyTypes:
         return _proxy
@@ -49,6 +49,7 @@ def replacement(kind: type) -> Callable[[Any], object | None] | None:
 
 
 def _of_framework(kind: type) -> Callable[[Any], object] | None:
+    """Return the stand-in class of a Trainer, a Fabric, a logger or a writer; ``None`` for other classes."""
     for base in kind.__mro__:
         root = base.__module__.partition(".")[0]
         if root in LIGHTNING and base.__name__ in _RUNS:
@@ -59,7 +60,12 @@ def _of_framework(kind: type) -> Callable[[Any], object] | None:
 
 
 def mute(kind: type, attributes: dict[str, Any]) -> None:
-    """Let the instance of a class log and print to nobody, if it is a LightningModule."""
+    """Replace ``log``, ``log_dict`` and ``print`` of a LightningModule by functions that do nothing.
+
+    Args:
+        kind: The class of the instance. Other classes are left alone.
+        attributes: The attributes of the instance.
+    """
     if any(
         base.__name__ == "LightningModule" and base.__module__.partition(".")[0] in LIGHTNING for base in kind.__mro__
     ):
@@ -71,6 +77,7 @@ def _swallow(*_: object, **__: object) -> None:
 
 
 def _proxy(proxy: Any) -> object | None:
+    """Return a stand-in of the object behind a weak proxy: LightningModules hold their Trainer so."""
     try:
         make = _of_framework(proxy.__class__)
     except ReferenceError:
@@ -79,6 +86,7 @@ def _proxy(proxy: Any) -> object | None:
 
 
 def _copied(iterator: Any) -> object | None:
+    """Return a copy of an iterator, ``None`` where it cannot be copied."""
     try:
         copy: object = _copy(iterator)
         return copy
@@ -87,14 +95,14 @@ def _copied(iterator: Any) -> object | None:
 
 
 def _copy(iterator: Any) -> Any:
-    """Copy an iterator together with the iterators that it draws from; what is iterated over stays the same."""
+    """Copy an iterator together with the iterators that it draws from. The underlying containers are not copied."""
     if type(iterator) not in _ITERATORS:
         if isinstance(iterator, Iterator):
             raise TypeError(f"{type(iterator).__name__} cannot be copied")
         return iterator
     make, arguments, *state = iterator.__reduce__()
     copy = make(*map(_copy, arguments))
-    if state and isinstance(state[0], tuple):  # of a cycle: what it has seen so far, and goes on to collect
+    if state and isinstance(state[0], tuple):  # a cycle: the items so far, in a list that it appends to
         copy.__setstate__(tuple(list(part) if isinstance(part, list) else part for part in state[0]))
     elif state:
         copy.__setstate__(state[0])
@@ -102,14 +110,14 @@ def _copy(iterator: Any) -> Any:
 
 
 def _empty_cache(cached: Any) -> object | None:
-    """Copy a cache that is empty. A full one stays: it may hold the one object that all its callers share."""
+    """Copy an empty cache. A filled cache stays: it may hold an object that all its callers have to share."""
     if cached.cache_info().currsize or not isinstance(cached.__wrapped__, FunctionType):
         return None
     return functools.update_wrapper(functools.lru_cache(**cached.cache_parameters())(cached.__wrapped__), cached)
 
 
 class _StandIn:
-    """Stands for an object; what is set on it stays on it."""
+    """Stands for an object. Attributes that are set on the stand-in do not reach the object."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
@@ -121,9 +129,9 @@ class _StandIn:
 
 
 class _Onlooker(_StandIn):
-    """Answers for a Trainer or a Fabric; its loggers are quiet, and its dicts are copies."""
+    """Stands for a Trainer or a Fabric. Its loggers are quiet, and its dicts are copies."""
 
-    barebones = True  # what calls LightningModule.log by another way than the instance is turned away by this
+    barebones = True  # LightningModule.log of the class, called past the muted instance, does nothing in this mode
 
     def __getattr__(self, name: str) -> Any:
         if name in _SWALLOWED:
@@ -135,22 +143,23 @@ class _Onlooker(_StandIn):
 
 
 def _stand_in(value: Any) -> Any:
+    """Return the stand-in of a framework's object, other values unchanged."""
     make = _of_framework(type(value))
     return value if make is None else make(value)
 
 
 class _Quiet(_StandIn):
-    """Answers for a logger: its name and its folder, and calls that do nothing."""
+    """Stands for a logger: it has the name and the folder, and its calls do nothing."""
 
     def __getattr__(self, name: str) -> Any:
-        if name == "experiment":  # which some loggers open when they are first asked for it
+        if name == "experiment":  # some loggers open their experiment on the first access
             return _Nothing()
         value = getattr(self._real, name)
         return _swallow if callable(value) else value
 
 
 class _Nothing:
-    """Has every attribute, takes every call, and is none of it."""
+    """Has every attribute and takes every call; each returns the same empty object."""
 
     def __getattr__(self, name: str) -> _Nothing:
         return self

@@ -1,4 +1,4 @@
-"""The global random streams: of Python, of numpy, and of torch on every device."""
+"""Keep the global random streams of Python, of numpy, and of torch on every device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def random_streams_kept(devices: Iterable[torch.device]) -> Iterator[None]:
     for device in devices:
         if device.type not in ("cpu", "meta"):
             module = torch.get_device_module(device)
-            place = () if device.type == "mps" else (device,)  # there is one of these only
+            place = () if device.type == "mps" else (device,)  # there is a single MPS device
             others.append((module, place, module.get_rng_state(*place)))
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a tensor is, beside the numbers in it."""
+"""Keep the state of a tensor except for the numbers in it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["TensorState", "without_history"]
 
 
 class TensorState:
-    """Where a tensor lies, its class, its gradient and what autograd knows of it."""
+    """The memory, the class, the gradient and the autograd flags of a tensor."""
 
     __slots__ = ("data", "grad", "hooks", "kind", "leaf", "place", "requires_grad")
 
@@ -23,7 +23,7 @@ class TensorState:
 
     @staticmethod
     def put_back(tensor: Tensor, before: TensorState) -> None:
-        """Make a tensor what it was before."""
+        """Give a tensor its state of before."""
         if _place(tensor) != before.place:
             tensor.data = before.data
         if type(tensor) is not before.kind:
@@ -40,6 +40,7 @@ class TensorState:
 
 
 def _place(tensor: Tensor) -> Any:
+    """Return where a tensor lies in memory, ``None`` for a tensor without memory of its own."""
     try:
         storage = tensor.untyped_storage()._cdata
         return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
@@ -48,6 +49,9 @@ def _place(tensor: Tensor) -> Any:
 
 
 def without_history(tensor: Tensor) -> Tensor | None:
-    """Return a tensor without its history, where an in-place write could not be taken out of that again."""
+    """Return a detached stand-in for a tensor with a history, ``None`` for others.
+
+    An in-place write in a pass would add a node to the history, and nothing could remove the node again.
+    """
     bound = not tensor.is_leaf or (tensor._is_view() and not tensor.requires_grad)
     return tensor.detach() if bound and not vars(tensor) else None

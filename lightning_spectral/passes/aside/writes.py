@@ -1,4 +1,4 @@
-"""In-place writes that are undone: what a tensor held before the first write is kept, and copied back."""
+"""Undo in-place writes: the content of a tensor is copied before its first write, and copied back at the end."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ __all__ = ["Writes", "whole_storage"]
 
 
 class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps, for as long as it is entered, what every tensor that existed before held before it was written to.
+    """While entered, keeps the content of every tensor that existed before and is written to.
 
-    Nothing is copied before it is written to.
+    A tensor that is never written to is never copied. A tensor that an operation in the pass has made is not kept.
+    Storages are told apart by address, and an address can be used again; so a known tensor always counts as old.
 
     Args:
-        known: Tensors that are certain to have existed before.
+        known: Tensors that existed before.
     """
 
     supports_higher_order_operators = True  # flex_attention
@@ -36,7 +37,7 @@ class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._versions = ExitStack()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation, after a look at what it writes to."""
+        """Keep the tensors that an operation writes to, then run it."""
         kwargs = kwargs or {}
         for tensor in (*written_tensors(func, args, kwargs), *_running_statistics(func, args, kwargs)):
             self._keep(tensor)
@@ -54,7 +55,7 @@ class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._versions.enter_context(_version_kept(tensor))
 
     def undo(self) -> None:
-        """Copy back what was kept; autograd does not see that anything was written."""
+        """Copy back what was kept. The version counters are preserved, so autograd does not notice the writes."""
         with torch.no_grad(), self._versions:
             for whole, before in self._before.values():
                 whole.copy_(before)
@@ -62,7 +63,7 @@ class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def whole_storage(tensor: Tensor) -> Tensor:
-    """Return all that lies in the storage of a tensor as one vector; the tensor itself where it has no storage."""
+    """Return the whole storage of a tensor as one vector; the tensor itself if it has no storage."""
     try:
         length = tensor.untyped_storage().nbytes() // tensor.element_size()
     except (NotImplementedError, RuntimeError):  # sparse tensors and wrappers
@@ -71,15 +72,16 @@ def whole_storage(tensor: Tensor) -> Tensor:
 
 
 def _key(tensor: Tensor) -> int:
+    """Return the identity of the storage of a tensor, or of the tensor itself if it has no storage."""
     try:
         storage: int = tensor.untyped_storage()._cdata
         return storage
-    except (NotImplementedError, RuntimeError, ValueError):  # the last of a lazy layer
+    except (NotImplementedError, RuntimeError, ValueError):  # ValueError: the parameter of a lazy layer
         return id(tensor)
 
 
 def _running_statistics(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Return what a batch norm writes to. The schemas of some of them do not say it."""
+    """Return the running statistics that a batch norm writes to. Some of its schemas do not mark them as written."""
     given = [args[place] if place < len(args) else kwargs.get(name) for place, name in _running(function)]
     return tensors_in(given)
 
@@ -95,7 +97,7 @@ def _running(function: Any) -> tuple[tuple[int, str], ...]:
 
 @cache
 def _makes_new(function: Any) -> bool:
-    """Whether the tensors that an operation returns are no views of its arguments, by its schema."""
+    """Whether, by its schema, an operation returns new tensors and no views of its arguments."""
     schema = getattr(function, "_schema", None)
     return schema is not None and all(item.alias_info is None for item in schema.returns)
 
