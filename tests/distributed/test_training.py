@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from processes import run
 from training import BLOCKS, PRECISIONS, STEPS, STOP, STRATEGIES
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).with_name("training.py")
+SCRIPT = "training.py"
 SHARDED = STRATEGIES[2:]
 REFUSED = {  # by Lightning itself
     (layout, "64-true"): "The `ModelParallelStrategy` does not support `Fabric(..., precision='64-true')`"

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from bitwise import assert_same, everything
 from journals import read_actions, read_journal
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
-from test_monitor_neutral import assert_same, everything
-from test_steering import unbalanced
+from steered import unbalanced
 from tiny_run import BLOCKS, LitGPT, fit
 from torch import nn
 

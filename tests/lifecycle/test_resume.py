@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from bitwise import assert_same
 from journals import read_actions, read_events, read_journal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from test_monitor_neutral import assert_same
-from test_steering import unbalanced
+from steered import unbalanced
 from tiny_run import CONTEXT, VOCABULARY, LitGPT, SaveAt
 from torch import Tensor
 

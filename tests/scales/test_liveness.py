@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_steering import FunctionalAttention
+from steered import FunctionalAttention
 from tiny_run import LitGPT, TinyGPT, fit
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter

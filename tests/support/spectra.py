@@ -1,4 +1,4 @@
-"""Matrices with spectra made to measure, and the register of operators that every operator test runs over."""
+"""Matrices with spectra made to measure, the operators that every operator test runs over, and what a norm claims."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_spectral.linalg import Adjoint, Diagonal, Gather, LinearOperator, Matrix, Product, Scaled, Sum
+from lightning_spectral.linalg import (
+    Adjoint,
+    Diagonal,
+    ExactSVD,
+    Gather,
+    LinearOperator,
+    Matrix,
+    Product,
+    RandomizedSVD,
+    Scaled,
+    SpectralNorm,
+    Sum,
+)
 
 
 def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -83,3 +95,16 @@ OPERATORS: dict[str, Callable[[], LinearOperator]] = {
     ),
     "transposed sum": lambda: Adjoint(Sum(Matrix(_random(20, 12)), Adjoint(Matrix(_random(12, 20))))),
 }
+
+
+def solve(*operators: LinearOperator, solver: RandomizedSVD | ExactSVD | None = None) -> tuple[SpectralNorm, ...]:
+    solver = solver or RandomizedSVD()
+    return solver.compute(operators, solver.init(operators))[0]
+
+
+def assert_holds(norm: SpectralNorm, exact: float, tolerance: float = 1e-2, rounding: float = 1e-5) -> None:
+    """Assert the claims of a norm: from below, within the tolerance, within its own bound."""
+    assert norm.reason is None
+    assert norm.value <= exact * (1 + rounding)
+    assert exact - norm.value <= tolerance * exact
+    assert exact <= norm.value * (1 + norm.error_bound)

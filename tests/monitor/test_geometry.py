@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from bitwise import MODES, assert_same, run
 from journals import read_journal
 from lightning.pytorch import seed_everything
-from test_monitor_neutral import MODES, assert_same, run
 from tiny_run import BLOCKS, LitGPT, fit
 from torch import Tensor
 

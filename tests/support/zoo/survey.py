@@ -9,7 +9,7 @@ from typing import Any
 
 from .example import ExpectedBlock, Sites, join
 
-DATA = Path(__file__).parent.parent / "data" / "architectures.json"
+DATA = Path(__file__).parents[2] / "data" / "architectures.json"
 Entry = dict[str, Any]
 
 

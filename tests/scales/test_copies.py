@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from test_steering import unbalanced
+from steered import unbalanced
 from tiny_run import LitGPT, TinyGPT, fit
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

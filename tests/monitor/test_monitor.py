@@ -20,7 +20,9 @@ import torch
 from journals import read_journal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from processes import PYTHONPATH
+from recorder import Recorder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import BLOCKS, Block, LitGPT, PickyLitGPT, fit, loader
 from torch import Tensor, nn
@@ -41,33 +43,6 @@ SUMMARY = {
     "spectral/drifting",
     "spectral/alarm",
 }
-
-
-class Recorder(Logger):
-    """A logger that remembers what it is given, and takes pictures like Weights & Biases."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[int, dict[str, float]]] = []
-        self.pictures: list[tuple[str, int]] = []
-
-    name = "recorder"
-    version = "0"
-    save_dir = None
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.calls.append((-1 if step is None else step, dict(metrics)))
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def log_image(self, key: str, images: list[Any], step: int) -> None:
-        assert len(images) == 1
-        self.pictures.append((key, step))
-
-    @property
-    def measured(self) -> list[tuple[int, dict[str, float]]]:
-        return [(step, values) for step, values in self.calls if any(key.startswith("spectral") for key in values)]
 
 
 def journal_steps(folder: Path) -> list[int]:
@@ -497,8 +472,7 @@ def test_it_can_be_pickled_before_and_after_a_run(tmp_path: Path):
 
 def run_script(folder: Path, text: str) -> None:
     (folder / "script.py").write_text(text)
-    tests = Path(__file__).parent
-    here = os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
+    here = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "script.py"]
     done = subprocess.run(command, cwd=folder, env=here, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-TESTS = Path(__file__).parents[1]
+SUPPORT = Path(__file__).parent
+# Where a process finds the package of this tree and what tests share.
+PYTHONPATH = os.pathsep.join((str(SUPPORT), str(SUPPORT.parents[1])))
 
 
-def run(script: Path, count: int, folder: Path, *arguments: str, timeout: float) -> list[dict[str, Any]]:
-    """Start ``script FOLDER ARGUMENTS`` in some processes and return what each one wrote to ``FOLDER/<rank>.json``."""
+def run(script: str, count: int, folder: Path, *arguments: str, timeout: float) -> list[dict[str, Any]]:
+    """Start ``SCRIPT FOLDER ARGUMENTS``, a script of this folder; return what each process wrote to ``<rank>.json``."""
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS / "shells"))),
+        "PYTHONPATH": PYTHONPATH,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "WORLD_SIZE": str(count),
@@ -30,7 +32,7 @@ def run(script: Path, count: int, folder: Path, *arguments: str, timeout: float)
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(folder), *arguments],
+            [sys.executable, str(SUPPORT / script), str(folder), *arguments],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

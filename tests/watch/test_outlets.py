@@ -18,7 +18,7 @@ from journals import read_actions, read_journal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from test_steering import unbalanced
+from steered import unbalanced
 from tiny_run import LitGPT, fit
 
 from lightning_spectral import History, SpectralMonitor

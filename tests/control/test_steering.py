@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from bitwise import MODES, assert_same
 from journals import read_actions, read_journal
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
-from test_monitor_neutral import MODES, assert_same
+from steered import FunctionalAttention, log_scales, unbalanced
 from tiny_run import BLOCKS, LitGPT, PickyLitGPT, SaveAt, TinyGPT, fit, loader
 from torch import Tensor, nn
 from zoo import example
@@ -42,22 +43,8 @@ ZONE = (0.5, 2.0)
 LEARNED = GainCeiling(learnable=True)
 
 
-def unbalanced(branch: str = "mlp", factor: float = 8.0, **settings: Any) -> LitGPT:
-    """A model whose MLPs (or attentions) are too strong by a factor."""
-    seed_everything(0)
-    module = LitGPT(**settings)
-    with torch.no_grad():
-        for block in module.model.blocks:
-            (block.mlp[2] if branch == "mlp" else block.attention.proj).weight.mul_(factor)
-    return module
-
-
 def plain_parameters(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items() if "residual_scale" not in name}
-
-
-def log_scales(module: nn.Module) -> list[float]:
-    return [value.item() for name, value in module.state_dict().items() if name.endswith("log_scale")]
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -550,15 +537,6 @@ def test_a_scale_that_multiplies_nothing_is_found_after_the_first_backward_pass(
         ConfigurationError, match=r"1 residual scale\(s\) received no gradient.*blocks\.1\.mlp \(its forward hook"
     ):
         fit(tmp_path, SpectralMonitor(2, True), module=Torn())
-
-
-class FunctionalAttention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.MultiheadAttention(16, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x, x, x, need_weights=False)[0]
 
 
 def test_a_site_whose_weight_is_read_by_a_functional_is_told(tmp_path: Path):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_durable import full_disk
+from full_disk import full_disk
 
 from lightning_spectral.alarms import Event
 from lightning_spectral.alarms.trends import Forecast

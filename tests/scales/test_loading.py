@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
-from test_steering import log_scales, unbalanced
+from steered import log_scales, unbalanced
 from tiny_run import LitGPT, SaveAt, TinyGPT, fit, loader
 from torch import Tensor, nn
 from zoo import example

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import copy
-import functools
-import json
 import math
-import os
 import pickle
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run
+from streamed import MAKE, METRICS, WIDTH, collection, distributed_data, ratio_model, some, tokens
 from tiny_run import TinyGPT
-from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
+from torch import nn
+from torchmetrics import MetricCollection
 
 from lightning_spectral import measure
 from lightning_spectral.errors import ConfigurationError
@@ -26,58 +22,9 @@ from lightning_spectral.metrics import EffectiveRank, SpectralRatio, StableRank,
 from lightning_spectral.tokens import (
     effective_rank,
     massive_activations,
-    stable_rank,
-    token_residual,
-    token_similarity,
 )
 
-WIDTH = 6
-
-
-def rows(rank: Callable[..., Tensor], **options: object) -> Callable[..., Tensor]:
-    """Return the rank of all tokens as the rows of one matrix."""
-
-    def whole(x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return rank(x.reshape(-1, WIDTH), None if mask is None else mask.reshape(-1), **options)
-
-    return whole
-
-
-def average(value: Callable[..., Tensor], **options: object) -> Callable[..., Tensor]:
-    """Return the mean over the sequences."""
-    return lambda x, mask=None: value(x, mask, **options).mean()
-
-
-# Each metric beside what it is on the whole.
-METRICS: dict[str, tuple[Callable[[], Metric], Callable[..., Tensor]]] = {
-    "effective rank of σ": (lambda: EffectiveRank(WIDTH), rows(effective_rank, power=1)),
-    "effective rank of σ²": (lambda: EffectiveRank(WIDTH, power=2), rows(effective_rank, power=2)),
-    "centred effective rank": (
-        lambda: EffectiveRank(WIDTH, centred=True),
-        rows(effective_rank, power=1, centred=True),
-    ),
-    "stable rank": (lambda: StableRank(WIDTH), rows(stable_rank)),
-    "centred stable rank": (lambda: StableRank(WIDTH, centred=True), rows(stable_rank, centred=True)),
-    "residual": (TokenResidual, average(token_residual)),
-    "similarity": (TokenSimilarity, average(token_similarity)),
-    "residual without massive tokens": (lambda: TokenResidual(massive=3.0), average(token_residual, massive=3.0)),
-}
-MAKE = {name: make for name, (make, _) in METRICS.items()}
 every_metric = pytest.mark.parametrize("name", METRICS)
-
-
-def tokens(generator: torch.Generator, *shape: int) -> Tensor:
-    """Return tokens around a mean, ``(*shape, WIDTH)``, some of them massive."""
-    X = torch.randn(*shape, WIDTH, generator=generator) * torch.logspace(0, -1, WIDTH) + 0.5
-    X[..., 0, 2] *= 20
-    return X
-
-
-def some(generator: torch.Generator, *shape: int) -> Tensor:
-    """Return a mask that leaves at least three tokens of every sequence."""
-    mask = torch.rand(*shape, generator=generator) < 0.5
-    mask[..., :3] = True
-    return mask
 
 
 @every_metric
@@ -258,10 +205,6 @@ def test_plots(name, generator, pyplot):
     assert not axes.texts  # nothing is called optimal
 
 
-def collection() -> MetricCollection:
-    return MetricCollection({name: make() for name, make in MAKE.items()} | {"ratio": SpectralRatio()}, prefix="val/")
-
-
 def test_a_collection(generator):
     metrics, model = collection(), TinyGPT()
     X, mask = tokens(generator, 6, 9), some(generator, 6, 9)
@@ -337,11 +280,6 @@ def test_errors(make, message):
 # The spectral ratio.
 
 
-def ratio_model(seed: int) -> TinyGPT:
-    torch.manual_seed(seed)
-    return TinyGPT()
-
-
 @pytest.mark.parametrize("statistic", ["min", "median", "max"])
 def test_the_ratio_of_a_model(statistic):
     model = ratio_model(0)
@@ -410,64 +348,10 @@ def test_the_statistics_share_a_state_and_the_model_is_left_alone():
 
 # Two processes.
 
-WORKER = """
-import json, sys
-from datetime import timedelta
-import torch
-from torch import distributed
-from test_metrics import collection, distributed_data
-from tiny_run import TinyGPT
-
-rank, store = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-distributed.init_process_group(
-    "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-)
-metrics, (X, mask, model) = collection(), distributed_data()
-share = slice(0, 2) if rank == 0 else slice(2, None)
-for x, m in zip(X[share].split(1), mask[share].split(1)):
-    metrics.update(x=x, mask=m, model=model)
-values = {name: value.item() for name, value in metrics.compute().items()}
-unmeasured = {}
-for name, metric in metrics.items(keep_base=True, copy_state=False):
-    metric.sync()
-    unmeasured[name] = int(metric.unmeasured)
-    metric.unsync()
-print(json.dumps([values, unmeasured]))
-distributed.destroy_process_group()
-"""
-
-
-@functools.cache
-def distributed_data() -> tuple[Tensor, Tensor, TinyGPT]:
-    """Return five sequences, one of which has a NaN, their mask and a model."""
-    generator = torch.Generator().manual_seed(0)
-    X, mask = tokens(generator, 5, 9), some(generator, 5, 9)
-    X[3, 1, 1] = math.nan
-    return X, mask, ratio_model(0)
-
 
 def test_two_processes_are_one_stream(tmp_path: Path):
     """The first has two sequences, the second three; both have the same model."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path)), "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store")],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=120) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert all(worker.returncode == 0 for worker in workers), outputs
-    both = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    both = run("streamed.py", 2, tmp_path, timeout=120)
     assert both[0] == both[1]
     alone, (X, mask, model) = collection(), distributed_data()
     alone.update(x=X, mask=mask, model=model)
