@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_spectral.alarms import Event
+from lightning_spectral.alarms.trends import Forecast
 from lightning_spectral.display import heatmap_figure
-from lightning_spectral.runs.entries import Line, entries
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
 from lightning_spectral.records.frames import dataframe
-from lightning_spectral.alarms.trends import Forecast
+from lightning_spectral.runs.entries import Line, entries
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from lightning_spectral.records import Measurement, ResidualBlock
 from lightning_spectral.runs.durable import append, replace
 from lightning_spectral.runs.entries import FORMAT, VERSION, Line, entries
 from lightning_spectral.runs.predecessor import News, Predecessor, Superseded, aside_names, take_over
-from lightning_spectral.records import Measurement, ResidualBlock
 
 __all__ = ["Journal", "described"]
 
