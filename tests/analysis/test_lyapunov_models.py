@@ -477,7 +477,7 @@ def test_blocks_without_a_matrix_are_named_or_stand_as_the_identity():
     blocks = find_blocks(model)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
-    with pytest.raises(ConfigurationError) as refused:
+    with pytest.raises(ConfigurationError, match="blocks without a weight linearization") as refused:
         covariance_trajectory(model, blocks, linearization="paper")
     assert str(refused.value) == (
         "blocks without a weight linearization (pass the other blocks as `blocks`, or missing='identity' to leave "

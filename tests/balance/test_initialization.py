@@ -473,7 +473,8 @@ def test_no_fresh_model_looks_trained(member: Example, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys.modules["zoo.example"], "randomize_", lambda model: None)
     model = member.build()
     args, kwargs = member.inputs(model)
-    balance_init_(model, find_blocks(model, batch=args or kwargs))
+    blocks = find_blocks(model, batch=args or kwargs)
+    assert len(balance_init_(model, blocks).layers) == len(measure(model, blocks).layers)
 
 
 @pytest.mark.parametrize("init", [nn.init.orthogonal_, nn.init.xavier_uniform_, nn.init.sparse_])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import tarfile
 import zipfile
 from argparse import Namespace
@@ -29,7 +30,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
 
 
 def refused(path: str | Path, **options: Any) -> str:
-    with pytest.raises(CheckpointError) as info:
+    with pytest.raises(CheckpointError, match=re.escape(str(path))) as info:
         audit(path, **options)
     message = str(info.value)
     assert message.isprintable()

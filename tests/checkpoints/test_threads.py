@@ -117,7 +117,7 @@ def test_a_twin_is_built_by_one_thread(tmp_path: Path):
         assert len(audit(tmp_path).layers) == 3
         assert torch.get_num_threads() == 3
         (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError, match="hidden_size"):
             audit(tmp_path)
         assert torch.get_num_threads() == 3
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def plain() -> float:
 
 
 def refused(path: Path, blocks: Any = None, **options: Any) -> str:
-    with pytest.raises(CheckpointError) as info:
+    with pytest.raises(CheckpointError, match=re.escape(str(path))) as info:
         audit(path, blocks, **options)
     message = str(info.value)
     assert message.isprintable()

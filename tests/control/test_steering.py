@@ -568,7 +568,7 @@ def test_dropped_layers_are_not_called_dead(tmp_path: Path):
             self.model.blocks[2].mlp.requires_grad_(self.global_step > 2)
             return super().training_step(batch, batch_idx)
 
-    fit(tmp_path, SpectralMonitor(2, True), module=Dropping())
+    assert fit(tmp_path, SpectralMonitor(2, True), module=Dropping()).global_step == 8
 
 
 @pytest.mark.parametrize(
@@ -608,4 +608,4 @@ def test_a_rehearsal_works(tmp_path: Path, flags: dict[str, Any]):
     if "barebones" in flags:
         flags = {**flags, "enable_progress_bar": None, "enable_model_summary": None, "enable_checkpointing": None}
         flags |= {"default_root_dir": None, "limit_val_batches": None}
-    fit(tmp_path, SpectralMonitor(1, True), **flags)
+    assert fit(tmp_path, SpectralMonitor(1, True), **flags).state.finished

@@ -130,7 +130,7 @@ class Last(Callback):
 def test_a_run_that_was_told_to_end_goes_on_bitwise(tmp_path: Path, name: str):
     straight = trained(tmp_path / "straight", name)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SIGTERMException):
+    with pytest.raises(SIGTERMException, match=r"^$"):
         trained(tmp_path, name, Killed(6), Last())
     assert signal.getsignal(signal.SIGTERM) == before
     assert [entry["step"] for entry in read_journal(tmp_path / "spectral.jsonl")[1]] == [0, 3, 6]

@@ -296,7 +296,7 @@ def test_without_a_logger_only_the_logs_are_lost(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("flags", [{"limit_train_batches": 0}, {"max_steps": 0}, {"overfit_batches": 1}])
 @pytest.mark.filterwarnings("ignore:.*overfit_batches|.*max_steps=0")
 def test_odd_lengths_do_not_fail(tmp_path: Path, flags: dict[str, Any]):
-    fit(tmp_path, SpectralMonitor(every_n_steps=2), **flags)
+    assert fit(tmp_path, SpectralMonitor(every_n_steps=2), **flags).state.finished
 
 
 def test_validating_testing_and_predicting_measure_nothing(tmp_path: Path):

@@ -153,6 +153,7 @@ def test_a_site_that_something_has_wrapped_meanwhile_is_alive():
     liveness.check()
     loss(model).backward()
     liveness.check()
+    assert not liveness._unseen  # every scale has shown that it multiplies something
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own
