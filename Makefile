@@ -22,7 +22,7 @@ BENCHMARKS = solver overhead memory discovery penalty rescale jacobian sharded s
 PYTEST = -m pytest -n 2 --dist worksteal
 READERS = tests/examples tests/docs
 MATRIX = full
-PROCESSES = $(addprefix tests/distributed/test_,folders.py scaling.py sharded.py sharded_adapters.py training.py)
+PROCESSES = tests/distributed
 
 .PHONY: demo test test-zoo test-examples test-distributed docs lint format test-oldest bench clean
 

@@ -27,7 +27,7 @@ from lightning_spectral import History, Measurement, report
 from lightning_spectral.alarms import Event
 from lightning_spectral.records import LayerMeasurement
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "report"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 
 def parse() -> argparse.Namespace:

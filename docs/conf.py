@@ -9,7 +9,7 @@ import lightning_spectral
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "docs" / "_ext"))
-sys.path.append(str(ROOT / "tests"))  # the zoo, from which the page of architectures is made
+sys.path.append(str(ROOT / "tests" / "support"))  # the zoo, from which the page of architectures is made
 
 project = "lightning_spectral"
 author = project_copyright = "The lightning_spectral authors"

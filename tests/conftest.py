@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 import torch.distributed
+
+# What the tests share asserts too, and a failure there shows the values.
+pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).with_name("support").iterdir()))
 
 # The models of the tests are so small that a second thread only waits for the first.
 torch.set_num_threads(1)

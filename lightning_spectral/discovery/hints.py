@@ -12,9 +12,9 @@
         },
     }
 
-The ends of a branch (see :class:`~lightning_spectral.records.Branch`) come from the trace where the hint names the site of a
-traced branch of its kind. Elsewhere the hint decides: the end is the norm behind the branch, or else the first matrix,
-each with the ``bias`` beside it.
+The ends of a branch (see :class:`~lightning_spectral.records.Branch`) come from the trace where the hint names the
+site of a traced branch of its kind. Elsewhere the hint decides: the end is the norm behind the branch, or else the
+first matrix, each with the ``bias`` beside it.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class History:
         return tuple(measurement.step for measurement in self.measurements)
 
     def values(self, quantity: str) -> NDArray[np.float64]:
-        """Return a quantity of every block in every measurement, by its name in :class:`~lightning_spectral.records.LayerMeasurement`.
+        """Return a quantity of every block in every measurement, by its name in a layer of a measurement.
 
         Returns:
             Shape ``(blocks, measurements)``, NaN where it does not exist; a row per index up to the largest.

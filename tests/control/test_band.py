@@ -545,4 +545,7 @@ def test_a_margin_counts_in_the_zones():
 
 def test_zones_one_inside_the_other_are_fine():
     check_zones(ResidualRescaler(), ZONE)
-    check_zones(ResidualRescaler(inner_zone=(0.9, 1.1)), (0.8, 1.25))
+    narrow = ResidualRescaler(inner_zone=(0.9, 1.1))
+    check_zones(narrow, (0.8, 1.25))
+    with pytest.raises(ConfigurationError, match=r"inside safe_zone=\(0\.9, 1\.1\)"):
+        check_zones(narrow, (0.9, 1.1))

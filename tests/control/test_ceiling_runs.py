@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from bitwise import assert_same
 from journals import read_actions, read_journal
-from test_monitor_neutral import assert_same
-from test_steering import unbalanced
+from steered import unbalanced
 from tiny_run import BLOCKS, LitGPT, SaveAt, fit
 from torch import nn
 from zoo import example

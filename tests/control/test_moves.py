@@ -11,7 +11,7 @@ import pytest
 import torch
 from journals import read_actions, read_journal
 from lightning.pytorch.callbacks import Callback
-from test_steering import unbalanced
+from steered import unbalanced
 from tiny_run import fit
 from torch import Tensor, nn
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from found import Found, Search
-from test_sites import scaled
+from site_factors import scaled
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from zoo import example, examples

@@ -13,7 +13,7 @@ from zoo import survey, unseen
 
 import lightning_spectral.discovery
 
-ROOMS = sorted(Path(lightning_spectral.discovery.__file__).parent.glob("*.py"))
+ROOMS = sorted(Path(lightning_spectral.discovery.__file__).parent.rglob("*.py"))
 # Words of these tests and of PyTorch, not of a family.
 WORDS = {"plain", "torch", "mha", "seed", "recurrent"}
 

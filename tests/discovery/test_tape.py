@@ -47,18 +47,20 @@ def neighbours(member: Example) -> tuple[str, str] | None:
     return None
 
 
+UNCALLED = {"pairs_in_the_parent", "pre_norm_wrappers"}  # their blocks are containers, which nobody calls
+PAIRED = [name for name in RUNNING if neighbours(example(name)) and name not in UNCALLED]
+
+
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", RUNNING)
+@pytest.mark.parametrize("name", PAIRED)
 def test_a_block_replayed_on_changed_content_is_the_block_run_on_it(name: str) -> None:
     """In float64, to the rounding of the float32 module; and on the recorded content it gives what was recorded."""
     member = example(name)
     model = member.build()
     args, kwargs = member.inputs(model)
     pair = neighbours(member)
+    assert pair is not None
     tape = recorded(model, *args, **kwargs)
-    paths = {call.path for call in tape.calls}
-    if pair is None or not paths.issuperset(pair):
-        return  # containers that are never called, and shared blocks
     before, after = (output_of(tape, path) for path in pair)
     content = tape.tensors[before].double()
     tolerance = 1e-4 * max(1.0, float(content.abs().max()))

@@ -16,7 +16,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     lines = []
     for outcome in ("passed", "failed"):
         for report in terminalreporter.getreports(outcome):
-            cell = re.search(r"is_the_run_in_one\[([\w ]+)-(\S+, \w+, \w+)\]", report.nodeid)
+            cell = re.search(r"(?:run_in_one|every_process)\[([\w ]+)-(\S+, \w+, \w+)\]", report.nodeid)
             if cell and report.when == "call":
                 message = dict(report.user_properties).get("refused")
                 result = outcome if message is None else f"refused: {message}"

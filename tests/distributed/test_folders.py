@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("folders")
-    run(Path(__file__).with_name("folders.py"), 2, path, timeout=300)
+    run("folders.py", 2, path, timeout=300)
     return path
 
 

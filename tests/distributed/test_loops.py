@@ -11,7 +11,7 @@ from processes import run
 from shells import SHELLS
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).with_name("loops.py")
+SCRIPT = "loops.py"
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ formulas = load(ROOT / "benchmarks" / "scaling.py")
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """What each of two processes counted."""
-    return run(Path(__file__).with_name("scaling.py"), 2, tmp_path_factory.mktemp("scaling"), timeout=300)
+    return run("scaling.py", 2, tmp_path_factory.mktemp("scaling"), timeout=300)
 
 
 @pytest.fixture(params=["512", "768"])

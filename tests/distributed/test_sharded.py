@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from processes import run
 
 pytestmark = pytest.mark.slow  # ten seconds to start, few to run
-SCRIPT = Path(__file__).with_name("sharded.py")
+SCRIPT = "sharded.py"
 OF_TWO = (
     "blocks_without_root",
     "blocks_and_root_trained",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from processes import run
 
 pytestmark = pytest.mark.slow  # ten seconds to start, few to run
-SCRIPT = Path(__file__).with_name("sharded_adapters.py")
+SCRIPT = "sharded_adapters.py"
 CASES = ("trained", "base", "delta", "starting", "flattened", "flattened_delta", "tensor_parallel", "paper")
 
 Seen = list[dict[str, Any]]

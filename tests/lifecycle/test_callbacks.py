@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitwise import assert_same, everything
 from journals import read_actions, read_journal
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import (
@@ -22,8 +23,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
-from test_monitor_neutral import assert_same, everything
-from test_steering import unbalanced
+from steered import unbalanced
 from tiny_run import CONTEXT, VOCABULARY, LitGPT, SaveAt, TinyGPT, fit, loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader

@@ -11,7 +11,7 @@ import torch
 from journals import read_actions, read_journal
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from test_steering import log_scales, unbalanced
+from steered import log_scales, unbalanced
 from tiny_run import LitGPT, fit, loader
 from torch._dynamo.testing import CompileCounter
 

@@ -149,7 +149,7 @@ def test_the_advice_helps(tmp_path: Path):
         def on_train_batch_end(self, *_: Any) -> None:
             self.average()
 
-    fit(tmp_path, [SpectralMonitor(2, True, geometry=False)], module=Lit(), max_steps=2)
+    assert fit(tmp_path, [SpectralMonitor(2, True, geometry=False)], module=Lit(), max_steps=2).global_step == 2
 
 
 def of_another_copy(teacher: nn.Module, student: nn.Module) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from bitwise import assert_same, everything
 from journals import read_actions, read_journal
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
-from test_monitor_neutral import assert_same, everything
-from test_steering import unbalanced
+from steered import unbalanced
 from tiny_run import BLOCKS, LitGPT, fit
 from torch import nn
 
@@ -109,7 +109,7 @@ def test_an_interrupt_passes_and_leaves_no_hook(tmp_path: Path, on_error: Any):
     module = LitGPT()
     monitor = SpectralMonitor(1, geometry=True, solver=Breaking({3}, KeyboardInterrupt), on_error=on_error)
     trainer: list[Trainer] = []
-    with pytest.raises(SystemExit):  # what Lightning makes of it
+    with pytest.raises(SystemExit, match=r"^1$"):  # what Lightning makes of it
         fit(tmp_path, [monitor, At(2, lambda pl_module: trainer.append(pl_module.trainer))], module=module)
     assert trainer[0].interrupted
     assert trainer[0].global_step == 3

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from bitwise import assert_same, everything
 from journals import read_actions, read_journal
 from lightning.pytorch import seed_everything
-from test_monitor_neutral import assert_same, everything
-from test_steering import unbalanced
+from steered import unbalanced
 from tiny_run import BLOCKS, Block, LitGPT, TinyGPT, fit
 from torch import Tensor, nn
 from torch.nn import functional as F

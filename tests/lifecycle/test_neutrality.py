@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from bitwise import assert_same, everything
 from journals import read_journal
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
-from test_monitor_neutral import assert_same, everything
 from tiny_run import LitGPT, fit
 
 from lightning_spectral import SpectralMonitor

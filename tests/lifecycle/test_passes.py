@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from bitwise import assert_same, everything
 from journals import read_journal
 from lightning.pytorch import LightningModule, seed_everything
-from test_monitor_neutral import assert_same, everything
 from tiny_run import CONTEXT, VOCABULARY, WIDTH, LitGPT, PickyLitGPT, fit
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter

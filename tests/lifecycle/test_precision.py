@@ -13,7 +13,7 @@ import torch
 from journals import read_journal
 from lightning.pytorch import seed_everything
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
-from test_steering import unbalanced
+from steered import unbalanced
 from tiny_run import LitGPT, TinyGPT, fit
 from torch import Tensor
 

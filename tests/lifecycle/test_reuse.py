@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from bitwise import assert_same
 from journals import read_actions, read_events, read_journal
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
-from test_monitor import Recorder
-from test_monitor_neutral import assert_same
-from test_steering import unbalanced
+from recorder import Recorder
+from steered import unbalanced
 from tiny_run import LitGPT, fit, loader
 from torch import Tensor
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitwise import assert_same
 from journals import read_actions, read_journal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
@@ -19,9 +20,8 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
-from test_monitor import Recorder
-from test_monitor_neutral import assert_same
-from test_steering import unbalanced
+from recorder import Recorder
+from steered import unbalanced
 from tiny_run import LitGPT, fit
 from torch import Tensor, nn
 from torch.nn.utils import prune

@@ -12,7 +12,7 @@ import torch
 from journals import read_journal
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
-from test_steering import log_scales
+from steered import log_scales
 from tiny_run import BLOCKS, VOCABULARY, WIDTH, Block, LitGPT, PickyGPT, TinyGPT, fit, loader
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectra import SHAPES, SPECTRA, assert_holds, orthonormal, solve, with_spectrum
 
 from lightning_spectral.linalg import (
     Diagonal,
     ExactSVD,
-    LinearOperator,
     Matrix,
     Product,
     RandomizedSVD,
@@ -21,22 +21,7 @@ from lightning_spectral.linalg import (
     SpectralNorm,
 )
 
-from .spectra import SHAPES, SPECTRA, orthonormal, with_spectrum
-
 SOLVERS = {"randomized": RandomizedSVD(), "exact": ExactSVD()}
-
-
-def solve(*operators: LinearOperator, solver: RandomizedSVD | ExactSVD | None = None) -> tuple[SpectralNorm, ...]:
-    solver = solver or RandomizedSVD()
-    return solver.compute(operators, solver.init(operators))[0]
-
-
-def assert_holds(norm: SpectralNorm, exact: float, tolerance: float = 1e-2, rounding: float = 1e-5) -> None:
-    """Assert the claims of a norm: from below, within the tolerance, within its own bound."""
-    assert norm.reason is None
-    assert norm.value <= exact * (1 + rounding)
-    assert exact - norm.value <= tolerance * exact
-    assert exact <= norm.value * (1 + norm.error_bound)
 
 
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=list(SOLVERS))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from spectra import OPERATORS, SPECTRA, with_spectrum
 
 from lightning_spectral.linalg import Adjoint, Diagonal, Matrix, Product, RandomizedSVD, Scaled, frobenius_norm
-
-from .spectra import OPERATORS, SPECTRA, with_spectrum
 
 SUMS = {"low-rank update", "wide update of a bfloat16 weight", "transposed sum"}
 ESTIMATED = {"nested product", "product", "grouped-query attention", "gather"} | SUMS

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from spectra import OPERATORS
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import Diagonal, Gather, LinearOperator, Matrix, Product, Stacked, Sum
-
-from .spectra import OPERATORS
 
 EPS = {torch.float32: 1e-5, torch.float64: 1e-13}
 

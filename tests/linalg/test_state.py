@@ -7,12 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from spectra import SPECTRA, assert_holds, with_spectrum
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import ExactSVD, Matrix, Product, RandomizedSVD, SolverState
-
-from .spectra import SPECTRA, with_spectrum
-from .test_accuracy import assert_holds
 
 
 @pytest.fixture

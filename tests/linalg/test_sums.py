@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from spectra import assert_holds, solve
 from torch import Tensor
 
 from lightning_spectral.linalg import ExactSVD, Matrix, Product, RandomizedSVD, Scaled, SpectralNorm, Sum
-
-from .test_accuracy import assert_holds, solve
 
 
 def parts(m: int, n: int, generator: torch.Generator, rank: int = 4) -> tuple[Tensor, Tensor, Tensor]:

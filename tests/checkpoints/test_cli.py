@@ -1,0 +1,206 @@
+"""``lightning-spectral audit``: what it writes where, and with which code it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from zoo import example
+
+from lightning_spectral import attach_scales, audit, find_blocks, measure
+from lightning_spectral.cli import main
+from lightning_spectral.records.plain import to_plain
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    model: Any = example("llama").build()
+    model.save_pretrained(path)
+    return path
+
+
+def changed(folder: Path, target: Path, factor: float) -> Path:
+    """The same model with larger MLP branches."""
+    model: Any = example("llama").build()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.mul_(factor)
+    model.save_pretrained(target)
+    return target
+
+
+def test_one_checkpoint_is_a_table_and_a_file_of_numbers(folder: Path, tmp_path: Path, capsys: Any):
+    assert main(["audit", str(folder), "--json", str(tmp_path / "out.json")]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines() == str(audit(folder)).splitlines()
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["paths"] == [str(folder)]
+    assert written["layers"] == json.loads(json.dumps(audit(folder).to_dict()))["layers"]
+    assert main(["audit", str(folder), "--linearization", "paper"]) == 0
+    assert "linearization='paper'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stream", ["none", "closed", "broken"])
+def test_files_are_written_where_nobody_reads_the_table(
+    folder: Path, tmp_path: Path, stream: str, monkeypatch: pytest.MonkeyPatch
+):
+    reader, writer = os.pipe()
+    out = None if stream == "none" else os.fdopen(writer, "w")
+    os.close(reader)
+    if out is not None and stream == "closed":
+        out.close()
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["audit", str(folder), "--json", str(tmp_path / "out.json")]) == 0
+    assert len(json.loads((tmp_path / "out.json").read_text())["layers"]) == 3
+    if out is not None:
+        out.close()  # does not fail again
+
+
+def test_two_checkpoints_are_a_table_of_changes(folder: Path, tmp_path: Path, capsys: Any):
+    other = changed(folder, tmp_path / "other", 2.0)
+    assert main(["audit", str(folder), str(other), "--json", str(tmp_path / "out.json")]) == 0
+    assert capsys.readouterr().out.count("+0.6931") == 3
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["log_ratio_change"] == pytest.approx([0.693147] * 3, abs=1e-5)
+    assert len(written["before"]["layers"]) == 3
+
+
+def test_the_exit_code_says_whether_a_ratio_is_outside(folder: Path, tmp_path: Path, capsys: Any):
+    model: Any = example("llama").build()
+    ratios = [layer.ratio or 0.0 for layer in measure(model)]
+    inside = changed(folder, tmp_path / "inside", 1 / (min(ratios) * max(ratios)) ** 0.5)
+    outside = changed(folder, tmp_path / "outside", 100.0)
+    assert main(["audit", str(inside), "--fail-outside-zone"]) == 0
+    assert main(["audit", str(outside)]) == 0
+    assert main(["audit", str(outside), "--fail-outside-zone"]) == 3
+    assert main(["audit", str(outside), str(inside), "--fail-outside-zone"]) == 0  # the last one counts
+    assert main(["audit", str(inside), str(outside), "--fail-outside-zone"]) == 3
+    capsys.readouterr()
+
+
+def test_what_is_not_finite_is_null_with_its_reason(tmp_path: Path, capsys: Any):
+    """A scale that has become NaN or infinite, and weights that have: JSON knows neither."""
+    model: Any = example("gpt2").build()
+    blocks = find_blocks(model)
+    scales = attach_scales(model, blocks).parameters()
+    with torch.no_grad():
+        scales[0].fill_(float("nan"))
+        scales[2].fill_(1e30)
+        model.transformer.h[2].mlp.c_fc.weight[0, 0] = float("inf")
+    left = {"callbacks": {"monitor": {"blocks": to_plain(blocks)}}}
+    torch.save({"state_dict": model.state_dict()} | left, tmp_path / "a.ckpt")
+    outputs = [str(tmp_path / name) for name in ("one.json", "two.json")]
+    assert main(["audit", str(tmp_path / "a.ckpt"), "--json", outputs[0]]) == 0
+    assert main(["audit", str(tmp_path / "a.ckpt"), str(tmp_path / "a.ckpt"), "--json", outputs[1]]) == 0
+    assert "weights are not finite" in capsys.readouterr().out
+    one, two = (json.loads(Path(path).read_text(), parse_constant=pytest.fail) for path in outputs)
+    assert one["layers"] == two["before"]["layers"] == two["after"]["layers"]
+    for layer, kind in ((0, "attention"), (1, "attention"), (2, "mlp")):
+        found = one["layers"][layer]
+        assert found[f"{kind}_norm"] is found["ratio"] is None
+        assert f"{kind}: weights are not finite" in found["reason"]
+    assert [one["layers"][layer]["attention_scale"] for layer in range(3)] == [None, None, 1.0]
+
+
+def test_a_key_chooses_and_notes_are_shown(tmp_path: Path, capsys: Any):
+    model: Any = example("llama").build()
+    model.config.architectures = [type(model).__name__]
+    model.config.num_hidden_layers = 2
+    model.config.save_pretrained(tmp_path)
+    state = model.state_dict()
+    torch.save({"model": state, "ema": {key: 2 * value for key, value in state.items()}}, tmp_path / "a.pt")
+    path = str(tmp_path / "a.pt")
+    assert main(["audit", path]) == 2
+    assert "audit(path, key='ema' or key='model'), or --key on the command line" in capsys.readouterr().err
+    assert main(["audit", path, "--key", "ema", "--json", str(tmp_path / "out.json")]) == 0
+    note = "matrices of the file belong to none of 2 blocks, though their like do: model.layers.2"
+    assert note in capsys.readouterr().out.splitlines()[-1]
+    assert note in json.loads((tmp_path / "out.json").read_text())["notes"][0]
+    assert main(["audit", path, path, "--key", "ema", "--html", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out.count(note) == 2  # of the one before, and of the one after
+    assert note in (tmp_path / "page.html").read_text()
+
+
+def test_no_ratio_is_not_inside_the_zone(tmp_path: Path, capsys: Any):
+    model: Any = example("fnet").build()  # its mixer has no weights
+    model.save_pretrained(tmp_path)
+    assert main(["audit", str(tmp_path)]) == 0
+    assert main(["audit", str(tmp_path), "--fail-outside-zone"]) == 2
+    assert "no block has a ratio, so none can be inside the zone" in capsys.readouterr().err
+
+
+def test_errors_are_one_line_and_code_2(folder: Path, tmp_path: Path, capsys: Any):
+    (tmp_path / "\x1b[31mred.pt").write_bytes(b"nothing")
+    for arguments, message in (
+        (["audit", str(tmp_path / "absent")], "no such file"),
+        (["audit", str(tmp_path / "\x1b[31mred.pt")], "not readable as a file of torch.save"),
+        (["audit", str(folder), str(tmp_path)], "found no weights in this folder"),
+        (["audit", str(folder), "--config", str(tmp_path)], "config.json: not readable as a JSON object"),
+        (["audit", str(folder), "--json", str(tmp_path / "no" / "out.json")], "No such file or directory"),
+    ):
+        assert main(arguments) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("lightning-spectral: error: ")
+        assert err.endswith("\n")
+        assert err[:-1].isprintable()
+        assert message in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["audit"], ["audit", "a", "--linearization", "none"], ["draw", "a"]])
+def test_what_is_no_command_ends_with_2(arguments: list[str], capsys: Any):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(arguments)
+    assert "usage: lightning-spectral" in capsys.readouterr().err
+
+
+def test_without_the_extra_the_message_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert main(["audit", "anything"]) == 2
+    assert "the command line needs jsonargparse: pip install 'lightning-spectral[cli]'" in capsys.readouterr().err
+
+
+def test_without_transformers_or_safetensors_the_message_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["audit", str(folder)]) == 2
+    assert "needs the package transformers: pip install transformers" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert main(["audit", str(folder)]) == 2
+    assert "needs the package safetensors: pip install 'lightning-spectral[cli]'" in capsys.readouterr().err
+
+
+def test_the_entry_point_is_declared():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"lightning-spectral": "lightning_spectral.cli:main"}
+
+
+def test_a_bar_is_drawn_on_a_terminal_and_never_in_a_pipe(folder: Path):
+    """In a process of its own, with standard error on a pseudo terminal and then in a pipe."""
+    code = f"import sys; from lightning_spectral.cli import main; sys.exit(main(['audit', {str(folder)!r}]))"
+    environment = os.environ | {"TERM": "xterm", "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    piped = subprocess.run(command, capture_output=True, env=environment, timeout=120, check=True)
+    assert piped.stderr == b""
+    assert piped.stdout.startswith(b"spectral ratio ?mlp??/?attention??")
+    parent, child = pty.openpty()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=child, env=environment)
+    out, _ = process.communicate(timeout=120)
+    os.close(child)
+    drawn = os.read(parent, 100_000)
+    os.close(parent)
+    assert process.returncode == 0
+    assert b"blocks" in drawn
+    assert out == piped.stdout

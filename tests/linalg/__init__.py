@@ -1,1 +1,0 @@
-"""Tests of operators and solvers against dense matrices in float64."""
