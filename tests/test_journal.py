@@ -15,9 +15,8 @@ import pytest
 from test_durable import full_disk
 
 from lightning_spectral.alarms import Event
-from lightning_spectral.alarms.trends import Forecast
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
+from lightning_spectral.records import Forecast, FunctionalMeasurement, LayerMeasurement, Measurement
 from lightning_spectral.runs import journal as room
 from lightning_spectral.runs.entries import LONGEST, entries
 from lightning_spectral.runs.history import History, history_of

@@ -14,7 +14,8 @@ common in healthy runs, and so is a dip of the token residual in their first ste
 tokens that have collapsed already, and below it tokens that are on their way.
 """
 
-from lightning_spectral.alarms.memory import Event, Memory
+from lightning_spectral.alarms.memory import Memory
 from lightning_spectral.alarms.rules import falling_tokens, observe
+from lightning_spectral.records import Event
 
 __all__ = ["Event", "Memory", "falling_tokens", "observe"]

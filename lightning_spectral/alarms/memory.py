@@ -5,39 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
-from lightning_spectral.alarms.trends import Forecast, Trend, trend
+from lightning_spectral.alarms.trends import Trend, trend
+from lightning_spectral.records.events import Level
 
-__all__ = ["BlockMemory", "Event", "Level", "Memory", "Point", "line_through"]
+__all__ = ["BlockMemory", "Memory", "Point", "line_through"]
 
 PATIENCE = 3  # measurements in a row that a ratio has to be outside before it is a witness
 SETTLING = 5  # a baseline is the median of so many measurements, after as many, and these steps, that are passed over
 WARMUP_STEPS = 100
 
-Level = Literal["info", "warning", "alarm"]
 Point = tuple[int, float]  # step, or index of a block, and value
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that a reader should know, said once.
-
-    Attributes:
-        level: ``"info"``, ``"warning"`` or ``"alarm"``.
-        step: Optimizer step of the measurement that showed it.
-        since: Optimizer step since which it has been so.
-        blocks: Indices of the blocks that it is about.
-        message: What happened, with numbers, and what to try.
-        forecast: When the token residual behind the last block reaches collapse; ``None`` where no trend leads there.
-    """
-
-    level: Level
-    step: int
-    since: int
-    blocks: tuple[int, ...]
-    message: str
-    forecast: Forecast | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from statistics import median
 
-from lightning_spectral.alarms.memory import BlockMemory, Event, Level, Point, line_through
-from lightning_spectral.alarms.trends import Forecast
-from lightning_spectral.records import LayerMeasurement, Measurement
+from lightning_spectral.alarms.memory import BlockMemory, Point, line_through
+from lightning_spectral.records import Event, Forecast, LayerMeasurement, Measurement
+from lightning_spectral.records.events import Level
 
 __all__ = ["Tokens", "collapse", "crossing", "drift", "relief"]
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from lightning_spectral.alarms import messages
-from lightning_spectral.alarms.memory import SETTLING, WARMUP_STEPS, BlockMemory, Event, Level, Memory, line_through
+from lightning_spectral.alarms.memory import SETTLING, WARMUP_STEPS, BlockMemory, Memory, line_through
 from lightning_spectral.alarms.trends import forecast
-from lightning_spectral.records import LayerMeasurement, Measurement
+from lightning_spectral.records import Event, LayerMeasurement, Measurement
+from lightning_spectral.records.events import Level
 
 __all__ = ["falling_tokens", "observe"]
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, median
 
-__all__ = ["Forecast", "Trend", "forecast", "trend"]
+from lightning_spectral.records import Forecast
+
+__all__ = ["Trend", "forecast", "trend"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +39,6 @@ class Trend:
     def rises(self) -> bool:
         """Whether the slope is positive beyond its uncertainty."""
         return self.low > 0
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """When a trend reaches a level.
-
-    Attributes:
-        at: Abscissa at which the line reaches it.
-        earliest: Abscissa at which the steepest line of the confidence interval does.
-        latest: Abscissa at which the flattest does; infinite where that never does.
-    """
-
-    at: float
-    earliest: float
-    latest: float
 
 
 def trend(x: Sequence[float], y: Sequence[float], *, confidence: float = 0.95) -> Trend | None:

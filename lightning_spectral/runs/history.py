@@ -11,18 +11,18 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_spectral.alarms import Event
 from lightning_spectral.display import heatmap_figure
 from lightning_spectral.runs.entries import Line, entries
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
+from lightning_spectral.records import Event, Forecast, FunctionalMeasurement, LayerMeasurement, Measurement
+from lightning_spectral.records.events import Level
 from lightning_spectral.records.frames import dataframe
-from lightning_spectral.alarms.trends import Forecast
+from lightning_spectral.records.values import listed, number, one_of, text, whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -174,13 +174,13 @@ def in_order(measurements: Sequence[Measurement]) -> tuple[Measurement, ...]:
 
 def _measurement(entry: Mapping[str, Any]) -> Measurement:
     """Rebuild what :meth:`Measurement.to_dict` made."""
-    low, high = map(_number, entry["safe_zone"])
+    low, high = map(_size, listed(entry["safe_zone"]))
     if not 0 < low < high:
         raise ValueError(f"the zone is ({low}, {high})")
-    layers = tuple(map(_layer, entry["layers"]))
-    step, seconds = _count(entry["step"]), _optional(_number)(entry["seconds"]) or 0.0
-    linearization: Any = _text(entry["linearization"])
-    adapters: Any = _text(entry.get("adapters", "sum"))
+    layers = tuple(map(_layer, listed(entry["layers"])))
+    step, seconds = _count(entry["step"]), _optional(_size)(entry["seconds"]) or 0.0
+    linearization: Any = text(entry["linearization"])
+    adapters: Any = text(entry.get("adapters", "sum"))
     return Measurement(step, linearization, layers, (low, high), seconds, adapters)
 
 
@@ -194,17 +194,16 @@ def _layer(entry: Mapping[str, Any]) -> LayerMeasurement:
 def _functional(entry: Mapping[str, Any]) -> FunctionalMeasurement:
     values = {item.name: entry[item.name] for item in fields(FunctionalMeasurement) if item.name in entry}
     finite_differences = bool(values.pop("finite_differences", False))
-    numbers = {name: _optional(_real)(value) for name, value in values.items()}
+    numbers = {name: _optional(number)(value) for name, value in values.items()}
     return FunctionalMeasurement(**numbers, finite_differences=finite_differences)
 
 
 def _event(entry: Mapping[str, Any]) -> Event:
-    if entry["level"] not in ("info", "warning", "alarm"):
-        raise ValueError(f"level {entry['level']!r}")
-    blocks, coming = tuple(map(_count, entry["blocks"])), entry.get("forecast")
+    level = one_of(entry["level"], get_args(Level))
+    blocks, coming = tuple(map(_count, listed(entry["blocks"]))), entry.get("forecast")
     forecast = None if coming is None else Forecast(**{name: _moment(value) for name, value in coming.items()})
-    since, message = _count(entry["since"]), _text(entry["message"])
-    return Event(entry["level"], _count(entry["step"]), since, blocks, message, forecast)
+    since, message = _count(entry["since"]), text(entry["message"])
+    return Event(level, _count(entry["step"]), since, blocks, message, forecast)
 
 
 def _action(entry: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -213,33 +212,17 @@ def _action(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     return entry
 
 
-def _real(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST**8:
-        raise ValueError(f"{value!r} is no number")
-    return float(value)
-
-
-def _number(value: Any) -> float:
-    if _real(value) < 0:
-        raise ValueError(f"{value!r} is negative")
-    return float(value)
-
-
 def _moment(value: Any) -> float:
-    """Read a step in the future; JSON has no infinity, so that never is null."""
-    return math.inf if value is None else float(value)
+    """Read a step in the future. JSON has no infinity: ``null`` stands for never."""
+    return math.inf if value is None else number(value)
+
+
+def _size(value: Any) -> float:
+    return number(value, least=0.0)
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST:
-        raise ValueError(f"{value!r} is no count")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
+    return whole(value, 0, MOST - 1)
 
 
 def _expert(value: Any) -> int | str:
@@ -247,12 +230,12 @@ def _expert(value: Any) -> int | str:
 
 
 def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Read what may be missing; a run that diverged has values that are not finite, and they are missing too."""
+    """Make a reader that returns ``None`` for a missing value, and for the NaN or infinity of a run that diverged."""
     return lambda value: None if value is None or _is_not_finite(value) else read(value)
 
 
 def _scale(value: Any) -> float:
-    return math.nan if value is None or _is_not_finite(value) else _number(value)
+    return math.nan if value is None or _is_not_finite(value) else _size(value)
 
 
 def _is_not_finite(value: Any) -> bool:
@@ -261,29 +244,29 @@ def _is_not_finite(value: Any) -> bool:
 
 _LAYER: Mapping[str, Callable[[Any], Any]] = {
     "index": _count,
-    "name": _text,
-    "mlp_norm": _optional(_number),
-    "attention_norm": _optional(_number),
+    "name": text,
+    "mlp_norm": _optional(_size),
+    "attention_norm": _optional(_size),
     "mlp_scale": _scale,
     "attention_scale": _scale,
     "mlp_expert": _optional(_expert),
-    "mlp_reason": _optional(_text),
-    "attention_reason": _optional(_text),
-    "error_bound": _optional(_number),
-    "doubt": _optional(_text),
+    "mlp_reason": _optional(text),
+    "attention_reason": _optional(text),
+    "error_bound": _optional(_size),
+    "doubt": _optional(text),
     "functional": _optional(_functional),
-    "token_residual": _optional(_number),
-    "typical_token_residual": _optional(_number),
-    "effective_rank": _optional(_number),
+    "token_residual": _optional(_size),
+    "typical_token_residual": _optional(_size),
+    "effective_rank": _optional(_size),
 }
 _ACTION: Mapping[str, Callable[[Any], Any]] = {
     "step": _count,
-    "action": _text,
+    "action": text,
     "block": _count,
-    "ratio": _optional(_number),
-    "mlp_log_change": _real,
-    "attention_log_change": _real,
-    "reason": _text,
+    "ratio": _optional(_size),
+    "mlp_log_change": number,
+    "attention_log_change": number,
+    "reason": text,
 }
 
 

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from lightning_spectral.alarms import Event, Memory, observe
-from lightning_spectral.records import LayerMeasurement, Linearization, Measurement
-from lightning_spectral.alarms.trends import Forecast
+from lightning_spectral.alarms import Memory, observe
+from lightning_spectral.records import Event, Forecast, LayerMeasurement, Linearization, Measurement
 
 __all__ = ["Series", "logged_values"]
 
