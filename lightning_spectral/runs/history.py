@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_spectral.display import heatmap_figure
-from lightning_spectral.runs.entries import Line, entries
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import Event, Forecast, FunctionalMeasurement, LayerMeasurement, Measurement
 from lightning_spectral.records.events import Level
 from lightning_spectral.records.frames import dataframe
 from lightning_spectral.records.values import listed, number, one_of, text, whole
+from lightning_spectral.runs.entries import Line, entries
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,10 +18,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from lightning_spectral.records import Measurement, ResidualBlock
 from lightning_spectral.runs.durable import append, replace
 from lightning_spectral.runs.entries import FORMAT, VERSION, Line, entries
 from lightning_spectral.runs.predecessor import News, Predecessor, Superseded, aside_names, take_over
-from lightning_spectral.records import Measurement, ResidualBlock
 
 __all__ = ["Journal", "described"]
 

@@ -12,9 +12,9 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, get_args
 
+from lightning_spectral.records import Linearization
 from lightning_spectral.runs.durable import replace, set_aside
 from lightning_spectral.runs.entries import FORMAT, VERSION, Line, entries, first_entry
-from lightning_spectral.records import Linearization
 
 __all__ = ["News", "Predecessor", "Superseded", "aside_names", "is_set_aside", "take_over"]
 
