@@ -168,7 +168,7 @@ def test_a_later_format_is_refused(tmp_path: Path):
 
 def test_two_linearizations_are_never_mixed(tmp_path: Path):
     other = measurement(5, linearization="paper")
-    with pytest.raises(ConfigurationError, match="one linearization; these came: circuit, paper"):
+    with pytest.raises(ConfigurationError, match="one linearization; found circuit, paper"):
         History.read(written(tmp_path / "spectral.jsonl", [measurement(0), other]))
 
 

@@ -1,4 +1,4 @@
-"""Blocks as plain values, which fit into any file, and back, from files that nobody trusts."""
+"""Blocks as plain values, which fit into any file, and back from values that nobody trusts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VERSION = 1
 
 
 def to_plain(blocks: Iterable[ResidualBlock]) -> dict[str, Any]:
-    """Return blocks as dicts, lists, text and numbers; factors that occur several times stand there once.
+    """Return blocks as dicts, lists, text and numbers. A factor that several paths share is written once.
 
     Args:
         blocks: The blocks.
@@ -69,13 +69,13 @@ def _plain_factor(factor: Factor) -> dict[str, Any]:
 
 
 def from_plain(plain: Any) -> tuple[ResidualBlock, ...]:
-    """Return the blocks that :func:`to_plain` has written. Nothing in the values is trusted.
+    """Return the blocks from the values of :func:`to_plain`. Every value is checked.
 
     Args:
         plain: The values. Lists may have become tuples.
 
     Raises:
-        ValueError: They are of another version, or not what this module writes.
+        ValueError: The values are of another version, or not what :func:`to_plain` writes.
     """
     version = of_type(plain, dict).get(FORMAT)
     if version != _VERSION:
@@ -140,7 +140,8 @@ def _adapter(chain: list[Any]) -> tuple[Factor, ...]:
 
 def _step(step: list[Any]) -> tuple[Any, ...]:
     name, *arguments = step
-    one_of(name, {*VIEWS, *ARITHMETIC, *REDUCTIONS})  # tensors have methods that write files, too
+    # Only known names: a step is the name of a method, and tensors have methods that write files.
+    one_of(name, {*VIEWS, *ARITHMETIC, *REDUCTIONS})
     return (name, *(_argument(item) for item in arguments))
 
 

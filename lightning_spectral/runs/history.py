@@ -1,7 +1,8 @@
-"""A run as its file tells it: one frozen record, read from ``spectral.jsonl``.
+"""A run, read from its file ``spectral.jsonl`` into one frozen record.
 
-The file may be of a run that is still going, or that was killed, and it may come from somebody else. So a line that is
-not as this package writes it is left out and told, and entries of a kind that is not known yet are passed over.
+The run may still be going or may have been killed, and the file may come from somebody else. So every line is checked.
+A line that this package would not write is left out and listed in ``damaged``. An entry of an unknown kind is skipped:
+a later release may have written it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["History", "history_of", "in_order"]
 
-MOST = 2**53  # beyond it a float no longer counts, and neither does a chart
-MOST_BLOCKS = 2**12  # a picture has a row for each
+MOST = 2**53  # a float, and so a chart, counts exactly only up to here
+MOST_BLOCKS = 2**12  # a picture has one row per block
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -39,13 +40,13 @@ class History:
     """A run: its description, what was measured, what was announced and what the controller did.
 
     Attributes:
-        header: What the run was told: linearization, zone, interval, settings of the controller, blocks. Empty where
-            that line is damaged.
-        measurements: In the order of their steps; of two at the same step the later one counted.
-        events: What was announced, in order.
-        actions: What the controller did, in order: plain values, as in the file.
-        torn: Whether the file breaks off within a line, as it does while it is being written.
-        damaged: Why each of the other lines that were left out cannot be read, by the number of the line.
+        header: Settings of the run: linearization, zone, interval, settings of the controller, blocks. Empty if the
+            first line is damaged.
+        measurements: The measurements in the order of their steps. Of two at one step, the later line counts.
+        events: The events in the order of the file.
+        actions: The actions of the controller in the order of the file, as plain values.
+        torn: Whether the last line is incomplete, as it may be while the run writes it.
+        damaged: For every other unreadable line, by its number, the reason.
     """
 
     header: Mapping[str, Any]
@@ -63,7 +64,7 @@ class History:
             path: A ``spectral.jsonl``.
 
         Raises:
-            ConfigurationError: The file is not one of ours, or has measurements of several linearizations.
+            ConfigurationError: The file is no journal of this package, or has measurements of several linearizations.
             OSError: The file cannot be read.
         """
         return history_of(entries(path))
@@ -74,10 +75,13 @@ class History:
         return tuple(measurement.step for measurement in self.measurements)
 
     def values(self, quantity: str) -> NDArray[np.float64]:
-        """Return a quantity of every block in every measurement, by its name in :class:`~lightning_spectral.records.LayerMeasurement`.
+        """Return one quantity of every block in every measurement.
+
+        Args:
+            quantity: Name of an attribute of :class:`~lightning_spectral.records.LayerMeasurement`.
 
         Returns:
-            Shape ``(blocks, measurements)``, NaN where it does not exist; a row per index up to the largest.
+            Shape ``(blocks, measurements)``, with one row per index up to the largest; NaN for a missing value.
         """
         blocks = 1 + max((layer.index for measurement in self.measurements for layer in measurement), default=-1)
         values = np.full((blocks, len(self.measurements)), np.nan)
@@ -110,28 +114,28 @@ class History:
     def plot_heatmap(self) -> Figure:
         """Draw ln ρ of every block (upwards) at every measured step (to the right).
 
-        Blue blocks are dominated by attention, red ones by their MLP, white ones balanced. Lines enclose what lies
-        outside the safe zone, where one is known. Blocks without a ratio are hatched.
+        A block is blue if attention dominates, red if the MLP dominates, white if both are equal, and hatched if it has
+        no ratio. Lines enclose ratios outside the safe zone, if the linearization has one.
 
         Returns:
-            A figure that belongs to no global state. Save it with ``figure.savefig(path)``.
+            A figure outside of pyplot's global state. Save it with ``figure.savefig(path)``.
 
         Raises:
-            ConfigurationError: Nothing was measured.
+            ConfigurationError: There is no measurement.
             ModuleNotFoundError: matplotlib is not installed.
         """
         if not self.measurements:
-            raise ConfigurationError("a heatmap needs at least one measurement; none came")
+            raise ConfigurationError("a heatmap needs at least one measurement; found none")
         last = self.measurements[-1]
         zone = last.safe_zone if last.has_zone else None
         return heatmap_figure(self.values("log_ratio"), self.steps, last.linearization, zone)
 
 
 def history_of(lines: Iterable[Line]) -> History:
-    """Read the lines of a run's file.
+    """Make the record of a run from the lines of its file.
 
     Args:
-        lines: They, the header first.
+        lines: The lines, the header first.
 
     Raises:
         ConfigurationError: The measurements are of several linearizations.
@@ -146,7 +150,7 @@ def history_of(lines: Iterable[Line]) -> History:
         header = header or line.header
         entry, torn = line.entry or {}, line.torn
         if line.entry is None and not torn:
-            damaged[line.number] = "it is no JSON object"
+            damaged[line.number] = "it is not a JSON object"
         try:
             if "layers" in entry:
                 measurements.append(_measurement(entry))
@@ -160,20 +164,20 @@ def history_of(lines: Iterable[Line]) -> History:
 
 
 def in_order(measurements: Sequence[Measurement]) -> tuple[Measurement, ...]:
-    """Sort measurements by step; of two at the same step the later one counts.
+    """Sort measurements by step. Of two at one step, the later one counts.
 
     Raises:
-        ConfigurationError: They are of different linearizations.
+        ConfigurationError: The measurements are of different linearizations.
     """
     linearizations = sorted({measurement.linearization for measurement in measurements})
     if len(linearizations) > 1:
-        raise ConfigurationError(f"a history has one linearization; these came: {', '.join(linearizations)}")
+        raise ConfigurationError(f"a history has one linearization; found {', '.join(linearizations)}")
     by_step = {measurement.step: measurement for measurement in measurements}
     return tuple(by_step[step] for step in sorted(by_step))
 
 
 def _measurement(entry: Mapping[str, Any]) -> Measurement:
-    """Rebuild what :meth:`Measurement.to_dict` made."""
+    """Rebuild a measurement from the values of :meth:`Measurement.to_dict`."""
     low, high = map(_size, listed(entry["safe_zone"]))
     if not 0 < low < high:
         raise ValueError(f"the zone is ({low}, {high})")
@@ -271,6 +275,6 @@ _ACTION: Mapping[str, Callable[[Any], Any]] = {
 
 
 def _shortened(error: Exception) -> str:
-    """Return what an error says, in one short line of ASCII: it begins with a quotation from the file."""
+    """Return an error as one short line of printable ASCII: its text may quote the file."""
     text = f"{type(error).__name__}: {error}".encode("ascii", "backslashreplace").decode()
     return text if len(text) <= 120 else f"{text[:60]}...{text[-60:]}"
