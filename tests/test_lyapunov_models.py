@@ -303,7 +303,7 @@ def test_stacks_and_containers_that_have_no_one_stream_are_refused_by_name():
     message = r"only modules that are called have a Jacobian, and this pass does not call 'body.layers.0', 'body"
     with pytest.raises(ConfigurationError, match=message):
         lyapunov_exponents(model, batch=listed.inputs(model)[0])
-    with pytest.raises(ConfigurationError, match="this pass does not call any of no blocks"):
+    with pytest.raises(ConfigurationError, match="this pass does not call any block"):
         lyapunov_exponents(nn.Linear(2, 2), batch=torch.ones(1, 2), blocks=[])
 
 
@@ -496,7 +496,7 @@ def test_blocks_without_a_matrix_are_named_or_stand_as_the_identity():
     [
         (
             "mixtral",
-            r"\(all of them\):\n  model.layers.0: mlp: 4 experts, of which no single matrix is the sum\n  model",
+            r"\(all of them\):\n  model.layers.0: mlp: 4 experts, whose sum is no single matrix\n  model",
         ),
         (
             "mamba",
