@@ -10,10 +10,10 @@ with the skip and the other branches fixed at their recorded values:
     │           body: rerun at x            start    │           tail: rerun twice
     └── skip: recorded ──────────────────────────────┘
 
-This equals ``block(x) − x`` with the other sites at zero, but works for one add instead of one module. So the block
-need not be callable alone, and a norm may stand behind the add. B contains every multiplier (residual scales, LayerScale,
-ReZero, constants) and every norm, gate and mask. In a sequential block, the MLP reads the stream behind the attention,
-and the derivative by that stream does not contain the attention.
+This equals ``block(x) − x`` with the other sites at zero, but for one add instead of one module. So it does not matter
+whether the block can be called alone, or whether a norm stands behind the add. B contains every multiplier (residual
+scales, LayerScale, ReZero, constants) and every norm, gate and mask. In a sequential block, the MLP reads the stream
+behind the attention, and the derivative by that stream does not contain the attention.
 
 The recorded operations run again in float64 in any model, so that derivatives have more exact digits than the weights.
 """

@@ -131,7 +131,7 @@ def test_damaged_lines_are_counted_and_the_others_shown(tmp_path: Path):
     lines[5:18] = [b'{"layers": []}\n'] * 13
     run.write_bytes(b"".join(lines))
     (told,) = [sentence for sentence in read(report(run)).sentences if "damaged" in sentence]
-    assert told.startswith("14 lines are damaged: 4, 6, 7, 8, 9, 10, 11, 12, 13, 14 and 4 more (line 4: it is no JSON")
+    assert told.startswith("14 lines are damaged: 4, 6, 7, 8, 9, 10, 11, 12, 13, 14 and 4 more (line 4: it is not a")
     run.write_bytes(lines[0] + lines[5])
     with pytest.raises(ConfigurationError, match=r"spectral.jsonl: Line 2 is damaged \(KeyError: 'safe_zone'\)$"):
         report(run)
@@ -186,7 +186,7 @@ def test_a_run_that_is_still_written_is_drawn_as_far_as_it_goes(tmp_path: Path):
         run.write_bytes(whole[:end])
         page = read(report(run))
         assert "heatmap" in page.charts
-        assert any("breaks off" in sentence for sentence in page.sentences) is (end != first_two)
+        assert any("is incomplete" in sentence for sentence in page.sentences) is (end != first_two)
 
 
 class Draw(Callback):
