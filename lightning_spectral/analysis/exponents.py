@@ -107,6 +107,10 @@ def lyapunov_spectrum(
     _checks.steps("k", k)
     _checks.steps("sweeps", sweeps, least=0)
     Q = _start(factors, k, start, seed, k if sweeps == 0 else k + _OVERSAMPLING)
+    # The first pass turns a random block only partly toward the leading directions of P, hence the bias of the
+    # classical method. Going back through the transposes with the result is one power step of PᵀP, whose eigenvectors
+    # are these
+    # directions: an error in direction k shrinks by (σ_{p+1} / σ_k)² per sweep, with p columns.
     Q, triangles = _passed(factors, Q)
     kept = [triangles]  # of the last two passes: their difference is `change`
     for _ in range(sweeps):
@@ -164,11 +168,12 @@ def _passed(factors: Sequence[LinearOperator | LinearMap], Q: Tensor, *, back: b
 def _aligned(triangles: Tensor) -> Tensor:
     """Return the triangles ``(L, p, p)`` of a pass that starts at the right singular vectors of R_L … R_1.
 
-    Let P = R_L … R_1 = U Σ Vᵀ. A pass that starts at V ends with P V = U Σ, whose columns are orthogonal. So the
-    product of the new triangles is diagonal and equals Σ up to signs, and the logarithms of their diagonals add up to
-    ln σ_k: the growth is split over the factors without any bias. V comes from the graded product of the transposes,
-    Pᵀ = R_1ᵀ … R_Lᵀ = V Σ Uᵀ, which resolves singular values far below ε of the largest.
+    The logarithms of their diagonals add up to ln σ_k.
     """
+    # Let P = R_L … R_1 = U Σ Vᵀ. A pass that starts at V ends with P V = U Σ, whose columns are orthogonal. So the
+    # product of the new triangles is diagonal and equals Σ up to signs: the growth is split over the factors without
+    # bias. V comes from the graded product of the transposes, Pᵀ = R_1ᵀ … R_Lᵀ = V Σ Uᵀ, which resolves singular values
+    # far below ε of the largest.
     transposed = GradedProduct(triangles.shape[-1])
     for R in triangles.flip(0):
         transposed.multiply(R.mT)

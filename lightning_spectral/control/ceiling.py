@@ -18,13 +18,6 @@ This is exact, because n is proportional to s. The limit comes from four rules:
 * Trained models: if the model was trained before the run, no limit is below the norm of the branch at the start, since
   lowering a trained branch would change the function of the model.
 
-An example, κ / √N = 0.3, floor 0.03, ratio at the edge 1.4:
-
-    MLP norm   attention norm       limits             afterwards
-    0.50       0.40                 0.30   0.30        0.30   0.30      both at the ceiling
-    0.25       0.10                 0.14   0.10        0.14   0.10      MLP at the edge of the zone
-    0.25       0.001                0.03   0.001       0.03   0.001     MLP at the floor
-
 The law remembers only the norms at the start. Applied twice to fixed weights, it does nothing the second time.
 """
 
@@ -129,6 +122,12 @@ class _Bounds(NamedTuple):
     edges: tuple[float, float]
 
 
+# An example for _action, with a ceiling of 0.3, a floor of 0.03 and the edge of the zone at a ratio of 1.4:
+#
+#     MLP      attention        MLP      attention
+#     0.50     0.40      ──>    0.30     0.30          both at the ceiling
+#     0.25     0.10      ──>    0.14     0.10          the MLP at the edge of the zone
+#     0.25     0.001     ──>    0.03     0.001         the MLP at the floor, which the ratio may not undercut
 def _action(block: int, reading: Reading, state: State, bounds: _Bounds) -> Action | None:
     """Return the action that lowers the branches of a block to their limits, ``None`` if both are below."""
     norms = _log(reading.mlp_norm), _log(reading.attention_norm)

@@ -73,6 +73,8 @@ class Moves:
                 several processes is not watched.
             optimizers: The optimizers.
         """
+        # Two groups, because hooks see every step of trained scales, and looking at the others costs nothing until
+        # asked.
         trained: dict[str, tuple[nn.Parameter, float]] = {}
         still: dict[str, tuple[nn.Parameter, float]] = {}
         for site, (scale, change) in moved.items():
@@ -149,7 +151,9 @@ class _Watched:
             return
         last, self._last = self._last, self._values()
         jump = self._last - last
-        # Both conditions together: against the move, and longer than a step of gradient descent can be.
+        # A jump undoes a move if it goes against the move and is longer than gradient descent can step. Either
+        # condition alone is normal: the gradient may disagree with the law, and a large gradient makes a long step.
+        # Undone parts add up, because slow averages take back a move in many small jumps.
         against = (jump * self._changes < 0) & (jump.abs() > steps * self._allowed(last))
         self._undone = self._undone + torch.where(against, jump.abs(), 0.0)
 
@@ -172,6 +176,7 @@ class _Watched:
         A step is at most rate · (least + slope · |gradient| + decay · |value|), see :func:`_settings`. Rounding adds
         2 ε (1 + |value|).
         """
+        # A scale without a gradient moves only by weight decay, hence the `where` around least + slope · |gradient|.
         gradients = [
             torch.zeros_like(scale).float() if scale.grad is None else scale.grad.float() for scale in self._scales
         ]

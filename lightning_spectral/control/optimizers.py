@@ -89,18 +89,17 @@ def own_copies(optimizer: Optimizer, scale: Tensor) -> list[Tensor]:
     """Return the copies of a scale that an optimizer keeps: master weights, slow weights, averages.
 
     Optimizers have no common name for such copies, so every store of per-parameter tensors is tested: entries of the
-    state, dicts, lists. A store holds copies if the entries of 4 other weights (witnesses) are near these weights:
-
-        store       entry of witness W      verdict
-        "exp_avg"   far from W              a moment
-        "master"    W up to rounding        copies of weights, so its entry of the scale is a copy of the scale
-
-    The scale itself is no witness: near 1 its logarithm is near 0, and so is a moment.
+    state, dicts, lists. A store holds copies if its entries of 4 other weights (witnesses) are near these weights.
 
     Args:
         optimizer: The optimizer.
         scale: One of its parameters.
     """
+    #     store       entry of a witness W      verdict
+    #     "exp_avg"   far from W                a moment
+    #     "master"    W up to rounding          copies of weights, so its entry of the scale is a copy of the scale
+    #
+    # The scale itself cannot be the witness: its logarithm is near 0, and so is a moment.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     large = [item for item in parameters if item.numel() >= _ENOUGH and item.is_floating_point() and item.any()]
     # Matrices first. A bias starts at 0, so a slow copy of it is relatively far away.
@@ -221,13 +220,6 @@ def with_fresh_scales(
 ) -> dict[str, Any] | None:
     """Insert the scales into the state of an optimizer that was saved without them.
 
-    The state of an optimizer numbers all parameters. Scales in the middle of a group shift the numbers behind them:
-
-        parameters now   W0   s0   W1   s1          saved   W0   W1
-        number            0    1    2    3                   0    1       so state[1] becomes state[2]
-
-    A group that consists of scales alone did not exist when the state was saved, and is added.
-
     Args:
         optimizer: The optimizer, with the scales in its groups.
         state: The state dict to load.
@@ -239,6 +231,12 @@ def with_fresh_scales(
         The completed state dict. Scales have no state in it, and the names of parameters, if any, come from the groups
         of the optimizer. ``None`` if the state dict differs from the optimizer by anything but the scales.
     """
+    # The state of an optimizer numbers all parameters. Scales in a group shift the numbers behind them:
+    #
+    #     now      W0   s0   W1   s1        saved    W0   W1
+    #     number    0    1    2    3                  0    1        so state[1] becomes state[2]
+    #
+    # A group of scales alone did not exist when the state was saved. It is added with its settings of now.
     own = {id(scale) for scale in scales}
     saved, number = list(state.get("param_groups", ())), 0
     numbers: dict[Any, int] = {}

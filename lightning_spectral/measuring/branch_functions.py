@@ -60,6 +60,7 @@ class BranchFunction:
         # source: the stream that is read. starts: the values at which the branch meets the add. They cut the recorded
         # program in two: the body from the source to the starts, and the tail from the starts to the sum.
         self._source, self._starts = add.stream, tuple(dict.fromkeys(term.start for term in terms))
+        # Both are planned once; a call only executes them.
         self._body = _plan(tape, (self._source,), self._starts)
         self._tail = _plan(tape, self._starts, (self._output,))
         self._constants: dict[int, Tensor] = {}
@@ -128,6 +129,8 @@ class BranchSum:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the sum of the updates when the first branch reads ``x``."""
+        # Branches of a kind may read the stream at different places of the block, where it has different values. So
+        # each gets the shift, not x.
         first, *others = self.functions
         shift = x - first.stream
         return sum((function(function.stream + shift) for function in others), first(x))

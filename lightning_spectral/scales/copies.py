@@ -46,6 +46,8 @@ def branches_of_copies(
         branches: The branches to scale.
         others: Objects that may hold copies of the model, such as callbacks.
     """
+    # running: modules on the way to a site of the model's pass. scaled: modules on the way to a site to scale. A scaled
+    # module is never a copy. A running one is a copy only of a part with whole blocks: model and teacher may both run.
     homes = _homes(blocks, branches)
     running = {path for block in blocks for branch in block.branches for path in _around(_place(branch))}
     scaled = {path for branch in branches for path in _around(_place(branch))}
@@ -57,6 +59,7 @@ def branches_of_copies(
         if original is None:
             continue
         inside = [branch for branch in branches if path in _around(_place(branch))]
+        # Candidates have a path if they are in the model, and none if an attribute or a callback hides them.
         places: list[tuple[str | None, nn.Module]] = [*model.named_modules()]
         places += [(None, module) for root in hidden for module in root.modules() if id(module) not in live]
         for name, module in places:
@@ -90,7 +93,8 @@ def complete_averages(
             known = {name: plain[name] for name in values if name in plain}
             whole = len(known) == len(values) and trained <= known.keys()
             if whole and all(_shape(values[name]) == _shape(item) for name, item in known.items()):
-                # A dict of trained parameters alone gets only trained scales.
+                # Some averages hold only trained parameters. They get only trained scales, because the code that
+                # updates them walks over the trained parameters of the model.
                 frozen_too = any(not item.requires_grad for item in known.values())
                 missing = [name for name in scales if frozen_too or parameters[name].requires_grad]
                 values.update({name: parameters[name].detach().clone() for name in missing})

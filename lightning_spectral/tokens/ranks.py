@@ -73,6 +73,7 @@ def shares_effective_rank(shares: Tensor, *, power: Power) -> Tensor:
     Raises:
         ConfigurationError: The power is neither 1 nor 2.
     """
+    # Shares are σ²/Σσ² already, so power 2 takes them as they are, and power 1 needs the roots, normalized again.
     choice("power", power, (1, 2))
     p = shares if power == 2 else _normalized_roots(shares)
     return _entropy(p).exp()
@@ -125,6 +126,8 @@ def participation_ratio(
     Returns:
         ``(...)``, from 1 to min(tokens, width); NaN where X is not measurable (see :func:`spectral_shares`).
     """
+    # With λ the eigenvalues of G: Σλ = tr G and Σλ² = ‖G‖_F². So no eigenvalue routine is needed, which on CUDA would
+    # wait for the device.
     G, measurable = gram(X, mask, centred=centred, massive=massive)
     squares = torch.where(measurable, G.square().sum((-2, -1)), 1.0)
     trace = G.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -222,9 +222,7 @@ def test_a_file_beside_the_shards_is_read_as_data_only(state: Any, blocks: Any, 
     torch.save({"global_step": 12, "callbacks": [1]}, folder / "meta.pt")
     assert audit(folder, blocks).step == 12
     torch.save({"global_step": Trap(tmp_path / "was_here")}, folder / "meta.pt")
-    assert "not readable as the file that Lightning writes beside the shards: UnpicklingError" in refused(
-        folder, blocks
-    )
+    assert "not readable as the file that Lightning writes beside the shards" in refused(folder, blocks)
     assert not (tmp_path / "was_here").exists()
 
 
