@@ -439,7 +439,7 @@ def test_weights_that_are_no_numbers_have_a_reason() -> None:
     layers = measure(model, found("gpt2"), linearization="jacobian", batch=batch_of(inputs)).layers
     assert layers[0].reason is None
     assert layers[1].attention_reason is None
-    assert layers[1].mlp_reason == "what it adds is not finite (NaN or Inf)"
+    assert layers[1].mlp_reason == "its update is not finite (NaN or Inf)"
     assert layers[2].attention_norm is None
     assert layers[2].functional == FunctionalMeasurement()
 

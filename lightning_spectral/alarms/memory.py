@@ -1,4 +1,4 @@
-"""What the alarms remember of a run between two measurements. Plain values."""
+"""The memory of the alarms between two measurements of a run. Plain values."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _CALMER = "a smaller learning rate or a longer warm-up"
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What the tokens of one measurement show. "Last block" is the last one whose tokens were measured.
+    """Evidence from the tokens of one measurement. "Last block" is the last one whose tokens were measured.
 
     Attributes:
         depth: (index, ln r) of every block whose tokens were measured; r is the token residual.

@@ -246,7 +246,7 @@ def _find_stream(call: _Call, previous: _Call | None) -> None:
         if before.shape == after.shape and before.dtype == after.dtype
     ]
     if not pairs:
-        raise ConfigurationError(_alone(call, "none of its arguments has the shape of what it returns"))
+        raise ConfigurationError(_alone(call, "no argument has the shape of a result"))
     if previous is not None:
         pairs = [pair for pair in pairs if torch.equal(call.leaves[pair[0]], previous.after)]
         if not pairs:

@@ -179,8 +179,8 @@ def _open_shards(index: Path) -> _Opened:
     if missing:
         raise CheckpointError(
             f"{printable(index)}: {len(missing)} of its {len(names)} files are not there, {printable(missing[0], 80)}: "
-            "no such file, expected all of them beside the index (is it that of an older model, or is a download "
-            "incomplete?)"
+            "no such file, expected all of them beside the index (is the index from an older model, or a "
+            "download incomplete?)"
         )
     shards = {name: _open_file(index.parent / name) for name in names}
     absent = [key for key, name in weight_map.items() if key not in shards[name].shapes]

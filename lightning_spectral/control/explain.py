@@ -23,12 +23,15 @@ __all__ = ["explanation"]
 _KINDS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 _SHAPES = re.compile(r"size of tensor|broadcast shape|shapes?\b|size mismatch|zip\(\) argument|number of tensors")
 _OPTIMIZER = (
-    "An optimizer for matrices gets [p for p in parameters if p.ndim >= 2] and leaves the others to AdamW; one that "
-    "fails on parameters without a gradient gets [p for p in parameters if p.requires_grad]"
+    "Give an optimizer for matrices [p for p in parameters if p.ndim >= 2], and the other parameters to AdamW. Give an "
+    "optimizer that fails on parameters without a gradient [p for p in parameters if p.requires_grad]"
 )
-_STATE = "What was saved without them, or with others, does not fit; attach_scales(model) gives them to another model"
+_STATE = (
+    "A state that was saved without these scales, or with other ones, does not fit. attach_scales(model) gives another "
+    "model the same scales"
+)
 _TEACHER = (
-    "A copy that is walked over beside the model needs them too: call attach_scales(student) before "
+    "A copy that is updated side by side with the model needs scales too: call attach_scales(student) before "
     "copy.deepcopy(student)"
 )
 

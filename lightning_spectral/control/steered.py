@@ -39,7 +39,7 @@ from lightning_spectral.weights.scaled import scale_module, with_scales
 __all__ = ["SteeredModel", "scales_in"]
 
 Kind = dict[str, ResidualScale]
-"""The scales of one kind of one block, by site. Empty where the law moves none of them."""
+"""The scales of one kind of one block, by site. Empty if the law does not move this kind."""
 
 
 class SteeredModel:
@@ -165,7 +165,7 @@ class SteeredModel:
     # The scales at the end of a run, and in its checkpoints
 
     def check_foldable(self) -> None:
-        """Check that :meth:`fold` will be able to fold every scale, whatever value the scale ends at.
+        """Check that :meth:`fold` will be able to fold every scale, at any value.
 
         Raises:
             ConfigurationError: No weight can take up one of the scales.
@@ -225,7 +225,8 @@ def _trained(model: nn.Module, blocks: Sequence[ResidualBlock]) -> list[Branch]:
 def _untrained(model: nn.Module, blocks: Sequence[ResidualBlock], optimizers: Iterable[Optimizer]) -> set[str]:
     """Return the sites of the blocks that no optimizer trains, such as a teacher's or an average's.
 
-    If no block is trained, the result is empty: the optimizers then hold weights that cannot be told by identity.
+    If no block is trained, the result is empty: the optimizers then hold other tensors than the model, such as
+    flattened ones.
     """
     trained = {id(item) for optimizer in optimizers for group in optimizer.param_groups for item in group["params"]}
     groups = [[(branch.site, parameters_of(model, branch)) for branch in block.branches] for block in blocks]

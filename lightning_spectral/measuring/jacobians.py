@@ -209,7 +209,7 @@ def _problem(J: Jacobian, function: BranchSum) -> str | None:
     """Check a function against its recorded pass, and its derivative against a difference. Return the problem."""
     recorded = function.recorded()
     if not bool(recorded.isfinite().all()):
-        return "what it adds is not finite (NaN or Inf)"
+        return "its update is not finite (NaN or Inf)"
     error = float(torch.linalg.vector_norm(J.value - recorded))
     if not error <= _REPLAY_TOLERANCE * max(function.precision(), torch.finfo(torch.float32).eps) ** 0.5 * float(
         torch.linalg.vector_norm(recorded)

@@ -1,4 +1,4 @@
-"""What a run announces: events, and the forecast that an event may carry. Plain values."""
+"""The events of a run, and the forecast that an event may carry. Plain values."""
 
 from __future__ import annotations
 
