@@ -116,9 +116,9 @@ class GradedProduct:
         A window has two kinds of columns: the values that the last window left over, and the columns of R S that come
         into the range of six decades below the largest of them.
 
-            rows / columns      left over         new columns of R S
-            left over          diag(old values)  coupling
-            new rows           0                 R[start:stop]
+            rows / columns     left over           new columns of R S
+            left over          diag(old values)    coupling
+            new rows           0                   R[start:stop] S
         """
         d = len(R)
         sizes = torch.linalg.vector_norm(R, dim=0).clamp(min=torch.finfo(R.dtype).tiny).log() + self.log_s

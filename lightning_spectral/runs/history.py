@@ -37,7 +37,7 @@ MOST_BLOCKS = 2**12  # a picture has one row per block
 
 @dataclass(frozen=True, slots=True, repr=False)
 class History:
-    """A run: its description, what was measured, what was announced and what the controller did.
+    """A run: its description, its measurements, its events and the actions of its controller.
 
     Attributes:
         header: Settings of the run: linearization, zone, interval, settings of the controller, blocks. Empty if the
@@ -100,14 +100,14 @@ class History:
         return dataframe([{"step": item.step, **layer.row()} for item in self.measurements for layer in item])
 
     def __repr__(self) -> str:
-        """Return how much it holds."""
+        """Return the number of measurements and blocks, and the range of steps."""
         if not self.measurements:
             return "History(no measurements)"
         count, blocks, steps = len(self.measurements), len(self.measurements[-1].layers), self.steps
         return f"History({count} measurements of {blocks} blocks, steps {steps[0]} to {steps[-1]})"
 
     def _repr_html_(self) -> str:
-        """Return how much it holds and the last measurement, for a notebook."""
+        """Return the same and the last measurement as HTML, for a notebook."""
         last = self.measurements[-1]._repr_html_() if self.measurements else ""
         return f"<p>{html.escape(repr(self))}</p>{last}"
 
