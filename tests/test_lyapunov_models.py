@@ -185,7 +185,7 @@ def test_a_model_in_training_is_left_as_it_was(name: str, measurement: Callable[
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     streams, batch = torch.get_rng_state(), as_batch(model)
     given = copy.deepcopy(batch)
-    measurement(model, batch)
+    measurement(model, batch=batch)
     assert torch.equal(torch.get_rng_state(), streams)
     torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
     torch.testing.assert_close(batch, given, rtol=0, atol=0)
