@@ -1,57 +1,37 @@
-"""What is said of a run, and what is remembered of it between two measurements. Plain values."""
+"""The memory of the alarms between two measurements of a run. Plain values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
-from lightning_spectral.alarms.trends import Forecast, Trend, trend
+from lightning_spectral.alarms.trends import Trend, trend
+from lightning_spectral.records.events import Level
 
-__all__ = ["BlockMemory", "Event", "Level", "Memory", "Point", "line_through"]
+__all__ = ["BlockMemory", "Memory", "Point", "line_through"]
 
-PATIENCE = 3  # measurements in a row that a ratio has to be outside before it is a witness
-SETTLING = 5  # a baseline is the median of so many measurements, after as many, and these steps, that are passed over
+PATIENCE = 3  # a ratio is a witness after this many measurements in a row outside of the zone
+# Skip the first 5 measurements and the first 100 steps. The median of the next 5 measurements is the baseline.
+SETTLING = 5
 WARMUP_STEPS = 100
 
-Level = Literal["info", "warning", "alarm"]
-Point = tuple[int, float]  # step, or index of a block, and value
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that a reader should know, said once.
-
-    Attributes:
-        level: ``"info"``, ``"warning"`` or ``"alarm"``.
-        step: Optimizer step of the measurement that showed it.
-        since: Optimizer step since which it has been so.
-        blocks: Indices of the blocks that it is about.
-        message: What happened, with numbers, and what to try.
-        forecast: When the token residual behind the last block reaches collapse; ``None`` where no trend leads there.
-    """
-
-    level: Level
-    step: int
-    since: int
-    blocks: tuple[int, ...]
-    message: str
-    forecast: Forecast | None = None
+Point = tuple[int, float]  # (step, value), or (index of a block, value)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockMemory:
-    """What is remembered of one block.
+    """The memory of one block.
 
     Attributes:
-        side: Where its ratio was last: -1 below, 0 inside, 1 above the zone.
-        since: Step since which it has been there.
-        times: Measurements in a row that it has been there.
-        settled: ln ρ in the measurements that the baseline is taken from.
-        ratios: The last values of ln ρ.
-        residuals: The last values of ln r, r the token residual of the block's output.
-        warned: Step since which it drifts away, ``None`` where it does not.
+        side: Side of the zone that the last ratio was on: -1 below, 0 inside, 1 above.
+        since: Step at which the ratio came to this side.
+        times: Measurements in a row on this side.
+        settled: ln ρ in the measurements that make the baseline.
+        ratios: The last values of ln ρ, with their steps.
+        residuals: The last values of ln r, with their steps; r is the token residual of the block's output.
+        warned: Step at which the drift began, ``None`` for a block that does not drift.
     """
 
     side: int = 0
@@ -64,12 +44,12 @@ class BlockMemory:
 
     @property
     def stays(self) -> int:
-        """The side on which the block has stayed for long enough to be a witness, 0 for neither."""
+        """The side of a block that has stayed outside long enough to be a witness; 0 for every other block."""
         return self.side if self.times >= PATIENCE else 0
 
     @property
     def excess(self) -> float | None:
-        """How far the block is beyond its baseline, in ln ρ, by the median of its last measurements."""
+        """Distance of the block from its baseline, away from the zone, in ln ρ: median of the last 3 measurements."""
         if len(self.settled) < SETTLING or not self.side:
             return None
         return self.side * (median(value for _, value in self.ratios[-PATIENCE:]) - median(self.settled))
@@ -77,16 +57,16 @@ class BlockMemory:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What is remembered of a run.
+    """The memory of a run.
 
     Attributes:
-        blocks: By the index of the block.
+        blocks: The memory of each block, by its index.
         began: Step of the first measurement.
         measurements: Measurements so far.
-        checks: Whether the tokens were on their way to collapse, or there, in each of the last checks.
-        arrived: Whether they were there, in each of the last checks.
-        told: What was last said of the tokens, ``None`` while they give no reason to say anything.
-        told_drifting: How many blocks were drifting away when that was last said.
+        checks: For each of the last checks, whether the tokens were on their way to collapse or collapsed.
+        arrived: For each of the last checks, whether the tokens had collapsed.
+        told: Level of the last event about the tokens; ``None`` before the first one and after an all-clear.
+        told_drifting: Number of drifting blocks in the last event about drift.
     """
 
     blocks: Mapping[int, BlockMemory] = field(default_factory=dict)
@@ -99,18 +79,18 @@ class Memory:
 
     @property
     def drifting(self) -> frozenset[int]:
-        """Indices of the blocks that drift away."""
+        """Indices of the blocks that drift away from their baseline."""
         return frozenset(index for index, block in self.blocks.items() if block.warned is not None)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Memory:
-        """Rebuild what ``dataclasses.asdict`` made; unknown keys are ignored and missing ones have their default."""
+        """Rebuild a memory from ``dataclasses.asdict``. Unknown keys are ignored; missing keys get their default."""
         blocks = {index: BlockMemory(**_known(BlockMemory, block)) for index, block in values.get("blocks", {}).items()}
         return cls(**_known(cls, values) | {"blocks": blocks})
 
 
 def line_through(points: Sequence[Point]) -> Trend | None:
-    """Fit a line to points, ``None`` where there are too few."""
+    """Fit a line to points; ``None`` for fewer than 4 points."""
     return trend(*zip(*points, strict=True)) if points else None
 
 

@@ -1,4 +1,4 @@
-"""What an event says: what happened, where, since when, the numbers, and what to try."""
+"""Messages of events: what happened, where, since when, the numbers, and what to try."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from statistics import median
 
-from lightning_spectral.alarms.memory import BlockMemory, Event, Level, Point, line_through
-from lightning_spectral.alarms.trends import Forecast
-from lightning_spectral.records import LayerMeasurement, Measurement
+from lightning_spectral.alarms.memory import BlockMemory, Point, line_through
+from lightning_spectral.records import Event, Forecast, LayerMeasurement, Measurement
+from lightning_spectral.records.events import Level
 
 __all__ = ["Tokens", "collapse", "crossing", "drift", "relief"]
 
@@ -19,14 +19,14 @@ _CALMER = "a smaller learning rate or a longer warm-up"
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What the tokens of one measurement say.
+    """Evidence from the tokens of one measurement. "Last block" is the last one whose tokens were measured.
 
     Attributes:
-        depth: Index and ln r of every block whose tokens were measured.
-        history: Step and ln r of the last of them, in the last measurements.
-        forecast: When that one reaches collapse, ``None`` where no robust trend leads there.
-        arrived: Whether it has.
-        coming: Whether it has or is on its way, over depth or over training.
+        depth: (index, ln r) of every block whose tokens were measured; r is the token residual.
+        history: (step, ln r) of the last block in the last measurements.
+        forecast: When the last block reaches collapse, ``None`` if no robust trend leads there.
+        arrived: Whether the tokens behind the last block have collapsed.
+        coming: Whether they have collapsed or are on their way to it, over depth or over training.
     """
 
     depth: Sequence[Point]
@@ -36,7 +36,7 @@ class Tokens:
     coming: bool
 
     def __str__(self) -> str:
-        """Say where the token residual is, where it was, and when it will have collapsed."""
+        """State the token residual now, its value earlier, and the forecast of its collapse."""
         (first, top), (last, bottom) = self.depth[0], self.depth[-1]
         text = f"token residual {math.exp(top):.2g} behind block {first}, {math.exp(bottom):.2g} behind block {last}"
         if len(self.history) > 1:
@@ -49,7 +49,7 @@ class Tokens:
 
 
 def crossing(layers: Sequence[LayerMeasurement], blocks: Mapping[int, BlockMemory], measurement: Measurement) -> Event:
-    """Say which blocks crossed an edge of the zone."""
+    """Make the event for blocks that crossed an edge of the zone."""
     where = {-1: "is below", 0: "is back in", 1: "is above"}
     clauses = [
         f"block {layer.index} ({layer.name}) {where[blocks[layer.index].side]} the zone at {layer.ratio:.4g}"
@@ -64,7 +64,7 @@ def drift(
     measurement: Measurement,
     tokens: Tokens | None,
 ) -> Event:
-    """Say which blocks stay outside and drift away from where they had settled."""
+    """Make the event for blocks that stay outside and drift away from their baseline."""
     clauses = []
     for layer in layers:
         block = blocks[layer.index]
@@ -76,18 +76,18 @@ def drift(
         clauses.append(f"{where}, {settled}{pace}")
     since = min(blocks[layer.index].since for layer in layers)
     seen = "tokens were not measured (geometry=True)" if tokens is None else str(tokens)
-    text = f"{_listed(clauses)}. No alarm: ratios alone do not tell a collapse; {seen}. "
+    text = f"{_listed(clauses)}. No alarm: ratios alone do not show a collapse; {seen}. "
     text += f"If the loss suffers too, try {_CALMER}"
     return _event("warning", "spectral WARNING", measurement, layers, since, text, tokens)
 
 
 def collapse(level: Level, blocks: Mapping[int, BlockMemory], measurement: Measurement, tokens: Tokens) -> Event:
-    """Say that the tokens become one vector, and what the ratios have to do with it."""
+    """Make the event for tokens that become one vector, with the ratios that may be the cause."""
     side = -1 if any(block.stays < 0 for block in blocks.values()) else 1
     outside = [layer for layer in measurement if blocks[layer.index].stays == side]
     advice = _CALMER
     if not outside:
-        who = "No ratio has stayed outside: the balance of the branches is not what does it"
+        who = "No ratio has stayed outside the zone, so the balance of the branches is not the cause"
     else:
         names = _listed([f"block {layer.index} ({layer.name}) at {layer.ratio:.4g}" for layer in outside])
         strong = "attention outweighs the MLP" if side < 0 else "the MLP outweighs attention"
@@ -100,7 +100,7 @@ def collapse(level: Level, blocks: Mapping[int, BlockMemory], measurement: Measu
 
 
 def relief(measurement: Measurement, tokens: Tokens) -> Event:
-    """Say that the tokens are no longer on their way to collapse."""
+    """Make the event for tokens that are no longer on their way to collapse."""
     return _event("info", "spectral", measurement, (), measurement.step, f"tokens are apart again: {tokens}")
 
 

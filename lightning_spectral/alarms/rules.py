@@ -7,29 +7,30 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from lightning_spectral.alarms import messages
-from lightning_spectral.alarms.memory import SETTLING, WARMUP_STEPS, BlockMemory, Event, Level, Memory, line_through
+from lightning_spectral.alarms.memory import SETTLING, WARMUP_STEPS, BlockMemory, Memory, line_through
 from lightning_spectral.alarms.trends import forecast
-from lightning_spectral.records import LayerMeasurement, Measurement
+from lightning_spectral.records import Event, LayerMeasurement, Measurement
+from lightning_spectral.records.events import Level
 
 __all__ = ["falling_tokens", "observe"]
 
 WINDOW = 8  # measurements that a trend is fitted to
-DRIFT = math.log(1.5)  # how far beyond its baseline, in ln ρ, a ratio has drifted away
-CHECKS, CONFIRMATIONS = 3, 2  # the tokens are a witness when they were seen so in so many of the last checks
-TOWARD = 0.1  # token residual behind the last block below which a fall over depth leads to collapse
-COLLAPSED = 0.02  # token residual below which tokens are one vector, to within 2 % of their size
-_LEAST = 1e-12  # what a token residual of zero counts as, since trends are fitted to its logarithm
+DRIFT = math.log(1.5)  # a ratio drifts when it is this far from its baseline, in ln ρ
+CHECKS, CONFIRMATIONS = 3, 2  # tokens count as a witness after 2 of the last 3 checks
+TOWARD = 0.1  # a fall over depth counts only if it ends below this token residual
+COLLAPSED = 0.02  # below this token residual, tokens are one vector to within 2 % of their size
+_LEAST = 1e-12  # a token residual of 0 counts as this, because trends are fitted to ln r
 
 
 def observe(memory: Memory, measurement: Measurement) -> tuple[tuple[Event, ...], Memory]:
-    """Take a measurement into the memory of a run, and say what is new.
+    """Add a measurement to the memory of a run, and return what is new as events.
 
     Args:
-        memory: What the previous call returned; ``Memory()`` at first.
-        measurement: The new measurement. A block without a ratio stays where it was.
+        memory: The memory that the previous call returned; ``Memory()`` at first.
+        measurement: The new measurement. A block without a ratio keeps its side of the zone.
 
     Returns:
-        The events, the gravest last, and the new memory.
+        The events, the most severe last, and the new memory.
     """
     began = measurement.step if memory.began is None else memory.began
     settling = memory.measurements >= SETTLING and measurement.step - began >= WARMUP_STEPS
@@ -40,7 +41,7 @@ def observe(memory: Memory, measurement: Measurement) -> tuple[tuple[Event, ...]
     crossed = [layer for layer in measurement if now[layer.index].side != before[layer.index].side]
     events = [messages.crossing(crossed, now, measurement)] if crossed else []
     tokens = _tokens(now, measurement)
-    # Blocks tend to drift together, one after the other: it is said again when they have become twice as many.
+    # Blocks tend to drift one after the other. A second warning comes only when the number of them has doubled.
     drifting = memory.drifting
     if drifting and len(drifting) >= 2 * memory.told_drifting:
         events.append(
@@ -56,13 +57,13 @@ def observe(memory: Memory, measurement: Measurement) -> tuple[tuple[Event, ...]
 
 
 def falling_tokens(memory: Memory) -> frozenset[int]:
-    """Return the indices of the blocks whose token residual falls over training, with a robust trend."""
+    """Return the indices of the blocks whose token residual has a robust downward trend over training."""
     lines = {index: line_through(block.residuals) for index, block in memory.blocks.items()}
     return frozenset(index for index, line in lines.items() if line is not None and line.falls)
 
 
 def _seen(block: BlockMemory, layer: LayerMeasurement, measurement: Measurement, *, settling: bool) -> BlockMemory:
-    """Note the values of a measurement, and forget what is older than the window."""
+    """Add the values of a measurement, and drop values older than the window."""
     step, residual = measurement.step, _log_residual(layer)
     if residual is not None:
         block = replace(block, residuals=(*block.residuals, (step, residual))[-WINDOW:])
@@ -78,13 +79,13 @@ def _seen(block: BlockMemory, layer: LayerMeasurement, measurement: Measurement,
 
 
 def _log_residual(layer: LayerMeasurement) -> float | None:
-    """Return ln r. Massive activations are left out: they hide a collapse of the other tokens, or look like one."""
+    """Return ln r without massive activations, which can hide a collapse of the other tokens or look like one."""
     residual = layer.typical_token_residual
     return None if residual is None else math.log(max(residual, _LEAST))
 
 
 def _warned(block: BlockMemory, step: int) -> int | None:
-    """Say since when a block drifts away: that begins at ``DRIFT`` beyond the baseline and ends at half of it."""
+    """Return the step at which a drift began. A drift begins at ``DRIFT`` from the baseline and ends at half of it."""
     if not block.stays or block.excess is None:
         return None
     if block.warned is not None:
@@ -93,7 +94,7 @@ def _warned(block: BlockMemory, step: int) -> int | None:
 
 
 def _tokens(blocks: Mapping[int, BlockMemory], measurement: Measurement) -> messages.Tokens | None:
-    """Look at the tokens of a measurement; ``None`` where there were none to look at."""
+    """Return what the tokens of a measurement show; ``None`` if no tokens were measured."""
     depth = tuple((layer.index, r) for layer in measurement if (r := _log_residual(layer)) is not None)
     if not depth:
         return None
@@ -102,13 +103,13 @@ def _tokens(blocks: Mapping[int, BlockMemory], measurement: Measurement) -> mess
     coming = forecast(line, math.log(COLLAPSED)) if line is not None and line.falls else None
     arrived = depth[-1][1] < math.log(COLLAPSED)
     over_depth = fall is not None and fall.falls and fall.level < math.log(TOWARD)
-    # Soon: within as many steps as the trend has been seen for.
+    # Soon: the trend was seen for n steps, and collapse is at most n steps ahead.
     soon = coming is not None and coming.at - history[-1][0] <= history[-1][0] - history[0][0]
     return messages.Tokens(depth, history, coming, arrived=arrived, coming=arrived or over_depth or soon)
 
 
 def _judged(memory: Memory, measurement: Measurement, tokens: messages.Tokens) -> tuple[list[Event], Memory]:
-    """Bring the two witnesses together; say so when it becomes graver and when it is over."""
+    """Combine the two witnesses. There is an event when the level rises, and one when the tokens have recovered."""
     checks = (*memory.checks, tokens.coming)[-CHECKS:]
     arrived = (*memory.arrived, tokens.arrived)[-CHECKS:]
     memory = replace(memory, checks=checks, arrived=arrived)
@@ -121,7 +122,7 @@ def _judged(memory: Memory, measurement: Measurement, tokens: messages.Tokens) -
 
 
 def _level(memory: Memory) -> Level | None:
-    """Return how grave it is what both witnesses say."""
+    """Return the level that both witnesses together give; ``None`` for no event."""
     sides = {block.stays for block in memory.blocks.values()}
     coming, arrived = (sum(seen) >= CONFIRMATIONS for seen in (memory.checks, memory.arrived))
     if (coming and -1 in sides) or (arrived and 1 in sides):

@@ -1,4 +1,4 @@
-"""Robust trends of short noisy series: does it rise or fall, and when does it reach a level."""
+"""Robust trends of short noisy series: whether a series rises or falls, and when it reaches a level."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, median
 
-__all__ = ["Forecast", "Trend", "forecast", "trend"]
+from lightning_spectral.records import Forecast
+
+__all__ = ["Trend", "forecast", "trend"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,7 @@ class Trend:
     Attributes:
         slope: Median of the slopes between all pairs of points, per unit of the abscissa.
         low: Lower end of the confidence interval of the slope.
-        high: Upper end.
+        high: Upper end of that interval.
         level: Value of the line at the last abscissa.
         at: The last abscissa.
     """
@@ -30,44 +32,29 @@ class Trend:
 
     @property
     def falls(self) -> bool:
-        """Whether the slope is negative beyond its uncertainty."""
+        """Whether the whole confidence interval of the slope is below 0."""
         return self.high < 0
 
     @property
     def rises(self) -> bool:
-        """Whether the slope is positive beyond its uncertainty."""
+        """Whether the whole confidence interval of the slope is above 0."""
         return self.low > 0
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """When a trend reaches a level.
-
-    Attributes:
-        at: Abscissa at which the line reaches it.
-        earliest: Abscissa at which the steepest line of the confidence interval does.
-        latest: Abscissa at which the flattest does; infinite where that never does.
-    """
-
-    at: float
-    earliest: float
-    latest: float
-
-
 def trend(x: Sequence[float], y: Sequence[float], *, confidence: float = 0.95) -> Trend | None:
-    """Fit a line by the estimator of Theil and Sen, which a fifth of outliers cannot turn round.
+    """Fit a line by the Theil-Sen estimator; outliers in up to a fifth of the points do not change its direction.
 
-    The confidence interval is that of Sen, "Estimates of the regression coefficient based on Kendall's tau" (1968), by
-    the normal approximation: it assumes independent deviations from the line. Smooth series have deviations that hang
-    together, and their intervals are too narrow; ask for several confirmations before acting on one.
+    The confidence interval is from Sen, "Estimates of the regression coefficient based on Kendall's tau" (1968), in the
+    normal approximation. It assumes independent deviations from the line. Smooth series have correlated deviations, so
+    that their intervals come out too narrow: ask for several confirmations before acting on one.
 
     Args:
         x: Abscissas, increasing.
-        y: Values at them.
-        confidence: Probability that the interval of the slope holds the true one.
+        y: One value per abscissa.
+        confidence: Probability that the interval contains the true slope.
 
     Returns:
-        The trend, ``None`` with fewer than four points.
+        The trend, ``None`` for fewer than 4 points.
     """
     n = len(x)
     if n < 4:
@@ -82,14 +69,14 @@ def trend(x: Sequence[float], y: Sequence[float], *, confidence: float = 0.95) -
 
 
 def forecast(line: Trend, target: float) -> Forecast | None:
-    """Say when a trend reaches a level.
+    """Return when a trend reaches a level.
 
     Args:
         line: The trend.
         target: The level.
 
     Returns:
-        The forecast, ``None`` where the line does not lead there.
+        The forecast, ``None`` if the line does not lead to the level.
     """
     distance = target - line.level
     if distance == 0:

@@ -1,4 +1,4 @@
-"""What a model does to directions, block after block: Lyapunov exponents on real inputs, and without any data."""
+"""How a model stretches directions, block after block: Lyapunov exponents on real inputs, spectra without data."""
 
 from lightning_spectral.analysis.lyapunov import lyapunov_exponents
 from lightning_spectral.analysis.zero_data import covariance_trajectory

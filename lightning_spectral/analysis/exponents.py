@@ -1,8 +1,15 @@
 """Finite-depth Lyapunov exponents: how fast a product of operators stretches its leading directions, per factor.
 
-For P = A_L … A_1 the exponents are λ_k = (1/L) ln σ_k(P): a network has a finite depth, and its singular values, not a
-limit, are what a signal or a gradient goes through. P is never formed and never overflows: only orthonormal blocks of
-vectors are multiplied, and the logarithms of their growth are added up.
+For P = A_L … A_1 the exponents are λ_k = (1/L) ln σ_k(P). The depth is finite because a network has a finite depth: a
+signal or a gradient is stretched by the singular values of P, not by a limit. P is never formed, so nothing overflows.
+Orthonormal blocks of vectors are multiplied, and the logarithms of their growth are added up:
+
+    Q_0 ── A_1 ──> A_1 Q_0 = Q_1 R_1 ── A_2 ──> A_2 Q_1 = Q_2 R_2 ── … ──> Q_L
+    P Q_0 = Q_L (R_L … R_1),   so   σ_k(P Q_0) = σ_k(R_L … R_1)
+
+The triangles R are small (k × k), and their product is taken in the log domain. Q_0 decides which directions are seen:
+for a random Q_0 the result is too small, and each sweep back and forth turns Q_0 toward the directions that P stretches
+most.
 """
 
 from __future__ import annotations
@@ -22,20 +29,20 @@ from lightning_spectral.linalg import LinearOperator
 
 __all__ = ["LinearMap", "LyapunovSpectrum", "angle_exponent", "gradient_exponent", "lyapunov_spectrum"]
 
-# More vectors than are asked for: the last exponent converges with the gap to the first one that is left out.
+# Extra vectors. The last exponent converges with the gap between it and the first exponent that is left out.
 _OVERSAMPLING = 4
 
 
 @dataclass(frozen=True, slots=True)
 class LinearMap:
-    """A linear map as two functions, for what is no :class:`LinearOperator`.
+    """A linear map as two functions, for a map that is no :class:`LinearOperator`.
 
     Attributes:
         shape: ``(m, n)``.
         matmat: Multiplies a block of vectors, ``(n, k) -> (m, k)``.
         adjoint: Multiplies by the transpose, ``(m, k) -> (n, k)``.
-        dtype: Of the blocks that the functions take.
-        device: Where they take them.
+        dtype: dtype of the blocks that the functions take.
+        device: Device of these blocks.
     """
 
     shape: tuple[int, int]
@@ -51,11 +58,11 @@ class LyapunovSpectrum:
 
     Attributes:
         exponents: ``(k,)``, float64, the largest first: (1/L) ln σ_k of the product.
-        growth: ``(L, k)``, float64: what each factor adds to L times the exponents. The directions are those that the
-            whole product stretches, seen at that depth: not the singular directions of the factor.
-        sweeps: Sweeps made, back and forth through all factors.
-        change: Largest change of an exponent in the last sweep, ``None`` for a single pass. Exponents grow from sweep
-            to sweep, and never beyond the true ones.
+        growth: ``(L, k)``, float64: the contribution of each factor to L times the exponents. Column k belongs to the
+            direction that the whole product stretches by σ_k, not to a singular direction of the factor.
+        sweeps: Number of sweeps back and forth through all factors.
+        change: Largest change of an exponent in the last sweep, ``None`` without a sweep. The exponents grow from sweep
+            to sweep and never exceed the true ones.
     """
 
     exponents: Tensor
@@ -75,32 +82,37 @@ def lyapunov_spectrum(
     """Return the k leading finite-depth Lyapunov exponents of a product.
 
     A pass multiplies an orthonormal block by one factor after the other and keeps the R of a QR factorization of each
-    result (Benettin et al., 1980; Engelken, Wolf and Abbott, arXiv:2006.02427): that alone is the classical method,
-    right for infinitely many factors and badly biased for a few. Sweeps back through the transposes and forth again are
-    subspace iteration on PᵀP; the singular values of R_L … R_1, in the log domain, are then estimates from below.
+    result (Benettin et al., 1980; Engelken, Wolf and Abbott, arXiv:2006.02427). One pass alone is the classical method,
+    which is right for infinitely many factors and badly biased for a few. A sweep goes back through the transposes and
+    forth again, which is one step of subspace iteration on PᵀP. The singular values of R_L … R_1, in the log domain,
+    are estimates from below.
 
     Args:
         factors: A_1, …, A_L in the order of application.
-        k: Exponents wanted.
-        sweeps: Sweeps back and forth after the first pass, each 2 L products by a block. With 0 the result is that of
-            the classical method: growth per column of the start, which is neither sorted nor a bound.
-        start: ``(n, p)`` with p ≥ k independent columns to start from, of which the first stays the first; by default
-            random ones, k and a few more.
+        k: Number of exponents.
+        sweeps: Number of sweeps after the first pass; each costs 2 L products by a block. With 0 the result is the one
+            of the classical method: the growth of each column of the start, which is neither sorted nor a bound.
+        start: ``(n, p)`` with p ≥ k independent columns to start from. The first column keeps its direction. By default
+            k + 4 random columns.
         seed: Seed of the random start.
 
     Returns:
-        The exponents and the growth per factor. A direction in the null space of a factor has −inf, or, after rounding,
-        about ln ε.
+        The exponents and the growth per factor. A direction in the null space of a factor has −inf, or, because of
+        rounding, about ln ε.
 
     Raises:
-        ConfigurationError: There is no factor, neighbours do not fit, k or the start does not fit the shapes, or a
-            product is not finite.
+        ConfigurationError: There is no factor, the shapes of two neighbours do not fit, ``k`` or ``start`` does not fit
+            the shapes, or a product is not finite.
     """
     _checks.steps("k", k)
     _checks.steps("sweeps", sweeps, least=0)
     Q = _start(factors, k, start, seed, k if sweeps == 0 else k + _OVERSAMPLING)
+    # The first pass turns a random block only partly toward the leading directions of P, hence the bias of the
+    # classical method. Going back through the transposes with the result is one power step of PᵀP, whose eigenvectors
+    # are these
+    # directions: an error in direction k shrinks by (σ_{p+1} / σ_k)² per sweep, with p columns.
     Q, triangles = _passed(factors, Q)
-    kept = [triangles]
+    kept = [triangles]  # of the last two passes: their difference is `change`
     for _ in range(sweeps):
         Q, _ = _passed(factors, Q, back=True)
         Q, triangles = _passed(factors, Q)
@@ -137,7 +149,7 @@ def _start(
 
 
 def _passed(factors: Sequence[LinearOperator | LinearMap], Q: Tensor, *, back: bool = False) -> tuple[Tensor, Tensor]:
-    """Multiply an orthonormal block by one factor after the other; return it, and the triangles ``(L, p, p)``."""
+    """Multiply an orthonormal block by one factor after the other; return the last Q and all R, ``(L, p, p)``."""
     triangles: list[Tensor] = []
     for factor in reversed(factors) if back else factors:
         block = Q.to(factor.device, factor.dtype)
@@ -154,11 +166,18 @@ def _passed(factors: Sequence[LinearOperator | LinearMap], Q: Tensor, *, back: b
 
 
 def _aligned(triangles: Tensor) -> Tensor:
-    """Return the triangles ``(L, p, p)`` of the directions that the product of all of them stretches most."""
+    """Return the triangles ``(L, p, p)`` of a pass that starts at the right singular vectors of R_L … R_1.
+
+    The logarithms of their diagonals add up to ln σ_k.
+    """
+    # Let P = R_L … R_1 = U Σ Vᵀ. A pass that starts at V ends with P V = U Σ, whose columns are orthogonal. So the
+    # product of the new triangles is diagonal and equals Σ up to signs: the growth is split over the factors without
+    # bias. V comes from the graded product of the transposes, Pᵀ = R_1ᵀ … R_Lᵀ = V Σ Uᵀ, which resolves singular values
+    # far below ε of the largest.
     transposed = GradedProduct(triangles.shape[-1])
     for R in triangles.flip(0):
         transposed.multiply(R.mT)
-    C, aligned = transposed.U, []  # right singular vectors of the product
+    C, aligned = transposed.U, []  # V
     for R in triangles:
         C, T = torch.linalg.qr(R @ C)
         aligned.append(T)
@@ -166,25 +185,25 @@ def _aligned(triangles: Tensor) -> Tensor:
 
 
 def _largest_change(before: Tensor, after: Tensor) -> float:
-    # Two exponents that both are −inf have not changed.
+    # −inf minus −inf would be NaN. Two exponents of −inf have not changed.
     return float(torch.where(before == after, 0.0, (after - before).abs()).amax())
 
 
 def angle_exponent(x_first: Tensor, y_first: Tensor, x_last: Tensor, y_last: Tensor, depth: int) -> float:
-    """Return λ_a = (1/L) ln[(1 − cos_L) / (1 − cos_0)] of two nearly equal inputs: how fast they come apart in angle.
+    """Return λ_a = (1/L) ln[(1 − cos_L) / (1 − cos_0)]: how fast the angle between two nearly equal inputs grows.
 
-    The empirical analogue of the angle exponent of Cowsik et al. (arXiv:2403.02579), who derive theirs for Transformers
-    at initialization. Cosines are those of whole inputs, all tokens as one vector.
+    This is the empirical analogue of the angle exponent of Cowsik et al. (arXiv:2403.02579), which they derive for
+    Transformers at initialization. The cosine is taken between whole inputs, all tokens as one vector.
 
     Args:
-        x_first: One input, any shape.
-        y_first: The other one, nearly but not exactly parallel to it.
-        x_last: What the first becomes after L layers.
-        y_last: What the second becomes.
+        x_first: The first input, any shape.
+        y_first: The second input, nearly but not exactly parallel to the first.
+        x_last: The first input after L layers.
+        y_last: The second input after L layers.
         depth: L.
 
     Returns:
-        The exponent in nats per layer; −inf where the two have become parallel.
+        The exponent in nats per layer; −inf if the two have become parallel.
 
     Raises:
         ConfigurationError: The inputs are parallel, or one of the four is zero or not finite.
@@ -198,7 +217,7 @@ def angle_exponent(x_first: Tensor, y_first: Tensor, x_last: Tensor, y_last: Ten
 
 
 def _distance(x: Tensor, y: Tensor) -> float:
-    """Return 1 − cos as ½‖x/‖x‖ − y/‖y‖‖², which does not cancel for nearly equal vectors."""
+    """Return 1 − cos as ½‖x/‖x‖ − y/‖y‖‖². The direct formula would lose all digits for nearly equal vectors."""
     x, y = (item.detach().double().flatten() for item in (x, y))
     difference = x / torch.linalg.vector_norm(x) - y / torch.linalg.vector_norm(y)
     return 0.5 * float(difference.square().sum())
@@ -207,7 +226,7 @@ def _distance(x: Tensor, y: Tensor) -> float:
 def gradient_exponent(gradient_first: Tensor, gradient_last: Tensor, depth: int) -> float:
     """Return λ_g = (1/L) ln(‖∂ℒ/∂X_0‖² / ‖∂ℒ/∂X_L‖²): how fast gradients grow on their way back.
 
-    The empirical analogue of the gradient exponent of Cowsik et al. (arXiv:2403.02579).
+    This is the empirical analogue of the gradient exponent of Cowsik et al. (arXiv:2403.02579).
 
     Args:
         gradient_first: ∂ℒ/∂X_0, any shape.
@@ -215,12 +234,12 @@ def gradient_exponent(gradient_first: Tensor, gradient_last: Tensor, depth: int)
         depth: L.
 
     Returns:
-        The exponent in nats per layer; −inf where no gradient arrives.
+        The exponent in nats per layer; −inf if ∂ℒ/∂X_0 is zero.
 
     Raises:
-        ConfigurationError: ∂ℒ/∂X_L is zero, or one of the two is not finite.
+        ConfigurationError: ∂ℒ/∂X_L is zero, or one of the two gradients is not finite.
     """
     first, last = (float(torch.linalg.vector_norm(item.detach().double())) for item in (gradient_first, gradient_last))
     if not (0 < last < math.inf and 0 <= first < math.inf):
-        raise ConfigurationError(f"gradients of norm {first:g} and {last:g}: expected finite ones, and one at the end")
+        raise ConfigurationError(f"gradients of norm {first:g} and {last:g}: expected finite norms, the second above 0")
     return (2 * math.log(first / last) if first else -math.inf) / _checks.steps("depth", depth)

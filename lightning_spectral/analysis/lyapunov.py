@@ -26,7 +26,7 @@ from lightning_spectral.weights.tensors import refuse_lazy
 
 __all__ = ["EmpiricalExponents", "empirical_exponents", "lyapunov_exponents"]
 
-# Distance of the second input from the first, relative to its size: far above the rounding errors of float32.
+# Relative distance of the second input from the first, far above the rounding errors of float32.
 _STEP = 1e-3
 
 
@@ -34,7 +34,8 @@ _STEP = 1e-3
 class EmpiricalExponents:
     """Empirical analogues of the two exponents of Cowsik et al. (arXiv:2403.02579), in nats per block.
 
-    Theirs belong to networks at initialization, whose final loss they predict; these are measured on one network.
+    Cowsik et al. derive their exponents for networks at initialization and predict the final loss from them. These are
+    measured on one given network.
 
     Attributes:
         angle: λ_a, how fast 1 − cos of two nearly equal inputs grows.
@@ -49,17 +50,17 @@ class EmpiricalExponents:
 
 @dataclass(slots=True)
 class _Call:
-    """One call of one block, as it was captured; calling it runs the block again on another stream."""
+    """A captured call of one block. Calling this object runs the block again on another stream."""
 
     name: str
     module: nn.Module
     leaves: list[Any]
     structure: TreeSpec
     results: list[Any] = field(default_factory=list)
-    place: int = 0  # of the stream among the leaves of the arguments
-    result: int = 0  # of the stream among the results
+    place: int = 0  # index of the stream among the leaves of the arguments
+    result: int = 0  # index of the stream among the results
     before: Tensor = field(init=False)  # the stream that the block read
-    after: Tensor = field(init=False)  # the one that it returned
+    after: Tensor = field(init=False)  # the stream that the block returned
 
     def __call__(self, stream: Tensor) -> Tensor:
         # Copies, because a cache among the arguments would grow from call to call.
@@ -81,27 +82,27 @@ def lyapunov_exponents(
 ) -> LyapunovSpectrum:
     """Return the leading finite-depth Lyapunov exponents of a model's residual stream on a batch.
 
-    The factors are the Jacobians of whole blocks, each a map of the stream of all tokens and samples, at the streams
-    that the batch leads to: attention patterns, activations and norms are differentiated, in front of the branches or
-    behind the add. Dropout is off, and what a block detaches is a constant. A block that runs twice counts twice, and
-    so does one that is a pair of modules. The exponents of several sequences are merged into one spectrum, so compare
-    only batches of one shape.
+    The factors are the Jacobians of whole blocks. Each maps the stream of all tokens and samples, and is taken at the
+    stream of the batch. Attention patterns, activations and norms are differentiated, norms behind the add too. Dropout
+    is off, and tensors that a block detaches are constants. A block that runs twice counts twice, and a block that is a
+    pair of modules counts twice too. The exponents of several sequences are merged into one spectrum, so compare only
+    batches of one shape.
 
-    A low-rank Jacobian is normal in good trained models: exponents describe, they do not alarm.
+    A low-rank Jacobian is normal in good trained models. Exponents are a description, not an alarm.
 
-    The model is run once in its own precision, and backward through each block (1 + 2 · sweeps)(k + 4) times; the
-    activations of one pass stay in memory. Parameters, buffers, gradients, training flags and random streams are as
-    before.
+    The model is run once in its own precision, and backward through each block (1 + 2 · sweeps)(k + 4) times. The
+    activations of one pass stay in memory. Parameters, buffers, gradients, training flags and random streams are
+    unchanged afterwards.
 
     Args:
         model: Any module with residual blocks.
         batch: Example input: a tensor, a tuple of positional arguments or a dict of keyword arguments. Without it,
             random content is guessed, as :func:`~lightning_spectral.find_blocks` does.
-        blocks: The blocks, which have to follow each other in one stream; found in the model by default.
-        k: Exponents wanted.
-        sweeps: Sweeps back and forth; exponents are estimates from below, and ``change`` says how far they moved last.
-            For a random Llama of 4, 12 and 24 blocks, two sweeps left the first exponent 2e-4 too low or less, and the
-            worst of eight 0.02, 0.005 and 0.002.
+        blocks: The blocks, consecutive in one stream; found in the model by default.
+        k: Number of exponents.
+        sweeps: Number of sweeps back and forth. Exponents are estimates from below, and ``change`` is the last change.
+            For a random Llama of 4, 12 and 24 blocks, two sweeps left the first exponent at most 2e-4 too low, and the
+            worst of eight exponents 0.02, 0.005 and 0.002 too low.
         seed: Seed of the random start.
 
     Returns:
@@ -110,9 +111,9 @@ def lyapunov_exponents(
     Raises:
         BlocksNotFoundError: The model has no residual block.
         ExampleInputError: The model could not be run.
-        ConfigurationError: A block cannot be called alone on the stream that it read, blocks do not follow each other
-            in one stack (encoder and decoder are two), a lazy layer has no weights yet, or ``k`` or ``sweeps`` cannot
-            be used.
+        ConfigurationError: A block cannot be called alone on the stream that it read; the blocks are not consecutive in
+            one stack (encoder and decoder are two stacks); a lazy layer has no weights yet; or ``k`` or ``sweeps`` is
+            out of range.
     """
     with _still(model, batch):
         factors = [_jacobian(call) for call in _chain(model, batch, blocks)]
@@ -124,9 +125,9 @@ def empirical_exponents(
 ) -> EmpiricalExponents:
     """Return the angle and the gradient exponent of a model's residual stream on a batch.
 
-    Both are taken between the stream in front of the first block and the one behind the last, all tokens and samples as
-    one vector: for a stream and its neighbour at a relative distance of 1e-3 (which may be routed to other experts),
-    and for a random linear functional. The model is as before afterwards.
+    Both compare the stream in front of the first block with the stream behind the last, all tokens and samples as one
+    vector. The angle exponent uses the stream and a neighbour at a relative distance of 1e-3, which a router may send
+    to other experts. The gradient exponent uses a random linear functional. The model is unchanged afterwards.
 
     Args:
         model: Any module with residual blocks.
@@ -162,7 +163,7 @@ def empirical_exponents(
 
 
 def _direction(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random vector of length one."""
+    """Return a random unit vector in the shape of a tensor."""
     vector = torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu")
     unit: Tensor = (vector / torch.linalg.vector_norm(vector)).to(like.device, like.dtype)
     return unit
@@ -170,7 +171,7 @@ def _direction(like: Tensor, generator: torch.Generator) -> Tensor:
 
 @contextmanager
 def _still(model: nn.Module, batch: Any) -> Iterator[None]:
-    """Evaluation mode, arithmetic that can be differentiated both ways, and a model that is as before afterwards."""
+    """Evaluation mode, and arithmetic with forward and backward derivatives. The model is unchanged afterwards."""
     refuse_lazy(model)
     with torch.inference_mode(False), undisturbed(model, batch), sdpa_kernel(SDPBackend.MATH):
         # Fused attention has no forward-mode derivative.
@@ -178,13 +179,13 @@ def _still(model: nn.Module, batch: Any) -> Iterator[None]:
 
 
 def _chain(model: nn.Module, batch: Any, blocks: Sequence[ResidualBlock] | None) -> list[_Call]:
-    """Run the model once and return the calls of its blocks, each of which continues the stream of the one before."""
+    """Run the model once and return the calls of its blocks. Each call reads the stream that the last one returned."""
     args, kwargs = arguments_of(batch)
     blocks = asked_blocks(model, blocks, batch, "lyapunov_exponents")
     calls = _captured(model, args, kwargs, blocks)
     silent = [name for block in blocks for name in block.modules if name not in {call.name for call in calls}]
     if silent or not calls:
-        names = ", ".join(map(repr, silent)) or "any of no blocks"
+        names = ", ".join(map(repr, silent)) or "any block"
         raise ConfigurationError(f"only modules that are called have a Jacobian, and this pass does not call {names}")
     for previous, call in zip([None, *calls], calls, strict=False):
         _find_stream(call, previous)
@@ -194,7 +195,7 @@ def _chain(model: nn.Module, batch: Any, blocks: Sequence[ResidualBlock] | None)
 def _captured(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], blocks: Sequence[ResidualBlock]
 ) -> list[_Call]:
-    """Run the model on its input, or on the first guess that runs."""
+    """Run the model on its input, or on the first guessed input that works, and capture the calls of the blocks."""
     failures: list[str] = []
     for description, module, make in attempted_calls(model, args, kwargs):
         calls: list[_Call] = []
@@ -246,7 +247,7 @@ def _find_stream(call: _Call, previous: _Call | None) -> None:
         if before.shape == after.shape and before.dtype == after.dtype
     ]
     if not pairs:
-        raise ConfigurationError(_alone(call, "none of its arguments has the shape of what it returns"))
+        raise ConfigurationError(_alone(call, "no argument has the shape of a result"))
     if previous is not None:
         pairs = [pair for pair in pairs if torch.equal(call.leaves[pair[0]], previous.after)]
         if not pairs:
@@ -259,7 +260,7 @@ def _find_stream(call: _Call, previous: _Call | None) -> None:
 
 
 def _jacobian(call: _Call) -> Jacobian:
-    """Return the Jacobian of a block, after making sure that the block can be called and differentiated alone."""
+    """Return the Jacobian of a block, after checks that the block can be called and differentiated alone."""
     try:
         jacobian = Jacobian(call, call.before)
         v = _direction(call.before, torch.Generator().manual_seed(1)).reshape(-1, 1)

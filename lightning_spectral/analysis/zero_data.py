@@ -1,4 +1,4 @@
-"""The zero-data iteration of 'The 1:1 Rule': what a model's weights alone would do to a sphere of inputs."""
+"""The zero-data iteration of 'The 1:1 Rule': the image of a sphere under the weights of a model alone."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ __all__ = ["CovarianceTrajectory", "covariance_trajectory"]
 
 @dataclass(frozen=True, slots=True)
 class CovarianceTrajectory:
-    """The covariance C_ℓ ∝ P Pᵀ with P = A_ℓ … A_1, after each block ℓ. One entry per block in every tuple.
+    """The covariance C_ℓ ∝ P Pᵀ with P = A_ℓ … A_1, after each block ℓ. Every tuple has one entry per block.
 
-    A statement on weights, not on the residual stream: A has no norm, no activation, no attention pattern and no cross
-    term between its branches, and the effective rank of any long product tends to 1.
+    The numbers describe the weights, not the residual stream: A has no norm, no activation, no attention pattern and no
+    cross term between its branches. The effective rank of any long product tends to 1.
 
     Attributes:
         names: Module paths of the blocks.
         linearization: The rule that turned branches into matrices. Never compare across rules.
-        effective_rank: exp H(λ/Σλ) over the eigenvalues λ of C, which are σ² of P: the paper's convention.
+        effective_rank: exp H(λ/Σλ) over the eigenvalues λ = σ² of C, as in the paper.
         effective_rank_sigma: exp H(σ/Σσ) over the singular values of P (Roy and Vetterli, 2007), which is larger.
-        log_condition: ln of the condition number of C, twice that of P. Published condition numbers near 1e12 are not
-            comparable: they are the threshold 1/(ε d) under which eigenvalues were dropped.
-        at_floor: Whether ``log_condition`` is at a numerical floor, so that it says "at least".
+        log_condition: ln of the condition number of C, which is twice the one of P. Published condition numbers near
+            1e12 are not comparable: they are the threshold 1/(ε d) below which eigenvalues were dropped.
+        at_floor: Whether ``log_condition`` is at a numerical floor, and so a lower bound.
         gain: ‖A‖₂ of each block alone.
-        skipped: Names of the blocks that stand as the identity because they have no weight linearization.
+        skipped: Names of the blocks that count as the identity because they have no weight linearization.
     """
 
     names: tuple[str, ...]
@@ -61,9 +61,9 @@ def covariance_trajectory(
     """Iterate C ← A C Aᵀ / ‖·‖₂ from C = I over the blocks, with A = I + W_mlp + W_attn ('The 1:1 Rule', unreviewed).
 
     The iteration runs on the singular values of the product instead of on C (see
-    :mod:`lightning_spectral.analysis.covariance`), so that it does not lose what lies below ε of the largest one.
-    A branch that a block does not have adds nothing; cross-attention, which the paper does not know, is left out;
-    mixtures of experts, whose sum depends on the input, are refused. Encoder and decoder are two stacks: pass one.
+    :mod:`lightning_spectral.analysis.covariance`), so that values below ε of the largest one are not lost. A missing
+    branch adds nothing. Cross-attention does not occur in the paper and is left out. Mixtures of experts are refused,
+    because their sum depends on the input. Encoder and decoder are two stacks: pass the blocks of one.
 
     Every A is formed, one at a time, in float64: a few factorizations of a width × width matrix per block.
 
@@ -72,8 +72,8 @@ def covariance_trajectory(
         blocks: The blocks, in the order of execution; found in the model by default.
         linearization: ``"paper"`` (W_mlp = W_down W_up; W_attn = W_o, or W_o W_oᵀ where W_o is not square) or
             ``"circuit"`` (W_attn = W_o W_v, with norm gains and residual multipliers).
-        missing: What becomes of a block with a branch that no single matrix stands for (state spaces, mixtures of
-            experts, packed weights): ``"raise"``, or ``"identity"`` to leave the whole block out (see ``skipped``).
+        missing: Treatment of a block with a branch that has no matrix (state spaces, mixtures of experts, packed
+            weights): ``"raise"``, or ``"identity"`` to leave the whole block out (see ``skipped``).
         batch: Example input for finding the blocks, as for :func:`~lightning_spectral.measure`.
 
     Returns:
@@ -106,10 +106,10 @@ def _branches(block: ResidualBlock) -> Iterator[tuple[str, Branch]]:
 
 
 def _obstacle(model: nn.Module, block: ResidualBlock, linearization: WeightLinearization) -> str | None:
-    """Return why no matrix stands for a block, ``None`` where one does."""
+    """Return why a block has no matrix, ``None`` if it has one."""
     for word, branch in _branches(block):
         if len(branch.paths) > 1:
-            return f"{word}: {len(branch.paths)} experts, of which no single matrix is the sum"
+            return f"{word}: {len(branch.paths)} experts, whose sum is no single matrix"
         if not branch.paths:
             return f"{word}: {branch.reason or 'the branch has no factors'}"
         try:
@@ -161,7 +161,7 @@ def _width(model: nn.Module, block: ResidualBlock, linearization: WeightLineariz
 
 
 def _dense(model: nn.Module, branch: Branch, linearization: WeightLinearization) -> Tensor:
-    """Return the matrix of a branch; a norm behind a matrix divides by the expected size of what enters it."""
+    """Return the matrix of a branch. A norm behind a matrix divides by the expected size of its input."""
     item = linearize(model, branch.paths[0], linearization)
     matrix = item.operator.dense()
     if item.normalized is None:

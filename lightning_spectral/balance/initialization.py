@@ -1,4 +1,4 @@
-"""Balanced initialization: scale the branches of every block once, to a ratio and, if asked, to a strength."""
+"""Balanced initialization: scale the branches of every block once, to a given ratio and, if asked, a given norm."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _WITHOUT = "Balance the other blocks: blocks=[block for block in find_blocks(mod
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """The branches of one kind in one block, and the factor that their norm needs."""
+    """The branches of one kind in one block, and the factor by which their norm has to change."""
 
     block: ResidualBlock
     branches: tuple[Branch, ...]
@@ -67,56 +67,59 @@ def balance_init_(
     batch: Any = None,
     force: bool = False,
 ) -> Measurement:
-    """Scale the branches of a freshly initialized model in place, such that every spectral ratio is the target.
+    """Scale the branches of a freshly initialized model in place, so that every spectral ratio becomes the target.
 
-    In every block with a ratio ρ, the ends of the MLP branch (its last weights and biases, or the gain and bias of a
-    norm behind it; see :class:`~lightning_spectral.records.End`) are multiplied by √(target/ρ) and those of the
-    attention branch are divided by it, so that the geometric mean of the two norms stays. With ``gain=κ`` the geometric
-    mean of every block becomes κ/√N: the MLP gets the norm √target · κ/√N and attention κ/√N / √target. With
-    ``target=1.0`` both stand at the ceiling of :class:`~lightning_spectral.GainCeiling` with ``ceiling=κ``, which has
-    nothing to lower then. The measured ratio is the target up to rounding, also that of the dtype of the weights; the
-    true one up to the error of the solver, by default at most 1 %. The same holds for the norms with ``gain``.
+    The ends of a branch are its last weights and biases, or the gain and bias of a norm behind it (see
+    :class:`~lightning_spectral.records.End`). In every block with a ratio ρ, the ends of the MLP branch are multiplied
+    by √(target/ρ), and the ends of the attention branch are divided by it. The geometric mean of the two norms stays.
 
-    N is the number of branches of ``blocks``, as the ceiling law counts them in a run with the same blocks: every kind
-    of branch of every block once. The branches of one kind, such as the two MLPs of a macaron block, get one factor,
-    and their sum has the norm; of a mixture of experts, the expert with the largest norm has it. Cross-attention counts
-    in N and is not scaled. A module that runs in several layers (ALBERT) counts once.
+    With ``gain=κ``, the geometric mean of every block becomes κ/√N: the MLP gets the norm √target · κ/√N, the attention
+    κ/√N / √target. With ``target=1.0`` both norms are at the ceiling of :class:`~lightning_spectral.GainCeiling` with
+    ``ceiling=κ``, and the ceiling law has nothing to lower.
 
-    Blocks without a ratio (one branch, an unmeasured branch, weights that are not finite) are left alone. With ``gain``
-    a branch that is measured alone in its block gets the norm κ/√N, and the block still has no ratio. Blocks that
-    failed their self-check are left alone, because their weights may not be those of their branches; a warning names
+    The measured ratio is the target up to rounding in the dtype of the weights. The true ratio differs from it by the
+    error of the solver, by default at most 1 %. The same holds for the norms with ``gain``.
+
+    N is the number of branches of ``blocks``, counted as the ceiling law counts them: every kind of branch of every
+    block once. The branches of one kind, such as the two MLPs of a macaron block, get one factor, and the norm is the
+    norm of their sum. The norm of a mixture of experts is the norm of its largest expert. Cross-attention counts in N
+    and is not scaled. A module that runs in several layers (ALBERT) counts once.
+
+    Blocks without a ratio (one branch, an unmeasured branch, weights that are not finite) are left alone. With
+    ``gain``, a branch that is measured alone in its block gets the norm κ/√N, and the block still has no ratio. Blocks
+    that failed their self-check are left alone, because their weights may belong to something else; a warning names
     them. They count in N.
 
-    In a post-norm block, a norm follows the sum. The branch in front of the sum is measured and scaled as any other: a
-    smaller branch lets more of the stream pass. Where a norm stands behind the branch itself (Gemma 2, OLMo 2), its
-    gain is scaled.
+    In a post-norm block, a norm follows the sum. The branch in front of the sum is measured and scaled like any other:
+    a smaller branch lets more of the stream pass. If a norm stands behind the branch itself (Gemma 2, OLMo 2), its gain
+    is scaled.
 
-    A trained model would lose what it has learned. It is recognized by its weights: those of a fresh model have
-    constant norm gains, and matrices of independent or orthogonal entries, whose spectral norm lies at the edge
-    (√m + √n) · ‖W‖_F / √(mn) of random matrices or below. So a model looks trained where the gain of a norm on one of
-    its paths is not constant, which takes one optimizer step in float32, or where a spectral norm exceeds
-    1.1 · (1 + 5 / (√m + √n)) times that edge. A model whose gains are not trained, or whose norms all stand behind the
-    sums, is recognized once a matrix has grown a dominant direction (the matrices of the GPT in ``examples``, between
-    its 20th and its 40th step). Before that, a weakly trained model passes for a fresh one.
+    Scaling a trained model would change the function that it has learned, so a model that looks trained is refused.
+    A fresh model has constant norm gains, and matrices of independent or orthogonal entries, whose spectral norm is at
+    most about the edge (√m + √n) · ‖W‖_F / √(mn) of random matrices. A model looks trained if the gain of a norm on one
+    of its paths is not constant, which takes one optimizer step in float32, or if a spectral norm exceeds
+    1.1 · (1 + 5 / (√m + √n)) times that edge. A model without trained gains, or with norms only behind the sums, is
+    recognized once a matrix has grown a dominant direction (in the GPT of ``examples``, between steps 20 and 40).
+    Before that, a weakly trained model counts as fresh.
 
     Args:
         model: The model. Its parameters are changed in place; their gradients and ``requires_grad`` stay.
         blocks: The blocks to balance; found in the model by default. A sharded model needs them, found before, and all
             processes have to call this together.
         target: The ratio that every block gets.
-        gain: κ: the geometric mean of the two norms of every block becomes κ/√N. By default it stays.
-        linearization: The rule under which it is measured, ``"circuit"`` or ``"paper"``; as in :func:`measure`.
+        gain: κ: the geometric mean of the two norms of every block becomes κ/√N. By default it does not change.
+        linearization: The linearization of the measurement, ``"circuit"`` or ``"paper"``, as in :func:`measure`.
         solver: How spectral norms are computed, :class:`RandomizedSVD` by default.
         batch: Example input for finding the blocks, if none can be guessed: a tensor, a tuple of positional arguments
             or a dict of keyword arguments.
         force: Balance a model that looks trained.
 
     Returns:
-        The measurement of the balanced model; what was left alone has its reason there.
+        The measurement of the balanced model. A block that was left alone has its reason there.
 
     Raises:
-        ConfigurationError: An argument cannot be used, a branch has no ends, an end serves two blocks, or the model
-            looks trained. Nothing has been changed then.
+        ConfigurationError: An argument cannot be used, a branch has no ends, two blocks share an end, or the model
+            looks trained. The model is unchanged then.
         BlocksNotFoundError: The model has no residual block.
         ExampleInputError: The model could not be run on any example input.
     """
@@ -155,14 +158,14 @@ def _trusted(blocks: Sequence[ResidualBlock]) -> list[ResidualBlock]:
 
 
 def _kinds(block: ResidualBlock, layer: LayerMeasurement, target: float, size: float | None) -> Iterator[_Kind]:
-    """Yield the branches of one block that get another norm; a branch without the other one only with a size."""
+    """Yield the kinds of one block that get a new norm. A block with one kind gets one only with a given size."""
     sides = (
         (block.attention_branches, layer.attention_norm, 1 / math.sqrt(target)),
         (block.mlp_branches, layer.mlp_norm, math.sqrt(target)),
     )
     pair = bool(layer.ratio)
     if size is None and pair:
-        # Roots before the product: the norms of a diverged model may be far apart.
+        # √a · √b instead of √(ab), which may overflow for the norms of a diverged model.
         size = math.prod(math.sqrt(norm) for _, norm, _ in sides if norm is not None)
     for branches, norm, share in sides:
         if size is not None and norm is not None and 0 < norm < math.inf:
@@ -170,7 +173,7 @@ def _kinds(block: ResidualBlock, layer: LayerMeasurement, target: float, size: f
 
 
 def _check_ends(model: nn.Module, kinds: Sequence[_Kind]) -> None:
-    """Refuse blocks that cannot be scaled, all of them in one message."""
+    """Raise one error that lists all blocks that cannot be scaled."""
     problems: dict[str, str] = {}
     users: defaultdict[str, list[str]] = defaultdict(list)
     for kind in kinds:
@@ -199,7 +202,7 @@ def _check_ends(model: nn.Module, kinds: Sequence[_Kind]) -> None:
 
 
 def _stored(model: nn.Module, path: str) -> Tensor | None:
-    """Return the tensor to write to, ``None`` where there is none that the value in use is proportional to."""
+    """Return the stored tensor of a parameter, ``None`` if the value in use is not proportional to it."""
     owner, _, name = path.rpartition(".")
     try:
         module = resolve(model, owner) if owner else model
@@ -215,20 +218,20 @@ def _stored(model: nn.Module, path: str) -> Tensor | None:
 
 
 def _writes(model: nn.Module, kind: _Kind, linearization: WeightLinearization) -> Iterator[_Write]:
-    """Yield what to multiply in one kind of branches."""
+    """Yield the parameters of one kind to multiply."""
     for branch in kind.branches:
         degrees = {_degree(model, path, branch, linearization) for path in branch.paths}
         if len(degrees) != 1 or degrees == {0}:
             raise ConfigurationError(
-                f"linearization={linearization!r} does not see the size of {kind.block.name} ({branch.kind}), which is "
-                f"that of {branch.ends[0].parameter}: expected linearization='circuit', or blocks= without it"
+                f"linearization={linearization!r} does not see the size of {kind.block.name} ({branch.kind}), which "
+                f"{branch.ends[0].parameter} sets: expected linearization='circuit', or blocks= without this block"
             )
         factor = kind.factor ** (1 / degrees.pop())
         yield from (_Write(end.parameter, end.offset, factor) for end in branch.ends)
 
 
 def _degree(model: nn.Module, path: Path, branch: Branch, linearization: WeightLinearization) -> int:
-    """Return how often the ends of a branch enter the operator of a path: twice where its adjoint is taken."""
+    """Return how often the ends of a branch are factors of the operator of a path: 2 for W_o W_oᵀ."""
     ends = {end.parameter for end in branch.ends}
     if linearization == "circuit":
         return sum(factor.parameter in ends for factor in path.factors)
@@ -241,7 +244,7 @@ def _degree(model: nn.Module, path: Path, branch: Branch, linearization: WeightL
 
 
 def _check_fresh(model: nn.Module, blocks: Sequence[ResidualBlock], solver: Solver) -> None:
-    """Refuse weights that nobody would initialize a model with."""
+    """Raise an error if the weights look trained."""
     sign = sign_of_training(model, blocks, solver)
     if sign is not None:
         raise ConfigurationError(

@@ -1,20 +1,23 @@
 """The balance penalty: a differentiable scalar that is positive where a spectral ratio has left the safe zone.
 
-*The gradient.* The largest singular value of A(θ) has the derivative uᵀ(dA)v with its singular vectors u, v as they
-are: to first order their own change does not move it (the envelope theorem; Yoshida and Miyato, "Spectral Norm
+*The gradient.* The largest singular value of A(θ) has the derivative uᵀ(dA)v with fixed singular vectors u, v: to first
+order, the change of the vectors does not change the value (the envelope theorem; Yoshida and Miyato, "Spectral Norm
 Regularization for Improving the Generalizability of Deep Learning", 2017, use it for one matrix). So v comes from the
-solver, without a graph, and what is differentiated is ‖A(θ)v‖, whose derivative at fixed v is uᵀ(dA)v with
-u = Av/‖Av‖: a chain of products of matrices with one vector. No decomposition is in the graph, no product of matrices
-is formed forward or backward, and the gradient of every matrix is one outer product, of the size of the matrix.
+solver, without a graph, and the penalty differentiates ‖A(θ)v‖ at this v:
 
-*Several largest singular values.* Where σ₁ = σ₂ there is no derivative; what comes out is a subgradient, as any unit
-vector v of the singular space gives one. The same holds for experts of equal norm.
+    d‖Av‖ = uᵀ(dA)v   with   u = Av/‖Av‖
 
-*A norm behind a matrix* divides by ‖R‖_F / √d for what stands right of it (see
-:mod:`lightning_spectral.measuring.linearize`), and this is differentiated too, as ‖RP‖_F. P is the identity up to a
-width of 512, so that the norm is exact. Above, P holds the singular subspace V of the solver and 128 fixed random sign
-vectors projected off it, the estimator of :func:`~lightning_spectral.linalg.frobenius_norm`. It is good to about a per
-cent for the norm, but its gradient is much coarser: a fifth off for random weights of rank 64 and width 600.
+The graph is a chain of products of matrices with one vector. It contains no decomposition, and no product of matrices
+is formed, forward or backward. The gradient of each matrix is one outer product, of the size of the matrix.
+
+*Several largest singular values.* If σ₁ = σ₂, there is no derivative. The result is a subgradient: every unit vector v
+of the singular space gives one. The same holds for experts of equal norm.
+
+*A norm behind a matrix* divides the branch by ‖R‖_F / √d, where R is the product to its right (see
+:mod:`lightning_spectral.measuring.linearize`). This is differentiated too, as ‖RP‖_F. Up to a width of 512, P is the
+identity and the norm is exact. Above, P holds the singular subspace V of the solver and 128 fixed random sign vectors
+projected off V, the estimator of :func:`~lightning_spectral.linalg.frobenius_norm`. The norm then has an error of about
+1 %. The gradient is coarser: 20 % off for random weights of rank 64 and width 600.
 """
 
 from __future__ import annotations
@@ -50,21 +53,21 @@ from lightning_spectral.weights.scaled import with_scales
 
 __all__ = ["balance_penalty"]
 
-# As in measuring: the Frobenius norm behind a norm layer is exact up to this width, estimated by random signs above.
+# As in measuring: the Frobenius norm is exact up to this width, and estimated by this many random signs above.
 _EXACT_WIDTH, _PROBES = 512, 128
 _ZERO = "the branch is zero"
-# An error of the singular vector is an error of first order of the gradient, and of second order of the value: hence
-# tolerances far below those of measuring, and fewer columns to pay for them.
+# An error δ of the singular vector changes the value by O(δ²) but the gradient by O(δ). Hence tolerances far below the
+# tolerances of measuring, and fewer columns to keep the cost down.
 _SOLVER = RandomizedSVD(n_components=4, n_oversamples=4, tolerance=1e-6, warm_tolerance=1e-6)
 
 
-_Kind = tuple[Branch, ...]  # the branches of one kind in a block, which are added up
-_Terms = tuple[Path, ...]  # the paths that one operator adds up
+_Kind = tuple[Branch, ...]  # the branches of one kind in a block; their operators are added up
+_Terms = tuple[Path, ...]  # the paths whose sum is one operator
 
 
 @dataclass(slots=True, eq=False)
 class _Memory:
-    """What is kept of a model between calls, but no weight: ``solver`` made ``state`` for the operators ``paths``."""
+    """Memory of a model between calls, without weights: ``state`` is the warm start of ``solver`` for ``paths``."""
 
     found: tuple[ResidualBlock, ...] | None = None
     solver: SolverChoice = None
@@ -91,23 +94,23 @@ def balance_penalty(
         def training_step(self, batch, batch_idx):
             return self.loss(batch) + 0.1 * balance_penalty(self)
 
-    The penalty is the mean over the measurable blocks of hinge(ln ρ)², where ρ is the spectral ratio and hinge its
-    distance, in ln ρ, from the safe zone: exactly zero inside, with no gradient and no backward pass. It is a function
-    of the weights alone, so it need not be called in every step.
+    The penalty is the mean of hinge(ln ρ)² over the measurable blocks. ρ is the spectral ratio, and hinge is the
+    distance of ln ρ from the safe zone. Inside the zone the penalty is exactly 0, without gradient and without a
+    backward pass. It depends only on the weights, so it need not be called in every step.
 
-    Blocks are found in the first call, in evaluation mode and without leaving a trace in parameters, buffers, training
-    flags or random streams, so that the call may stand in a training step, under autocast or ``torch.no_grad``. They
-    and the singular vectors, from which the next call starts, are kept for as long as the model exists; other blocks,
-    another linearization or another solver begin anew. A copy of a model shares nothing with it, and a checkpoint holds
-    nothing: the first call after resuming starts cold and agrees with a warm one within the tolerance of the solver.
+    The first call finds the blocks, in evaluation mode. Parameters, buffers, training flags and random streams are
+    unchanged afterwards, so the call may stand in a training step, under autocast or ``torch.no_grad``. The blocks and
+    the singular vectors are kept as long as the model exists, and the next call starts from them. With other blocks,
+    another linearization or another solver, the start is cold. Copies of the model and checkpoints do not contain the
+    vectors: the first call after a resume starts cold, and agrees with a warm start within the tolerance of the solver.
 
     Args:
         model: Any module with residual blocks; in a LightningModule usually ``self``.
-        blocks: The blocks to balance; found in the model by default. Where modules or branches of the model are
-            replaced later, pass what :func:`find_blocks` finds then.
+        blocks: The blocks to balance; found in the model by default. If you replace modules or branches of the model
+            later, pass the blocks that :func:`find_blocks` finds then.
         safe_zone: The interval of ratios without a penalty.
-        linearization: ``"circuit"`` or ``"paper"``, as in :func:`measure`. Under ``"paper"`` the penalty can be evaded
-            without any change of the function (W_o times c, W_v over c); ``"circuit"`` does not see that.
+        linearization: ``"circuit"`` or ``"paper"``, as in :func:`measure`. The optimizer can lower a ``"paper"``
+            penalty without changing the function (W_o times c, W_v divided by c); ``"circuit"`` is invariant to this.
         solver: How singular vectors are computed, by default a :class:`RandomizedSVD` with tolerances of 1e-6. The
             gradients of float32 GPTs of width 176 and 512, trained by AdamW from random weights, whose spectra have no
             gap, were within 5e-4 of exact ones in the first steps, and within 1e-4 after 30.
@@ -115,13 +118,14 @@ def balance_penalty(
             or a dict of keyword arguments. Used in the first call only.
 
     Returns:
-        A scalar, at least 0, in float32 (float64 where the weights are float64), on the device of the weights. It can
-        be differentiated once.
+        A scalar of at least 0 on the device of the weights, in float32, or in float64 if the weights are float64. It
+        can be differentiated once.
 
     Raises:
         BlocksNotFoundError: The model has no residual block.
         ExampleInputError: The model could not be run on any example input.
-        ConfigurationError: An argument is invalid, or no block has a ratio, now; the message says why.
+        ConfigurationError: An argument is invalid, or no block has a ratio at the moment; the message gives the
+            reasons.
     """
     low, high = map(math.log, _checks.interval("safe_zone", safe_zone))
     _checks.choice("linearization", linearization, get_args(WeightLinearization))
@@ -135,7 +139,7 @@ def balance_penalty(
             model, with_scales(model, blocks), linearization, solver_named(solver, _SOLVER), memory
         )
         excesses = [torch.clamp(torch.maximum(low - value, value - high), min=0) for value in log_ratios]
-        # A block inside the zone has no gradient, so its graph is not worth a backward pass.
+        # A block inside the zone has no gradient. Leaving it out saves its backward pass.
         outside = [excess for excess in excesses if excess > 0]
         if not outside:
             return torch.zeros_like(excesses[0], requires_grad=torch.is_grad_enabled())
@@ -144,7 +148,7 @@ def balance_penalty(
 
 @contextmanager
 def _plain_arithmetic(model: nn.Module) -> Iterator[None]:
-    """No autocast, and no inference mode: singular vectors of a validation step serve in the next training step."""
+    """Without autocast and inference mode: the next training step may use singular vectors of a validation step."""
     graph = torch.is_grad_enabled()  # inference_mode(False) enables it
     with ExitStack() as stack, torch.inference_mode(False), torch.set_grad_enabled(graph):
         for kind in {parameter.device.type for parameter in model.parameters()} - {"meta"}:
@@ -159,7 +163,7 @@ def _log_ratios(
     solver: Solver,
     memory: _Memory,
 ) -> list[Tensor]:
-    """Return ln ρ of every measurable block, with a graph; raise if there is none."""
+    """Return ln ρ of every measurable block, with a graph. Raise an error if no block is measurable."""
     kinds = dict.fromkeys(kind for block in blocks for kind in (block.attention_branches, block.mlp_branches) if kind)
     built = {kind: _linearized(model, kind, linearization) for kind in kinds}
     items = [item for linearized in built.values() if not isinstance(linearized, str) for item in linearized]
@@ -187,7 +191,7 @@ def _log_ratios(
 def _linearized(
     model: nn.Module, kind: _Kind, linearization: WeightLinearization
 ) -> list[tuple[_Terms, Linearized]] | str:
-    """Return the operators of a kind, each the sum over its branches, or why there are none."""
+    """Return the operators of a kind, each the sum over its branches, or the reason for none."""
     reason = next((branch.reason for branch in kind if branch.reason is not None), None)
     if reason is not None or not all(branch.paths for branch in kind):
         return reason or "the branch has no factors"
@@ -201,7 +205,7 @@ def _linearized(
 def _log_norms(
     items: Sequence[tuple[_Terms, Linearized]], linearization: WeightLinearization, solver: Solver, memory: _Memory
 ) -> list[Tensor | str]:
-    """Return ln ‖A‖₂ of every operator with a graph, or why there is none; warm if they are the operators of before."""
+    """Return ln ‖A‖₂ of every operator with a graph, or the reason for none. Equal operators start warm."""
     operators = [item.operator for _, item in items]
     paths = tuple((linearization, terms) for terms, _ in items)
     with torch.no_grad():
@@ -215,7 +219,7 @@ def _log_norms(
 
 
 def _largest(norms: Sequence[Tensor | str]) -> Tensor | str:
-    """Return the largest norm of a kind (over the experts of a mixture), or why one is missing."""
+    """Return the largest norm of a kind (over the experts of a mixture), or the reason for a missing norm."""
     known = [norm for norm in norms if isinstance(norm, Tensor)]
     failed = [norm for norm in norms if isinstance(norm, str) and norm != _ZERO]
     if not all(norm.isfinite() for norm in known):
@@ -226,7 +230,7 @@ def _largest(norms: Sequence[Tensor | str]) -> Tensor | str:
 
 
 def _log_norm(item: Linearized, subspace: Tensor) -> Tensor:
-    """Return ln ‖A‖₂, divided as a norm behind a matrix divides it.
+    """Return ln ‖A‖₂ of a branch, with the division by a norm behind the matrix if there is one.
 
     Args:
         item: The operator.
@@ -242,14 +246,14 @@ def _log_norm(item: Linearized, subspace: Tensor) -> Tensor:
 
 
 def _log_length(X: Tensor) -> Tensor:
-    """Return ln of the Frobenius norm, also where the squares of the entries are out of range."""
+    """Return ln of the Frobenius norm, without overflow or underflow of the squares."""
     largest = X.detach().abs().amax()
     length: Tensor = torch.linalg.vector_norm(X / largest)
     return length.log() + largest.log()
 
 
 def _probes(operator: LinearOperator, V: Tensor) -> Tensor:
-    """Return P, ``(n, k)``, with E‖AP‖_F² = ‖A‖_F²; without any chance for narrow operators."""
+    """Return P, ``(n, k)``, with E‖AP‖_F² = ‖A‖_F². For narrow operators P is the identity."""
     n = operator.shape[1]
     if n <= _EXACT_WIDTH:
         return torch.eye(n, dtype=operator.dtype, device=operator.device)
@@ -273,11 +277,11 @@ def _with_graph(leaf: Leaf) -> Tensor:
 
 
 class _MatrixProduct(torch.autograd.Function):
-    """WX or WᵀX for a matrix that is read as it lies, in pieces if need be, forward and backward."""
+    """WX or WᵀX with W in its stored layout and dtype, in pieces if needed, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, X: Tensor, matrix: Matrix, transposed: bool) -> Tensor:
-        ctx.save_for_backward(weight, X)  # autograd then refuses a weight that has changed before the backward pass
+        ctx.save_for_backward(weight, X)  # autograd raises if the weight changes before the backward pass
         ctx.matrix, ctx.transposed = matrix, transposed
         return matrix.adjoint(X) if transposed else matrix.matmat(X)
 

@@ -1,4 +1,4 @@
-"""From a checkpoint file to a measurement: no model is loaded, and nothing in the file is executed."""
+"""From a checkpoint file to a measurement, without loading a model and without executing anything in the file."""
 
 from lightning_spectral.checkpoints.blockwise import audit
 from lightning_spectral.checkpoints.untrusted import printable

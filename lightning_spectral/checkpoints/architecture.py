@@ -1,7 +1,7 @@
-"""Structure from a ``config.json``: build the architecture as the installed transformers knows it, and look at it.
+"""Structure from a ``config.json``: build the architecture with the installed transformers, and find its blocks.
 
-That runs code of the library, never code that a file brings along or names. What has to be known of a model of any size
-is its blocks, which are names and layouts: they are found in a model that is the same but narrow.
+This runs code of the library, never code that a file contains or names. The result is the blocks of the model, which
+are names and layouts. Blocks do not depend on the widths, so for a large model they are found in a narrow copy.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ _DROPPED = {
     "transformers_weights",
     "use_pretrained_backbone",
 }
-# What makes a library build lists, or fill memory, before anybody can say stop; with room above what models have.
+# Counts of this kind make the library build lists before a limit can stop it. The limits are far above real models.
 _COUNT = re.compile(r"(^|_)(num|n)_(?!positions|ctx|vocab)|layers?$|depths?$|heads?$|experts?$|groups?$|labels?$")
 _MAX_COUNT, _MAX_SIZE = 2**17, 2**24
-_LABELS = {"id2label", "label2id"}  # maps with the user's words and numbers, not entries of a config
+_LABELS = {"id2label", "label2id"}  # maps with the user's labels as keys, not with entries of a config
 _SILENT = 100  # above every level of logging
-_SMALL = 8_000_000  # a model with fewer numbers is looked at as it is
-_NARROW_HEADS = (4, 8, 16, 32)  # sizes of a head to try, until two say the same
+_SMALL = 8_000_000  # a model with fewer weights is built at full width
+_NARROW_HEADS = (4, 8, 16, 32)  # sizes of a head to try, until two narrow models have the same blocks
 
 
 def from_config(
     checkpoint: Checkpoint, entries: dict[str, Any], path: Path
 ) -> tuple[tuple[ResidualBlock, ...], Source]:
-    """Return the blocks of the architecture that a config describes, and where the checkpoint keeps their weights.
+    """Return the blocks of the architecture in a config, and the source of their weights in the checkpoint.
 
     Args:
         checkpoint: The checkpoint.
         entries: The entries of ``config.json``.
-        path: Where they come from, for messages.
+        path: The file of the entries, for messages.
 
     Raises:
         CheckpointError: transformers does not know the architecture, or the checkpoint holds another one.
@@ -78,7 +78,7 @@ def from_config(
             raise CheckpointError(
                 f"{printable(path)}: no blocks were found in a {make.name}: {printable(error, 300)}"
             ) from None
-        except Exception as error:  # whatever a library says to a config that makes no sense
+        except Exception as error:  # a senseless config makes the library raise anything
             raise CheckpointError(
                 f"{printable(path)}: transformers cannot build this model: {type(error).__name__}: "
                 f"{printable(error, 300)}"
@@ -118,7 +118,7 @@ class _Architecture:
         self.head_size = _head_size(config)
 
     def model(self, changes: Mapping[str, Any], device: str) -> Any:
-        """Build the model, in evaluation mode; with ``changes`` instead of some entries of the config."""
+        """Build the model in evaluation mode. ``changes`` replace entries of the config."""
         config = self.config_class.from_dict(_cleaned(deepcopy(self.entries | dict(changes))))
         with _limited(*self.limits), torch.device(device), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -126,7 +126,7 @@ class _Architecture:
 
 
 def _cleaned(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries that describe an architecture. Numbers as keys are those of layers and the like."""
+    """Return the entries that describe the architecture. Keys may be numbers, for example of layers."""
     kept = {key: value for key, value in entries.items() if not str(key).startswith("_") and key not in _DROPPED}
     return {key: value if key in _LABELS else _decoded(value) for key, value in kept.items()}
 
@@ -142,14 +142,14 @@ def _refuse_immense(entries: Mapping[str, Any]) -> None:
 
 
 def _decoded(value: Any) -> Any:
-    """Turn what the library writes for infinity, which JSON does not have, into a number."""
+    """Decode the library's notation for infinity, which JSON does not have, into a number."""
     if isinstance(value, dict):
         return float(value["__float__"]) if set(value) == {"__float__"} else _cleaned(value)
     return [_decoded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _head_size(config: Any) -> int | None:
-    """Return the channels of one head, by the names that configs have for it."""
+    """Return the number of channels of one head. Configs have several names for it."""
     config = getattr(config, "text_config", None) or config
     size = _first(config, "head_dim", "v_head_dim", "d_kv", "attention_head_dim")
     if size is not None:
@@ -173,7 +173,7 @@ def _first(config: Any, *names: str) -> int | None:
 
 
 def _model_class(transformers: Any, names: Any, config_class: type) -> Any:
-    """Return the class that a config names, if it is one of the library for such configs; else the one without head."""
+    """Return the class that a config names, if it is one of the library for this config; else the one without head."""
     name = names[0] if isinstance(names, list) and names else None
     found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
@@ -188,7 +188,7 @@ def _model_class(transformers: Any, names: Any, config_class: type) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Remarks of the library repeat what stands in the file."""
+    """Silence the library: its messages only repeat the file."""
     try:
         from transformers.utils import logging
     except ModuleNotFoundError:
@@ -206,7 +206,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Narrow models are so small that a second thread only waits for the first."""
+    """Run torch in one thread, which is faster for narrow models."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -217,7 +217,7 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _limited(most_weights: int, most_numbers: int) -> Iterator[None]:
-    """Stop a model from being built that is larger than the file: a config may announce anything."""
+    """Stop the construction of a model that is larger than the file. A config may announce any size."""
     total = numbers = 0
 
     def check(module: nn.Module, name: str, parameter: Any) -> None:
@@ -237,7 +237,7 @@ def _limited(most_weights: int, most_numbers: int) -> Iterator[None]:
 
 
 def _blocks(make: _Architecture, model: Any) -> tuple[ResidualBlock, ...]:
-    """Find the blocks in the model itself if it is small, and in two narrow ones that have to agree if it is not."""
+    """Find the blocks in the model itself if it is small; else in two narrow models, which have to agree."""
     wide = _shapes(model)
     if _numbers(wide) <= _SMALL:
         return find_blocks(make.model({}, "cpu"))
@@ -248,12 +248,12 @@ def _blocks(make: _Architecture, model: Any) -> tuple[ResidualBlock, ...]:
             continue
         divisor = make.head_size // size
         try:
-            # Grouped products want rows of a multiple of 16 bytes.
+            # Grouped matrix products need rows of a multiple of 16 bytes.
             narrow = make.model(narrower(make.entries, divisor, inner=2 * size), "cpu")
             blocks, shapes = find_blocks(narrow), _shapes(narrow)
-            del narrow  # two at once are too many where a mixture has hundreds of experts in each layer
+            del narrow  # frees memory before the next one: a mixture may have hundreds of experts per layer
             found.append(tuple(rescaled(block, shapes, wide, divisor) for block in blocks))
-        except Exception as error:  # a config whose widths depend on each other in another way
+        except Exception as error:  # the widths of this config depend on each other in an unknown way
             problem = error
         if len(found) > 1 and found[-1] == found[-2]:
             return found[-1]
@@ -274,7 +274,7 @@ def _numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _with_aliases(source: Source, model: nn.Module) -> Source:
-    """Add the other names of weights that a model uses in several places and a file holds once."""
+    """Add all names of tied weights, which a file may hold under one name."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

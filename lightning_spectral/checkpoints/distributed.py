@@ -1,4 +1,4 @@
-"""Open a folder of ``torch.distributed.checkpoint``, which is what strategies that shard a model write."""
+"""Open a folder of ``torch.distributed.checkpoint``, the format of strategies that shard a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_spectral.checkpoints.untrusted import MAX_PICKLE, damage, is_plai
 __all__ = ["Distributed", "open_distributed"]
 
 METADATA = ".metadata"
-"""The file that says which part of which tensor lies where."""
+"""Name of the index: the file that lists which part of which tensor is in which file."""
 
 _EXPECTED = "the index of a distributed checkpoint"
 _RECORDS, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
@@ -41,7 +41,7 @@ _MAX_DIMENSIONS, _MAX_CHUNKS, _MAX_SIZE = 8, 2**14, 2**48
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """A box of a tensor, and the bytes that hold it."""
+    """A box of a tensor, and the position of its bytes."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -64,10 +64,10 @@ class Distributed:
     """The tensors of a folder.
 
     Attributes:
-        shapes: Shape of every tensor, by the keys that lead to it, joined by dots.
-        read: Reads one of them.
-        dicts: What the names in each dict begin with; see :func:`~lightning_spectral.checkpoints.state_dicts.roots`.
-        whole: What all of them begin with.
+        shapes: Shape of every tensor. The name of a tensor is the path of keys that leads to it, joined by dots.
+        read: Reads one tensor by name.
+        dicts: Prefix of the names in each dict; see :func:`~lightning_spectral.checkpoints.state_dicts.roots`.
+        whole: Prefix that all names share.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -77,16 +77,17 @@ class Distributed:
 
 
 def open_distributed(folder: Path) -> Distributed:
-    """Return the tensors in a folder. What is no tensor, or belongs to an optimizer, is left out.
+    """Return the tensors in a folder, without the states of optimizers.
 
-    The index is a pickle, which is read without being unpickled. A tensor is put together from its chunks, each of
-    which is what ``torch.save`` wrote, so that reading one takes its own memory and that of its largest chunk.
+    The index is a pickle, which is read without unpickling (:mod:`lightning_spectral.checkpoints.inert`). Each tensor
+    is assembled from its chunks, and each chunk is a file of ``torch.save`` inside of a larger file. So reading a
+    tensor takes its own memory plus the memory of its largest chunk.
 
     Args:
         folder: The folder.
 
     Raises:
-        CheckpointError: The index is damaged, or does not fit the files.
+        CheckpointError: The index is damaged, or does not match the files.
     """
     path = folder / METADATA
     with damage(path, _EXPECTED):
@@ -107,7 +108,7 @@ def open_distributed(folder: Path) -> Distributed:
 
 
 def _tensors(index: Any, folder: Path) -> Iterator[tuple[str, _Stored]]:
-    """Return every tensor that the index describes, if the files can have it."""
+    """Yield every tensor that the index describes, after checks against the sizes of the files."""
     places: dict[Any, Any] = {}
     for key, info in _entry(index, "Metadata", "storage_data", dict).items():
         offsets = _state(key, "MetadataIndex").get("offset")
@@ -120,7 +121,7 @@ def _tensors(index: Any, folder: Path) -> Iterator[tuple[str, _Stored]]:
         dtype, shape, boxes = _described(described)
         if not isinstance(name, str) or math.prod(shape) * dtype.itemsize > total:
             raise ValueError(f"{printable(name)} is larger than all files together, or no name")
-        filled = [box for box in boxes if math.prod(box[1])]  # of more processes than rows, some have none
+        filled = [box for box in boxes if math.prod(box[1])]  # with more processes than rows, some chunks are empty
         chunks = (_Chunk(first, sizes, *_place(places.get((name, first)), files)) for first, sizes in filled)
         yield name, _Stored(dtype, shape, tuple(chunks))
 
@@ -174,7 +175,7 @@ def _paths(index: Any, stored: Collection[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _read(folder: Path, name: str, tensor: _Stored) -> Tensor:
-    """Put a tensor together."""
+    """Assemble a tensor from its chunks."""
     if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.shape) or _overlap(tensor.chunks):
         raise ValueError(f"the chunks of {printable(name)} overlap, or some are missing")
     if len(tensor.chunks) == 1:
@@ -199,7 +200,7 @@ def _read_chunk(folder: Path, dtype: torch.dtype, chunk: _Chunk) -> Tensor:
 
 
 def _overlap(chunks: Sequence[_Chunk]) -> bool:
-    """Whether two boxes have an entry in common."""
+    """Whether two boxes overlap: their intervals overlap in every dimension."""
     first = torch.tensor([chunk.offsets for chunk in chunks], device="cpu")
     last = first + torch.tensor([chunk.sizes for chunk in chunks], device="cpu")
     pairs = ((first[i] < last[i + 1 :]) & (first[i + 1 :] < last[i]) for i in range(len(chunks) - 1))
@@ -211,7 +212,7 @@ def _is(thing: Any, kind: str) -> bool:
 
 
 def _state(thing: Any, kind: str) -> dict[Any, Any]:
-    """Return what a data class would be filled with."""
+    """Return the fields of a data class in the index."""
     if not _is(thing, kind) or not isinstance(thing.state, dict):
         raise TypeError(f"expected a {kind}")
     state: dict[Any, Any] = thing.state

@@ -1,4 +1,4 @@
-"""Open a checkpoint that nobody trusts: names, shapes and, one at a time, tensors. Nothing in it is ever executed."""
+"""Open a checkpoint that nobody trusts: names, shapes and, one at a time, tensors. Nothing in it is executed."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from lightning_spectral.records.plain import FORMAT
 
 __all__ = ["Checkpoint", "open_checkpoint", "plain_name"]
 
-# No real file comes near these, and what lies beyond costs memory before it can be refused.
+# Limits far above every real file. A larger header would take memory before it could be refused.
 _MAX_HEADER, _MAX_NAME = 2**26, 512
 
-# What wrappers put into the names of the modules that they wrap.
+# Names that wrappers insert into the paths of the modules that they wrap.
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_REST = "meta.pt"  # of a distributed checkpoint of Lightning
+_REST = "meta.pt"  # the file of a distributed Lightning checkpoint with everything but tensors
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """The tensors of a checkpoint, by name; a tensor is read when it is asked for.
+    """The tensors of a checkpoint, by name. A tensor is read only when it is asked for.
 
     Attributes:
-        path: What the user named.
-        folder: Where ``config.json`` would lie.
+        path: The path that the user named.
+        folder: The folder in which ``config.json`` would be.
         shapes: Shape of every tensor.
-        read: Returns a tensor. Its memory belongs to the file wherever the format allows it.
-        copied: Whether the format does not allow it.
-        dicts: What the names in each state dict of the file begin with, the last dot included.
-        step: Optimizer step at which it was written, 0 where the file does not say.
-        blocks: What a monitor of this package has left in the checkpoint, as it is; ``None`` where there was none.
-        config: The entries of a config, where the file has them itself.
-        notes: What a reader of the numbers should know of the file.
+        read: Returns a tensor by name. Its memory is mapped from the file if the format allows it.
+        copied: Whether the memory of a tensor is a copy, because the format does not allow mapping.
+        dicts: Prefix of the names in each state dict of the file, the last dot included.
+        step: Optimizer step of the checkpoint, 0 if the file does not have it.
+        blocks: The unchecked blocks that a monitor of this package wrote into the checkpoint; ``None`` without them.
+        config: Entries of a config, if the file itself has them.
+        notes: Notes on the file for a reader of the numbers.
     """
 
     path: Path
@@ -64,10 +64,10 @@ class Checkpoint:
 
 
 def plain_name(path: str) -> str:
-    """Return the path of a module or a weight without what wrappers put into it.
+    """Return the path of a module or weight without the names that wrappers insert.
 
     Args:
-        path: The path, which may be that of the wrapper itself.
+        path: The path of a module, a weight or a wrapper.
     """
     return _WRAPPERS.sub("", f"{path}.").removesuffix(".")
 
@@ -78,12 +78,12 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
     Args:
         path: A ``.safetensors`` file, a file of ``torch.save`` (a state dict, or dicts with state dicts in them), a
             GGUF file, an index of shards, or a folder: of Hugging Face, or of ``torch.distributed.checkpoint``.
-        key: What the names of the wanted weights begin with, where there are several models: keys that lead to a state
-            dict, or the name of a module, joined by dots.
+        key: Prefix of the names of the wanted weights, for a file with several models: keys that lead to a state dict,
+            or the name of a module, joined by dots.
 
     Raises:
-        CheckpointError: There is no such file, it is damaged, its format is not one of these, or it is not clear which
-            file of a folder is meant.
+        CheckpointError: There is no such file, the file is damaged, its format is not supported, or a folder has
+            several candidates.
     """
     named, path = path, Path(path)
     with damage(path, "a path"):
@@ -102,7 +102,7 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Opened:
-    """What files hold; see :class:`Checkpoint`. ``whole`` is what all names of the model begin with."""
+    """The content of files; see :class:`Checkpoint`. ``whole`` is the prefix of all names of the model."""
 
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
@@ -116,7 +116,7 @@ class _Opened:
 
 
 def _named(path: Path, folder: Path, found: _Opened, key: str | None) -> Checkpoint:
-    """Leave out what wrappers add to names, names that belong to no module, and what was not asked for."""
+    """Remove prefixes and names of wrappers, and drop names outside of the key and names that no module can have."""
     begin = found.whole if key is None else _beginning(path, found, key)
     stored: dict[str, list[str]] = defaultdict(list)
     for name in found.shapes:
@@ -141,7 +141,7 @@ def _named(path: Path, folder: Path, found: _Opened, key: str | None) -> Checkpo
 
 
 def _beginning(path: Path, found: _Opened, key: str) -> str:
-    """Return what names begin with that a key means, with or without what all names of the model begin with."""
+    """Return the prefix of the names that a key selects. The key may leave out the prefix of the whole model."""
     for begin in (f"{found.whole}{key}.", f"{key}."):
         if any(name.startswith(begin) for name in found.shapes):
             return begin
@@ -153,7 +153,7 @@ def _beginning(path: Path, found: _Opened, key: str) -> str:
 
 
 def _only(path: Path, name: str, held: Sequence[str], found: _Opened) -> str:
-    """Return the one name under which a weight is held; several are one if they hold the same numbers."""
+    """Return the stored name of a weight. Several names are accepted if they hold the same numbers."""
     first, *others = held
     for other in others:
         if found.shapes[first] != found.shapes[other] or not torch.equal(found.read(first), found.read(other)):
@@ -165,7 +165,7 @@ def _only(path: Path, name: str, held: Sequence[str], found: _Opened) -> str:
 
 
 def _open_shards(index: Path) -> _Opened:
-    """Open the files that an index names, and take all that is in them, as transformers does."""
+    """Open all files that an index names. All of their tensors count, as in transformers."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         raise CheckpointError(f"{printable(index)}: expected an object 'weight_map' from tensor names to file names")
@@ -179,8 +179,8 @@ def _open_shards(index: Path) -> _Opened:
     if missing:
         raise CheckpointError(
             f"{printable(index)}: {len(missing)} of its {len(names)} files are not there, {printable(missing[0], 80)}: "
-            "no such file, expected all of them beside the index (is it that of an older model, or is a download "
-            "incomplete?)"
+            "no such file, expected all of them beside the index (is the index from an older model, or a "
+            "download incomplete?)"
         )
     shards = {name: _open_file(index.parent / name) for name in names}
     absent = [key for key, name in weight_map.items() if key not in shards[name].shapes]
@@ -271,7 +271,7 @@ def _open_distributed(folder: Path) -> _Opened:
     found = open_distributed(folder)
     step, blocks, rest = 0, None, folder / _REST
     if rest.is_file():
-        expected = "what Lightning writes beside the shards"
+        expected = "the file that Lightning writes beside the shards"
         with damage(rest, expected):
             refuse_bomb(rest)
             step, blocks = _facts(load_plain(rest, expected, mapped=False))
@@ -279,7 +279,7 @@ def _open_distributed(folder: Path) -> _Opened:
 
 
 def _facts(loaded: Mapping[Any, Any]) -> tuple[int, Any]:
-    """Return what a Lightning checkpoint says besides its tensors: its step, and the blocks that a monitor left."""
+    """Return the step of a Lightning checkpoint, and the blocks that a monitor wrote into it."""
     step, callbacks = loaded.get("global_step", 0), loaded.get("callbacks")
     states = callbacks.values() if isinstance(callbacks, Mapping) else ()
     kept = (state.get("blocks") for state in states if isinstance(state, Mapping))

@@ -1,4 +1,4 @@
-"""Which file of a folder is meant: the one that transformers would load, or an error that names all of them."""
+"""Choose the file of weights in a folder: the one that transformers would load, or an error with the choices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["INDEX", "weights_in"]
 INDEX = ".index.json"
 _ADAPTERS = "adapter_config.json"
 _CONFIG = "config.json"
-# In the order of transformers; its variants (model.fp16.safetensors) are loaded only by name.
+# In the order in which transformers looks for them. Variants (model.fp16.safetensors) are loaded only by name.
 _ORDER = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
 _CUT = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.\w+)")
@@ -29,13 +29,13 @@ _SHOWN, _DEEPEST, _MOST = 5, 3, 2000
 
 
 def weights_in(folder: Path) -> Path:
-    """Return the file, the index or the folder of shards that holds the weights of a model folder.
+    """Return the file or the index of the weights in a model folder.
 
     Args:
         folder: The folder.
 
     Raises:
-        CheckpointError: It has none, or several and nothing says which of them is meant.
+        CheckpointError: The folder has no weights, or several files of weights without a rule to choose one.
     """
     names = {item.name for item in folder.iterdir()}
     _refuse_adapters(folder, names)
@@ -53,7 +53,7 @@ def weights_in(folder: Path) -> Path:
 
 
 def _refuse_adapters(folder: Path, names: set[str]) -> None:
-    """Refuse weights that are added to others on loading: neither alone is what the model computes with."""
+    """Refuse a folder with adapters: the model computes with base weights and adapters together."""
     if _ADAPTERS not in names:
         return
     beside = next((name for name in _ORDER if name in names), None)
@@ -70,7 +70,7 @@ def _refuse_adapters(folder: Path, names: set[str]) -> None:
 
 
 def _explicit(folder: Path) -> Path | None:
-    """Return the file that ``transformers_weights`` names in the config."""
+    """Return the file that the entry ``transformers_weights`` of the config names, if there is one."""
     path = folder / _CONFIG
     named = read_json(path).get("transformers_weights") if path.is_file() else None
     if named is None:
@@ -88,7 +88,7 @@ def _explicit(folder: Path) -> Path | None:
 
 
 def _single(folder: Path, names: set[str]) -> Path:
-    """Return the one file of weights of a folder whose names transformers does not know."""
+    """Return the only safetensors file of a folder without a file name that transformers knows."""
     if any(_CUT.fullmatch(name) for name in names):
         raise CheckpointError(
             f"{printable(folder)}: each shard-*.safetensors holds a part of every tensor: put them together first, "
@@ -102,7 +102,7 @@ def _single(folder: Path, names: set[str]) -> Path:
 
 
 def _nothing(folder: Path, names: set[str]) -> str:
-    """Return why a folder has no weights that are meant, and what to name instead."""
+    """Return why no file of a folder can be chosen, and what to name instead."""
     if "zero_to_fp32.py" in names or any(_ZERO.match(name) for name in names):
         return _of_deepspeed(folder)
     if "latest_checkpointed_iteration.txt" in names or any(name.startswith("mp_rank_") for name in names):
@@ -150,7 +150,7 @@ def _of_deepspeed(folder: Path) -> str:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Yield what could be meant in the folders below, such as ``checkpoint-500`` and ``checkpoints/last.ckpt``."""
+    """Yield candidates in the folders below, such as ``checkpoint-500`` and ``checkpoints/last.ckpt``."""
     seen = 0
     for place, folders, files in os.walk(folder):
         here = Path(place)

@@ -1,4 +1,4 @@
-"""Formats that are not read: how a file of each begins, and the way from it to one that is read."""
+"""Formats that are recognized but not read. Each has a message on how to convert it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_spectral.errors import CheckpointError
 __all__ = ["HEAD", "refuse_foreign", "refuse_no_path"]
 
 HEAD = 265
-"""Bytes from the beginning of a file that tell its format: those of a tar archive come last."""
+"""Number of bytes at the beginning of a file that tell its format. The mark of a tar archive is the last one."""
 
 _STATE_DICT = (
     "load it with its own library, and save the state dict: safetensors.torch.save_file(model.state_dict(), ...)"
@@ -45,7 +45,7 @@ _SUFFIX = {
     ".py": ("a Python file", "audit the checkpoint that it loads or writes"),
     ".yaml": ("a YAML file", "audit the checkpoint that belongs to it"),
 }
-# What stands in a zip archive, by the first pattern that fits all names, or one of them.
+# (all or any of the names in a zip archive match, pattern, kind, way to a readable format)
 _ARCHIVES: tuple[tuple[Callable[..., bool], str, str, str], ...] = (
     (
         any,
@@ -73,18 +73,18 @@ _HUB = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def refuse_foreign(path: Path, start: bytes) -> None:
-    """Refuse a file of a format that is known and not read.
+    """Refuse a file of a format that is recognized but not read.
 
     Args:
         path: The file.
-        start: Its first :data:`HEAD` bytes.
+        start: The first :data:`HEAD` bytes of the file.
 
     Raises:
-        CheckpointError: It is of such a format; the message names it, and what to do.
+        CheckpointError: The file has such a format. The message names the format and says what to do.
     """
     found = next(((kind, way) for at, magic, kind, way in _MAGIC if start[at : at + len(magic)] == magic), None)
     found = found or _SUFFIX.get(path.suffix.lower())
-    # The first two entries of the protocol buffer: the version of the format, and who wrote it.
+    # An ONNX file begins with two entries of a protocol buffer: the version of the format, and the producer.
     if found is None and start[:1] == b"\x08" and start[2:3] in (b"\x12", b":"):
         found = _SUFFIX[".onnx"]
     if found is None and start.startswith((b"{", b"[")):
@@ -109,13 +109,13 @@ def _archive(path: Path) -> tuple[str, str] | None:
 
 
 def refuse_no_path(named: str | Path) -> None:
-    """Refuse the name of something that is no file.
+    """Refuse a name to which there is no file.
 
     Args:
-        named: The name, where there is no such file.
+        named: The name.
 
     Raises:
-        CheckpointError: Always; the message says what to do.
+        CheckpointError: Always. The message says what to do.
     """
     text, path = str(named), Path(named)
     if path.is_symlink():

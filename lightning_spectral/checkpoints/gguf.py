@@ -1,6 +1,6 @@
-"""Open a GGUF file, as llama.cpp writes it: its weights under the names of transformers, dequantized one at a time.
+"""Open a GGUF file of llama.cpp: its weights under the names of transformers, dequantized one at a time.
 
-llama.cpp reorders the rows of queries and keys, which no branch reads, and nothing else.
+llama.cpp reorders only the rows of queries and keys. No branch contains queries or keys, so the order does not matter.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _AROUND = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "out
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """An architecture: its class in transformers, its names in a layer, and what is added to a gain on storing it."""
+    """An architecture: its class in transformers, its names in a layer, and the offset that llama.cpp adds to gains."""
 
     model_type: str
     architecture: str
@@ -94,13 +94,13 @@ _ENTRIES = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gguf:
-    """What a GGUF file holds.
+    """The content of a GGUF file.
 
     Attributes:
-        shapes: Shape of every tensor, by the name that it has in transformers.
-        read: Reads one of them.
-        config: The entries that a ``config.json`` would have.
-        notes: From what the weights are dequantized.
+        shapes: Shape of every tensor, by its name in transformers.
+        read: Reads one tensor by name.
+        config: Entries of a ``config.json`` for the model.
+        notes: A note on the quantization of the weights, if any.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -116,7 +116,7 @@ def open_gguf(path: Path) -> Gguf:
         path: The file.
 
     Raises:
-        CheckpointError: It is damaged, or its architecture or its quantization are not known.
+        CheckpointError: The file is damaged, or its architecture or quantization is unknown.
     """
     with damage(path, _EXPECTED):
         with path.open("rb") as file:
@@ -164,7 +164,7 @@ def _kind(path: Path, kind: int) -> str:
 def _readers(
     content: mmap.mmap, stored: list[Stored], family: _Family
 ) -> Iterator[tuple[str, tuple[tuple[int, ...], Callable[[], Tensor]]]]:
-    """Yield the name of every weight in transformers, with its shape and what reads it: experts one by one."""
+    """Yield name in transformers, shape and reader of every weight. Stacked experts are yielded one by one."""
     for item in stored:
         name, whole = _renamed(item.name, family.names), _bytes(item)
         if item.start + whole > len(content):
@@ -204,7 +204,7 @@ def _read(content: mmap.mmap, item: Stored, offset: float = 0.0) -> Tensor:
 
 
 def _bytes(item: Stored) -> int:
-    """Return the bytes of a tensor."""
+    """Return the size of a tensor in bytes."""
     numbers = math.prod(item.shape)
     if item.kind in _PLAIN:
         return numbers * _PLAIN[item.kind].itemsize
@@ -219,7 +219,7 @@ def _bytes(item: Stored) -> int:
 def _config(
     facts: Mapping[str, Any], architecture: str, family: _Family, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """Return the entries of a config, as far as a branch depends on them."""
+    """Return the entries of a config that branches depend on."""
     found = {name: facts.get(f"{architecture}.{key}") for name, key in _ENTRIES.items()}
     entries = {name: value for name, value in found.items() if value is not None}
     for name, value in entries.items():

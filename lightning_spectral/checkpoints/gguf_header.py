@@ -1,4 +1,4 @@
-"""The header of a GGUF file, from files that nobody trusts: what it announces must have room in the file."""
+"""The header of a GGUF file that nobody trusts. Every announced size is checked against the size of the file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["MAGIC", "Stored", "read_header"]
 
 MAGIC = b"GGUF"
 _VERSIONS, _MAX_DIMENSIONS, _MAX_COUNT = (2, 3), 4, 2**24
-# Types of metadata, as the format numbers them.
+# Number of a type of metadata in the format -> code of the type in `struct`.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
 
@@ -23,10 +23,10 @@ class Stored:
     """A tensor in the file.
 
     Attributes:
-        name: Its name.
-        shape: Its shape.
-        kind: Its type, as the format numbers it.
-        start: The byte that it begins at.
+        name: Name of the tensor.
+        shape: Shape of the tensor.
+        kind: Number of its type in the format.
+        start: Position of its first byte in the file.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Stored:
 
 @dataclass(slots=True)
 class _Cursor:
-    """A place in the header."""
+    """A position in the header."""
 
     content: mmap.mmap
     at: int
@@ -71,13 +71,13 @@ class _Cursor:
 
 
 def read_header(content: mmap.mmap) -> tuple[dict[str, Any], list[Stored]]:
-    """Return the metadata of a file, and where its tensors are.
+    """Return the metadata of a file, and the positions of its tensors.
 
     Args:
         content: The file.
 
     Raises:
-        ValueError: It is no such file, or announces what it cannot have.
+        ValueError: The version is not supported, or the file announces more than it holds.
     """
     cursor = _Cursor(content, len(MAGIC))
     version = cursor.number("I")
@@ -93,7 +93,7 @@ def read_header(content: mmap.mmap) -> tuple[dict[str, Any], list[Stored]]:
         name, dimensions = cursor.text(), cursor.number("I")
         if dimensions > _MAX_DIMENSIONS:
             raise ValueError(f"{printable(name, 60)} has {dimensions} dimensions")
-        shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]  # the format counts from the last one
+        shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]  # the format lists the last dimension first
         found.append(Stored(name, shape, cursor.number("I"), cursor.number("Q")))
     unit = facts.get("general.alignment", 32)
     begin = -(-cursor.at // unit) * unit

@@ -1,4 +1,9 @@
-"""Read a pickle without unpickling it: what it would build stays a name with plain values, and nothing is called."""
+"""Read a pickle without unpickling it: nothing is imported and nothing is called.
+
+A pickle is a program for a stack machine. The dangerous instructions import a name (STACK_GLOBAL, GLOBAL), call it
+(REDUCE, NEWOBJ) or fill an object (BUILD). Here each of them makes or fills an :class:`Inert`, a record of the name,
+the arguments and the state. All names have to be on a list, and every unknown instruction is refused.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +26,12 @@ _WITHOUT_EFFECT = {"PROTO", "FRAME", "STOP"}
 
 @dataclass(slots=True, eq=False)
 class Inert:
-    """What a pickle says of a class, a function, or something that they would make.
+    """A class, function or object in a pickle, as a record.
 
     Attributes:
-        name: Qualified name of the class or the function.
-        arguments: What it would be called with, ``None`` where it is only named.
-        state: What the object that it makes would be filled with.
+        name: Qualified name of the class or function.
+        arguments: Arguments of the call, ``None`` for a name that is not called.
+        state: State of the object that the call would make.
     """
 
     name: str
@@ -35,16 +40,16 @@ class Inert:
 
 
 def read_pickle(content: bytes, names: Collection[str]) -> Any:
-    """Return what a pickle holds, with an :class:`Inert` for whatever is no plain value.
+    """Return the content of a pickle, with an :class:`Inert` for everything that is no plain value.
 
-    The instructions are those that ``pickle.dump`` writes for plain values and data classes (protocols 2 to 5).
+    Known instructions are the ones that ``pickle.dump`` writes for plain values and data classes (protocols 2 to 5).
 
     Args:
         content: The pickle.
-        names: Qualified names that may occur in it.
+        names: Qualified names that may occur in the pickle.
 
     Raises:
-        ValueError: It is damaged, names something else, or has instructions that no such pickle has.
+        ValueError: The pickle is damaged, contains another name, or contains an unknown instruction.
     """
     machine = _Machine(names)
     for opcode, argument, _ in pickletools.genops(content):
@@ -55,7 +60,7 @@ def read_pickle(content: bytes, names: Collection[str]) -> Any:
 
 
 class _Machine:
-    """The stack machine that a pickle is a program for, without the instructions that do anything."""
+    """The stack machine of the pickle format, without instructions that run code."""
 
     def __init__(self, names: Collection[str]) -> None:
         self.names = names
@@ -94,7 +99,7 @@ class _Machine:
     def _top(self, kind: type) -> Any:
         (value,) = self._popped(1)
         if not isinstance(value, kind):
-            raise ValueError(f"the pickle fills a {type(value).__name__} as if it were another thing")
+            raise ValueError(f"the pickle fills a {type(value).__name__} as if it were a {kind.__name__}")
         self.stack.append(value)
         return value
 
@@ -120,7 +125,7 @@ class _Machine:
 
     def _fill(self, items: list[Any]) -> None:
         keys = items[::2]
-        # To hash a tuple of tuples of tuples can take for ever; a thing that is inert is hashed by its identity.
+        # No tuples: hashing deeply nested shared tuples takes exponential time. An Inert is hashed by identity.
         if len(items) % 2 or not all(isinstance(key, str | int | Inert) for key in keys):
             raise ValueError("the pickle has a dict with a key that is neither text nor a number nor an object")
         self._top(dict).update(zip(keys, items[1::2], strict=True))
@@ -128,7 +133,7 @@ class _Machine:
     def stack_global(self, _: Any) -> None:
         parts = self._popped(2)
         if not all(isinstance(part, str) for part in parts):
-            raise ValueError("the pickle names what is no name")
+            raise ValueError("the pickle imports a name that is not text")
         self._name(".".join(parts))
 
     def name_in_line(self, argument: str) -> None:
@@ -142,7 +147,7 @@ class _Machine:
     def call(self, _: Any) -> None:
         made, arguments = self._popped(2)
         if not isinstance(made, Inert) or made.arguments is not None or not isinstance(arguments, tuple):
-            raise ValueError("the pickle calls what is no class")
+            raise ValueError("the pickle calls something other than a class or function")
         self.stack.append(Inert(made.name, arguments))
 
     def build(self, _: Any) -> None:

@@ -1,4 +1,4 @@
-"""Files that hold a part of a model: of its tensors, or of every matrix. A part is never measured as the model."""
+"""Refuse files with only a part of a model (some of its tensors, or a slice of every matrix)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_spectral.errors import CheckpointError
 __all__ = ["refuse_part"]
 
 _SHARD = re.compile(r"(.+?)[-_.](\d{3,6})-of-(\d{3,6})((?:\.\w+)+)")
-# Numbers that nothing else than a process of model parallelism has, and numbers that a setting may have, too.
+# _PROCESS, _STAGE: numbers that only parts of model parallelism have. _MAYBE: numbers that a setting may have too.
 _PROCESS = re.compile(r"(?:consolidated[._-]|(?<![a-z])[mtp]p_rank_|model_part-|layer_(?=\d+-model))(\d+)")
 _STAGE = re.compile(r"mp_rank_\d+_(\d+)")
 _MAYBE = re.compile(r"(?<![a-z])(?:rank|part|shard|tp|mp)[._-]?(\d+)")
@@ -20,13 +20,13 @@ _ZERO = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt|.*_optim_stat
 
 
 def refuse_part(path: Path) -> None:
-    """Refuse a file that holds a part of a model, which its name and its neighbours say.
+    """Refuse a file that holds a part of a model, judging by its name and the names beside it.
 
     Args:
         path: The file.
 
     Raises:
-        CheckpointError: It is one of several; the message names the others, and what to do.
+        CheckpointError: The file is one of several. The message names the others and says what to do.
     """
     shard = _SHARD.fullmatch(path.name)
     if shard is not None and int(shard[3]) > 1:
@@ -36,8 +36,8 @@ def refuse_part(path: Path) -> None:
         )
     if _ZERO.fullmatch(path.name):
         raise CheckpointError(
-            f"{printable(path)}: it holds a part of every tensor, as DeepSpeed writes them: put them together first, "
-            "python zero_to_fp32.py FOLDER WHOLE, and audit what that writes"
+            f"{printable(path)}: it holds a part of every tensor, as DeepSpeed writes them: put the parts together "
+            "first, python zero_to_fp32.py FOLDER WHOLE, and audit what that writes"
         )
     for place in (path, path.parent):
         beside = next(_others(place), None)
@@ -60,7 +60,7 @@ def _way_to_all(path: Path, name: str) -> str:
 
 
 def _others(path: Path) -> Iterator[list[str]]:
-    """Yield the other files with a number at the same place, for every number in a name that counts parts."""
+    """For every number in the name that counts parts, yield the other files that differ only in this number."""
     for pattern in (_PROCESS, _STAGE, _MAYBE):
         for match in pattern.finditer(path.name):
             before, after = path.name[: match.start(1)], path.name[match.end(1) :]

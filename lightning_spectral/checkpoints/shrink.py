@@ -1,4 +1,10 @@
-"""From a wide architecture to a narrow one whose blocks are the same, and back."""
+"""Narrow copies of wide architectures, with the same blocks, and the way back from narrow blocks to wide ones.
+
+The blocks of a model are names and layouts. A model with every width divided by d has the same ones, up to numbers:
+
+    width 4096    qkv weight (12288, 4096)    layout: narrow(0, 8192, 4096)      d = 32
+    width  128    qkv weight   (384,  128)    layout: narrow(0,  256,  128)      every number divided by 32
+"""
 
 from __future__ import annotations
 
@@ -17,32 +23,32 @@ __all__ = ["NotScaledError", "narrower", "rescaled"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Entries of a config that say how wide something is. What they miss shows in the shapes, and then nothing is narrowed.
+# Entries of a config that are widths. A width that they miss shows as a wrong shape, and then the result is refused.
 _WIDTH = re.compile(
     r"(.*_)?(dim|dims|size|sizes|rank|width|channels|d_model|d_ff|d_kv|d_inner|n_embd|n_inner|dim_ff|d_embed|n_embed)"
 )
 _NO_WIDTH = re.compile(r"vocab|image|patch|window|chunk|kernel|batch|block|position|state|scale|conv|cache|topk|num_")
-_INNER = re.compile(r"intermediate|inner|ffn|d_ff")  # most numbers of a model are here
+_INNER = re.compile(r"intermediate|inner|ffn|d_ff")  # the widest part of a model
 _VOCABULARY = 101
-# Views that are the same whatever the widths are.
+# Views whose arguments do not depend on a width.
 _ALIKE = {"flatten", "movedim", "permute", "select", "squeeze", "t", "transpose", "unsqueeze"}
 
 
 class NotScaledError(Exception):
-    """The blocks of the narrow model do not say what those of the wide one are."""
+    """The blocks of the wide model do not follow from the blocks of the narrow model."""
 
 
 def narrower(config: Mapping[Any, Any], divisor: int, inner: int) -> dict[str, Any]:
-    """Return a config with every width divided, and few tokens.
+    """Return a config with every width divided, and a small vocabulary.
 
     Args:
         config: The complete entries of a config.
-        divisor: What widths are divided by. One that is no multiple of it becomes another small number.
-        inner: Hidden channels of an MLP.
+        divisor: Divisor of the widths. A width that it does not divide becomes some other small number.
+        inner: New number of hidden channels in an MLP.
     """
     result: dict[str, Any] = {}
     for key, value in config.items():
-        if not isinstance(key, str):  # a number, of a label or a layer
+        if not isinstance(key, str):  # the number of a label or layer
             result[key] = value
             continue
         nested = isinstance(value, dict)
@@ -60,21 +66,21 @@ def _narrower(key: str, value: Any, divisor: int, inner: int) -> Any:
     if not _WIDTH.fullmatch(key) or _NO_WIDTH.search(key):
         return value
     if _INNER.search(key):
-        return inner  # no layout depends on it but by halves
+        return inner  # layouts depend on it only by halves, as in fused gate and up projections
     return value // divisor if value % divisor == 0 else max(8, value // divisor // 8 * 8)
 
 
 def rescaled(block: ResidualBlock, narrow: Shapes, wide: Shapes, divisor: int) -> ResidualBlock:
-    """Return a block of the narrow model as that of the wide one.
+    """Return the block of the wide model for a block of the narrow model.
 
     Args:
         block: A block of the narrow model.
         narrow: Shapes of the parameters of the narrow model.
-        wide: Those of the wide one.
-        divisor: What widths were divided by.
+        wide: Shapes of the parameters of the wide model.
+        divisor: Divisor of the widths.
 
     Raises:
-        NotScaledError: Some layout has no equivalent.
+        NotScaledError: A layout of the narrow model has no equivalent in the wide model.
     """
     known: dict[Factor, Factor] = {}
 
@@ -126,7 +132,7 @@ def _step(step: tuple[Any, ...], small: Tensor, large: Tensor) -> tuple[Any, ...
 
 
 def _share(number: int, small: int, large: int) -> int:
-    """Return the place in the large thing that is where ``number`` is in the small one."""
+    """Return the position in a dimension of size ``large`` for a position in one of size ``small``."""
     if number * large % small:
         raise NotScaledError(f"{number} of {small} is no whole number of {large}")
     return number * large // small
@@ -135,7 +141,7 @@ def _share(number: int, small: int, large: int) -> int:
 def _run(run: range, small: int, large: int) -> range:
     if run.step == 1:
         return range(_share(run.start, small, large), _share(run.stop, small, large))
-    # Interleaved rows, of which every step-th is taken all over.
+    # Interleaved rows: every step-th row of the whole dimension.
     if run.start >= run.step or len(run) * run.step != small or large % run.step:
         raise NotScaledError("rows are interleaved in an unknown way")
     return range(run.start, large, run.step)

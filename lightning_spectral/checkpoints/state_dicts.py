@@ -1,4 +1,4 @@
-"""What a file of ``torch.save`` holds: its state dicts, under the names that say where they stand."""
+"""The state dicts in a file of ``torch.save``. The name of a tensor is the path of keys that leads to it."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from lightning_spectral.errors import CheckpointError
 __all__ = ["Nested", "is_of_optimizer", "load_plain", "nested", "roots"]
 
 TORCH = "a file of torch.save that holds tensors and plain values only"
-"""What is expected of a file that is neither safetensors nor GGUF."""
+"""Description of an expected file, for messages about files that are neither safetensors nor GGUF."""
 
 _LIGHTNING = "pytorch-lightning_version"
-_DEPTH = 5  # of dicts in dicts
+_DEPTH = 5  # deepest nesting of dicts that is searched
 _OPTIMIZER = re.compile(r"(^|_)opt(im.*|s|_.*)?$")
 _CLASS = re.compile(r"(?:GLOBAL|global|class|function) ([A-Za-z_][\w.]*\.\w+)")
 
 
 def load_plain(path: Path, expected: str = TORCH, *, mapped: bool) -> Any:
-    """Load a file of ``torch.save`` without running anything that it names.
+    """Load a file of ``torch.save`` without running any code that it names.
 
     Args:
         path: The file.
-        expected: What it should be, for messages.
-        mapped: Whether its tensors stay in the file, which its format has to allow.
+        expected: The expected kind of file, for messages.
+        mapped: Whether to map the tensors from the file instead of reading them. Only zip files allow this.
 
     Raises:
-        CheckpointError: It holds something else than tensors and plain values, or is damaged.
+        CheckpointError: The file is damaged, or holds anything but tensors and plain values.
     """
     with damage(path, expected), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks on pickles that it refuses next
+        warnings.simplefilter("ignore")  # warnings about a pickle that is refused anyway
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
@@ -49,7 +49,7 @@ def load_plain(path: Path, expected: str = TORCH, *, mapped: bool) -> Any:
                 + ("its pickle is damaged, or of another kind" if named is None else _named(named[1]))
             ) from None
         except (LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
-            # The machine that reads pickles does not check that there is anything on its stack.
+            # The unpickler of torch does not check its stack, so a damaged pickle raises any of these.
             raise ValueError(f"its pickle is damaged, or of another kind ({type(error).__name__})") from None
 
 
@@ -62,14 +62,15 @@ def _named(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Nested:
-    """Tensors of dicts in dicts.
+    """The tensors of nested dicts.
 
     Attributes:
-        tensors: By the keys that lead to them, joined by dots.
-        dicts: What the names of each dict begin with, the last dot included; "" for the outermost one.
-        whole: What the names of the model begin with, as far as the file says: the keys that all dicts have in common,
-            or ``state_dict`` in a checkpoint of Lightning.
-        others: Kinds of the tensors that are left out because they are more, or less, than numbers in memory.
+        tensors: The tensors. The name of a tensor is the path of keys that leads to it, joined by dots.
+        dicts: Prefix of the names in each dict, the last dot included; "" for the outermost dict.
+        whole: Prefix of the names of the model: the keys that all dicts share, or ``state_dict`` in a checkpoint of
+            Lightning.
+        others: Kinds of tensors that are left out because they are not plain numbers in memory (quantized, sparse,
+            meta).
     """
 
     tensors: dict[str, Tensor]
@@ -79,16 +80,16 @@ class Nested:
 
 
 def nested(loaded: Any) -> Nested:
-    """Return the tensors in a dict and in the dicts in it.
+    """Return the tensors in a dict and in the dicts inside of it.
 
-    What belongs to an optimizer is left out: its tensors have the names and the shapes of weights.
+    States of optimizers are left out, because their tensors have the names and shapes of weights.
 
     Args:
-        loaded: What a file holds.
+        loaded: The content of a file.
 
     Raises:
-        TypeError: It holds no dict.
-        ValueError: Two tensors have one name.
+        TypeError: The file holds no dict.
+        ValueError: Two tensors have the same name.
     """
     if not isinstance(loaded, Mapping):
         raise TypeError(f"it holds a {type(loaded).__name__}, expected a state dict")
@@ -112,10 +113,10 @@ def _kind(tensor: Tensor) -> str:
 
 
 def roots(paths: Iterable[Sequence[str]]) -> tuple[tuple[str, ...], str]:
-    """Return what the names in each dict begin with, and what they all begin with.
+    """Return the prefix of the names in each dict, and the prefix that all names share.
 
     Args:
-        paths: The keys that lead to each tensor.
+        paths: For each tensor, the keys that lead to it.
     """
     dicts = list(dict.fromkeys(tuple(path[:-1]) for path in paths))
     return tuple(map(_prefix, dicts)), _prefix(_common(dicts))
@@ -132,7 +133,7 @@ def _prefix(keys: Iterable[str]) -> str:
 
 
 def _walk(place: Mapping[Any, Any], keys: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    if id(place) in seen or len(keys) > _DEPTH:  # a pickle may hold a dict that holds itself
+    if id(place) in seen or len(keys) > _DEPTH:  # a dict in a pickle may contain itself
         return
     seen.add(id(place))
     for key, value in place.items():
@@ -145,5 +146,5 @@ def _walk(place: Mapping[Any, Any], keys: tuple[str, ...], seen: set[int]) -> It
 
 
 def is_of_optimizer(key: str) -> bool:
-    """Whether a key leads to the state of an optimizer, by the words that training scripts have for it."""
+    """Whether a key leads to the state of an optimizer, by the names that training scripts use."""
     return _OPTIMIZER.search(key.lower()) is not None

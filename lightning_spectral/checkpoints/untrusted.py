@@ -1,4 +1,4 @@
-"""What is done to everything that comes from a file that nobody trusts: limits, short messages, plain tensors only."""
+"""Safe handling of files that nobody trusts: limits of size, short printable messages, plain tensors only."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lightning_spectral.errors import CheckpointError
 
 __all__ = ["MAX_PICKLE", "damage", "is_plain", "printable", "read_json", "refuse_bomb"]
 
-# No real file comes near these, and what lies beyond costs memory before it can be refused.
+# Limits in bytes, far above every real file. Larger files would take memory before they could be refused.
 _MAX_JSON, MAX_PICKLE = 2**26, 2**28
 
 
 def printable(text: object, limit: int = 200) -> str:
-    """Return a text from a file as something that a terminal can show: one short line of printable ASCII.
+    """Return a text from a file in a form that is safe for a terminal: one short line of printable ASCII.
 
     Args:
         text: The text.
-        limit: Number of characters above which the middle is left out.
+        limit: In a longer text, in characters, the middle is left out.
     """
     line = str(text)
     if len(line) > limit:
@@ -36,14 +36,14 @@ def printable(text: object, limit: int = 200) -> str:
 
 @contextmanager
 def damage(path: Path, expected: str) -> Iterator[None]:
-    """Say in one line what is wrong with a file. Parsers of damaged files raise whatever they like.
+    """Turn every exception of a parser into a CheckpointError of one line.
 
     Args:
         path: The file.
-        expected: What it should be.
+        expected: The expected kind of file, for the message.
 
     Raises:
-        CheckpointError: Something was raised.
+        CheckpointError: The code inside of the context raised an exception of any type.
     """
     try:
         yield
@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: The file is too large, no JSON, or not an object.
+        CheckpointError: The file is too large, or does not hold a JSON object.
     """
     with damage(path, "a JSON object"):
         if path.stat().st_size > _MAX_JSON:
@@ -72,10 +72,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def refuse_bomb(file: Path | IO[bytes]) -> None:
-    """Refuse an archive that is larger than its file: ``torch.save`` does not compress.
+    """Refuse a compressed archive, which may unpack to any size. ``torch.save`` does not compress.
 
     Raises:
-        ValueError: It is.
+        ValueError: The archive is compressed, or its index is too large.
     """
     with zipfile.ZipFile(file) as archive:
         for item in archive.infolist():
@@ -86,7 +86,7 @@ def refuse_bomb(file: Path | IO[bytes]) -> None:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is a strided tensor with memory of its own for every entry: a view may claim any size."""
+    """Whether a value is a strided CPU tensor with memory for every entry. A view may claim any size."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         return False
     if type(value) not in (Tensor, torch.nn.Parameter) or value.is_quantized:

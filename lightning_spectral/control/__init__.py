@@ -1,4 +1,4 @@
-"""Steering: the control laws, which are pure functions, and what applies them to a model in a run."""
+"""Steering: the control laws, which are pure functions, and the code that applies them to a model in a run."""
 
 from lightning_spectral.control.band import ResidualRescaler
 from lightning_spectral.control.ceiling import GainCeiling

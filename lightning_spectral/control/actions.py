@@ -1,4 +1,4 @@
-"""What a controller did, for a journal and for a reader."""
+"""Actions of a controller as text and as plain values: for a reader and for a journal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOLD_AT_ONCE = 4  # blocks named in one message
 
 
 def described_action(action: Action, measurement: Measurement) -> dict[str, Any]:
-    """Return an action as one line of a journal: plain values."""
+    """Return an action as plain values, one line of a journal."""
     layer = measurement.layers[action.block]
     return {
         "step": measurement.step,
@@ -33,7 +33,7 @@ def described_action(action: Action, measurement: Measurement) -> dict[str, Any]
 
 
 def news(actions: Sequence[Action], measurement: Measurement, *, dry_run: bool) -> str | None:
-    """Say in one line which blocks are steered from now on and which are held by a bound; ``None`` for no news."""
+    """Return one line on the blocks whose steering begins, or meets a bound or the guard; ``None`` for no news."""
     told = [action for action in actions if action.begins or action.held or action.refused]
     if not told:
         return None

@@ -1,14 +1,20 @@
-"""The band law: it steers the ratio of a block from both sides, and keeps the geometric mean of its two norms.
+"""The band law: it steers a ratio that is too high or too low, and keeps the geometric mean of the block's two norms.
 
 The law is proportional control in ln ρ with hysteresis. Let e be the smoothed ln ρ of a block, measured *with* its
-residual scales. A block whose ratio stays outside the safe zone for ``patience`` measurements is steered, by
+residual scales. If the ratio of a block stays outside the safe zone for ``patience`` measurements, each measurement
+changes it by
 
     Δ ln ρ = - clip(gain · e, ± max_step)
 
-per measurement, until its ratio is inside the inner zone. The ratio answers to the scales exactly,
-d ln ρ / d ln(s_mlp / s_attention) = 1, so with fixed weights the error shrinks by the factor 1 - gain per action. The
-error is measured from ρ = 1 and not from the edge of the zone: measured from the edge, the law would converge to the
-edge and never let go.
+until the ratio is inside the inner zone:
+
+    ρ    0.5      0.7        1        1.4      2
+    ──────┤────────┤─────────┼─────────├────────├──────
+    starts         ends                ends     starts      safe zone (0.5, 2), inner zone (0.7, 1.4)
+
+The ratio follows the scales exactly, d ln ρ / d ln(s_mlp / s_attention) = 1. With fixed weights, every action
+multiplies the error by 1 - gain. The error is the distance from ρ = 1. With the distance from the edge of the zone
+instead, the law would converge to the edge and never end.
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ from lightning_spectral.errors import ConfigurationError
 
 __all__ = ["BlockState", "ResidualRescaler", "check_zones", "decide"]
 
-_CRUMB = 1e-3  # nats: what is left to a bound and not worth a move
+_CRUMB = 1e-3  # nats: a smaller distance to a bound is not worth a move
 
 Mode = Literal["both", "mlp", "attention"]
 Sides = Literal["both", "low", "high"]
@@ -32,26 +38,28 @@ Sides = Literal["both", "low", "high"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidualRescaler:
-    """Settings of the control law, for ``SpectralMonitor(auto_rescale=ResidualRescaler(...))``.
+    """Settings of the band law, for ``SpectralMonitor(auto_rescale=ResidualRescaler(...))``.
 
     Attributes:
         gain: Fraction of the error in ln ρ that one action removes, in (0, 1].
         max_step: Largest change of ln ρ by one action, in nats (0.4 is a factor of 1.5).
-        patience: Measurements in a row that a ratio has to be outside the safe zone before it is steered.
+        patience: Number of measurements in a row outside of the safe zone after which a ratio is steered.
         smoothing: Weight of the past in the moving average of ln ρ, in [0, 1).
-        margin: How far before the edge of the safe zone a ratio counts as outside, in nats (0.2 is a factor of 1.22).
-            Without a margin, a ratio that drifts is outside for ``patience`` measurements before it is steered.
-        inner_zone: Interval of ratios inside which steering ends; it contains 1 and lies inside the safe zone.
-        mode: The scales that move: ``"both"`` in opposite directions, so that their geometric mean stays, or one.
-        sides: The ratios that are acted on: too ``"low"`` (attention dominates), too ``"high"``, or ``"both"``. At
-            initialization only a dominating attention makes tokens collapse.
+        margin: Distance before the edge of the safe zone from which on a ratio counts as outside, in nats (0.2 is a
+            factor of 1.22). With 0, a drifting ratio is outside of the zone for ``patience`` measurements before the
+            law acts.
+        inner_zone: Interval of ratios inside which steering ends. It contains 1 and lies inside the safe zone.
+        mode: The scales that move: ``"mlp"``, ``"attention"``, or ``"both"``, in opposite directions and by one amount,
+            so that their geometric mean stays.
+        sides: The ratios that are steered: ``"low"`` (attention dominates), ``"high"`` (the MLP dominates) or
+            ``"both"``. At initialization only a dominating attention makes tokens collapse.
         bounds: Smallest and largest residual scale that the law sets.
-        guard: Whether to refuse to raise the attention of a block whose token residual falls over training: more of it
-            makes tokens more alike. The MLP's share of the step is still made. Without measured tokens
+        guard: Whether to refuse to raise the attention of a block whose token residual falls over training, because
+            more attention makes tokens more alike. The MLP still takes its share of the step. Without measured tokens
             (``SpectralMonitor(geometry=False)``) nothing is refused.
-        warmup_steps: Optimizer steps before the first action.
-        dry_run: Whether to say what would be done and change nothing.
-        learnable: Whether the optimizer trains the scales too. Otherwise the law alone moves them.
+        warmup_steps: Number of optimizer steps before the first action.
+        dry_run: Whether to report the actions and change nothing.
+        learnable: Whether the optimizer trains the scales too. If not, only the law moves them.
 
     Raises:
         ConfigurationError: A setting cannot be used; the message names it.
@@ -110,10 +118,10 @@ class ResidualRescaler:
 
 
 def check_zones(rescaler: ResidualRescaler, safe_zone: tuple[float, float]) -> None:
-    """Check that the inner zone lies inside the safe zone, its margin taken off.
+    """Check that the inner zone lies inside the safe zone less its margin.
 
     Raises:
-        ConfigurationError: It does not, so that a ratio could be steered and left alone at once.
+        ConfigurationError: The inner zone reaches outside, so that steering could begin and end at one ratio.
     """
     (low, high), (inner_low, inner_high) = safe_zone, rescaler.inner_zone
     if not low * math.exp(rescaler.margin) < inner_low < inner_high < high * math.exp(-rescaler.margin):
@@ -126,14 +134,14 @@ def check_zones(rescaler: ResidualRescaler, safe_zone: tuple[float, float]) -> N
 
 @dataclass(frozen=True, slots=True)
 class BlockState:
-    """What the law remembers of one block. Plain numbers.
+    """Memory of the law for one block. Plain numbers.
 
     Attributes:
         smoothed: Moving average of ln ρ, ``None`` before the first measurement.
-        outside: Measurements in a row with both the ratio and the average outside the safe zone: one outlier moves the
-            average for some time, and is no reason to steer.
+        outside: Number of measurements in a row with both the ratio and its average outside of the safe zone. (One
+            outlier moves the average for several measurements, and is no reason to steer.)
         active: Whether the block is being steered.
-        bounded: Whether the last action was cut short by a bound.
+        bounded: Whether a bound cut the last action short.
         refused: Whether the guard refused to raise the attention in the last action.
     """
 
@@ -149,7 +157,7 @@ class BlockState:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlockState:
-        """Rebuild a state; unknown keys are ignored and missing ones have their default."""
+        """Rebuild a state. Unknown keys are ignored; missing keys get their default."""
         return cls(**{name: values[name] for name in cls.__slots__ if name in values})
 
 
@@ -183,9 +191,10 @@ def decide(
         if action is not None:
             moved = 0.0 if rescaler.dry_run else action.mlp - action.attention
             assert seen.smoothed is not None
-            # The plant is known: what the action adds to ln ρ is added to the average at once, which then never lags.
+            # The effect of an action on ln ρ is known exactly. Adding it to the average at once keeps the average from
+            # lagging behind the scales, which would make the law overshoot.
             seen = replace(seen, smoothed=seen.smoothed + moved, bounded=action.held, refused=action.refused)
-            # What holds on is told once. A scale may move at its bound even so: the optimizer pulls it off there.
+            # Report a persistent bound once. The scale can still move: the optimizer may pull it back inside.
             held, refused = action.held and not state.bounded, action.refused and not state.refused
             if action.moves or held or refused:
                 actions.append(replace(action, begins=not state.active, held=held, refused=refused))
@@ -196,7 +205,7 @@ def decide(
 def _seen(
     rescaler: ResidualRescaler, safe_zone: tuple[float, float], log_ratio: float, state: BlockState, *, warm: bool
 ) -> BlockState:
-    """Take a measurement into the state of a block."""
+    """Return the state of a block after a measurement."""
     past = log_ratio if state.smoothed is None else state.smoothed
     smoothed = rescaler.smoothing * past + (1 - rescaler.smoothing) * log_ratio
     wrong = all(_wrong(rescaler, value, safe_zone, rescaler.margin) for value in (log_ratio, smoothed))
@@ -207,20 +216,20 @@ def _seen(
 
 
 def _wrong(rescaler: ResidualRescaler, log_ratio: float, zone: tuple[float, float], margin: float = 0.0) -> bool:
-    """Whether a ratio is outside a zone, on a side that is acted on."""
+    """Whether a ratio is outside of a zone, on a side that the law steers."""
     low, high = math.log(zone[0]) + margin, math.log(zone[1]) - margin
     return (log_ratio <= low and rescaler.sides != "high") or (log_ratio >= high and rescaler.sides != "low")
 
 
 def _action(rescaler: ResidualRescaler, block: int, reading: Reading, state: BlockState) -> Action | None:
-    """Return the proportional step of a block, cut to the bounds; ``None`` where it has no scale to move."""
+    """Return the proportional step of a block, cut to the bounds; ``None`` if it has no scale to move."""
     error = state.smoothed
     moving = {"both": ("mlp", "attention")}.get(rescaler.mode, (rescaler.mode,))
     if error is None or any(getattr(reading, name) is None for name in moving):
         return None
     wanted = -math.copysign(min(abs(rescaler.gain * error), rescaler.max_step), error)
-    # The MLP's scale moves with the ratio, the attention's against it; both by one amount, so that a bound of one
-    # holds both and their geometric mean stays.
+    # ln ρ = ln s_mlp − ln s_attention + const. In mode "both", each scale takes half of the step, with opposite signs.
+    # A bound on one scale holds the other one too, so that their geometric mean stays.
     shares = {name: (1 if name == "mlp" else -1) / len(moving) for name in moving}
     refused = rescaler.guard and reading.tokens_fall and error > 0 and shares.pop("attention", None) is not None
     room = min(
@@ -230,7 +239,8 @@ def _action(rescaler: ResidualRescaler, block: int, reading: Reading, state: Blo
         ),
         default=math.inf,
     )
-    # The optimizer pulls a scale off its bound again and again; following it by crumbs would reset its momentum.
+    # The optimizer pulls a scale off its bound again and again. Moving it back by tiny amounts would reset its momentum
+    # every time.
     step = math.copysign(min(abs(wanted), room), wanted) if room > _CRUMB else 0.0
     held = abs(step) < abs(wanted)
     reason = f"ratio too {'high' if error > 0 else 'low'}"
@@ -243,6 +253,6 @@ def _action(rescaler: ResidualRescaler, block: int, reading: Reading, state: Blo
 
 
 def _room(bounds: tuple[float, float], log_scale: float, direction: float) -> float:
-    """Return how far a scale may go in a direction; none where it is beyond the bound already."""
+    """Return the distance of a scale from the bound ahead of it, in nats; 0 for a scale beyond the bound."""
     low, high = math.log(bounds[0]), math.log(bounds[1])
     return max(high - log_scale if direction > 0 else log_scale - low, 0.0)

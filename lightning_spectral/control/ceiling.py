@@ -1,23 +1,24 @@
 r"""The ceiling law: no branch above a ceiling, no ratio outside the safe zone, and no scale is ever raised.
 
 Let N be the number of branches that add to the residual stream, and n the spectral norm of a branch, measured *with*
-its residual scale. Each branch has a limit, and a branch above its limit is lowered to it,
+its residual scale s. Each branch has a limit. A branch above its limit is lowered to the limit:
 
-    s  ←  s · min(1, limit / n),
+    s  ←  s · min(1, limit / n)
 
-the projection of ln s onto the scales under which the norm is allowed. It is exact, because n is proportional to s.
+This is exact, because n is proportional to s. The limit comes from four rules:
 
-* The ceiling is κ / √N. A stream of unit size that N branches add independent outputs of size κ / √N to ends at a size
-  of √(1 + κ²), whatever the depth: the reason of depth-scaled residuals. Branches outgrow their start tenfold in
-  training, so both branches of a block come to stand at the ceiling, where their ratio is 1.
-* A block whose ratio is outside the safe zone, less a margin, has the limit of its stronger branch at the edge: the
-  norm of the weaker branch times the ratio there. The weaker branch is never raised.
-* No limit is below the floor, a fraction of the ceiling, so that a branch that starts at zero does not take the other
-  with it. Blocks of two weak branches may therefore have any ratio.
-* In a model that was trained before the run, no limit is below the norm that the branch had at the start: to scale down
-  what a model has learned to use would change its function.
+* Ceiling: κ / √N. Let N branches add independent outputs of size κ / √N to a stream of size 1. The squares add up, and
+  the stream ends at a size of √(1 + κ²), whatever the depth (the same reason as for depth-scaled residuals). In
+  training, branches grow to about ten times their initial norm. So both branches of a block end at the ceiling, where
+  their ratio is 1.
+* Zone: if the ratio of a block is outside the safe zone less a margin, the limit of its stronger branch is the norm of
+  the weaker branch times the ratio at the edge. The weaker branch is never raised.
+* Floor: no limit is below the floor, a fraction of the ceiling. Otherwise a branch that starts at zero would pull the
+  other one down to zero. Hence a block of two weak branches may have any ratio.
+* Trained models: if the model was trained before the run, no limit is below the norm of the branch at the start, since
+  lowering a trained branch would change the function of the model.
 
-The law has no memory but those norms. Applied twice to fixed weights, it does nothing the second time.
+The law remembers only the norms at the start. Applied twice to fixed weights, it does nothing the second time.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from lightning_spectral.errors import ConfigurationError
 
 __all__ = ["GainCeiling", "strength"]
 
-_CRUMB = 1e-3  # nats: what is not worth a move
+_CRUMB = 1e-3  # nats: a smaller excess is not worth a move
 _WORDS = ("MLP", "attention")
 
 
@@ -43,11 +44,12 @@ class GainCeiling:
 
     Attributes:
         ceiling: κ: no branch may have a spectral norm above κ / √(number of branches).
-        margin: How far inside the edges of the safe zone a ratio is brought back to, in nats (0.2 is a factor of 1.22).
+        margin: Distance inside the edges of the safe zone to which a ratio is brought back, in nats (0.2 is a factor of
+            1.22).
         floor: Fraction of the ceiling below which no branch is lowered, in (0, 1].
-        warmup_steps: Optimizer steps before the first action.
-        dry_run: Whether to say what would be done and change nothing.
-        learnable: Whether the optimizer trains the scales too. Otherwise the law alone moves them.
+        warmup_steps: Number of optimizer steps before the first action.
+        dry_run: Whether to report the actions and change nothing.
+        learnable: Whether the optimizer trains the scales too. If not, only the law moves them.
 
     Raises:
         ConfigurationError: A setting cannot be used; the message names it.
@@ -76,10 +78,10 @@ class GainCeiling:
         return {"law": type(self).__name__} | asdict(self)
 
     def check(self, safe_zone: tuple[float, float]) -> None:
-        """Check that the safe zone is around 1, and wider than the margins.
+        """Check that the safe zone contains 1, also after the margin is taken off both ends.
 
         Raises:
-            ConfigurationError: It is not.
+            ConfigurationError: The zone less its margins does not contain 1.
         """
         low, high = map(math.log, safe_zone)
         if not low + self.margin < 0 < high - self.margin:
@@ -107,12 +109,12 @@ class GainCeiling:
 
 
 class _Bounds(NamedTuple):
-    """What the limits of all branches are made of, in logarithms.
+    """The numbers that the limits of all branches are made of, as natural logarithms.
 
     Attributes:
-        ceiling: What no branch may exceed.
-        floor: Below this nothing is lowered for the sake of a ratio.
-        edges: How far the MLP may be above the attention, and how far the attention above the MLP.
+        ceiling: Largest norm of a branch.
+        floor: Smallest limit that the zone may set.
+        edges: Largest excess of the MLP over the attention, and of the attention over the MLP.
     """
 
     ceiling: float
@@ -120,10 +122,18 @@ class _Bounds(NamedTuple):
     edges: tuple[float, float]
 
 
+# An example for _action, with a ceiling of 0.3, a floor of 0.03 and the edge of the zone at a ratio of 1.4:
+#
+#     MLP      attention        MLP      attention
+#     0.50     0.40      ──>    0.30     0.30          both at the ceiling
+#     0.25     0.10      ──>    0.14     0.10          the MLP at the edge of the zone
+#     0.25     0.001     ──>    0.03     0.001         the MLP at the floor, which the ratio may not undercut
 def _action(block: int, reading: Reading, state: State, bounds: _Bounds) -> Action | None:
-    """Return what lowers the branches of a block to their limits, ``None`` where there is nothing to do."""
+    """Return the action that lowers the branches of a block to their limits, ``None`` if both are below."""
     norms = _log(reading.mlp_norm), _log(reading.attention_norm)
     starts = state.get("mlp", -math.inf), state.get("attention", -math.inf)
+    # The norms after the ceiling alone. The zone compares these, not the norms of now: both branches of a block may be
+    # lowered at once, and the partner of a branch counts as it will be.
     caps = [
         None if norm is None else min(norm, max(bounds.ceiling, start))
         for norm, start in zip(norms, starts, strict=True)
@@ -147,24 +157,23 @@ def _action(block: int, reading: Reading, state: State, bounds: _Bounds) -> Acti
 def strength(gain: float, kinds: Iterable[int]) -> float:
     """Return κ / √N, the spectral norm of one of N branches that together have the gain κ.
 
-    N counts every kind of branch of every block once, whether it can be measured and moved or not: cross-attention and
-    mixers too. A module that several blocks share, and a block that runs several times, count where they are listed,
-    which is once.
+    N counts every kind of branch of every block once. Cross-attention, mixers and branches that cannot be measured or
+    moved count too. A block that is listed once counts once, even if it runs several times.
 
     Args:
         gain: κ.
-        kinds: How many kinds of branches each block has.
+        kinds: Number of kinds of branches, per block.
     """
     return gain / math.sqrt(max(sum(kinds), 1))
 
 
 def _first(reading: Reading) -> dict[str, Any]:
-    """Return the state of a block that is seen for the first time."""
+    """Return the state of a block at its first measurement: of a trained model, it keeps the norms."""
     norms = {"mlp": _log(reading.mlp_norm), "attention": _log(reading.attention_norm)}
     kept = {name: norm for name, norm in norms.items() if norm is not None and reading.trained}
     return {"begun": False} | kept
 
 
 def _log(norm: float | None) -> float | None:
-    """Return the logarithm of a norm, ``None`` for a norm that is not known or zero."""
+    """Return the logarithm of a norm, ``None`` for a norm that is unknown, zero or infinite."""
     return math.log(norm) if norm is not None and 0 < norm < math.inf else None

@@ -1,7 +1,7 @@
-"""What to say of an exception in someone's code that the scales may have caused.
+"""Explanations for exceptions in the user's code that the scales may have caused.
 
-The user's code did not count with parameters of one element. What it runs into is told by torch in words that do not
-name them. Nothing is said unless the traceback shows that the code had a scale in its hands, or the parameters of two
+The user's code may not expect parameters of one element, and the message of torch does not name them. An explanation is
+given only if the traceback shows an optimizer that handles a scale, or code that walks over the parameters of two
 models side by side.
 """
 
@@ -23,22 +23,25 @@ __all__ = ["explanation"]
 _KINDS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 _SHAPES = re.compile(r"size of tensor|broadcast shape|shapes?\b|size mismatch|zip\(\) argument|number of tensors")
 _OPTIMIZER = (
-    "An optimizer for matrices gets [p for p in parameters if p.ndim >= 2] and leaves the others to AdamW; one that "
-    "fails on parameters without a gradient gets [p for p in parameters if p.requires_grad]"
+    "Give an optimizer for matrices [p for p in parameters if p.ndim >= 2], and the other parameters to AdamW. Give an "
+    "optimizer that fails on parameters without a gradient [p for p in parameters if p.requires_grad]"
 )
-_STATE = "What was saved without them, or with others, does not fit; attach_scales(model) gives them to another model"
+_STATE = (
+    "A state that was saved without these scales, or with other ones, does not fit. attach_scales(model) gives another "
+    "model the same scales"
+)
 _TEACHER = (
-    "A copy that is walked over beside the model needs them too: call attach_scales(student) before "
+    "A copy that is updated side by side with the model needs scales too: call attach_scales(student) before "
     "copy.deepcopy(student)"
 )
 
 
 def explanation(exception: BaseException, model: nn.Module) -> str | None:
-    """Return what to add to an exception that scales may have caused, ``None`` for any other.
+    """Return an explanation of an exception that scales may have caused, ``None`` for any other exception.
 
     Args:
         exception: The exception, with its traceback.
-        model: The model, whose scales the user's code may not expect.
+        model: The model with the scales.
     """
     if not isinstance(exception, _KINDS) or isinstance(exception, SpectralError | torch.OutOfMemoryError):
         return None
@@ -70,7 +73,7 @@ def _advice(exception: BaseException, parameters: Collection[int], scales: Colle
 
 
 def _optimizer_frame(frames: Iterable[FrameType]) -> FrameType | None:
-    """Return the innermost frame of an optimizer, unless it has called back: training runs inside of its step."""
+    """Return the innermost frame of an optimizer; ``None`` if it called back into other code, as a closure does."""
     found = None
     for frame in frames:
         owner = frame.f_locals.get("self")
@@ -86,7 +89,7 @@ def _within(frame: FrameType) -> list[object]:
 
 
 def _holds(value: object, wanted: Collection[int]) -> bool:
-    """Whether one of some tensors is a value, or in one: in a list, in a parameter group, in a list of groups."""
+    """Whether a value is one of the wanted tensors or contains one: as a list, a parameter group, a list of groups."""
     if isinstance(value, Mapping):
         return _holds(value.get("params"), wanted)
     if isinstance(value, list | tuple):
@@ -95,7 +98,7 @@ def _holds(value: object, wanted: Collection[int]) -> bool:
 
 
 def _walks_over_two(frame: FrameType, parameters: Collection[int]) -> bool:
-    """Whether a frame has two parameters at once, one of them of the model, and is not the model's own arithmetic."""
+    """Whether a frame holds two parameters, one of them of the model, and is no forward of the model."""
     if frame.f_code.co_name == "forward":
         return False
     held = {id(value) for value in frame.f_locals.values() if isinstance(value, nn.Parameter)}

@@ -1,4 +1,4 @@
-"""What every control law is: a pure function from measurements and plain state to changes of residual scales."""
+"""The interface of a control law: a pure function from readings and plain state to changes of residual scales."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any, Protocol
 
 __all__ = ["Action", "Law", "Reading", "State"]
 
-State = Mapping[str, Any]  # what a law remembers of one block: plain values, empty at first
+State = Mapping[str, Any]  # memory of a law for one block: plain values, empty at first
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a law sees of one block.
+    """The input of a law for one block.
 
     Attributes:
-        log_ratio: ln ρ, measured with the residual scales; ``None`` where it could not be measured.
-        mlp: Logarithm of the residual scale of the MLP branch, ``None`` where there is none to move.
+        log_ratio: ln ρ, measured with the residual scales; ``None`` if it could not be measured.
+        mlp: Logarithm of the residual scale of the MLP branch, ``None`` if there is no scale to move.
         attention: The same for the attention branch.
         tokens_fall: Whether the token residual behind the block falls over training.
-        mlp_norm: Spectral norm of the MLP branch, with its scale; ``None`` where there is none or it is not measured.
+        mlp_norm: Spectral norm of the MLP branch, with its scale; ``None`` if there is no MLP or no measurement.
         attention_norm: The same for the attention branch.
-        kinds: How many kinds of branches the block has: each adds to the stream once, by the sum of its branches.
+        kinds: Number of kinds of branches in the block. Each kind adds the sum of its branches to the stream.
         trained: Whether the weights were trained before the run.
     """
 
@@ -44,11 +44,11 @@ class Action:
         block: Position of the block in the measurement.
         mlp: Change of the logarithm of the MLP branch's scale.
         attention: The same for the attention branch.
-        reason: Why, in one clause.
-        log_ratio: ln ρ as the law saw it before the action, where it looks at a smoothed one.
-        begins: Whether the block was left alone until now.
-        held: Whether a bound cut the step short and had not cut the step before: news, as ``begins`` is.
-        refused: Whether the guard refused to raise the attention and had not refused it before: news too.
+        reason: The reason, in one clause.
+        log_ratio: The smoothed ln ρ before the action; ``None`` for a law that does not smooth.
+        begins: Whether steering of the block begins with this action.
+        held: Whether a bound cut this step short, and did not cut the step before.
+        refused: Whether the guard refused to raise the attention in this step, and did not in the step before.
     """
 
     block: int
@@ -62,7 +62,7 @@ class Action:
 
     @property
     def moves(self) -> bool:
-        """Whether it changes a scale (an action may also say that a bound holds it)."""
+        """Whether the action changes a scale. An action without a change reports a bound or the guard."""
         return self.mlp != 0.0 or self.attention != 0.0
 
 
@@ -75,7 +75,7 @@ class Law(Protocol):
 
     @property
     def dry_run(self) -> bool:
-        """Whether the law only says what it would do."""
+        """Whether the law only reports its actions."""
 
     @property
     def at_once(self) -> bool:
@@ -88,13 +88,13 @@ class Law(Protocol):
         """Check the settings against the safe zone.
 
         Raises:
-            ConfigurationError: They do not go together.
+            ConfigurationError: The settings do not fit the safe zone.
         """
 
     def decide(
         self, safe_zone: tuple[float, float], step: int, readings: Sequence[Reading], states: Sequence[State]
     ) -> tuple[tuple[Action, ...], list[dict[str, Any]]]:
-        """Decide what to do after a measurement; equal numbers give equal decisions.
+        """Decide what to do after a measurement. Equal numbers give equal decisions.
 
         Args:
             safe_zone: The interval of ratios that counts as balanced.

@@ -1,4 +1,17 @@
-"""Whether the moves of scales stay: optimizers that keep weights of their own write them back, and undo the moves."""
+"""Whether the moves of scales stay.
+
+Some optimizers keep copies of the weights: master weights in float32, slow weights of Lookahead, averages of
+schedule-free methods. Such an optimizer writes its copy over the weight, and so undoes a move of the law:
+
+    step        0      1      2
+    copy      0.00   0.01   0.02        the optimizer updates its copy
+    scale     0.00   0.01   0.02        ... and copies it over the scale
+    move             -0.50              the law moves only the scale: -0.49
+                            0.02        ... and the next step brings back the copy: the move is undone
+
+A scale that moves against the last move is no proof: gradient descent may do that too. The proof is a step that goes
+against the move and is longer than the optimizer's rule allows for the gradient of this step.
+"""
 
 from __future__ import annotations
 
@@ -15,28 +28,28 @@ from lightning_spectral.linalg.sharding.presence import is_dtensor
 
 __all__ = ["Moves"]
 
-_PART = 0.25  # of a move: what has to be undone before it is told
+_PART = 0.25  # a move counts as undone when this part of it is undone
 
 
 class Moves:
-    """Watches the scales that were moved last.
+    """Watches the scales that were moved last, and reacts when a move is undone.
 
-    A move is undone by what changes a scale against the move and is too large for a step of gradient descent. A scale
-    that is trained is looked at after every step of the optimizers; one without a gradient, which only weight decay may
-    change, when the next measurement asks. What undid a move is looked for in the optimizers: copies of the weights are
-    moved along from then on, else the scale is left alone.
+    Scales with a gradient are compared after every step of an optimizer. Scales without a gradient, which only weight
+    decay may change, are compared at the next measurement. When a move was undone, the optimizers are searched for
+    copies of the scale. If there are copies, the law moves them too from then on. If there are none, the law no longer
+    moves the scale.
 
     Attributes:
-        given_up: The sites of the scales that are left alone.
+        given_up: Sites of the scales that the law no longer moves.
     """
 
     def __init__(self) -> None:
         self.given_up: set[str] = set()
-        self._copies = False  # whether optimizers keep copies of the weights
+        self._copies = False  # whether the law moves the copies in the optimizers too
         self._told: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._trained, self._still = _Watched({}, {}), _Watched({}, {})
-        self._steps = 0  # since the last move
+        self._steps = 0  # steps since the last move
 
     def start(self, optimizers: Iterable[Optimizer]) -> None:
         """Listen to the optimizers."""
@@ -47,19 +60,21 @@ class Moves:
         ]
 
     def stop(self) -> None:
-        """Leave no hook in the optimizers."""
+        """Remove the hooks from the optimizers."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def note(self, moved: Mapping[str, tuple[nn.Parameter, float]], optimizers: Iterable[Optimizer]) -> None:
-        """Watch scales from now on, in place of others.
+        """Watch the scales of the last move, instead of the scales watched so far.
 
         Args:
-            moved: By their sites the scales, as they are after a move, and the changes of their logarithms. A scale
-                that is cut over several processes is not watched.
+            moved: By site, each scale after its move, and the change of its logarithm. A scale that is sharded over
+                several processes is not watched.
             optimizers: The optimizers.
         """
+        # Two groups, because hooks see every step of trained scales, and looking at the others costs nothing until
+        # asked.
         trained: dict[str, tuple[nn.Parameter, float]] = {}
         still: dict[str, tuple[nn.Parameter, float]] = {}
         for site, (scale, change) in moved.items():
@@ -70,11 +85,11 @@ class Moves:
         self._steps = 0
 
     def copies(self, scale: nn.Parameter, optimizers: Iterable[Optimizer]) -> list[Tensor]:
-        """Return what has to be moved with a scale."""
+        """Return the copies that have to be moved with a scale."""
         return [copy for optimizer in optimizers for copy in own_copies(optimizer, scale)] if self._copies else []
 
     def notice(self, optimizers: Sequence[Optimizer]) -> str | None:
-        """Draw the consequences where moves were undone, and return what to tell; each is told once."""
+        """React to moves that were undone, and return a message for the user. Each message comes once."""
         undone = {site: scale for site, scale in self._undone(optimizers).items() if site not in self.given_up}
         if not undone:
             return None
@@ -95,8 +110,8 @@ class Moves:
         )
 
     def _undone(self, optimizers: Iterable[Optimizer]) -> dict[str, nn.Parameter]:
-        """Return the scales of which a quarter of the last move or more was undone."""
-        if not self._still.changed():  # as nearly always
+        """Return the scales whose last move was undone by a quarter or more."""
+        if not self._still.changed():  # the usual case
             return self._trained.mostly_undone()
         self._still.groups = _groups(optimizers)
         self._still.look(self._steps)
@@ -110,11 +125,11 @@ class Moves:
 
 
 class _Watched:
-    """Scales that were moved, and what was undone of their moves.
+    """Scales that were moved, and how much of each move has been undone since.
 
     Args:
-        moved: By their sites the scales, as they are after a move, and the changes of their logarithms.
-        groups: The parameter groups of the optimizers, by the ids of the parameters.
+        moved: By site, each scale after its move, and the change of its logarithm.
+        groups: The parameter groups of the optimizers, by the ids of their parameters.
     """
 
     def __init__(
@@ -131,21 +146,24 @@ class _Watched:
 
     @torch.no_grad()
     def look(self, steps: int = 1) -> None:
-        """See what some steps of the optimizers have done."""
+        """Add up how much the last steps of the optimizers have undone."""
         if not self._scales:
             return
         last, self._last = self._last, self._values()
         jump = self._last - last
+        # A jump undoes a move if it goes against the move and is longer than gradient descent can step. Either
+        # condition alone is normal: the gradient may disagree with the law, and a large gradient makes a long step.
+        # Undone parts add up, because slow averages take back a move in many small jumps.
         against = (jump * self._changes < 0) & (jump.abs() > steps * self._allowed(last))
         self._undone = self._undone + torch.where(against, jump.abs(), 0.0)
 
     @torch.no_grad()
     def changed(self) -> bool:
-        """Whether a scale is no more what it was at the last look."""
+        """Whether a scale has changed since the last comparison."""
         return bool(self._scales) and not torch.equal(self._values(), self._last)
 
     def mostly_undone(self) -> dict[str, nn.Parameter]:
-        """Return the scales of which a quarter of the move or more was undone."""
+        """Return the scales whose move was undone by a quarter or more."""
         if not self._scales:
             return {}
         parts = (self._undone / self._changes.abs()).tolist()
@@ -153,7 +171,12 @@ class _Watched:
         return {site: scale for site, scale, part in watched if part >= _PART}
 
     def _allowed(self, last: Tensor) -> Tensor:
-        """Return how far one step of gradient descent may move each scale from where it was, by the usual rules."""
+        """Return the longest step that the usual optimizers could make on each scale.
+
+        A step is at most rate · (least + slope · |gradient| + decay · |value|), see :func:`_settings`. Rounding adds
+        2 ε (1 + |value|).
+        """
+        # A scale without a gradient moves only by weight decay, hence the `where` around least + slope · |gradient|.
         gradients = [
             torch.zeros_like(scale).float() if scale.grad is None else scale.grad.float() for scale in self._scales
         ]
@@ -179,10 +202,14 @@ def _groups(optimizers: Iterable[Optimizer]) -> dict[int, Mapping[str, Any]]:
 
 
 def _settings(group: Mapping[str, Any] | None) -> tuple[float, float, float, float]:
-    """Return the rate and the decay of a parameter group, and how long a step of its rule may be: least and slope.
+    """Return ``(rate, least, slope, decay)`` of a parameter group; its keys tell the rule.
 
-    In units of the rate, a step is at most ``least + slope · |gradient|``: of Adam and its kin 3.2, of other rules that
-    divide by the size of the gradient 10 at first; of gradient descent with momentum its sum, here with a margin.
+    In units of the rate, a step is at most ``least + slope · |gradient|``:
+
+    * Adam and its relatives (``betas``): at most 3.2 whatever the gradient, here 4.
+    * Other rules that divide by the size of the gradient (``eps``): at most 10, in the first steps.
+    * Gradient descent with momentum m: |gradient| · (1 + m + m² + …) = |gradient| / (1 − m), here with a margin of 3.
+    * Unknown rules: the sum of both kinds.
     """
     if group is None:
         return 0.0, 0.0, 0.0, 0.0

@@ -1,7 +1,8 @@
-"""Muon and scales: an optimizer that makes the step of a matrix orthogonal has no use for a vector of one element.
+"""Muon and scales. Muon makes the step of a matrix orthogonal; a scale is a vector of one element.
 
-Some Muons refuse a vector in their constructor, some fail in the first step, and some go on: they stack the scales of
-all blocks to a matrix, or view one as a matrix of size 1 × 1, whose orthogonal step is the rate itself.
+Implementations differ. Some refuse a vector in the constructor, some fail in the first step. Some train it wrongly:
+they stack the scales of all blocks into a matrix, or view a scale as a 1 × 1 matrix, whose orthogonal step is ± the
+rate.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lightning_spectral.errors import ConfigurationError
 
 __all__ = ["check_muon", "muon_groups"]
 
-# The keys under which public optimizers of two rules write which one a parameter group gets.
+# Keys of a parameter group that name its rule, in public optimizers that combine Muon with another rule.
 _RULES = ("algorithm", "algo", "kind", "optim", "optimizer", "type")
 
 
@@ -28,11 +29,11 @@ def check_muon(optimizers: Iterable[Optimizer], scales: Iterable[tuple[str, nn.P
         scales: The sites and the parameters of the scales.
 
     Returns:
-        What to tell where it may do so, because a group holds other vectors too: such a Muon may have another rule for
-        all of them. ``None`` where there is nothing to tell.
+        A message if a group of Muon holds scales together with other vectors, since this Muon may have another rule
+        for vectors. ``None`` if no group of Muon holds a scale.
 
     Raises:
-        ConfigurationError: A group of matrices holds a scale that is trained.
+        ConfigurationError: A group of Muon holds a trained scale, and otherwise only matrices.
     """
     trained = {id(scale): site for site, scale in scales if scale.requires_grad}
     doubtful = 0
@@ -55,10 +56,10 @@ def check_muon(optimizers: Iterable[Optimizer], scales: Iterable[tuple[str, nn.P
 
 
 def muon_groups(optimizer: object) -> Iterator[tuple[str, list[nn.Parameter]]]:
-    """Yield what a Muon trains as matrices: its name, and the parameters of a group.
+    """Yield the groups that Muon trains: the name of the optimizer's class, and the parameters of the group.
 
     Args:
-        optimizer: An optimizer, or something that holds some in its attributes.
+        optimizer: An optimizer, or an object with optimizers in its attributes.
     """
     yield from _muon_groups(optimizer, set())
 
@@ -88,7 +89,7 @@ def _muon_groups(optimizer: object, seen: set[int]) -> Iterator[tuple[str, list[
 
 
 def _is_muon(group: Mapping[str, Any]) -> bool | None:
-    """Return what a parameter group says of its rule, ``None`` where it says nothing."""
+    """Whether a parameter group says that its rule is Muon, ``None`` if it names no rule."""
     flags = [value for key, value in group.items() if "muon" in key and isinstance(value, bool)]
     named = [group[key].lower() for key in _RULES if isinstance(group.get(key), str)]
     if flags or named:

@@ -1,4 +1,12 @@
-"""What scales need of an optimizer: to be in it, to be moved in it, old states without them, steps that count."""
+"""Scales inside an optimizer.
+
+Four separate questions:
+
+* ``check_optimized``: is every trainable scale in a parameter group?
+* ``forget_momentum`` and ``own_copies``: what else must change when the law moves a scale?
+* ``lost_steps``: are the steps of 16-bit scales smaller than the distance between two 16-bit numbers?
+* ``with_fresh_scales``: how can an optimizer with scales load a state that was saved without them?
+"""
 
 from __future__ import annotations
 
@@ -27,17 +35,17 @@ __all__ = [
 ]
 
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg", "prev")
-# A copy of weights is recognized by this many other weights of at least this size, at half their norm or less from it.
+# own_copies compares 4 other weights (witnesses) of at least 8 entries. A copy is at most half of the norm away.
 _WITNESSES, _ENOUGH, _NEAR = 4, 8, 0.5
 
 
 class Lost(NamedTuple):
-    """A scale whose steps are lost.
+    """A scale whose steps are rounded away.
 
     Attributes:
-        name: Of the scale.
-        value: Its logarithm.
-        distance: From there to the next number of its dtype.
+        name: Name of the scale.
+        value: Logarithm of the scale.
+        distance: Distance from the value to the next number of the dtype.
     """
 
     name: str
@@ -49,7 +57,7 @@ def check_optimized(optimizers: Sequence[Optimizer], scales: ResidualScales) -> 
     """Check that every trainable scale is in an optimizer.
 
     Raises:
-        ConfigurationError: Some are not, so that they would never learn.
+        ConfigurationError: A scale is in no optimizer, so that it would never learn.
     """
     trained = {
         id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
@@ -67,7 +75,7 @@ def check_optimized(optimizers: Sequence[Optimizer], scales: ResidualScales) -> 
 def forget_momentum(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> None:
     """Set the first moments of some parameters to zero.
 
-    Second moments stay: without them, the next step of Adam would be as large as its first.
+    Second moments stay. Without them, the next step of Adam would be as large as its first step.
     """
     moved = list(parameters)
     for optimizer in optimizers:
@@ -80,18 +88,23 @@ def forget_momentum(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor
 def own_copies(optimizer: Optimizer, scale: Tensor) -> list[Tensor]:
     """Return the copies of a scale that an optimizer keeps: master weights, slow weights, averages.
 
-    What is near to the weights themselves wherever a few other weights are looked up in it is a copy of weights; a
-    moment is not.
+    Optimizers have no common name for such copies, so every store of per-parameter tensors is tested: entries of the
+    state, dicts, lists. A store holds copies if its entries of 4 other weights (witnesses) are near these weights.
 
     Args:
         optimizer: The optimizer.
         scale: One of its parameters.
     """
+    #     store       entry of a witness W      verdict
+    #     "exp_avg"   far from W                a moment
+    #     "master"    W up to rounding          copies of weights, so its entry of the scale is a copy of the scale
+    #
+    # The scale itself cannot be the witness: its logarithm is near 0, and so is a moment.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     large = [item for item in parameters if item.numel() >= _ENOUGH and item.is_floating_point() and item.any()]
-    # Matrices first: a bias that begins at 0 is far from its own past.
+    # Matrices first. A bias starts at 0, so a slow copy of it is relatively far away.
     witnesses = sorted(large, key=lambda item: (item.ndim < 2, item.numel()))[:_WITNESSES]
-    found: dict[int, Tensor] = {}  # by where they lie: one copy may be reached in two ways
+    found: dict[int, Tensor] = {}  # by address, because two stores may lead to one copy
     for look_up in _look_ups(optimizer, parameters):
         copy = look_up(scale)
         if not isinstance(copy, Tensor) or copy.shape != scale.shape or copy is scale or not witnesses:
@@ -109,7 +122,7 @@ def _is_copy(value: object, weight: Tensor) -> bool:
 
 
 def _look_ups(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Iterator[Callable[[Tensor], object]]:
-    """Yield the ways in which an optimizer, or one inside it, may find something that belongs to a parameter."""
+    """Yield one function per store of an optimizer, and of optimizers inside it: parameter -> its entry, if any."""
     for key in dict.fromkeys(key for state in optimizer.state.values() for key in state):
         yield partial(_in_state, optimizer, key)
     places = {id(parameter): place for place, parameter in enumerate(parameters)}
@@ -117,7 +130,7 @@ def _look_ups(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Iterator[Ca
         if isinstance(value, Optimizer):
             yield from _look_ups(value, parameters)
         elif isinstance(value, dict) and value is not optimizer.state:
-            # By id: to look a tensor up among numbers, or a number among tensors, may compare the two.
+            # By id: a lookup by tensor may compare tensors by value, or a tensor with a number.
             yield partial(_in_dict, {id(key) if isinstance(key, Tensor) else key: item for key, item in value.items()})
         elif isinstance(value, list | tuple):
             listed = [item for part in value for item in (part if isinstance(part, list | tuple) else [part])]
@@ -138,7 +151,7 @@ def _in_list(values: Sequence[object], places: Mapping[int, int], parameter: Ten
 
 
 def held(scale: Tensor) -> Tensor:
-    """Return what this process holds of a scale: ``(1,)``, or ``(0,)`` where another process has it."""
+    """Return the part of a scale in this process: ``(1,)``, or ``(0,)`` if another process has the scale."""
     if scale.requires_grad or is_dtensor(scale):
         scale = scale.detach()
     return scale.to_local() if is_dtensor(scale) else scale
@@ -147,15 +160,18 @@ def held(scale: Tensor) -> Tensor:
 def lost_steps(
     optimizers: Iterable[Optimizer], scales: Mapping[str, Tensor], before: Mapping[str, Tensor]
 ) -> list[Lost]:
-    """Return the scales of 16 bits that stayed where they were because steps are rounded away. One transfer to the CPU.
+    """Return the 16-bit scales that have not moved because their steps are rounded away.
 
-    Those have not moved, and a step is less than half the distance to the next number: it is about the rate where
-    gradients are divided by their size (Adam and its kin have ``betas``), else the rate times the gradient.
+    A step is lost if it is shorter than half of the distance between two neighbouring numbers of the dtype. For a value
+    v = m · 2^e with m in [0.5, 1), this distance is ε · 2^(e−1). The length of a step is about the rate for Adam and
+    its relatives (``betas``), which divide by the size of the gradient, and the rate times the gradient for others.
+
+    All values are read in one transfer to the CPU.
 
     Args:
         optimizers: The optimizers.
-        scales: The scales by name. Those without a gradient, or with one of 0, are not meant to move.
-        before: What :func:`held` was of them, one or more steps ago.
+        scales: The scales by name. A scale without a gradient, or with a gradient of 0, is not meant to move.
+        before: The results of :func:`held` one or more steps ago, by name.
     """
     groups = {
         id(parameter): group
@@ -180,9 +196,11 @@ def lost_steps(
 
 
 def plain_order(model: nn.Module) -> dict[int, tuple[int, int]]:
-    """Return what sorts the parameters of a model as they were without scales, by their ids.
+    """Return sort keys that put the parameters of a model into their order without scales, by parameter id.
 
-    A scale on a weight makes the weight a parameter of another module, which comes later.
+    The order matters because the state of an optimizer numbers the parameters. A scale on a weight changes the order:
+    it moves the weight from its module into a parametrization, which comes later in ``model.parameters()``. So the sort
+    key is the place of the module, and the place that the weight had in it.
     """
     order: dict[int, tuple[int, int]] = {}
     for number, module in enumerate(model.modules()):
@@ -200,19 +218,25 @@ def plain_order(model: nn.Module) -> dict[int, tuple[int, int]]:
 def with_fresh_scales(
     optimizer: Optimizer, state: Mapping[str, Any], scales: Iterable[Tensor], order: Mapping[int, Any] | None = None
 ) -> dict[str, Any] | None:
-    """Make room for the scales in the state of an optimizer that was saved without them.
+    """Insert the scales into the state of an optimizer that was saved without them.
 
     Args:
-        optimizer: The optimizer, whose groups hold the scales.
-        state: The state dict that it shall load.
+        optimizer: The optimizer, with the scales in its groups.
+        state: The state dict to load.
         scales: The scales.
-        order: What sorts the other parameters as they were without scales, by their ids (see
-            :func:`plain_order`); by default as they are now.
+        order: Sort keys that put the other parameters into their order without scales (see :func:`plain_order`); their
+            order now by default.
 
     Returns:
-        The completed state dict, in which the scales have no state yet, and names, if it has any, are those of the
-        optimizer's own groups; ``None`` where the state dict does not differ from the optimizer by exactly the scales.
+        The completed state dict. Scales have no state in it, and the names of parameters, if any, come from the groups
+        of the optimizer. ``None`` if the state dict differs from the optimizer by anything but the scales.
     """
+    # The state of an optimizer numbers all parameters. Scales in a group shift the numbers behind them:
+    #
+    #     now      W0   s0   W1   s1        saved    W0   W1
+    #     number    0    1    2    3                  0    1        so state[1] becomes state[2]
+    #
+    # A group of scales alone did not exist when the state was saved. It is added with its settings of now.
     own = {id(scale) for scale in scales}
     saved, number = list(state.get("param_groups", ())), 0
     numbers: dict[Any, int] = {}

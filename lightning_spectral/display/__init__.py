@@ -1,4 +1,4 @@
-"""Figures of plain numbers. Drawing needs the extra ``plot``; importing this package does not."""
+"""Figures of plain numbers. Only drawing needs the extra ``plot``, not the import of this package."""
 
 from lightning_spectral.display.heatmap import heatmap_figure
 from lightning_spectral.display.profile import profile_figure

@@ -1,4 +1,4 @@
-"""What the figures have in common: ink, type and size."""
+"""Colours, type and size that all figures share."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ __all__ = ["new_figure", "plain", "power_of_two"]
 Floats = NDArray[np.float64]
 
 INK = "#222222"
-# Of the Okabe-Ito palette, which stays apart under every common colour blindness. Blue and red as in the heatmap, whose
-# blue blocks are dominated by attention.
+# From the Okabe-Ito palette, whose colours can be told apart under every common colour blindness. As in the heatmap,
+# blue stands for attention and red for the MLP.
 MLP, ATTENTION = "#d55e00", "#0072b2"
 
 
 def new_figure(height: float) -> Figure:
-    """Return a figure that belongs to no global state, as wide as a page and as many inches high as asked for.
+    """Return a figure outside of pyplot's global state, as wide as a page.
+
+    Args:
+        height: In inches.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -36,11 +39,11 @@ def new_figure(height: float) -> Figure:
 
 
 def plain(axes: Axes) -> None:
-    """Take away what is no data."""
+    """Remove the frame and tone down the ticks of an axes."""
     axes.tick_params(length=3, color="#999999", labelcolor=INK, labelsize=9)
     axes.spines[:].set_visible(False)
 
 
 def power_of_two(power: int) -> str:
-    """Return 2 to that power as a reader writes it: "1/4", "1", "4"."""
+    """Return a power of two as a fraction or a whole number: "1/4", "1", "4"."""
     return str(2**power) if power >= 0 else f"1/{2**-power}"

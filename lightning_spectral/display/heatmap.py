@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["heatmap_figure", "scale_limit", "step_edges"]
 
-# Red and blue stay apart under every common colour blindness, and the white between them is ρ = 1.
+# Red and blue can be told apart under every common colour blindness. The white between them is ρ = 1.
 COLOURS = "RdBu_r"
 CENTRED: Any = {"rotation": "vertical", "ha": "center", "va": "center"}
-# A colour scale always reaches from 1/4 to 4, so that two runs look alike where they are alike, and never beyond 1/64
-# to 64, so that one extreme block does not turn all others white.
+# The colour scale covers at least 1/4 to 4, so that two runs can be compared by eye. It covers at most 1/64 to 64, so
+# that one extreme block does not turn all others white.
 NARROWEST, WIDEST = 2, 6  # powers of two
 
 
@@ -33,14 +33,14 @@ def heatmap_figure(
     Args:
         values: ln ρ, shape ``(blocks, measurements)``, NaN where a block has no ratio.
         steps: Optimizer step of every measurement, rising.
-        linearization: What was measured.
-        zone: The safe zone, ``None`` where none is known.
+        linearization: The linearization of the measurements.
+        zone: The safe zone, ``None`` for a linearization without one.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
     blocks = values.shape[0]
-    # Tall enough for a readable row each, up to the height of a page.
+    # Enough height for readable rows, up to the height of a page.
     figure = new_figure(min(max(2.6 + 0.22 * blocks, 3.6), 10.0))
     axes = figure.add_subplot()
     edges = step_edges(steps)
@@ -55,7 +55,7 @@ def heatmap_figure(
 
 
 def step_edges(steps: Sequence[int]) -> Floats:
-    """Return the borders of the columns, halfway between two measurements."""
+    """Return the borders of the columns. A border lies halfway between two measurements."""
     points = np.asarray(steps, dtype=float)
     if len(points) == 1:
         return np.array([points[0] - 0.5, points[0] + 0.5])
@@ -64,20 +64,20 @@ def step_edges(steps: Sequence[int]) -> Floats:
 
 
 def scale_limit(values: Floats) -> int:
-    """Return the end of the colour scale as a power of two, for values of ln ρ."""
+    """Return the power of two at which the colour scale ends, for values of ln ρ."""
     largest = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 0.0
     return min(max(math.ceil(largest / math.log(2)), NARROWEST), WIDEST)
 
 
 def _paint(axes: Axes, values: Floats, edges: Floats) -> ScalarMappable:
     limit = scale_limit(values) * math.log(2)
-    axes.patch.set(facecolor="#d9d9d9", hatch="////", edgecolor="#a6a6a6")  # shows through where a ratio is missing
+    axes.patch.set(facecolor="#d9d9d9", hatch="////", edgecolor="#a6a6a6")  # visible where a ratio is missing
     rows = np.arange(values.shape[0] + 1) - 0.5
     return axes.pcolormesh(edges, rows, np.ma.masked_invalid(values), cmap=COLOURS, vmin=-limit, vmax=limit)
 
 
 def _enclose(axes: Axes, values: Floats, edges: Floats, zone: tuple[float, float]) -> None:
-    """Draw a line wherever a ratio inside the zone borders on one outside."""
+    """Draw a line between every two neighbours on different sides of an edge of the zone."""
     from matplotlib.collections import LineCollection
 
     low, high = np.log(zone)
@@ -108,7 +108,7 @@ def _label(axes: Axes, blocks: int, linearization: str) -> None:
 
 
 def _scale(figure: Figure, axes: Axes, mesh: ScalarMappable, values: Floats, zone: tuple[float, float] | None) -> None:
-    """Add the colour bar, labelled in ρ although the colours are even in ln ρ, with the edges of the zone."""
+    """Add the colour bar with the edges of the zone. Colours are even in ln ρ; labels are values of ρ."""
     limit = scale_limit(values)
     beyond = np.abs(values[np.isfinite(values)]) > limit * math.log(2)
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=24, extend="both" if beyond.any() else "neither")

@@ -26,15 +26,15 @@ def profile_figure(
     zone: tuple[float, float] | None,
     title: str,
 ) -> Figure:
-    """Draw both norms (above) and the ratio (below) of every block, on logarithmic axes. What is missing is a gap.
+    """Draw both norms (above) and the ratio (below) of every block, on logarithmic axes. A missing value is a gap.
 
     Args:
-        blocks: Their indices.
+        blocks: Indices of the blocks.
         mlp_norms: Spectral norms of the MLP branches.
         attention_norms: Spectral norms of the attention branches.
-        ratios: The first over the second.
-        zone: The interval of ratios to shade, if any.
-        title: The title.
+        ratios: Spectral ratios.
+        zone: The interval of ratios to shade, ``None`` for none.
+        title: Title of the figure.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -57,7 +57,7 @@ def profile_figure(
 
 
 def _plain_logarithms(axes: Axes) -> None:
-    """Make the ordinate logarithmic, with numbers as 20 and not as 2 × 10¹."""
+    """Make the y axis logarithmic, with labels such as 20 instead of 2 × 10¹."""
     from matplotlib.ticker import LogFormatter
 
     axes.set_yscale("log")
@@ -67,12 +67,12 @@ def _plain_logarithms(axes: Axes) -> None:
 
 
 def _column(values: Sequence[float | None]) -> Floats:
-    """Return an array with NaN for what is missing, and for a norm of zero, which no logarithmic axis shows."""
+    """Return an array with NaN for missing values and for 0, which has no place on a logarithmic axis."""
     return np.array([value or math.nan for value in values])
 
 
 def _ratios(axes: Axes, blocks: Floats, ratios: Floats, zone: tuple[float, float] | None) -> None:
-    """Draw bars from ρ = 1, up in the colour of the MLP and down in the colour of attention."""
+    """Draw bars that start at ρ = 1: upwards in the colour of the MLP, downwards in the colour of attention."""
     from matplotlib.ticker import MaxNLocator
 
     powers = np.log2(ratios)

@@ -1,4 +1,4 @@
-"""Blocks, weights and a solver in, numbers out: weight linearizations, Jacobians, updates, tokens of real passes."""
+"""Blocks, weights and a solver in, numbers out: weight linearizations, Jacobians, updates, token geometry."""
 
 from lightning_spectral.measuring.meter import Meter, measure
 

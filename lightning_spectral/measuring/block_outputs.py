@@ -1,4 +1,4 @@
-"""Measure the token geometry of a real forward pass, at the output of every residual block."""
+"""The token geometry of a real forward pass, measured at the output of every residual block."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lightning_spectral.weights.paths import module_at
 __all__ = ["BlockOutputs", "Geometry", "as_sequences", "with_geometry"]
 
 _MASSIVE = 100.0  # an activation is massive above this multiple of the median
-# So many sequences, evenly spaced, speak for a batch. The effective rank needs the eigenvalues of a Gram matrix: of so
-# many tokens, evenly spaced, of the first of them.
+# At most 4 evenly spaced sequences stand for a batch. The effective rank needs the eigenvalues of a Gram matrix, so it
+# is computed from the first 2 of these sequences, with at most 256 evenly spaced tokens each.
 _SEQUENCES = 4
 _RANK_TOKENS, _RANK_SEQUENCES = 256, 2
 
 
 class Geometry(NamedTuple):
-    """The tokens at the output of one block; a quantity that is not measurable is ``None``."""
+    """The token geometry at the output of one block. A quantity that cannot be measured is ``None``."""
 
     token_residual: float | None
     typical_token_residual: float | None
@@ -35,11 +35,11 @@ class Geometry(NamedTuple):
 
 
 class BlockOutputs:
-    """Listens to the outputs of blocks for as long as it is told to; nothing that passes is changed or kept.
+    """Listens to the outputs of blocks between :meth:`start` and :meth:`stop`. No output is changed or kept.
 
     Args:
         model: The model that the blocks were found in.
-        blocks: The blocks. One that the model does not have is not heard.
+        blocks: The blocks. A block that is missing in the model is skipped.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
@@ -51,11 +51,11 @@ class BlockOutputs:
         self.error: Exception | None = None
 
     def start(self, passes: Passes | None = None, *, leave_out: Callable[[nn.Module], bool] | None = None) -> None:
-        """Begin to listen, unless it does already.
+        """Begin to listen; nothing happens if it listens already.
 
         Args:
-            passes: Where what is heard is kept; by default the last pass counts.
-            leave_out: Says which modules not to listen to.
+            passes: The store for the measurements; a new one by default, in which the last pass counts.
+            leave_out: Returns true for a module that must not be listened to.
         """
         if self._listeners:
             return
@@ -66,16 +66,16 @@ class BlockOutputs:
                 self._listeners += listen([module], _Outputs(self, index, token_dims))
 
     def stop(self) -> None:
-        """Leave the model as it was."""
+        """Remove the listeners from the model."""
         stop_listening(self._listeners)
 
     def values(self) -> dict[int, Geometry]:
-        """Return what was measured in the pass that counts, by block index, once.
+        """Return the measurements of the pass that counts, by block index, and forget them.
 
-        A block that was not heard is absent.
+        A block without an output in that pass is absent.
 
         Raises:
-            Exception: What went wrong while listening.
+            Exception: The exception that occurred while listening, if any.
         """
         if self.error is not None:
             error, self.error = self.error, None
@@ -89,16 +89,17 @@ class BlockOutputs:
 
 
 def _end(block: ResidualBlock) -> str | None:
-    """Return the path of the module that returns the stream behind a block, ``None`` where none does.
+    """Return the path of the module that returns the stream behind a block, ``None`` if no module does.
 
-    A block that no module is around ends with what is around its last branch, unless that is the branch itself.
+    A block may be several modules instead of one. It then ends with the last of them, unless this module is itself the
+    site of a branch: the output of a site is the branch, not the stream.
     """
     *first, last = block.modules
     return None if first and any(branch.site == last for branch in block.branches) else last
 
 
 class _Outputs:
-    """Hears one block. What goes wrong in it must not go wrong in the user's forward pass."""
+    """Listener of one block. Its exceptions are kept and never reach the user's forward pass."""
 
     def __init__(self, outputs: BlockOutputs, index: int, token_dims: tuple[int, ...]) -> None:
         self._outputs, self._index, self._token_dims = outputs, index, token_dims
@@ -126,29 +127,29 @@ def _is_stream(leaf: Any, token_dims: tuple[int, ...]) -> bool:
 @torch.no_grad()
 def _geometry(stream: Tensor, token_dims: Sequence[int]) -> Tensor:
     if stream.is_nested:
-        raise TypeError("the stream is a nested tensor, and its tokens stand in no regular layout")
+        raise TypeError("the stream is a nested tensor, whose tokens have no regular layout")
     with torch.autocast(stream.device.type, enabled=False):
         X = as_sequences(stream, token_dims)
-        if X.shape[1] < 2:  # one token is one vector, and that says nothing
+        if X.shape[1] < 2:  # a single token is always one vector
             return torch.full((3,), math.nan, device=stream.device)
         X = X[:: math.ceil(len(X) / _SEQUENCES)]
         stride = math.ceil(X.shape[1] / _RANK_TOKENS)
         rank = effective_rank(X[:_RANK_SEQUENCES, ::stride], power=2)
         typical = token_residual(X, massive=_MASSIVE)
-        if X.shape[1] < 4:  # at most half of the tokens are massive, and here that may leave one
+        if X.shape[1] < 4:  # without its massive tokens, a sequence this short may have one token left
             left = X.shape[1] - massive_activations(X, multiple=_MASSIVE)[0].sum(-1)
             typical = torch.where(left > 1, typical, math.nan)
         return torch.stack([token_residual(X).nanmean(), typical.nanmean(), rank.nanmean()])
 
 
 def _channel(stream: Tensor, token_dims: Sequence[int]) -> int | None:
-    """Return the dimension of the channels, the last or, in feature maps, the second; ``None`` for no stream."""
+    """Return the dimension of the channels: the last, or the second in feature maps. ``None`` if x is no stream."""
     channel = 1 if stream.dim() - 1 in token_dims else stream.dim() - 1
     return None if channel in token_dims or max(token_dims) >= stream.dim() else channel
 
 
 def with_geometry(measurement: Measurement, values: Mapping[int, Geometry]) -> Measurement:
-    """Add what was measured of the tokens, by block index, to the layers of a measurement."""
+    """Add the token geometry, by block index, to the layers of a measurement."""
     layers = (
         replace(layer, **values[layer.index]._asdict()) if layer.index in values else layer for layer in measurement
     )
@@ -159,9 +160,9 @@ def as_sequences(stream: Tensor, token_dims: Sequence[int]) -> Tensor:
     """Bring a stream into the layout ``(sequences, tokens, width)``.
 
     Args:
-        stream: Any layout of tokens and channels. Channels stand last, or second where the last dimension holds tokens
-            (feature maps).
-        token_dims: The dimensions along which tokens stand.
+        stream: Any layout of tokens and channels. The channels are the last dimension, or the second if the last
+            dimension holds tokens (feature maps).
+        token_dims: The dimensions of the tokens.
     """
     channel = _channel(stream, token_dims)
     assert channel is not None

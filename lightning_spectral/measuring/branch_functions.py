@@ -1,17 +1,21 @@
 """Branches as functions of the residual stream, taken from one recorded forward pass.
 
-A residual add is S = skip + branches. What a branch adds, as a function of the stream that it reads, is
+A residual add is S = skip + branches. The update of a branch, as a function of the stream that it reads, is
 
     B(x) = S(branch at x) − S(branch at 0)
 
-with the skip and the other branches held where they were. This is ``block(x) − x`` with the other sites at zero, but
-for one add instead of one module: it needs no block that can be called alone, holds behind norms that stand behind the
-add, and has every multiplier in it (residual scales, LayerScale, ReZero, constants) and every norm, gate and mask. The
-stream of a sequential block's MLP is what the attention branch has been added to; its derivative by that stream knows
-nothing of the attention.
+with the skip and the other branches fixed at their recorded values:
 
-The recorded operations run again in float64, whatever the dtype of the model, so that derivatives are exact to many
-more digits than the weights are.
+    x ── norm ── W ── act ── W ── site ── · scale ──(+)── norm behind the add ── S
+    │           body: rerun at x            start    │           tail: rerun twice
+    └── skip: recorded ──────────────────────────────┘
+
+This equals ``block(x) − x`` with the other sites at zero, but for one add instead of one module. So it does not matter
+whether the block can be called alone, or whether a norm stands behind the add. B contains every multiplier (residual
+scales, LayerScale, ReZero, constants) and every norm, gate and mask. In a sequential block, the MLP reads the stream
+behind the attention, and the derivative by that stream does not contain the attention.
+
+The recorded operations run again in float64 in any model, so that derivatives have more exact digits than the weights.
 """
 
 from __future__ import annotations
@@ -38,22 +42,25 @@ __all__ = ["BranchFunction", "BranchSum", "branch_functions"]
 
 
 class BranchFunction:
-    """What a branch adds to the residual stream, as a function of the stream that it reads.
+    """The update that a branch adds to the residual stream, as a function of the stream that it reads.
 
-    Pure: the model is not run and not touched. Holds the recorded pass, and from the first call on float64 copies of
-    the weights of the branch, until told to forget them.
+    The function is pure: the model is neither run nor changed. It holds the recorded pass and, from the first call
+    until :meth:`forget`, float64 copies of the weights of the branch.
 
     Attributes:
         stream: The stream as it was recorded, in float64 (on the CPU where the device has no float64).
-        behind: Constant by which the output of the branch's site is multiplied before it is added; ``None`` where that
-            is a parameter, or where no module carries the branch.
+        behind: Constant that multiplies the output of the branch's site before the add; ``None`` if the multiplier is a
+            parameter, or if no module carries the branch.
     """
 
     def __init__(self, tape: Tape, add: ResidualAdd, terms: Sequence[Term], site: int | None) -> None:
-        """Take the terms of one residual add that form a branch; ``site`` is the value at its site."""
+        """Make the function of the terms of one residual add that form a branch; ``site`` is the value at its site."""
         self._tape, self._output = tape, add.output if add.stack is None else add.stack.written
         self._size = 1.0 if add.stack is None else add.stack.size(tape)
+        # source: the stream that is read. starts: the values at which the branch meets the add. They cut the recorded
+        # program in two: the body from the source to the starts, and the tail from the starts to the sum.
         self._source, self._starts = add.stream, tuple(dict.fromkeys(term.start for term in terms))
+        # Both are planned once; a call only executes them.
         self._body = _plan(tape, (self._source,), self._starts)
         self._tail = _plan(tape, self._starts, (self._output,))
         self._constants: dict[int, Tensor] = {}
@@ -61,7 +68,7 @@ class BranchFunction:
         self.behind = None if add.stack is not None and add.stack.writers else _behind(terms[0], site)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what the branch adds when it reads ``x``, in the shape of the sum; of several streams, to each."""
+        """Return the update at ``x``, in the shape of the sum; with several parallel streams, the update of each."""
         return self._added(self._run(self._body, {self._source: x}))
 
     def forget(self) -> None:
@@ -69,7 +76,7 @@ class BranchFunction:
         self._constants.clear()
 
     def recorded(self) -> Tensor:
-        """Return what the branch added in the recorded pass, in its precision."""
+        """Return the update of the recorded pass, with the precision of that pass."""
         return self._added({start: self._tape.wide(start) for start in self._starts})
 
     def precision(self) -> float:
@@ -77,6 +84,7 @@ class BranchFunction:
         return float(torch.finfo(self._tape.tensors[self._output].dtype).eps)
 
     def _added(self, values: Mapping[int, Tensor]) -> Tensor:
+        # The tail is linear in the starts only without a norm behind the add, so S(branch at 0) is a second run.
         with_branch = {start: values[start] for start in self._starts}
         without = {start: torch.zeros_like(value) for start, value in with_branch.items()}
         ends = [self._run(self._tail, sources)[self._output] for sources in (with_branch, without)]
@@ -97,19 +105,19 @@ class BranchFunction:
     def _constant(self, value: int) -> Tensor:
         if value not in self._constants:
             tensor = self._tape.wide(value)
-            # Autograd keeps what it differentiates through, and refuses to keep tensors of inference mode.
+            # Autograd saves tensors for the backward pass, and refuses to save tensors of inference mode.
             self._constants[value] = tensor.clone() if tensor.is_inference() else tensor
         return self._constants[value]
 
 
 @dataclass(frozen=True, slots=True)
 class BranchSum:
-    """What several branches add together when the stream that each of them reads is moved by the same vector.
+    """The sum of the updates of several branches, when the stream of each is moved by the same vector.
 
     Its derivative is the sum of the Jacobians of the branches.
 
     Attributes:
-        functions: The branches, which read the stream in one shape.
+        functions: The branches. All read the stream in one shape.
     """
 
     functions: tuple[BranchFunction, ...]
@@ -120,7 +128,9 @@ class BranchSum:
         return self.functions[0].stream
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what the branches add when the first reads ``x``."""
+        """Return the sum of the updates when the first branch reads ``x``."""
+        # Branches of a kind may read the stream at different places of the block, where it has different values. So
+        # each gets the shift, not x.
         first, *others = self.functions
         shift = x - first.stream
         return sum((function(function.stream + shift) for function in others), first(x))
@@ -131,7 +141,7 @@ class BranchSum:
             function.forget()
 
     def recorded(self) -> Tensor:
-        """Return what the branches added in the recorded pass."""
+        """Return the sum of the updates of the recorded pass."""
         first, *others = (function.recorded() for function in self.functions)
         return sum(others, first)
 
@@ -141,7 +151,13 @@ class BranchSum:
 
 
 def _plan(tape: Tape, sources: Sequence[int], targets: Iterable[int]) -> tuple[Operation, ...]:
-    """Return the operations that lead from the sources to the targets, in order."""
+    """Return the operations that lead from the sources to the targets, in order.
+
+    An operation is in the plan if a target depends on it, and if it depends on a source. All other values are constants
+    of the recorded pass.
+    """
+    # Sets of values are bit masks: bit i of ancestors[t] is set if target t depends on value i. Values are numbered in
+    # the order of the pass, so bits below the first source cannot depend on a source and are cleared.
     mask = 0
     for target in targets:
         mask |= tape.ancestors[target]
@@ -157,6 +173,7 @@ def _plan(tape: Tape, sources: Sequence[int], targets: Iterable[int]) -> tuple[O
 
 
 def _behind(term: Term, site: int | None) -> float | None:
+    """Return the product of the constants between a site and the add, ``None`` if it is not constant or not known."""
     if site in term.gated:
         return None
     product = 1.0
@@ -178,25 +195,25 @@ def branch_functions(
 ) -> dict[Branch, BranchFunction | str]:
     """Run the model once and return the branches of its blocks as functions.
 
-    The pass runs in evaluation mode without dropout and autocast, and leaves the model, its buffers, its training flags
-    and the random streams as they were. All activations of the pass are kept until the functions are gone: use a small
-    batch.
+    The pass runs in evaluation mode without dropout and autocast. The model, its buffers, its training flags and the
+    random streams are unchanged afterwards. All activations of the pass are kept until the functions are deleted, so
+    use a small batch.
 
     Args:
         model: The model that the blocks were found in.
         blocks: The blocks.
-        args: Positional arguments of the pass; with no arguments at all, guessed as :func:`find_blocks` does.
-        kwargs: Its keyword arguments.
-        through: The module of the model that takes them, by default the model or what it wraps.
+        args: Positional arguments of the pass. Without any argument, an input is guessed, as :func:`find_blocks` does.
+        kwargs: Keyword arguments of the pass.
+        through: The module of the model that takes the arguments; the model or the module it wraps by default.
 
     Returns:
-        For each branch the function, or the reason why there is none: no weight and no module of the branch reaches the
-        stream in this pass, or it does so several times, each with a Jacobian of its own.
+        For each branch the function, or the reason for none: the branch does not reach the stream in this pass, or
+        reaches it several times, each time with another Jacobian.
 
     Raises:
         ExampleInputError: The model could not be run.
     """
-    # Fused attention kernels can be differentiated once; plain arithmetic twice.
+    # Products by J differentiate twice. Fused attention kernels can be differentiated once, plain arithmetic twice.
     with sdpa_kernel(SDPBackend.MATH):
         passes = recorded(model, args, kwargs) if through is None else [passed(model, through, args, kwargs)]
     places = [_Places(item.tape, residual_adds(item.tape, Prober(item.tape))[0]) for item in passes]
@@ -204,19 +221,19 @@ def branch_functions(
     for block in blocks:
         for branch in block.branches:
             joined = [other for other in block.branches if other.site == branch.site and other.kind != branch.kind]
-            shared = f"{branch.site} returns the sum of attention and an MLP, which are no functions of their own"
+            shared = f"{branch.site} returns the sum of attention and an MLP, which cannot be told apart"
             functions[branch] = shared if joined else _function(places, branch)
     return functions
 
 
 def _function(passes: Iterable[_Places], branch: Branch) -> BranchFunction | str:
-    """Return a branch as it is in the first pass that has it, or the reason of the first pass."""
+    """Return the function from the first pass that has the branch, or the reason from the first pass."""
     found = [places.function(branch) for places in passes]
     return next((item for item in found if isinstance(item, BranchFunction)), found[0])
 
 
 class _Places:
-    """Where the branches of a tape reach the stream."""
+    """Index of a tape: where the outputs of modules and the weights reach the stream."""
 
     def __init__(self, tape: Tape, adds: Sequence[ResidualAdd]) -> None:
         self._tape = tape
@@ -224,13 +241,14 @@ class _Places:
         for call in tape.calls:
             self._calls[call.path].append(call)
         self._terms = [(add, term) for add in adds for term in add.branches]
+        # By value, the terms that end in it: its spine runs from the sum down to the leaf, its gated values lie behind.
         self._spines: defaultdict[int, list[tuple[ResidualAdd, Term]]] = defaultdict(list)
         for add, term in self._terms:
             for value in (*term.spine, *term.gated):
                 self._spines[value].append((add, term))
 
     def function(self, branch: Branch) -> BranchFunction | str:
-        """Return a branch as a function, or the reason why it is none."""
+        """Return a branch as a function, or the reason for none."""
         by_weight = branch.site.startswith("param:")
         found: dict[int, tuple[ResidualAdd, list[Term], int | None]] = {}
         for add, term, site in self._by_weight(branch) if by_weight else self._by_module(branch):
@@ -238,20 +256,20 @@ class _Places:
             if term not in known[1]:
                 known[1].append(term)
         if not found:
-            return f"nothing that {branch.site} makes is added to the residual stream in this pass"
+            return f"no output of {branch.site} is added to the residual stream in this pass"
         if len(found) > 1:
-            return f"{branch.site} runs {len(found)} times in one pass, each time with a Jacobian of its own"
+            return f"{branch.site} runs {len(found)} times in one pass, each time with another Jacobian"
         return BranchFunction(self._tape, *next(iter(found.values())))
 
     def _by_module(self, branch: Branch) -> Iterator[tuple[ResidualAdd, Term, int | None]]:
-        """Yield the terms that the output of a module is part of, with the value at the site."""
+        """Yield the terms that contain the output of the site, with the value at the site."""
         for call in self._calls[branch.site]:
             for key, value in call.outputs:
                 if key == branch.output_index:
                     yield from ((add, term, value) for add, term in self._spines[value])
 
     def _by_weight(self, branch: Branch) -> Iterator[tuple[ResidualAdd, Term, int | None]]:
-        """Yield the terms that a weight is part of."""
+        """Yield the terms that contain the weight of the site."""
         path = branch.site.removeprefix("param:")
         yield from ((add, term, None) for place, (add, term) in enumerate(self._terms) if path in self._weights[place])
 

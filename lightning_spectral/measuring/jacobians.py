@@ -1,4 +1,4 @@
-"""Model and real inputs in, the Jacobians of its branches measured: ``linearization="jacobian"``."""
+"""Measure the Jacobians of a model's branches on real inputs: ``linearization="jacobian"``."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lightning_spectral.weights.tensors import refuse_lazy
 
 __all__ = ["measure_functions", "update_ratios", "watch_updates"]
 
-# A product by a Jacobian costs a pass through its branch, so the bound may be looser than that of a weight: a few
-# columns, a few steps.
+# A product by a Jacobian costs a pass through its branch. So the solver takes fewer columns and steps than for weights,
+# and accepts a looser bound.
 _SOLVER = RandomizedSVD(n_components=2, n_oversamples=4, tolerance=0.02, max_bound=0.1, max_iter=8)
-# How far a branch run again in float64 may be from the recorded pass, in square roots of the recorded rounding error,
-# which is never that of float64, because many norms and position codes are computed in float32 whatever the dtype;
-# how far its derivative may be from a difference, which kinks and switches of an activation disturb.
+# Largest distance of a branch that is run again in float64 from the recorded pass, in units of √ε. ε is at least the
+# one of float32, because many norms and position codes are computed in float32 in any model.
+# Largest relative distance of its derivative from a difference; kinks of an activation disturb the difference.
 _REPLAY_TOLERANCE, _DERIVATIVE_TOLERANCE = 4.0, 1e-3
 
 
@@ -40,23 +40,23 @@ def measure_functions(
 ) -> Measurement:
     """Measure the Jacobian of every branch by the stream that it reads, ∂(s · B(x))/∂x, on real inputs.
 
-    All of the branch is in it: norms, biases, activation, gate, attention pattern and mask, experts as routed, every
+    J contains the whole branch: norms, biases, activation, gate, attention pattern and mask, experts as routed, every
     residual multiplier. The operator acts on all positions of all sequences at once, so the norm of an attention branch
-    grows with the length of the sequences: compare only measurements on batches of one shape.
+    grows with the length of the sequences. Compare only measurements on batches of one shape.
 
-    ``mlp_norm`` and ``attention_norm`` are Rayleigh values, below ‖J‖₂, and ``error_bound`` β claims ‖J‖₂ ≤ (1 + β) ·
-    norm. By default the solver stops early, with bounds of about 0.1; pass another one for tighter bounds.
+    ``mlp_norm`` and ``attention_norm`` are Rayleigh values, which are at most ‖J‖₂. ``error_bound`` is β with
+    ‖J‖₂ ≤ (1 + β) · norm. The default solver stops early, with bounds of about 0.1. Pass another for tighter ones.
 
     Args:
         model: The model.
         blocks: Its blocks.
-        args: Positional arguments of one forward pass on a small batch; guessed where there are no arguments.
+        args: Positional arguments of one forward pass on a small batch. Without any argument, an input is guessed.
         kwargs: Keyword arguments of that pass.
         solver: How the spectral norms are computed.
 
     Returns:
-        The measurement. A branch that is not measured has a reason: it runs several times in one pass, it does not
-        reach the stream in this pass, or it could not be differentiated.
+        The measurement. A branch without a norm has a reason: it runs several times in one pass, it does not reach the
+        stream in this pass, or it cannot be differentiated.
 
     Raises:
         ExampleInputError: The model could not be run.
@@ -79,16 +79,16 @@ def measure_functions(
 def update_ratios(
     model: nn.Module, blocks: Sequence[ResidualBlock], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[int, Update]:
-    """Compare what the MLP and the attention branch of every block add to the stream: one forward pass, no derivative.
+    """Compare the updates that the MLP and the attention of every block add to the stream. Costs one forward pass.
 
     Args:
         model: The model.
         blocks: Its blocks.
-        args: Positional arguments of the pass; guessed where there are no arguments.
-        kwargs: Its keyword arguments.
+        args: Positional arguments of the pass. Without any argument, an input is guessed.
+        kwargs: Keyword arguments of the pass.
 
     Returns:
-        By the index of the block; blocks without both branches, or called several times, are left out.
+        The comparison of each block, by its index. Blocks without both branches, or called several times, are absent.
 
     Raises:
         ExampleInputError: The model could not be run.
@@ -117,19 +117,19 @@ def watch_updates(
 ) -> UpdateWatch:
     """Return a context that compares the updates of every block in the forward passes that run inside it.
 
-    One pass is traced now, to see which constants follow the sites; the watch itself costs none. Left out are blocks
-    with a branch that no module carries, that a learned multiplier outside of its site follows, or that runs several
-    times in one pass: there the output of the site is not what is added.
+    One pass is traced now, to find the constants that multiply the outputs of the sites. The watch itself costs no
+    pass. A block is left out if the output of a site is not the update: if no module carries a branch, if a learned
+    multiplier follows the site, or if a branch runs several times in one pass.
 
     Args:
         model: The model.
         blocks: Its blocks.
-        args: Positional arguments of the traced pass; guessed where there are no arguments.
-        kwargs: Its keyword arguments.
-        through: The module of the model that takes them, by default the model or what it wraps.
+        args: Positional arguments of the traced pass. Without any argument, an input is guessed.
+        kwargs: Keyword arguments of the traced pass.
+        through: The module of the model that takes the arguments; the model or the module it wraps by default.
 
     Returns:
-        The watch; after a pass inside it, ``updates`` has the comparisons by the index of the block.
+        The watch. After a pass inside of its context, ``updates`` has the comparison of each block, by its index.
 
     Raises:
         ExampleInputError: The model could not be run.
@@ -157,7 +157,7 @@ def _functions(
 ) -> dict[Branch, BranchFunction | str]:
     if not blocks:
         return {}
-    # Tensors of inference mode cannot enter a graph, not even as constants.
+    # Clones, because tensors of inference mode cannot enter a graph, even as constants.
     args, kwargs = tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
     try:
         return branch_functions(model, blocks, args, kwargs, through=through)
@@ -170,7 +170,7 @@ def _functions(
 
 
 def _of_kind(branches: Sequence[Branch], functions: Mapping[Branch, BranchFunction | str]) -> BranchSum | str | None:
-    """Return the branches of one kind as one function, or why there is none; ``None`` without a branch."""
+    """Return the branches of one kind as one function, or the reason for none; ``None`` if there is no branch."""
     found = [functions[branch] for branch in branches]
     reason = next((item for item in found if isinstance(item, str)), None)
     if reason is not None or not found:
@@ -182,7 +182,7 @@ def _of_kind(branches: Sequence[Branch], functions: Mapping[Branch, BranchFuncti
 
 
 def _layout(block: ResidualBlock, functions: Mapping[Branch, BranchFunction | str]) -> torch.Size | None:
-    """Return the shape in which the attention reads the stream, which is what the dimensions of the tokens refer to."""
+    """Return the shape in which the attention reads the stream; ``token_dims`` are dimensions of this shape."""
     attention = None if block.attention is None else functions[block.attention]
     return attention.stream.shape if isinstance(attention, BranchFunction) else None
 
@@ -193,31 +193,31 @@ def _response(
     layout: torch.Size | None,
     solver: Solver,
 ) -> Response | str | None:
-    """Return what is measured of a branch, or why nothing is."""
+    """Return the response of a branch, or the reason for none."""
     if not isinstance(function, BranchSum):
         return function
     try:
         J = Jacobian(function, function.stream)
         return _problem(J, function) or response(J, token_dims if layout == J.x.shape else (), solver)
-    except (RuntimeError, ArithmeticError, LookupError, TypeError, ValueError) as error:  # of whatever is in the branch
+    except (RuntimeError, ArithmeticError, LookupError, TypeError, ValueError) as error:  # raised inside of the branch
         return f"it cannot be differentiated: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     finally:
         function.forget()
 
 
 def _problem(J: Jacobian, function: BranchSum) -> str | None:
-    """Check a function against the pass that it was taken from, and its two derivatives against each other."""
+    """Check a function against its recorded pass, and its derivative against a difference. Return the problem."""
     recorded = function.recorded()
     if not bool(recorded.isfinite().all()):
-        return "what it adds is not finite (NaN or Inf)"
+        return "its update is not finite (NaN or Inf)"
     error = float(torch.linalg.vector_norm(J.value - recorded))
     if not error <= _REPLAY_TOLERANCE * max(function.precision(), torch.finfo(torch.float32).eps) ** 0.5 * float(
         torch.linalg.vector_norm(recorded)
     ):
-        return f"run again in {J.dtype}, the branch gives something else (off by {error:.1e})"
+        return f"run again in {J.dtype}, the branch returns other values (off by {error:.1e})"
     error = derivative_error(J, generator=torch.Generator().manual_seed(1))
     if not error <= _DERIVATIVE_TOLERANCE:
-        return f"its derivative is not the one that its operations claim (relative error {error:.1e})"
+        return f"its derivative differs from a difference of its values (relative error {error:.1e})"
     return None
 
 

@@ -1,4 +1,4 @@
-"""How a branch answers to perturbations of the stream: the norm and the gains of its Jacobian."""
+"""The response of a branch to perturbations of the stream: the norm and the gains of its Jacobian."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["Gains", "Response", "derivative_error", "gains", "response"]
 
 @dataclass(frozen=True, slots=True)
 class Gains:
-    """How a branch answers to random perturbations.
+    """Gains of a branch for random perturbations.
 
     Attributes:
         frobenius: ‖J‖_F.
-        mean: ‖PJP‖_F / √rank P with P the mean over tokens: how far a perturbation that all tokens of a sequence share
-            moves their mean, root mean square. ``None`` where the tokens are not known.
-        deviation: ‖ΠJΠ‖_F / √rank Π with Π = I − P: the same for what sets the tokens apart. ``None`` where there is
-            only one token.
+        mean: ‖PJP‖_F / √rank P, where P is the mean over tokens: the root mean square by which a perturbation shared by
+            all tokens of a sequence moves their mean. ``None`` if the dimensions of the tokens are unknown.
+        deviation: ‖ΠJΠ‖_F / √rank Π with Π = I − P: the same for deviations of the tokens from their mean. ``None`` for
+            a single token.
     """
 
     frobenius: float
@@ -37,8 +37,8 @@ class Response:
 
     Attributes:
         norm: ‖J‖₂.
-        gains: Of random perturbations.
-        value: What the branch adds at the point itself.
+        gains: Gains for random perturbations.
+        value: The update that the branch adds at the point of the derivative.
         finite_differences: Whether the products by J are differences (see :class:`Jacobian`).
     """
 
@@ -52,11 +52,11 @@ def response(J: Jacobian, token_dims: Sequence[int], solver: Solver, *, n_probes
     """Measure one branch.
 
     Args:
-        J: Its Jacobian.
+        J: Jacobian of the branch.
         token_dims: See :func:`gains`.
-        solver: Computes ‖J‖₂, from below, with the bound that it certifies.
+        solver: Computes ‖J‖₂ from below, with a certified bound.
         n_probes: See :func:`gains`.
-        seed: Of the probes of the gains.
+        seed: Seed of the probes for the gains.
     """
     (norm,), _ = solver.compute([J], solver.init([J]))
     answer = gains(J, token_dims, generator=torch.Generator().manual_seed(seed), n_probes=n_probes)
@@ -66,15 +66,15 @@ def response(J: Jacobian, token_dims: Sequence[int], solver: Solver, *, n_probes
 def gains(J: Jacobian, token_dims: Sequence[int], *, generator: torch.Generator, n_probes: int = 8) -> Gains:
     """Estimate the gains by Hutchinson's estimator, ‖A‖_F² = E‖Ag‖² over vectors g of random signs.
 
-    Unbiased in the squares. The relative standard deviation of a norm is at most √(1/(2 · n_probes · r)) with r the
+    The squares are unbiased. The relative standard deviation of a norm is at most √(1/(2 · n_probes · r)) with r the
     stable rank of the matrix.
 
     Args:
         J: The Jacobian of a branch, from the shape of the stream to the shape of the sum.
-        token_dims: The dimensions over which to take the mean; none to go without.
-        generator: Source of the signs. It must not be the one that made the input: along the input itself, the
-            derivative of anything behind a norm vanishes.
-        n_probes: Random vectors; each costs one product by J, two with tokens.
+        token_dims: The dimensions of the tokens. Empty for no ``mean`` and ``deviation``.
+        generator: Source of the signs. It must not be the generator of the input: the derivative of a function behind a
+            norm vanishes along the input itself.
+        n_probes: Number of random vectors. Each costs one product by J, or two with ``token_dims``.
 
     Returns:
         The gains.
@@ -99,20 +99,20 @@ def gains(J: Jacobian, token_dims: Sequence[int], *, generator: torch.Generator,
 
 
 def derivative_error(J: Jacobian, *, generator: torch.Generator, enough: float = 1e-3) -> float:
-    """Return how far the derivative along one random direction is from a difference of function values, relatively.
+    """Return the relative error of the derivative along one random direction, against a difference of values.
 
-    Automatic differentiation believes what each operation says of its own derivative, which an operation from outside
-    of torch may get wrong, or mean otherwise (a straight-through estimator).
+    Automatic differentiation trusts the derivative that each operation declares. An operation from outside of torch may
+    declare a wrong one, or on purpose another one (a straight-through estimator).
 
     Args:
         J: The Jacobian.
         generator: Source of the direction.
-        enough: Error at which no other step is tried.
+        enough: An error up to this ends the search; else a longer step of the difference is tried.
     """
     v = torch.randn(J.x.shape, generator=generator, dtype=torch.float64, device=generator.device).to(J.x)
     image = J.matmat(v.reshape(-1, 1))
-    # Some operations compute in fewer digits than they are given. Derivatives are content with those, differences need
-    # a longer step.
+    # Some operations compute with fewer digits than their input has. A derivative is still good then, but a difference
+    # needs a longer step.
     error = _along(J, v, image, torch.finfo(J.dtype).eps)
     if error <= enough or J.finite_differences:
         return error
@@ -122,13 +122,13 @@ def derivative_error(J: Jacobian, *, generator: torch.Generator, enough: float =
 def _along(J: Jacobian, v: Tensor, image: Tensor, precision: float) -> float:
     try:
         change = J.difference(v, precision)
-    except RuntimeError:  # a router chose otherwise, and shapes depend on its choice
+    except RuntimeError:  # a router chose other experts, and shapes depend on that
         return math.inf
     size = float(torch.linalg.vector_norm(change))
     if not size:
         return float(torch.linalg.vector_norm(image))
     u = change.reshape(-1, 1) / size
-    # By the transpose, from which the other products derive, and where those are differences, against it.
+    # Through the transpose J^T, because all other products derive from it.
     return abs(float((J.adjoint(u).flatten() * v.flatten()).sum()) / size - 1)
 
 

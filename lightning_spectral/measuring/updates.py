@@ -1,4 +1,4 @@
-"""How what the two branches of a block add to the residual stream compares, in passes that run anyway."""
+"""Comparison of the updates that the two branches of a block add to the stream, in passes that run anyway."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["Update", "UpdateWatch"]
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """How what two branches add to the stream compares.
+    """Comparison of the update s_m B_m of the MLP with the update s_a B_a of the attention.
 
     Attributes:
-        ratio: ‖s_m B_m‖_F / ‖s_a B_a‖_F; ``None`` where one of them is zero or not finite.
-        cosine: ⟨s_m B_m, s_a B_a⟩ / (‖s_m B_m‖_F ‖s_a B_a‖_F); ``None`` there too, and where the shapes differ.
+        ratio: ‖s_m B_m‖_F / ‖s_a B_a‖_F; ``None`` if one of the norms is zero or not finite.
+        cosine: ⟨s_m B_m, s_a B_a⟩ / (‖s_m B_m‖_F ‖s_a B_a‖_F); ``None`` if there is no ratio, or the shapes differ.
     """
 
     ratio: float | None = None
@@ -37,7 +37,7 @@ class Update:
 
     @classmethod
     def from_norms(cls, m: float, a: float, cosine: float) -> Update:
-        """Compare two updates by their norms and the cosine between them, NaN where there is none."""
+        """Compare two updates by their norms and the cosine between them, which is NaN for different shapes."""
         if not (0 < m < math.inf and 0 < a < math.inf):
             return cls()
         return cls(m / a, None if math.isnan(cosine) else max(-1.0, min(1.0, cosine)))
@@ -52,19 +52,18 @@ def _norms(mlp: Tensor, attention: Tensor) -> Tensor:
 
 
 class UpdateWatch:
-    """Compares what the branches of each block add, in whatever forward passes run while it listens.
+    """Compares the updates of each block in all forward passes that run while it listens.
 
-    Several branches of a kind are added up. It costs no pass of its own: it sees the outputs of the sites, residual
-    scales included, and keeps a copy of each branch of a block until all have run. Use it as a context around a
+    It costs no pass of its own. It sees the outputs of the sites, residual scales included, adds up the branches of a
+    kind, and keeps a copy of each branch until all branches of the block have run. Use it as a context around a
     training step.
 
     Attributes:
         model: The model that the blocks were found in.
         blocks: The blocks.
-        behind: For each branch the constant that follows its site (see :attr:`BranchFunction.behind`); a block with
-            a branch that is not here, because the output of its site is not what is added, or with two branches on one
-            site is left out.
-        error: What went wrong since it began to listen, ``None`` where nothing did.
+        behind: For each branch, the constant behind its site (see :attr:`BranchFunction.behind`). A block is left out
+            if one of its branches is missing here, or if two of its branches share a site.
+        error: The exception that occurred while listening, ``None`` for none.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock], behind: Mapping[Branch, float]) -> None:
@@ -75,23 +74,23 @@ class UpdateWatch:
         self._fused = True
 
     def __enter__(self) -> UpdateWatch:
-        """Begin to listen; the last pass counts. Sites are run as modules meanwhile, and not by a fused kernel."""
+        """Begin to listen; the last pass counts. Fused kernels are off meanwhile, so that sites run as modules."""
         self._fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the model as it was."""
+        """Remove the listeners from the model."""
         self.stop()
         torch.backends.mha.set_fastpath_enabled(self._fused)
 
     def start(self, passes: Passes | None = None, *, leave_out: Callable[[nn.Module], bool] | None = None) -> None:
-        """Begin to listen, unless it does already.
+        """Begin to listen; nothing happens if it listens already.
 
         Args:
-            passes: Where what is heard is kept; by default the last pass counts.
-            leave_out: Says which modules not to listen to.
+            passes: The store for the measurements; a new one by default, in which the last pass counts.
+            leave_out: Returns true for a module that must not be listened to.
         """
         if self._listeners:
             return
@@ -100,19 +99,19 @@ class UpdateWatch:
             branches = [*block.attention_branches, *block.mlp_branches]
             sites = [module_at(self.model, branch.site) for branch in branches if branch in self.behind]
             found = [site for site in sites if site is not None and not (leave_out is not None and leave_out(site))]
-            # Else a branch has no constant, or shares its site with another, or the user has taken it out of the model.
+            # Otherwise a branch has no constant, shares its site with another, or was removed from the model.
             if block.attention and block.mlp and len(set(found)) == len(branches):
                 held: dict[Branch, Tensor] = {}
                 for branch, site in zip(branches, found, strict=True):
                     self._listeners += listen([site], _Site(self, block, branch, held))
 
     def stop(self) -> None:
-        """Leave the model as it was."""
+        """Remove the listeners from the model."""
         stop_listening(self._listeners)
 
     @property
     def updates(self) -> dict[int, Update]:
-        """The comparisons of the pass that counts, by the index of the block, read in one transfer from the device."""
+        """The comparison of each block in the pass that counts, by its index. One transfer from the device."""
         seen = self.passes.numbers
         if not seen:
             return {}
@@ -121,7 +120,7 @@ class UpdateWatch:
 
 
 class _Site:
-    """Hears one branch of a block. What goes wrong in it must not go wrong in the user's forward pass."""
+    """Listener of one branch. Its exceptions are kept and never reach the user's forward pass."""
 
     def __init__(self, watch: UpdateWatch, block: ResidualBlock, branch: Branch, held: dict[Branch, Tensor]) -> None:
         self._watch, self._block, self._branch, self._held = watch, block, branch, held

@@ -1,9 +1,9 @@
 """Metrics of torchmetrics over the definitions of :mod:`lightning_spectral.tokens` and over :func:`measure`.
 
-Every state that accumulates is a sum, over batches and over processes: the value over a stream is the value over the
-whole, however it was cut. Each class says what its whole is. What is not measurable (a token or a sequence with a value
-that is not finite, a sequence of zeros) is left out and counted in the state ``unmeasured``, without a warning; a value
-over nothing is NaN. In none of them is higher better: each says what the model is, not how good it is.
+Every accumulating state is a sum over batches and processes. So the value does not depend on how the data is split into
+batches and processes. Tokens and sequences that cannot be measured (values that are not finite, sequences of zeros) are
+left out without a warning, and the state ``unmeasured`` counts them. A value over no data is NaN. The metrics describe
+a model and do not rate it, so ``higher_is_better`` is ``None``.
 
 .. code-block:: python
 

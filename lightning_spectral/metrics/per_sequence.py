@@ -1,4 +1,4 @@
-"""Means over all sequences of a stream."""
+"""Metrics that are means over all sequences."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["TokenResidual", "TokenSimilarity"]
 
 
 class _SequenceMean(StreamedMetric):
-    """The mean over sequences of one value for each; subclasses name the value and the state it is summed in."""
+    """The mean of one value per sequence. Subclasses name the value, and the state that holds the sum."""
 
     is_differentiable = True
     plot_upper_bound = 1.0
 
-    # The name tells metrics apart in a collection, which compares states: both sums are 0 after a batch of zeros.
+    # Two metrics need two names, because a collection merges metrics with equal states: both are 0 after zeros.
     _sum: ClassVar[str]
     _value: ClassVar[Callable[..., Tensor]]
 
@@ -50,17 +50,16 @@ class _SequenceMean(StreamedMetric):
         self.unmeasured = self.unmeasured + (~measured).sum()
 
     def compute(self) -> Tensor:
-        """Return the mean as a scalar; NaN without measurable sequences."""
+        """Return the mean as a scalar; NaN if no sequence was measurable."""
         mean: Tensor = getattr(self, self._sum) / self.sequences
         return mean
 
 
 class TokenResidual(_SequenceMean):
-    """The mean over sequences of ‖X − 1x̄ᵀ‖_F / ‖X‖_F: 0 where the tokens of each have become one vector.
+    """The mean of ‖X − 1x̄ᵀ‖_F / ‖X‖_F over all sequences: 0 if the tokens of each sequence are one vector.
 
-    The whole is the set of all sequences of all batches and processes, each of the same weight whatever its length.
-    States: the sum of the residuals, the number of sequences, and the number of sequences left out because they are
-    zero, empty or not finite.
+    Every sequence of every batch and process has the same weight, whatever its length. States: the sum of the
+    residuals, the number of sequences, and the number of sequences left out because they are zero, empty or not finite.
 
     Args:
         massive: Leave out, in each sequence, massive activations above this multiple of the median; see
@@ -77,11 +76,11 @@ class TokenResidual(_SequenceMean):
 
 
 class TokenSimilarity(_SequenceMean):
-    """The mean over sequences of the mean cosine over all pairs of tokens: 1 where those of each have one direction.
+    """The mean cosine over all pairs of tokens, averaged over sequences: 1 if all tokens of each have one direction.
 
-    The whole is the set of all sequences of all batches and processes, each of the same weight whatever its length.
-    States: the sum of the cosines, the number of sequences, and the number of sequences left out because fewer than
-    two of their tokens have a direction, or because they are not finite.
+    Every sequence of every batch and process has the same weight, whatever its length. States: the sum of the cosines,
+    the number of sequences, and the number of sequences left out because fewer than two of their tokens have a
+    direction, or because they are not finite.
 
     Args:
         massive: Leave out, in each sequence, massive activations above this multiple of the median; see

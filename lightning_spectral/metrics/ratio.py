@@ -1,4 +1,4 @@
-"""The spectral ratio over the measurements of a run."""
+"""A metric of the spectral ratio over the measurements of a run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ Statistic = Literal["min", "median", "max"]
 
 
 class SpectralRatio(StreamedMetric):
-    """The smallest, median or largest spectral ratio ρ over the blocks; over several updates the geometric mean of it.
+    """The smallest, median or largest spectral ratio ρ over the blocks. Several updates give its geometric mean.
 
-    The whole is the set of all updates, in all processes. Replicas of one model measure the same in every process;
-    since the value is a sum divided by a number of measurements, both added up over processes, it is then that of one
-    process. States: the sums of ln ρ of the three statistics, the number of measurements, and the number of blocks that
-    had no ratio, which counts a block once in each update of each process.
+    All updates of all processes have the same weight. Replicas of one model measure the same value in every process, so
+    the mean over processes is this value. States: the sums of ln ρ for the three statistics, the number of
+    measurements, and the number of blocks without a ratio, which counts a block once per update and process.
 
     Args:
         statistic: Over the blocks of one measurement: ``"min"``, ``"median"`` or ``"max"``, in ln ρ.
@@ -47,7 +46,8 @@ class SpectralRatio(StreamedMetric):
         super().__init__(**kwargs)
         self.statistic: Statistic = choice("statistic", statistic, get_args(Statistic))
         self.linearization: Linearization = choice("linearization", linearization, get_args(Linearization))
-        # All statistics in one state, and linearizations in different ones: a collection merges what is equal at first.
+        # A collection merges metrics with equal states. So all statistics share one state, which is shared work, but
+        # each linearization has a state of its own.
         self._sums = f"{linearization}_log_ratios"
         self._add_sum(self._sums, len(get_args(Statistic)))
         self._add_count("measurements")
@@ -57,11 +57,11 @@ class SpectralRatio(StreamedMetric):
         """Add one measurement.
 
         Args:
-            model: A model, which is measured now, its blocks found anew; or what :func:`lightning_spectral.measure`
-                returned, for blocks, solvers and example inputs of your own.
+            model: A model, whose blocks are found and measured now; or a result of :func:`lightning_spectral.measure`,
+                if you want to choose blocks, solver or example input.
 
         Raises:
-            ConfigurationError: The measurement was made by another linearization.
+            ConfigurationError: The measurement has another linearization.
             BlocksNotFoundError: The model has no residual block.
             ExampleInputError: The model could not be run on any example input.
         """
@@ -80,6 +80,6 @@ class SpectralRatio(StreamedMetric):
             self.measurements = self.measurements + 1
 
     def compute(self) -> Tensor:
-        """Return the ratio as a scalar; NaN without a measurable block."""
+        """Return the ratio as a scalar; NaN if no block had a ratio."""
         sums: Tensor = getattr(self, self._sums)
         return (sums[get_args(Statistic).index(self.statistic)] / self.measurements).exp()

@@ -1,4 +1,4 @@
-"""What all metrics of this package have in common."""
+"""The base class of all metrics in this package."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["StreamedMetric"]
 class StreamedMetric(Metric):
     """A metric whose states are sums, and that can be plotted.
 
-    Sums are kept in float64, also in a module that was moved to bfloat16. On a device without float64 (MPS), call
-    ``set_dtype(torch.float32)`` before moving there.
+    Sums stay in float64 even if the module around the metric is moved to bfloat16. For a device without float64 (MPS),
+    call ``set_dtype(torch.float32)`` before you move the metric there.
     """
 
     higher_is_better = None
     full_state_update = False
 
-    # What is not measurable is counted here, and left out of everything else.
+    # Number of tokens, sequences or blocks that could not be measured. No other state contains them.
     unmeasured: Tensor
 
     def _add_sum(self, name: str, *shape: int) -> None:
@@ -34,11 +34,11 @@ class StreamedMetric(Metric):
         self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
     def _add_massive(self, massive: float | None) -> None:
-        """Take up the option, as a state too: its value never changes, and all processes have the same.
+        """Store the option ``massive``, and make it a state.
 
-        A ``MetricCollection`` computes only one of two metrics whose states are the same after the first batch. Two
-        that differ in this option would be, until the first massive activation comes. It has to be the first state:
-        torchmetrics 1.6 compares no other.
+        A ``MetricCollection`` merges two metrics whose states are equal after the first batch. Two metrics that differ
+        only in this option have equal sums until the first massive activation comes. With the option as a state they
+        differ from the start. It must be the first state, because torchmetrics 1.6 compares only the first.
         """
         self.massive = None if massive is None else number("massive", massive, 1.0, math.inf, above=True)
         multiple = torch.tensor(self.massive or 0.0, dtype=torch.float64)
@@ -48,8 +48,8 @@ class StreamedMetric(Metric):
         """Plot one value, or several over the steps.
 
         Args:
-            val: One result of ``forward`` or ``compute`` or a list of them; the result of ``compute`` by default.
-            ax: Matplotlib axes to draw into; those of a new figure by default.
+            val: One result of ``forward`` or ``compute``, or a list of results; the result of ``compute`` by default.
+            ax: Matplotlib axes to draw into; the axes of a new figure by default.
 
         Returns:
             Figure (``None`` if axes were given) and axes.

@@ -1,4 +1,4 @@
-"""Ranks of all tokens of a stream."""
+"""Metrics that are ranks of the matrix of all tokens."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lightning_spectral.tokens import Power, moment_shares, select, shares_effec
 
 __all__ = ["EffectiveRank", "StableRank"]
 
-# A second moment is rounded once for each batch, and so is the square of the mean that is subtracted from it: their
-# difference errs by about the root of the number of batches, times ε, times the energy before the subtraction.
+# The second moment is rounded once per batch, and so is the square of the mean that is subtracted from it. For n
+# batches, the difference has an error of about √n · ε times the energy before the subtraction.
 _ROUNDINGS = 1000
 
 
 class StableRank(StreamedMetric):
-    """The stable rank ‖X‖_F²/σ₁² of all tokens that were seen.
+    """The stable rank ‖X‖_F²/σ₁² of the matrix X whose rows are all tokens of all sequences, batches and processes.
 
-    The whole is one matrix: the tokens of all sequences, batches and processes as its rows. States: its second moment
-    (width × width), the sum of the tokens, their number, and the number of tokens left out as not finite. They are
-    those of :class:`EffectiveRank` too, and a ``MetricCollection`` keeps them once for both.
+    States: the second moment XᵀX (width × width), the sum of the tokens, their number, and the number of tokens left
+    out because they are not finite. :class:`EffectiveRank` has the same states, and a ``MetricCollection`` keeps them
+    once.
 
     Args:
         width: Width of the tokens.
-        centred: Subtract the mean of all tokens. Deviations from the mean that are a million times smaller than it
-            are lost in the rounding of float64.
+        centred: Subtract the mean of all tokens. Deviations from the mean that are a million times smaller than the
+            mean are lost in the rounding of float64.
         massive: Leave out, in each sequence, massive activations above this multiple of the median; see
             :func:`lightning_spectral.tokens.massive_activations`.
         **kwargs: Passed on to ``torchmetrics.Metric``.
@@ -86,20 +86,19 @@ class StableRank(StreamedMetric):
         return moment_shares(self.moment - mean, size=max(self.width, _ROUNDINGS), total=total)
 
     def compute(self) -> Tensor:
-        """Return the rank, from 1 to the width, as a scalar; NaN without tokens."""
+        """Return the rank, from 1 to the width, as a scalar; NaN if there were no tokens."""
         return 1 / self._shares()[0]
 
 
 class EffectiveRank(StableRank):
-    """The effective rank exp(−Σ p ln p) of all tokens that were seen.
-
-    The whole and the states are those of :class:`StableRank`.
+    """The effective rank exp(−Σ p ln p) of the matrix of all tokens, with the states of :class:`StableRank`.
 
     Args:
         width: Width of the tokens.
-        power: 1 for p ∝ σ (Roy and Vetterli, EUSIPCO 2007), 2 for p ∝ σ² ('The 1:1 Rule'); never compare across them.
-        centred: Subtract the mean of all tokens. Deviations from the mean that are a million times smaller than it
-            are lost in the rounding of float64.
+        power: 1 for p ∝ σ (Roy and Vetterli, EUSIPCO 2007), 2 for p ∝ σ² ('The 1:1 Rule'). Never compare
+            values with different powers.
+        centred: Subtract the mean of all tokens. Deviations from the mean that are a million times smaller than the
+            mean are lost in the rounding of float64.
         massive: Leave out, in each sequence, massive activations above this multiple of the median; see
             :func:`lightning_spectral.tokens.massive_activations`.
         **kwargs: Passed on to ``torchmetrics.Metric``.
@@ -115,5 +114,5 @@ class EffectiveRank(StableRank):
         self.power: Power = choice("power", power, (1, 2))
 
     def compute(self) -> Tensor:
-        """Return the rank, from 1 to the width, as a scalar; NaN without tokens."""
+        """Return the rank, from 1 to the width, as a scalar; NaN if there were no tokens."""
         return shares_effective_rank(self._shares(), power=self.power)

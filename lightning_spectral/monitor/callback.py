@@ -83,7 +83,7 @@ class SpectralMonitor(Callback):
             Nothing is added to other steps, and nothing to compiled blocks.
         per_layer: Whether to log every block, besides the summary.
         on_alarm: What to do at an alarm beyond logging it: nothing, ``"stop"`` the run as early stopping does, or call
-            ``on_alarm(trainer, pl_module, event)`` (:class:`~lightning_spectral.alarms.Event`), whose exceptions are
+            ``on_alarm(trainer, pl_module, event)`` (:class:`~lightning_spectral.records.Event`), whose exceptions are
             not caught.
         on_error: What to do when a measurement fails: warn and train on, or raise. What fails in writing, logging,
             drawing or showing is always a warning.

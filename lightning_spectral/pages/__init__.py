@@ -1,6 +1,6 @@
 """Measurements in; figures, pages and text out.
 
-Figures need the extra ``plot``, pages the extra ``report``; importing this package needs neither.
+Figures need the extra ``plot`` and pages the extra ``report``. Importing this package needs neither.
 """
 
 from lightning_spectral.pages.checkpoint import write_checkpoint_page

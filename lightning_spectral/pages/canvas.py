@@ -1,4 +1,4 @@
-"""What the charts of a page have in common: size, tools, colours, hover, rounding."""
+"""Parts that all charts of a page share: size, tools, colours, hover, rounding."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 
-# The same as in the figures: blue is attention, red is the MLP (Okabe-Ito).
+# As in the figures: blue is attention, red is the MLP (Okabe-Ito).
 MLP, ATTENTION, INK, FAINT = "#d55e00", "#0072b2", "#22262b", "#6a7178"
-HOVERED = 4  # things told of at one place
-MANTISSA = 14  # bits that a value in a chart keeps, four digits: what is dropped halves the size of the page
+HOVERED = 4  # values shown at one place under the pointer
+MANTISSA = 14  # bits kept of a value in a chart (four digits), which halves the size of the page
 
 
 def canvas(name: str, height: int, x_range: Range1d, **options: Any) -> figure:
-    """Return an empty chart as wide as its place, with tools that a keyboard reaches.
+    """Return an empty chart, as wide as its place in the page, with tools that can be reached by keyboard.
 
     Args:
-        name: What the page calls it.
+        name: Name of the chart in the page.
         height: In pixels.
-        x_range: Shared by all charts that have the same abscissa.
-        options: Of the figure.
+        x_range: Range of the x axis, shared by all charts with the same abscissa.
+        options: Further options of the Bokeh figure.
     """
     from bokeh.models import (
         BoxZoomTool,
@@ -90,20 +90,20 @@ def _style_axes(plot: figure) -> None:
 
 
 def counting() -> Any:
-    """Return ticks for steps and blocks: there are no halves."""
+    """Return ticks at whole numbers, for steps and blocks."""
     from bokeh.models import BasicTicker
 
     return BasicTicker(min_interval=1)
 
 
 def hover(plot: figure, renderer: Any, rows: Sequence[tuple[str, str]], **options: Any) -> None:
-    """Show values under the pointer, of a few things that lie there.
+    """Show the values under the pointer, of at most 4 marks.
 
     Args:
         plot: The chart.
-        renderer: What is pointed at.
-        rows: What a value is called, and its place in the data as Bokeh writes it, such as ``@step``.
-        options: Of the tool.
+        renderer: The marks that respond to the pointer.
+        rows: Label of each value, and its field in Bokeh's notation, such as ``@step``.
+        options: Further options of the tool.
     """
     from bokeh.models import HoverTool
 
@@ -113,7 +113,7 @@ def hover(plot: figure, renderer: Any, rows: Sequence[tuple[str, str]], **option
 
 
 def log_range(*values: Any, margin: float = 1.15) -> Range1d:
-    """Return a range that holds all positive values, for a logarithmic axis."""
+    """Return the range of a logarithmic axis that contains all positive values."""
     from bokeh.models import Range1d
 
     flat = np.concatenate([np.ravel(np.asarray(item, dtype=float)) for item in values])
@@ -123,7 +123,7 @@ def log_range(*values: Any, margin: float = 1.15) -> Range1d:
 
 
 def shade_zone(plot: figure, zone: tuple[float, float] | None) -> None:
-    """Mark ρ = 1, and the safe zone where there is one, on a chart of ratios."""
+    """Mark ρ = 1 and, if there is one, the safe zone on a chart of ratios."""
     from bokeh.models import BoxAnnotation, Label, Span
 
     plot.add_layout(Span(location=1.0, dimension="width", line_color=INK, line_width=1, line_alpha=0.7))
@@ -138,7 +138,7 @@ def shade_zone(plot: figure, zone: tuple[float, float] | None) -> None:
 
 
 def tick_powers_of_two(plot: figure) -> None:
-    """Label an axis of ratios as its readers think, at most eight times."""
+    """Label an axis of ratios with powers of two, at most eight labels."""
     low, high = math.ceil(math.log2(plot.y_range.start)), math.floor(math.log2(plot.y_range.end))
     powers = [power for power in range(low, high + 1) if power % math.ceil((high - low + 1) / 8) == 0]
     if len(powers) > 2:
@@ -157,15 +157,15 @@ def colour_bar(plot: figure, mapper: Any, title: str) -> Any:
 
 
 def depth_colours(count: int) -> tuple[str, ...]:
-    """Return colours from the first block (dark) to the last, which stay apart in grey and under colour blindness."""
+    """Return colours from the first block (dark) to the last, distinct in grey and under colour blindness."""
     from bokeh.palettes import Viridis256
 
-    # Without the yellow end, which is not seen on white.
+    # Without the yellow end, which is invisible on white.
     return tuple(Viridis256[round(position)] for position in np.linspace(0, 190, max(count, 2)))
 
 
 def rounded(values: Floats) -> NDArray[np.float32]:
-    """Round to ``MANTISSA`` bits, so that what is behind them compresses to nothing."""
+    """Round to ``MANTISSA`` bits: the other bits become zeros, which compress to nothing."""
     mantissa, exponent = np.frexp(values)
     scale = 2.0**MANTISSA
     return np.ldexp(np.round(mantissa * scale) / scale, exponent).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What the sections of a page show, in words: for whoever reads a chart, and for whoever cannot see it."""
+"""Captions of the sections of a page. They also serve readers who cannot see the charts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ ZONE = " The safe zone is ({:g}, {:g})."
 
 _HEATMAP = (
     "One row for each block, the first at the bottom; time runs to the right. Red: the MLP is larger. Blue: attention "
-    "is larger. No colour: both are alike. Grey: no ratio. Colours are faint inside the zone and jump at its edges."
+    "is larger. White: both are equal. Grey: no ratio. Colours are faint inside the zone and jump at its edges."
 )
 _RATIO = (
-    "The spectral norm of the MLP over that of attention, one line for each block; the scale beside it tells which. "
-    "Dashed: the edges of the safe zone. To leave it is information, not an alarm. The numbers are in the table above."
+    "The spectral norm of the MLP over the spectral norm of attention, one line per block; the colour tells which. "
+    "Dashed: the edges of the safe zone. Leaving it is information, not an alarm. The numbers are in the table above."
 )
 _NORMS = "The largest singular value of each branch as a linear operator: which of the two moves a ratio."
-_SCALES = "The factors on each branch, as they were when the ratio was measured with them. 1: no change."
+_SCALES = "The factor on each branch at the time of the measurement. 1: no change."
 _TOKENS = (
-    "Token residual: how far the tokens are from being one vector, 0 where they are, massive activations left out. "
-    "Effective rank: how many directions they use. Both behind each block. Gaps: steps without a batch to look at."
+    "Token residual: distance of the tokens from being one vector (0: they are one), without massive activations. "
+    "Effective rank: number of directions that the tokens use. Both behind each block. Gaps: steps without a batch."
 )
 
 LINES = (
@@ -31,7 +31,11 @@ LINES = (
 """Title, caption and charts of every section that shows series."""
 
 EVENTS = (
-    "Circles: a block crossed an edge of the zone, or an alarm is over. Triangles: a warning. Squares: an alarm, which "
-    "has two witnesses, a ratio that stays outside and tokens that become one vector. The list has the last first."
+    "Circles: a block crossed an edge of the zone, or an alarm is over. Triangles: a warning. Squares: an alarm. An "
+    "alarm has two witnesses: a ratio that stays outside, and tokens that become one vector. The list begins with the "
+    "latest event."
 )
-ACTIONS = "How many blocks had a scale moved, or held, after each measurement. The table adds up each block."
+ACTIONS = (
+    "Number of blocks whose scales were moved, or held by a bound, after each measurement. The table has totals by "
+    "block."
+)

@@ -1,4 +1,4 @@
-"""A checkpoint as a page, or two of them side by side."""
+"""The page of a checkpoint, or of two checkpoints side by side."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["write_checkpoint_page"]
 
 _RATIO = "Bars go up from ρ = 1 where the MLP is larger, and down where attention is larger."
-_RATIO_CHANGE = "Lines go from the ratio in the first checkpoint (hollow) to that in the second (filled)."
+_RATIO_CHANGE = "Lines go from the ratio in the first checkpoint (hollow) to the ratio in the second (filled)."
 _NORMS = "The largest singular value of each branch as a linear operator. Circles: MLP. Squares: attention."
 _NORMS_CHANGE = f"{_NORMS} Hollow: the first checkpoint. Filled: the second."
 
@@ -39,12 +39,12 @@ _NORMS_CHANGE = f"{_NORMS} Hollow: the first checkpoint. Filled: the second."
 def write_checkpoint_page(
     output: str | os.PathLike[str], paths: Sequence[str], measurements: Sequence[Measurement]
 ) -> None:
-    """Write what was measured of one checkpoint, or of two with the same blocks, as one HTML file.
+    """Write the measurement of one checkpoint, or of two with the same blocks, as one HTML file.
 
     Args:
-        output: The page.
-        paths: What was measured.
-        measurements: One for each path, the older first.
+        output: Path of the page.
+        paths: The checkpoints.
+        measurements: One per path, the older first.
 
     Raises:
         ModuleNotFoundError: The extra ``report`` is not installed.
@@ -69,7 +69,7 @@ def _story(measurements: Sequence[Measurement]) -> Iterator[str]:
     zone = zone_of(last)
     yield from zone_words(measurements[0], last, zone, ("before", "now"))
     if zone is not None:
-        yield "To be outside of the zone is information, not a verdict."
+        yield "A ratio outside of the zone is information, not a verdict."
     yield from (f"{clear(note, 300)}." for measurement in measurements for note in measurement.notes)
 
 

@@ -1,4 +1,4 @@
-"""Series of every block over time, what was announced and what the controller did, as charts."""
+"""Charts of a run: series of every block over time, events, actions of the controller."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["QUANTITIES", "run_charts"]
 
-# By their name in LayerMeasurement: what the axis says, and whether it is logarithmic.
+# Attribute of LayerMeasurement -> (label of the axis, kind of the axis).
 QUANTITIES = {
     "ratio": ("ρ = ‖MLP‖₂ / ‖attention‖₂", "log"),
     "mlp_norm": ("‖MLP‖₂", "log"),
@@ -40,12 +40,12 @@ QUANTITIES = {
     "typical_token_residual": ("token residual", "linear"),
     "effective_rank": ("effective rank", "linear"),
 }
-# Announcements, from the bottom up; told apart by place, shape and colour.
+# Levels of events, from the bottom up. Height, shape and colour all tell the level.
 LEVELS = {"info": ("circle", "#0072b2"), "warning": ("triangle", "#e69f00"), "alarm": ("square", "#d55e00")}
 
 
 def run_charts(history: History) -> dict[str, figure]:
-    """Return the charts of a run, by name: those for which something was measured. All share their steps."""
+    """Return the charts of a run by name. A quantity that was not measured has no chart. All share the step axis."""
     from bokeh.models import Range1d
 
     edges = step_edges(history.steps)
@@ -65,17 +65,17 @@ def run_charts(history: History) -> dict[str, figure]:
 
 
 def _drawable(table: Floats, scale: str) -> Floats:
-    """Make a gap of a norm of zero, which has no place on a logarithmic axis."""
+    """Replace 0 by a gap on a logarithmic axis, which has no place for it."""
     return np.where(table > 0, table, np.nan) if scale == "log" else table
 
 
 def _constant(name: str, table: Floats) -> bool:
-    """Tell whether scales stayed where they are without a controller."""
+    """Whether a table is of scales that all stayed at 1, as in a run without a controller."""
     return name.endswith("_scale") and bool(np.all(table == 1.0))
 
 
 def _source(history: History, shown: dict[str, Floats]) -> ColumnDataSource:
-    """Return one row per block, which all charts of lines share: what differs is the column that is their ordinate."""
+    """Return the data of all line charts, one row per block. Each chart takes another column as its y values."""
     from bokeh.models import ColumnDataSource
 
     steps = np.asarray(history.steps, dtype=np.int32 if history.steps[-1] < 2**31 else np.float64)
@@ -103,7 +103,7 @@ def _lines(
     blocks = table.shape[0]
     mapper = LinearColorMapper(depth_colours(blocks), low=-0.5, high=max(blocks, 2) - 0.5)
     colour = {"field": "block", "transform": mapper}
-    # Many lines are thin and opaque: a browser draws these several times as fast.
+    # Many lines are drawn thin and opaque, which is several times as fast in a browser.
     style = {"line_width": 1.6, "line_alpha": 0.9} if blocks <= 24 else {"line_width": 1.0, "line_alpha": 1.0}
     lines = plot.multi_line("steps", name, source=source, line_color=colour, **style)
     lines.hover_glyph = lines.glyph.clone(line_color=INK, line_width=3, line_alpha=1.0)
@@ -115,7 +115,7 @@ def _lines(
 
 
 def _lonely(plot: figure, table: Floats, source: ColumnDataSource, colour: Any) -> None:
-    """Mark values without a neighbour in time: no line runs through them."""
+    """Mark values without a neighbour in time, which no line connects."""
     there = np.pad(np.isfinite(table), ((0, 0), (1, 1)))
     rows, columns = np.nonzero(there[:, 1:-1] & ~there[:, :-2] & ~there[:, 2:])
     if rows.size == 0:
@@ -145,7 +145,7 @@ def _events(history: History, x_range: Range1d) -> figure:
 
 
 def _actions(history: History, x_range: Range1d) -> figure:
-    """Draw how many blocks were moved, and held, after each measurement."""
+    """Draw how many blocks were moved and how many were held after each measurement."""
     steps = sorted({action["step"] for action in history.actions})
     place = {step: position for position, step in enumerate(steps)}
     counts = {"rescale": np.zeros(len(steps), dtype=np.int32), "hold": np.zeros(len(steps), dtype=np.int32)}
@@ -153,7 +153,7 @@ def _actions(history: History, x_range: Range1d) -> figure:
         if action["action"] in counts:
             counts[action["action"]][place[action["step"]]] += 1
     most = max(int((counts["rescale"] + counts["hold"]).max()), 1)
-    plot = canvas("actions", 200, x_range, y_range=(0, 1.4 * most))  # the legend stands above
+    plot = canvas("actions", 200, x_range, y_range=(0, 1.4 * most))  # room for the legend
     width = 0.8 * float(np.min(np.diff(history.steps), initial=np.ptp(history.steps) / 20 or 1.0))
     source = {"step": steps, **counts}
     names, labels = list(counts), ["scales moved", "held"]

@@ -1,4 +1,4 @@
-"""The ratio over depth and time, as a chart."""
+"""The chart of the ratio over depth and time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["heat_chart", "zone_palette"]
 
 SHADES = 256
-PALE, STRONG = 0.3, 0.5  # how far into its colours the scale has gone before, and behind, an edge of the zone
+PALE, STRONG = 0.3, 0.5  # share of the palette used just inside, and just outside, an edge of the zone
 
 
 def heat_chart(history: History, x_range: Range1d, zone: tuple[float, float] | None) -> figure:
@@ -46,7 +46,7 @@ def heat_chart(history: History, x_range: Range1d, zone: tuple[float, float] | N
 
 
 def _pieces(ratios: Any, steps: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
-    """Cut the columns into images, since an image has columns of one width; each also holds its steps and blocks."""
+    """Cut the columns into images, because all columns of an image have one width. Each has its steps and blocks."""
     edges = step_edges(steps)
     cuts = np.flatnonzero(np.diff(np.diff(edges))) + 1
     pieces = np.split(np.arange(len(steps)), cuts)
@@ -61,11 +61,11 @@ def _pieces(ratios: Any, steps: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
 
 
 def zone_palette(limit: int, zone: tuple[float, float] | None) -> tuple[str, ...]:
-    """Return colours for log ρ from -limit to limit in powers of two: white at 1, pale inside the zone, strong outside.
+    """Return colours for log₂ ρ from -limit to limit: white at ρ = 1, pale inside the zone, strong outside.
 
     Args:
-        limit: End of the scale, a power of two.
-        zone: Its edges, where the colours jump; ``None`` for a scale without a jump.
+        limit: End of the scale, as a power of two.
+        zone: Edges of the zone, where the colours jump; ``None`` for a scale without a jump.
     """
     from bokeh.palettes import RdBu11, interp_palette
 

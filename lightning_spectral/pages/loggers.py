@@ -1,4 +1,4 @@
-"""Hand a figure to whatever logger takes pictures, by what the logger can do and not by what it is called."""
+"""Send a figure to a logger that takes pictures. The methods of the logger decide, not the name of its class."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def send_figure(logger: Any, figure: Figure, tag: str, step: int) -> bool:
     """Log a figure once.
 
     Args:
-        logger: A Lightning logger, or anything that behaves like one.
-        figure: What to log.
+        logger: A Lightning logger, or an object with its methods.
+        figure: The figure.
         tag: Name of the figure, such as ``"spectral/heatmap"``.
         step: Index on the logger's axis.
 

@@ -1,4 +1,4 @@
-"""A page that needs nothing but itself: charts, their library and style in one file, and no way out to a network."""
+"""Pages of one self-contained file: charts, chart library and style inside, no access to a network."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Section:
     """A part of a page.
 
     Attributes:
-        title: Its heading.
-        caption: What its charts show, in words.
-        charts: Names of its charts.
-        tables: Its numbers.
-        unfolded: Whether they are shown at once.
+        title: Heading of the section.
+        caption: Text that explains the charts.
+        charts: Names of the charts.
+        tables: Tables of numbers.
+        unfolded: Whether the tables are open when the page is loaded.
     """
 
     title: str
@@ -40,7 +40,7 @@ class Section:
 
 
 def check_installed() -> None:
-    """Find out before the work whether a page can be made.
+    """Check that the packages for a page are installed.
 
     Raises:
         ModuleNotFoundError: The extra ``report`` is not installed.
@@ -61,15 +61,15 @@ def write_page(
     sections: Sequence[Section],
     charts: Mapping[str, figure],
 ) -> None:
-    """Write a page; a crash leaves either the old or the new one.
+    """Write a page. A crash leaves the old page or the complete new one.
 
     Args:
         path: The file.
-        title: Of the page.
-        subtitle: What the page is about.
+        title: Title of the page.
+        subtitle: The run or checkpoint that the page is about.
         story: The summary, in sentences.
-        sections: In order.
-        charts: By the name under which a section asks for them.
+        sections: The sections in order.
+        charts: The charts by the names that the sections use.
     """
     script, places = _bundle(charts)
     loader = _template().from_string("{% include 'loader.js' %}").render().strip()
@@ -103,7 +103,7 @@ def _template() -> Environment:
 
 
 def _bundle(charts: Mapping[str, figure]) -> tuple[str, Mapping[str, str]]:
-    """Return the chart library with the charts' data behind it, as one script, and the places of the charts."""
+    """Return one script with the chart library and the data of the charts, and the HTML place of each chart."""
     from bokeh.embed import components
     from bokeh.resources import Resources
 
@@ -115,5 +115,5 @@ def _bundle(charts: Mapping[str, figure]) -> tuple[str, Mapping[str, str]]:
 
 
 def _hash(script: str) -> str:
-    """Return what a content security policy calls a script: no other runs."""
+    """Return the hash of a script for the content security policy, which lets no other script run."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

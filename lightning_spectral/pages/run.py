@@ -1,4 +1,4 @@
-"""A run as a page."""
+"""The page of a run."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ LISTED = 10  # runs named in an error
 
 
 def report(run_dir: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
-    """Draw a run, also one that is still going, as one HTML file that needs no network.
+    """Write a finished or unfinished run as one HTML page that needs no network.
 
     Args:
-        run_dir: The folder of a run, or one above it, or the file of a run, ``spectral.jsonl``.
-        output: The page. By default it lies beside the file of the run.
+        run_dir: The file of a run (``spectral.jsonl``), its folder, or a folder above it.
+        output: Path of the page; beside the file of the run by default.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
-        ConfigurationError: There is no run, or more than one, or nothing that was measured can be read.
+        ConfigurationError: There is no run, or more than one, or no measurement can be read.
         ModuleNotFoundError: The extra ``report`` is not installed.
         OSError: A file cannot be read or written.
     """
@@ -63,10 +63,10 @@ def report(run_dir: str | os.PathLike[str], output: str | os.PathLike[str] | Non
 
 
 def find_run(place: Path) -> Path:
-    """Return the file of the one run that a path names.
+    """Return the file of the one run at a path or below.
 
     Raises:
-        ConfigurationError: There is none, or there are several.
+        ConfigurationError: There is no run, or more than one.
     """
     if place.is_file():
         return place
@@ -74,7 +74,7 @@ def find_run(place: Path) -> Path:
         raise ConfigurationError(f"{clear(str(place), 300)}: no such file or folder")
     if (place / FILE).is_file():
         return place / FILE
-    # A monitor with another prefix writes a file with another name.
+    # The prefix of the monitor is the name of the file, so the name may be another one.
     runs = sorted(path for path in place.rglob("*.jsonl") if path.is_file() and _is_run(path))
     found = [path for path in runs if not is_set_aside(path)] or runs
     if not found:
@@ -82,7 +82,9 @@ def find_run(place: Path) -> Path:
     if len(found) > 1:
         listed = "; ".join(clear(str(path), 300) for path in found[:LISTED])
         more = f"; and {len(found) - LISTED} more" if len(found) > LISTED else ""
-        raise ConfigurationError(f"{clear(str(place), 300)}: {len(found)} runs, name one of them: {listed}{more}")
+        raise ConfigurationError(
+            f"{clear(str(place), 300)}: found {len(found)} runs, expected one; name one of them: {listed}{more}"
+        )
     return found[0]
 
 
@@ -94,13 +96,13 @@ def _is_run(path: Path) -> bool:
 
 
 def _sections(history: History, charts: Mapping[str, figure]) -> Sequence[Section]:
-    """Return the parts of the page for which there is something to show."""
+    """Return the sections of the page that have content."""
     last = norms_table(history.measurements[-1])
     told = (settings(history.header), *block_table(history.header))
     return [
         *_drawn(history, charts),
         Section("Blocks at the end", "The last measurement.", tables=(last,), unfolded=True),
-        Section("Settings of the run", "What the run was told and what it found.", tables=told, unfolded=True),
+        Section("Settings of the run", "The settings, and the blocks that were found.", tables=told, unfolded=True),
     ]
 
 

@@ -10,15 +10,15 @@ from lightning_spectral.records import LayerMeasurement, Measurement
 
 __all__ = ["one_screen"]
 
-LONGEST = 200  # letters of a name or a reason
+LONGEST = 200  # characters of a name or a reason
 
 
 def one_screen(measurement: Measurement, rows: int = 24) -> str:
-    """Return the table of a measurement, shortened to the blocks farthest from balance where there are many.
+    """Return the table of a measurement. Of many blocks, it shows the ones farthest from balance.
 
     Args:
-        measurement: What to show.
-        rows: Number of blocks that are shown at most.
+        measurement: The measurement.
+        rows: Largest number of blocks to show.
 
     Returns:
         Lines of text: a title, one line per block, and the summary.
@@ -33,7 +33,7 @@ def one_screen(measurement: Measurement, rows: int = 24) -> str:
 
 
 def _on_one_line(layer: LayerMeasurement) -> LayerMeasurement:
-    """Return a layer with short texts without line breaks: a reason may be what torch says, with its call stack."""
+    """Return a layer with short texts on one line: a reason may be an error of torch with its call stack."""
     mlp, attention = (None if why is None else _flat(why) for why in (layer.mlp_reason, layer.attention_reason))
     return replace(layer, name=_flat(layer.name), mlp_reason=mlp, attention_reason=attention)
 

@@ -1,4 +1,4 @@
-"""The numbers behind the charts, for whoever cannot or does not want to see them."""
+"""Tables of the numbers behind the charts, for readers who cannot see charts or prefer numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
     "settings",
 ]
 
-ROWS = 2000  # of a list of events; a page with more is no longer read
+ROWS = 2000  # rows of a list of events; nobody reads more
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ class Table:
     """Text in rows.
 
     Attributes:
-        title: What it holds.
+        title: Title of the table.
         head: Title of every column.
-        rows: One text per column; numbers are right-aligned by their look.
+        rows: One text per column. Texts that look like numbers are aligned right.
     """
 
     title: str
@@ -46,7 +46,7 @@ class Table:
 
 
 def series_table(history: History, quantities: Mapping[str, str]) -> Table:
-    """Return first, smallest, largest and last value of some quantities of every block."""
+    """Return the first, smallest, largest and last value of some quantities, for every block."""
     names = _names(history)
     head = [f"{label}, {which}" for label in quantities.values() for which in ("first", "smallest", "largest", "last")]
     columns = [history.values(quantity) for quantity in quantities]
@@ -106,14 +106,14 @@ def _note(layer: LayerMeasurement, zone: tuple[float, float] | None) -> str:
 
 
 def event_table(history: History) -> Table:
-    """Return everything that was announced, the last first."""
+    """Return all events, the latest first."""
     rows = [(f"{event.step:,}", event.level, clear(event.message, 2000)) for event in reversed(history.events)]
     title = "Events" if len(rows) <= ROWS else f"Events, the last {ROWS:,} of {len(rows):,}"
     return Table(title, ("step", "level", "what was said"), tuple(rows[:ROWS]))
 
 
 def action_table(history: History) -> Table:
-    """Return what the controller did to every block, over the whole run."""
+    """Return the total of the controller's actions on each block, over the whole run."""
     acted: defaultdict[int, list[Mapping[str, Any]]] = defaultdict(list)
     for action in history.actions:
         acted[action["block"]].append(action)
@@ -135,7 +135,7 @@ def action_table(history: History) -> Table:
 
 
 def block_table(header: Mapping[str, Any]) -> tuple[Table, ...]:
-    """Return the blocks as the run found them, nothing where the header does not tell."""
+    """Return the blocks that the run found; no table if the header does not list them."""
     blocks = header.get("blocks")
     if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
         return ()
@@ -145,7 +145,7 @@ def block_table(header: Mapping[str, Any]) -> tuple[Table, ...]:
 
 
 def settings(header: Mapping[str, Any]) -> Table:
-    """Return the settings of a run, those of its controller included."""
+    """Return the settings of a run and of its controller."""
     rows = tuple((clear(name), _plain(value)) for name, value in _flat(header) if name not in ("blocks", "file"))
     return Table("Settings", ("setting", "value"), rows)
 
@@ -169,5 +169,5 @@ def _plain(value: Any) -> str:
 
 
 def number(value: float | None) -> str:
-    """Return four digits, or a dash for what is missing."""
+    """Return a number with four digits, or a dash for a missing one."""
     return "–" if value is None or not math.isfinite(value) else format(value, ".4g").replace("-", "−")

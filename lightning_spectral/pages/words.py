@@ -1,4 +1,4 @@
-"""What happened in a run, in sentences."""
+"""Sentences that summarize a run."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ LISTED = 10  # damaged lines named in a sentence
 
 
 def clear(text: str, most: int = 100) -> str:
-    """Return a text from a file as it may be shown: printable, and not too long."""
+    """Return a text from a file in a form that is safe to show: printable, and not too long."""
     shown = "".join(letter if letter.isprintable() else "�" for letter in text)
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
 def zone_of(measurement: Measurement) -> tuple[float, float] | None:
-    """Return the safe zone, ``None`` where none is known: nobody has calibrated one for Jacobians."""
+    """Return the safe zone, ``None`` for Jacobians, for which nobody has calibrated a zone."""
     return measurement.safe_zone if measurement.has_zone else None
 
 
 def story(history: History) -> Iterator[str]:
-    """Yield what a reader should know first, one sentence or two at a time."""
+    """Yield the summary of a run, one or two sentences at a time, the most important first."""
     first, last = history.measurements[0], history.measurements[-1]
     count = len(history.measurements)
     when = f"at step {last.step:,}" if count == 1 else f"from step {first.step:,} to step {last.step:,}"
     what = f"{_many(count, 'measurement')} of {_many(len(last.layers), 'block')}"
     yield f"{what} {when}, by the “{clear(last.linearization)}” linearization."
     if history.torn:
-        yield "The file breaks off within a line: the run is writing it, or was stopped. What stands before is shown."
+        yield "The last line of the file is incomplete: the run writes it, or was stopped. All other lines are shown."
     if history.damaged:
         yield f"{damaged_lines(history)}. All other lines are shown."
     yield from zone_words(first, last, zone_of(last))
@@ -45,7 +45,7 @@ def story(history: History) -> Iterator[str]:
 
 
 def damaged_lines(history: History) -> str:
-    """Say which lines of a file cannot be read, and why the first of them cannot."""
+    """Return a sentence on the damaged lines of a file, with the reason for the first one."""
     numbers = sorted(history.damaged)
     why = clear(history.damaged[numbers[0]], 150)
     if len(numbers) == 1:
@@ -61,7 +61,7 @@ def zone_words(
     zone: tuple[float, float] | None,
     moments: tuple[str, str] = ("at the start", "at the end"),
 ) -> Iterator[str]:
-    """Say where the ratios are, and where they were."""
+    """Yield sentences on the ratios now and at the start."""
     missing = [layer for layer in last if layer.ratio is None]
     if missing:
         yield f"{_many(len(missing), 'block')} without a ratio {moments[1]}; the table of blocks says why."
@@ -98,7 +98,7 @@ def _announced(history: History) -> str:
     alarms = [event for event in history.events if event.level == "alarm"]
     warnings = _many(counts["warning"], "warning") if counts["warning"] else "no warning"
     if not alarms:
-        return f"No alarm, {warnings}. To leave the zone is information; an alarm needs the tokens as a second witness."
+        return f"No alarm, {warnings}. Leaving the zone is information; an alarm needs the tokens as a second witness."
     when = f"at step {alarms[0].step:,}" if len(alarms) == 1 else f"the first at step {alarms[0].step:,}"
     return (
         f"{_many(len(alarms), 'alarm')}, {when}; {warnings}. An alarm has two witnesses: a ratio that stays outside "

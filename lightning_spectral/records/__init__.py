@@ -18,6 +18,7 @@ from lightning_spectral.records.blocks import (
     alternatives,
 )
 from lightning_spectral.records.comparison import Comparison, compare
+from lightning_spectral.records.events import Event, Forecast
 from lightning_spectral.records.measurements import (
     FunctionalMeasurement,
     LayerMeasurement,
@@ -32,8 +33,10 @@ __all__ = [
     "BranchKind",
     "Comparison",
     "End",
+    "Event",
     "Factor",
     "FactorRole",
+    "Forecast",
     "FunctionalMeasurement",
     "LayerMeasurement",
     "Linearization",

@@ -1,4 +1,4 @@
-"""Blocks as plain values, which fit into any file, and back, from files that nobody trusts."""
+"""Blocks as plain values, which fit into any file, and back from values that nobody trusts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from lightning_spectral.records import Branch, BranchKind, End, Factor, FactorRole, Path, ResidualBlock
 from lightning_spectral.records.layout import ARITHMETIC, REDUCTIONS, VIEWS
+from lightning_spectral.records.values import MAX_ITEMS, listed, module_path, of_type, one_of, real, remark, whole
 
 __all__ = ["FORMAT", "from_plain", "to_plain"]
 
@@ -14,12 +15,10 @@ FORMAT = "lightning_spectral"
 """Key of the version of the format."""
 
 _VERSION = 1
-# No real model comes near these.
-_MAX_NAME, _MAX_REMARK, _MAX_ITEMS, _MAX_NUMBER = 512, 4096, 2**20, 2**24
 
 
 def to_plain(blocks: Iterable[ResidualBlock]) -> dict[str, Any]:
-    """Return blocks as dicts, lists, text and numbers; factors that occur several times stand there once.
+    """Return blocks as dicts, lists, text and numbers. A factor that several paths share is written once.
 
     Args:
         blocks: The blocks.
@@ -70,49 +69,49 @@ def _plain_factor(factor: Factor) -> dict[str, Any]:
 
 
 def from_plain(plain: Any) -> tuple[ResidualBlock, ...]:
-    """Return the blocks that :func:`to_plain` has written. Nothing in the values is trusted.
+    """Return the blocks from the values of :func:`to_plain`. Every value is checked.
 
     Args:
         plain: The values. Lists may have become tuples.
 
     Raises:
-        ValueError: They are of another version, or not what this module writes.
+        ValueError: The values are of another version, or not what :func:`to_plain` writes.
     """
-    version = _of(plain, dict).get(FORMAT)
+    version = of_type(plain, dict).get(FORMAT)
     if version != _VERSION:
         raise ValueError(f"its version is {version!r}, expected {_VERSION}")
-    factors = [_factor(_of(item, dict)) for item in _list(plain.get("factors"))]
-    return tuple(_block(_of(item, dict), factors) for item in _list(plain.get("blocks")))
+    factors = [_factor(of_type(item, dict)) for item in listed(plain.get("factors"))]
+    return tuple(_block(of_type(item, dict), factors) for item in listed(plain.get("blocks")))
 
 
 def _block(plain: dict[Any, Any], factors: list[Factor]) -> ResidualBlock:
     return ResidualBlock(
-        _number(plain.get("index")),
-        _text(plain.get("name")),
-        tuple(_branch(_of(item, dict), factors) for item in _list(plain.get("branches"))),
-        verified=_of(plain.get("verified"), bool),
-        evidence=_remark(plain.get("evidence")),
-        token_dims=tuple(_number(item) for item in _list(plain.get("token_dims"))),
+        whole(plain.get("index")),
+        module_path(plain.get("name")),
+        tuple(_branch(of_type(item, dict), factors) for item in listed(plain.get("branches"))),
+        verified=of_type(plain.get("verified"), bool),
+        evidence=remark(plain.get("evidence")),
+        token_dims=tuple(whole(item) for item in listed(plain.get("token_dims"))),
     )
 
 
 def _branch(plain: dict[Any, Any], factors: list[Factor]) -> Branch:
     reasons = (plain.get("reason"), plain.get("ends_reason"))
-    reason, ends_reason = (None if item is None else _remark(item) for item in reasons)
+    reason, ends_reason = (None if item is None else remark(item) for item in reasons)
     return Branch(
-        _one_of(plain.get("kind"), get_args(BranchKind)),
-        _text(plain.get("site")),
+        one_of(plain.get("kind"), get_args(BranchKind)),
+        module_path(plain.get("site")),
         _key(plain.get("output_index")),
-        tuple(_path(_of(item, dict), factors) for item in _list(plain.get("paths"))),
+        tuple(_path(of_type(item, dict), factors) for item in listed(plain.get("paths"))),
         reason,
-        tuple(End(_text(path), _real(offset)) for path, offset in map(_list, _list(plain.get("ends")))),
+        tuple(End(module_path(path), real(offset)) for path, offset in map(listed, listed(plain.get("ends")))),
         ends_reason,
-        tuple(_text(path) for path in _list(plain.get("aliases", ()))),
+        tuple(module_path(path) for path in listed(plain.get("aliases", ()))),
     )
 
 
 def _path(plain: dict[Any, Any], factors: list[Factor]) -> Path:
-    numbers = [_number(item) for item in _list(plain.get("factors"))]
+    numbers = [whole(item) for item in listed(plain.get("factors"))]
     if not all(0 <= number < len(factors) for number in numbers):
         raise ValueError("a path has a factor that is not there")
     return Path(tuple(factors[number] for number in numbers), _key(plain.get("expert")))
@@ -121,19 +120,19 @@ def _path(plain: dict[Any, Any], factors: list[Factor]) -> Path:
 def _factor(plain: dict[Any, Any]) -> Factor:
     parameter, rows, size, shape = (plain.get(key) for key in ("parameter", "rows", "size", "shape"))
     return Factor(
-        _one_of(plain.get("role"), get_args(FactorRole)),
-        None if parameter is None else _text(parameter),
-        tuple(_step(_list(item)) for item in _list(plain.get("layout"))),
-        None if rows is None else _rows(_list(rows)),
-        _real(plain.get("constant")),
-        None if size is None else _number(size),
-        tuple(_adapter(_list(chain)) for chain in _list(plain.get("adapters", ()))),
-        None if shape is None else tuple(map(_number, _list(shape))),
+        one_of(plain.get("role"), get_args(FactorRole)),
+        None if parameter is None else module_path(parameter),
+        tuple(_step(listed(item)) for item in listed(plain.get("layout"))),
+        None if rows is None else _rows(listed(rows)),
+        real(plain.get("constant")),
+        None if size is None else whole(size),
+        tuple(_adapter(listed(chain)) for chain in listed(plain.get("adapters", ()))),
+        None if shape is None else tuple(map(whole, listed(shape))),
     )
 
 
 def _adapter(chain: list[Any]) -> tuple[Factor, ...]:
-    factors = [_of(item, dict) for item in chain]
+    factors = [of_type(item, dict) for item in chain]
     if not factors or any(factor.get("adapters") for factor in factors):
         raise ValueError("an adapter has no factors, or has adapters itself")
     return tuple(map(_factor, factors))
@@ -141,69 +140,25 @@ def _adapter(chain: list[Any]) -> tuple[Factor, ...]:
 
 def _step(step: list[Any]) -> tuple[Any, ...]:
     name, *arguments = step
-    _one_of(name, {*VIEWS, *ARITHMETIC, *REDUCTIONS})  # tensors have methods that write files, too
+    # Only known names: a step is the name of a method, and tensors have methods that write files.
+    one_of(name, {*VIEWS, *ARITHMETIC, *REDUCTIONS})
     return (name, *(_argument(item) for item in arguments))
 
 
 def _argument(item: Any) -> Any:
     if isinstance(item, list | tuple):
-        return tuple(_number(number) for number in item)
-    return _real(item) if isinstance(item, float) else _number(item)
+        return tuple(whole(number) for number in item)
+    return real(item) if isinstance(item, float) else whole(item)
 
 
 def _rows(rows: list[Any]) -> tuple[range, ...]:
-    runs = tuple(range(*(_number(number) for number in _list(item))) for item in rows)
-    if not all(run.start >= 0 and run.step > 0 for run in runs) or sum(map(len, runs)) > _MAX_ITEMS:
+    runs = tuple(range(*(whole(number) for number in listed(item))) for item in rows)
+    if not all(run.start >= 0 and run.step > 0 for run in runs) or sum(map(len, runs)) > MAX_ITEMS:
         raise ValueError("rows are not counted upwards from 0")
     return runs
 
 
-def _of(value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise ValueError(f"found a {type(value).__name__}, expected a {kind.__name__}")
-    return value
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list | tuple) or len(value) > _MAX_ITEMS:
-        raise ValueError(f"found a {type(value).__name__}, expected a list")
-    return list(value)
-
-
-def _one_of(value: Any, known: Iterable[str]) -> Any:
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"found {str(value)[:_MAX_NAME]!r}, expected one of {', '.join(sorted(known))}")
-    return value
-
-
-def _text(value: Any) -> str:
-    """Return a name. One with double underscores would lead into Python instead of the model."""
-    if not isinstance(value, str) or len(value) > _MAX_NAME or not value.isprintable():
-        raise ValueError(f"found a {type(value).__name__}, expected {_MAX_NAME} printable characters at most")
-    if any(part.startswith("__") for part in value.split(".")):
-        raise ValueError(f"found {value!r}, which is no path in a model")
-    return value
-
-
-def _remark(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > _MAX_REMARK:
-        raise ValueError(f"found a {type(value).__name__}, expected {_MAX_REMARK} characters at most")
-    return "".join(item if item.isprintable() else " " for item in value)
-
-
-def _number(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > _MAX_NUMBER:
-        raise ValueError(f"found {str(value)[:50]!r}, expected a whole number up to {_MAX_NUMBER}")
-    return value
-
-
-def _real(value: Any) -> float:
-    if not isinstance(value, float):
-        return _number(value)
-    return value
-
-
 def _key(value: Any) -> int | str | None:
     if value is None or isinstance(value, str):
-        return None if value is None else _text(value)
-    return _number(value)
+        return None if value is None else module_path(value)
+    return whole(value)

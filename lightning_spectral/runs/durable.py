@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a full disk or a second process costs at most what was being written."""
+"""Write files so that a crash, a full disk or a second process costs at most the lines that are being written."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from pathlib import Path
 
 __all__ = ["append", "replace", "set_aside"]
 
-# What a file system says that cannot be asked to write at once.
+# Errors of file systems that do not support fsync.
 _NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 
 
 def append(path: Path, data: bytes, *, head: bytes = b"") -> None:
-    """Add to the end of a file: all of it, on the disk when this returns, or nothing.
+    """Append data to a file and sync it to the disk: all of the data, or nothing.
 
     Args:
         path: The file.
         data: Whole lines.
-        head: What the file has to begin with.
+        head: Bytes that the file has to begin with.
 
     Raises:
         FileNotFoundError: There is no such file, or it does not begin with ``head``.
-        OSError: It cannot be written.
+        OSError: The data cannot be written.
     """
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    # Its head is read through the descriptor that is written to: another process may rename the file meanwhile.
+    # Read the head through the descriptor that is written to: another process may rename the file in between.
     with open(path, "r+b", buffering=0, opener=_at_the_end) as file:
         assert isinstance(file, FileIO)
         if file.read(len(head)) != head:
@@ -47,32 +47,32 @@ def append(path: Path, data: bytes, *, head: bytes = b"") -> None:
 
 
 def replace(path: Path, data: bytes, *, new: bool = False) -> None:
-    """Write a whole file: whatever happens, its name stands for the old content or for all of the new one.
+    """Write a whole file atomically: the name always leads to the complete old or the complete new content.
 
     Args:
-        path: The file. A terminal or a pipe is written to directly, and a link stays a link.
-        data: Its content.
-        new: Whether to leave a file alone that is there already.
+        path: The file. A terminal or a pipe is written to directly. A link stays a link.
+        data: The new content.
+        new: Whether to fail if the file exists.
 
     Raises:
-        FileExistsError: There is one already.
-        OSError: It cannot be written.
+        FileExistsError: The file exists, and ``new`` is set.
+        OSError: The file cannot be written.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         path.write_bytes(data)
         return
     path = Path(os.path.realpath(path))
-    draft = path.with_name(f".{uuid.uuid4().hex}.tmp")  # of this process alone
+    draft = path.with_name(f".{uuid.uuid4().hex}.tmp")  # no other process uses this name
     try:
         with draft.open("xb", buffering=0) as file:
             _write(file, data)
         (_rename_to_new if new else os.replace)(draft, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # and not that of the draft
+        raise OSError(error.errno, error.strerror, str(path)) from error  # with the name of the file, not of the draft
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-    with suppress(OSError):  # the new name, where folders can be opened
+    with suppress(OSError):  # sync the folder too, for the new name; not every system can open folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -81,20 +81,20 @@ def replace(path: Path, data: bytes, *, new: bool = False) -> None:
 
 
 def set_aside(path: Path, names: Iterable[str]) -> Path:
-    """Rename a file, or whatever has its name, and overwrite nothing.
+    """Rename a file, folder or link without overwriting anything.
 
     Args:
         path: The file.
-        names: Names in the same folder, in the order of preference; the first free one is taken.
+        names: Names in the same folder, in order of preference. The first free name is taken.
 
     Returns:
-        Where it is now.
+        The new path.
 
     Raises:
-        OSError: It cannot be renamed.
+        OSError: The file cannot be renamed.
     """
     for place in map(path.with_name, names):
-        try:  # a name that this process has made is no other's
+        try:  # creating the name reserves it against other processes
             place.mkdir() if path.is_dir() and not path.is_symlink() else place.touch(exist_ok=False)
         except FileExistsError:
             continue
@@ -128,7 +128,7 @@ def _rename_to_new(draft: Path, path: Path) -> None:
         path.hardlink_to(draft)
     except FileExistsError:
         raise
-    except OSError:  # no links here
+    except OSError:  # this file system has no hard links
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
         draft.replace(path)

@@ -1,4 +1,4 @@
-"""The lines of a run's file as they are read: a bad one hides itself, and no other."""
+"""The lines of a run's file, read one by one: a damaged line does not affect the others."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning_spectral.errors import ConfigurationError
 __all__ = ["Line", "entries", "first_entry"]
 
 FORMAT = "lightning_spectral"
-"""Key that only the first line has; its value is the version of the format."""
+"""Key of the first line alone. Its value is the version of the format."""
 VERSION = 1
 LONGEST = 2**24
-"""Bytes of a line beyond which it is not parsed. A model of 4,096 blocks has a quarter of that."""
+"""A longer line, in bytes, is not parsed. The line of a model with 4,096 blocks has a quarter of this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,9 @@ class Line:
     """One line of a file.
 
     Attributes:
-        number: The first is 1.
-        raw: Its bytes, with the line's end.
-        entry: What it says, ``None`` where that cannot be read.
+        number: Number of the line; the first line is 1.
+        raw: The bytes of the line, line end included.
+        entry: The JSON object of the line, ``None`` if the line is damaged.
     """
 
     number: int
@@ -41,12 +41,12 @@ class Line:
 
     @property
     def header(self) -> dict[str, Any]:
-        """What it says of the run, empty unless it is the header of a file."""
+        """The entry, if this line is the header of a file; else empty."""
         return self.entry if self.entry is not None and FORMAT in self.entry else {}
 
     @property
     def torn(self) -> bool:
-        """Whether it breaks off: it is being written, or a crash has ended it."""
+        """Whether the line is incomplete: it is being written, or a crash cut it off."""
         return self.entry is None and not self.raw.endswith(b"\n")
 
 
@@ -54,16 +54,17 @@ def entries(path: str | os.PathLike[str]) -> Iterator[Line]:
     """Yield the lines of a run's file, the header first.
 
     Raises:
-        ConfigurationError: The file is not one of ours, or was written in a later format.
-        OSError: It cannot be read.
+        ConfigurationError: The file is no journal of this package, or was written in a later format.
+        OSError: The file cannot be read.
     """
     place, ours = os.fspath(path), False
-    with Path(path).open("rb") as file:  # only \n ends a line: names may hold what Python takes for the end of one
+    # In bytes, only \n ends a line. In text, characters inside of a name may count as the end of a line.
+    with Path(path).open("rb") as file:
         for number, raw in enumerate(file, start=1):
             line = Line.of(number, raw)
             if number == 1:
                 _check_version(line.entry, place)
-            # A damaged header hides the header: what is behind it may still be measurements.
+            # With a damaged header the file still counts as a journal if measurements follow.
             ours = ours or (line.entry is not None and ("layers" in line.entry or FORMAT in line.entry))
             if raw.strip():
                 yield line
@@ -72,7 +73,7 @@ def entries(path: str | os.PathLike[str]) -> Iterator[Line]:
 
 
 def first_entry(path: Path) -> dict[str, Any] | None:
-    """Return what the first line of a file says, ``None`` where that cannot be read."""
+    """Return the entry of the first line of a file, ``None`` if the line is damaged."""
     with path.open("rb") as file:
         return _entry(file.readline(LONGEST + 1))
 
@@ -84,7 +85,7 @@ def _check_version(header: dict[str, Any] | None, place: str) -> None:
 
 
 def _entry(raw: bytes) -> dict[str, Any] | None:
-    """Return what a line says. A power cut may leave NUL bytes around it, and an editor a mark in front of it."""
+    """Return the entry of a line. NUL bytes of a power cut and the byte order mark of an editor are ignored."""
     if len(raw) > LONGEST:
         return None
     try:

@@ -1,7 +1,8 @@
-"""A run as its file tells it: one frozen record, read from ``spectral.jsonl``.
+"""A run, read from its file ``spectral.jsonl`` into one frozen record.
 
-The file may be of a run that is still going, or that was killed, and it may come from somebody else. So a line that is
-not as this package writes it is left out and told, and entries of a kind that is not known yet are passed over.
+The run may still be going or may have been killed, and the file may come from somebody else. So every line is checked.
+A line that this package would not write is left out and listed in ``damaged``. An entry of an unknown kind is skipped:
+a later release may have written it.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_spectral.alarms import Event
-from lightning_spectral.alarms.trends import Forecast
 from lightning_spectral.display import heatmap_figure
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
+from lightning_spectral.records import Event, Forecast, FunctionalMeasurement, LayerMeasurement, Measurement
+from lightning_spectral.records.events import Level
 from lightning_spectral.records.frames import dataframe
+from lightning_spectral.records.values import listed, number, one_of, text, whole
 from lightning_spectral.runs.entries import Line, entries
 
 if TYPE_CHECKING:
@@ -30,22 +31,22 @@ if TYPE_CHECKING:
 
 __all__ = ["History", "history_of", "in_order"]
 
-MOST = 2**53  # beyond it a float no longer counts, and neither does a chart
-MOST_BLOCKS = 2**12  # a picture has a row for each
+MOST = 2**53  # a float, and so a chart, counts exactly only up to here
+MOST_BLOCKS = 2**12  # a picture has one row per block
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class History:
-    """A run: its description, what was measured, what was announced and what the controller did.
+    """A run: its description, its measurements, its events and the actions of its controller.
 
     Attributes:
-        header: What the run was told: linearization, zone, interval, settings of the controller, blocks. Empty where
-            that line is damaged.
-        measurements: In the order of their steps; of two at the same step the later one counted.
-        events: What was announced, in order.
-        actions: What the controller did, in order: plain values, as in the file.
-        torn: Whether the file breaks off within a line, as it does while it is being written.
-        damaged: Why each of the other lines that were left out cannot be read, by the number of the line.
+        header: Settings of the run: linearization, zone, interval, settings of the controller, blocks. Empty if the
+            first line is damaged.
+        measurements: The measurements in the order of their steps. Of two at one step, the later line counts.
+        events: The events in the order of the file.
+        actions: The actions of the controller in the order of the file, as plain values.
+        torn: Whether the last line is incomplete, as it may be while the run writes it.
+        damaged: For every other unreadable line, by its number, the reason.
     """
 
     header: Mapping[str, Any]
@@ -63,7 +64,7 @@ class History:
             path: A ``spectral.jsonl``.
 
         Raises:
-            ConfigurationError: The file is not one of ours, or has measurements of several linearizations.
+            ConfigurationError: The file is no journal of this package, or has measurements of several linearizations.
             OSError: The file cannot be read.
         """
         return history_of(entries(path))
@@ -74,10 +75,13 @@ class History:
         return tuple(measurement.step for measurement in self.measurements)
 
     def values(self, quantity: str) -> NDArray[np.float64]:
-        """Return a quantity of every block in every measurement, by its name in a layer of a measurement.
+        """Return one quantity of every block in every measurement.
+
+        Args:
+            quantity: Name of an attribute of :class:`~lightning_spectral.records.LayerMeasurement`.
 
         Returns:
-            Shape ``(blocks, measurements)``, NaN where it does not exist; a row per index up to the largest.
+            Shape ``(blocks, measurements)``, with one row per index up to the largest; NaN for a missing value.
         """
         blocks = 1 + max((layer.index for measurement in self.measurements for layer in measurement), default=-1)
         values = np.full((blocks, len(self.measurements)), np.nan)
@@ -96,42 +100,42 @@ class History:
         return dataframe([{"step": item.step, **layer.row()} for item in self.measurements for layer in item])
 
     def __repr__(self) -> str:
-        """Return how much it holds."""
+        """Return the number of measurements and blocks, and the range of steps."""
         if not self.measurements:
             return "History(no measurements)"
         count, blocks, steps = len(self.measurements), len(self.measurements[-1].layers), self.steps
         return f"History({count} measurements of {blocks} blocks, steps {steps[0]} to {steps[-1]})"
 
     def _repr_html_(self) -> str:
-        """Return how much it holds and the last measurement, for a notebook."""
+        """Return the same and the last measurement as HTML, for a notebook."""
         last = self.measurements[-1]._repr_html_() if self.measurements else ""
         return f"<p>{html.escape(repr(self))}</p>{last}"
 
     def plot_heatmap(self) -> Figure:
         """Draw ln ρ of every block (upwards) at every measured step (to the right).
 
-        Blue blocks are dominated by attention, red ones by their MLP, white ones balanced. Lines enclose what lies
-        outside the safe zone, where one is known. Blocks without a ratio are hatched.
+        A block is blue if attention dominates, red if the MLP dominates, white if both are equal, and hatched if it has
+        no ratio. Lines enclose ratios outside the safe zone, if the linearization has one.
 
         Returns:
-            A figure that belongs to no global state. Save it with ``figure.savefig(path)``.
+            A figure outside of pyplot's global state. Save it with ``figure.savefig(path)``.
 
         Raises:
-            ConfigurationError: Nothing was measured.
+            ConfigurationError: There is no measurement.
             ModuleNotFoundError: matplotlib is not installed.
         """
         if not self.measurements:
-            raise ConfigurationError("a heatmap needs at least one measurement; none came")
+            raise ConfigurationError("a heatmap needs at least one measurement; found none")
         last = self.measurements[-1]
         zone = last.safe_zone if last.has_zone else None
         return heatmap_figure(self.values("log_ratio"), self.steps, last.linearization, zone)
 
 
 def history_of(lines: Iterable[Line]) -> History:
-    """Read the lines of a run's file.
+    """Make the record of a run from the lines of its file.
 
     Args:
-        lines: They, the header first.
+        lines: The lines, the header first.
 
     Raises:
         ConfigurationError: The measurements are of several linearizations.
@@ -146,7 +150,7 @@ def history_of(lines: Iterable[Line]) -> History:
         header = header or line.header
         entry, torn = line.entry or {}, line.torn
         if line.entry is None and not torn:
-            damaged[line.number] = "it is no JSON object"
+            damaged[line.number] = "it is not a JSON object"
         try:
             if "layers" in entry:
                 measurements.append(_measurement(entry))
@@ -160,27 +164,27 @@ def history_of(lines: Iterable[Line]) -> History:
 
 
 def in_order(measurements: Sequence[Measurement]) -> tuple[Measurement, ...]:
-    """Sort measurements by step; of two at the same step the later one counts.
+    """Sort measurements by step. Of two at one step, the later one counts.
 
     Raises:
-        ConfigurationError: They are of different linearizations.
+        ConfigurationError: The measurements are of different linearizations.
     """
     linearizations = sorted({measurement.linearization for measurement in measurements})
     if len(linearizations) > 1:
-        raise ConfigurationError(f"a history has one linearization; these came: {', '.join(linearizations)}")
+        raise ConfigurationError(f"a history has one linearization; found {', '.join(linearizations)}")
     by_step = {measurement.step: measurement for measurement in measurements}
     return tuple(by_step[step] for step in sorted(by_step))
 
 
 def _measurement(entry: Mapping[str, Any]) -> Measurement:
-    """Rebuild what :meth:`Measurement.to_dict` made."""
-    low, high = map(_number, entry["safe_zone"])
+    """Rebuild a measurement from the values of :meth:`Measurement.to_dict`."""
+    low, high = map(_size, listed(entry["safe_zone"]))
     if not 0 < low < high:
         raise ValueError(f"the zone is ({low}, {high})")
-    layers = tuple(map(_layer, entry["layers"]))
-    step, seconds = _count(entry["step"]), _optional(_number)(entry["seconds"]) or 0.0
-    linearization: Any = _text(entry["linearization"])
-    adapters: Any = _text(entry.get("adapters", "sum"))
+    layers = tuple(map(_layer, listed(entry["layers"])))
+    step, seconds = _count(entry["step"]), _optional(_size)(entry["seconds"]) or 0.0
+    linearization: Any = text(entry["linearization"])
+    adapters: Any = text(entry.get("adapters", "sum"))
     return Measurement(step, linearization, layers, (low, high), seconds, adapters)
 
 
@@ -194,17 +198,16 @@ def _layer(entry: Mapping[str, Any]) -> LayerMeasurement:
 def _functional(entry: Mapping[str, Any]) -> FunctionalMeasurement:
     values = {item.name: entry[item.name] for item in fields(FunctionalMeasurement) if item.name in entry}
     finite_differences = bool(values.pop("finite_differences", False))
-    numbers = {name: _optional(_real)(value) for name, value in values.items()}
+    numbers = {name: _optional(number)(value) for name, value in values.items()}
     return FunctionalMeasurement(**numbers, finite_differences=finite_differences)
 
 
 def _event(entry: Mapping[str, Any]) -> Event:
-    if entry["level"] not in ("info", "warning", "alarm"):
-        raise ValueError(f"level {entry['level']!r}")
-    blocks, coming = tuple(map(_count, entry["blocks"])), entry.get("forecast")
+    level = one_of(entry["level"], get_args(Level))
+    blocks, coming = tuple(map(_count, listed(entry["blocks"]))), entry.get("forecast")
     forecast = None if coming is None else Forecast(**{name: _moment(value) for name, value in coming.items()})
-    since, message = _count(entry["since"]), _text(entry["message"])
-    return Event(entry["level"], _count(entry["step"]), since, blocks, message, forecast)
+    since, message = _count(entry["since"]), text(entry["message"])
+    return Event(level, _count(entry["step"]), since, blocks, message, forecast)
 
 
 def _action(entry: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -213,33 +216,17 @@ def _action(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     return entry
 
 
-def _real(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST**8:
-        raise ValueError(f"{value!r} is no number")
-    return float(value)
-
-
-def _number(value: Any) -> float:
-    if _real(value) < 0:
-        raise ValueError(f"{value!r} is negative")
-    return float(value)
-
-
 def _moment(value: Any) -> float:
-    """Read a step in the future; JSON has no infinity, so that never is null."""
-    return math.inf if value is None else float(value)
+    """Read a step in the future. JSON has no infinity: ``null`` stands for never."""
+    return math.inf if value is None else number(value)
+
+
+def _size(value: Any) -> float:
+    return number(value, least=0.0)
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST:
-        raise ValueError(f"{value!r} is no count")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
+    return whole(value, 0, MOST - 1)
 
 
 def _expert(value: Any) -> int | str:
@@ -247,12 +234,12 @@ def _expert(value: Any) -> int | str:
 
 
 def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Read what may be missing; a run that diverged has values that are not finite, and they are missing too."""
+    """Make a reader that returns ``None`` for a missing value, and for the NaN or infinity of a run that diverged."""
     return lambda value: None if value is None or _is_not_finite(value) else read(value)
 
 
 def _scale(value: Any) -> float:
-    return math.nan if value is None or _is_not_finite(value) else _number(value)
+    return math.nan if value is None or _is_not_finite(value) else _size(value)
 
 
 def _is_not_finite(value: Any) -> bool:
@@ -261,33 +248,33 @@ def _is_not_finite(value: Any) -> bool:
 
 _LAYER: Mapping[str, Callable[[Any], Any]] = {
     "index": _count,
-    "name": _text,
-    "mlp_norm": _optional(_number),
-    "attention_norm": _optional(_number),
+    "name": text,
+    "mlp_norm": _optional(_size),
+    "attention_norm": _optional(_size),
     "mlp_scale": _scale,
     "attention_scale": _scale,
     "mlp_expert": _optional(_expert),
-    "mlp_reason": _optional(_text),
-    "attention_reason": _optional(_text),
-    "error_bound": _optional(_number),
-    "doubt": _optional(_text),
+    "mlp_reason": _optional(text),
+    "attention_reason": _optional(text),
+    "error_bound": _optional(_size),
+    "doubt": _optional(text),
     "functional": _optional(_functional),
-    "token_residual": _optional(_number),
-    "typical_token_residual": _optional(_number),
-    "effective_rank": _optional(_number),
+    "token_residual": _optional(_size),
+    "typical_token_residual": _optional(_size),
+    "effective_rank": _optional(_size),
 }
 _ACTION: Mapping[str, Callable[[Any], Any]] = {
     "step": _count,
-    "action": _text,
+    "action": text,
     "block": _count,
-    "ratio": _optional(_number),
-    "mlp_log_change": _real,
-    "attention_log_change": _real,
-    "reason": _text,
+    "ratio": _optional(_size),
+    "mlp_log_change": number,
+    "attention_log_change": number,
+    "reason": text,
 }
 
 
 def _shortened(error: Exception) -> str:
-    """Return what an error says, in one short line of ASCII: it begins with a quotation from the file."""
+    """Return an error as one short line of printable ASCII: its text may quote the file."""
     text = f"{type(error).__name__}: {error}".encode("ascii", "backslashreplace").decode()
     return text if len(text) <= 120 else f"{text[:60]}...{text[-60:]}"

@@ -1,8 +1,8 @@
 """The file of a run: ``spectral.jsonl``, one JSON object a line.
 
-The first line describes the run, each further line is one measurement as :meth:`Measurement.to_dict` gives it, one
-event (a block leaves the zone, a warning, an alarm) or one action of the controller. What is added is written in one
-piece and is on the disk afterwards, so a crash costs at most the lines being written.
+The first line describes the run. Each further line is one measurement (:meth:`Measurement.to_dict`), one event (a block
+leaves the zone, a warning, an alarm) or one action of the controller. Lines are written in one piece and synced to the
+disk, so that a crash costs at most the lines that are being written.
 """
 
 from __future__ import annotations
@@ -25,45 +25,48 @@ from lightning_spectral.runs.predecessor import News, Predecessor, Superseded, a
 __all__ = ["Journal", "described"]
 
 MOST_KEPT = 2**26
-"""Bytes of lines in memory, beyond which the oldest are lost."""
+"""Bytes of unwritten lines that are kept in memory. Beyond this, the oldest lines are dropped."""
 
 
 class Journal:
-    """Appends measurements to a file, or keeps them in memory where there is no place for a file.
+    """Appends measurements to a file, or keeps them in memory if there is no path.
 
-    Nothing that happens to the file is raised: it is told (:meth:`take_news`). Lines that cannot be written are kept,
-    and written when that works again.
+    A failure of the file raises nothing: :meth:`take_news` reports it. Lines that cannot be written are kept in memory
+    and written as soon as writing works again.
     """
 
     def __init__(self, path: Path | None, header: Mapping[str, Any], *, resume_step: int | None = None) -> None:
-        """Begin a file, or go on with the file of the run that is resumed.
+        """Begin a new file, or continue the file of the run that is resumed.
 
-        A file that is there and does not go on is renamed, never overwritten.
+        An existing file that is not continued is renamed, never overwritten.
 
         Args:
             path: The file. ``None`` keeps everything in memory.
-            header: Plain values that describe the run, its ``"linearization"`` among them. A file that names another
-                ``"run"`` does not go on.
-            resume_step: Optimizer step from which a run goes on. What the file has of later steps goes to a file beside
-                it, until it has been measured again. ``None`` begins a new file.
+            header: Plain values that describe the run, ``"linearization"`` among them. A file with another ``"run"`` is
+                not continued.
+            resume_step: Optimizer step at which the run resumes. Lines of later steps move to a second file, which is
+                removed once these steps have been measured again with the same result. ``None`` begins a new file.
         """
         self.path = self._wanted = path
-        # No other file begins with this line, not even that of another process with the same run.
+        # Unique among all files, so that two processes of one run do not take each other's file for their own.
         self._head = _line({FORMAT: VERSION, **header, "file": uuid.uuid4().hex})
         self._header, self._resume_step = header, resume_step
         self._predecessor: Predecessor | None = None
         self._superseded: Superseded | None = None
         self._begun = False
         self._unwritten: deque[bytes] = deque()
-        self._size = self._lost = 0  # bytes in them; lines that were not kept
+        self._size = self._lost = 0  # bytes in the unwritten lines; number of dropped lines
         self._news: list[News] = []
         self._fails, self._told = False, set[str]()
         self._flush()
 
     def append(self, measurement: Measurement, consequences: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Add one measurement, and what followed from it: plain values, each with a ``"step"``.
+        """Add one measurement and its consequences.
 
-        Events have a ``"level"``, actions an ``"action"``.
+        Args:
+            measurement: The measurement.
+            consequences: Events and actions as plain values, each with a ``"step"``. Events have a ``"level"``, actions
+                an ``"action"``.
         """
         entry = measurement.to_dict()
         for line in map(_line, (entry, *consequences)):
@@ -79,7 +82,7 @@ class Journal:
                 self._superseded.tidy()
 
     def close(self) -> None:
-        """Try a last time to write what could not be written, also where its folder is gone."""
+        """Try one last time to write the unwritten lines. A missing folder is created."""
         if self.path is None:
             return
         if self._unwritten:
@@ -90,12 +93,12 @@ class Journal:
             self._tell_once("missing", f"{missing} lines were never written to {self.path}", grave=True)
 
     def take_news(self) -> list[News]:
-        """Return what is to be told, once."""
+        """Return the news since the last call."""
         news, self._news = self._news, []
         return news
 
     def lines(self) -> Iterator[Line]:
-        """Yield the lines of the run so far, the header first, those before a resume included.
+        """Yield the lines of the run so far, the header first. Lines from before a resume are included.
 
         Raises:
             ConfigurationError, OSError: As :func:`~lightning_spectral.runs.entries.entries` does.
@@ -109,7 +112,7 @@ class Journal:
             yield Line.of(number + behind, raw)
 
     def _flush(self) -> None:
-        """Write what is not written yet, all of it or nothing."""
+        """Write all unwritten lines, or none of them."""
         if self.path is None:
             return
         try:
@@ -130,7 +133,7 @@ class Journal:
 
     def _begin(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if self._predecessor is None:  # once: it renames what it finds
+        if self._predecessor is None:  # once, because it renames the files that it finds
             self._predecessor = take_over(path, self._header, self._resume_step)
             self._news += self._predecessor.news
             self._superseded = self._predecessor.superseded
@@ -145,7 +148,7 @@ class Journal:
         self._begun = True
 
     def _write(self, path: Path, data: bytes) -> None:
-        """Add to the file of this process, wherever another one may have moved it; begin anew where it is gone."""
+        """Append to the file of this process, even after another process renamed it. If it is gone, begin a new one."""
         for place in chain([path], sorted(path.parent.glob(f"*{path.suffix}"))):
             try:
                 append(place, data, head=self._head)
@@ -163,7 +166,7 @@ class Journal:
             self._begin_anew(path, self._wanted or path, self._head + data)
 
     def _begin_anew(self, before: Path, wanted: Path, data: bytes) -> None:
-        wanted.parent.mkdir(exist_ok=True)  # and none above it: what is not there may be a disk that comes back
+        wanted.parent.mkdir(exist_ok=True)  # no parents: a missing parent may be a disk that will be mounted again
         for place in map(wanted.with_name, chain([wanted.name], aside_names(wanted, "other"))):
             try:
                 replace(place, data, new=True)
@@ -180,7 +183,7 @@ class Journal:
 
 
 def described(block: ResidualBlock) -> dict[str, Any]:
-    """Return what the first line of a journal tells of a block."""
+    """Return the description of a block for the first line of a journal."""
     attention, mlp = block.attention, block.mlp
     return {
         "index": block.index,
@@ -192,12 +195,12 @@ def described(block: ResidualBlock) -> dict[str, Any]:
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
-    """Return one line of JSON, which knows no infinity."""
+    """Return an entry as one line of JSON. JSON has no NaN and no infinity; they become ``null``."""
     try:
         text = json.dumps(entry, ensure_ascii=False, allow_nan=False, default=_plain)
     except ValueError:
         text = json.dumps(_finite(entry), ensure_ascii=False, allow_nan=False, default=_plain)
-    return text.encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate becomes its escape in JSON
+    return text.encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate becomes an escape sequence
 
 
 def _finite(value: Any) -> Any:
@@ -209,5 +212,5 @@ def _finite(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return the number that a scalar of another library holds, and the text of anything else."""
+    """Return a scalar of another library as a number, and anything else as text."""
     return _finite(value.item()) if hasattr(value, "item") else str(value)

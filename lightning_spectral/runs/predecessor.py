@@ -1,4 +1,4 @@
-"""What becomes of a file that is there already where a run wants to write: it goes on, or it is renamed."""
+"""A file that exists where a run wants to write: the run continues it, or it is renamed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lightning_spectral.runs.entries import FORMAT, VERSION, Line, entries, firs
 
 __all__ = ["News", "Predecessor", "Superseded", "aside_names", "is_set_aside", "take_over"]
 
-SAME = 1e-2  # relative difference between two measurements of the same weights, at most
+SAME = 1e-2  # two measurements of the same weights differ by at most this, relatively
 
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What is to be told of a file.
+    """A message about a file.
 
     Attributes:
-        text: It, without a full stop.
+        text: The message, without a full stop.
         grave: Whether something is wrong.
     """
 
@@ -35,11 +35,11 @@ class News:
 
 
 class Superseded:
-    """The lines behind the step that a run resumed at, in a file of their own.
+    """A second file with the lines of steps after the step that a run resumed at.
 
     Args:
-        path: The file.
-        lines: Its lines, without the header.
+        path: The second file.
+        lines: The lines of the file, without the header.
     """
 
     def __init__(self, path: Path, lines: Iterable[Line]) -> None:
@@ -49,13 +49,13 @@ class Superseded:
         self._stays = not self._waiting  # events alone are never measured again
 
     def see(self, measurement: Mapping[str, Any]) -> None:
-        """Take note of a new measurement. One with another result shows that the run takes another way this time."""
+        """Compare a new measurement with the old one of the same step. If they differ, the file stays for good."""
         before = self._waiting.pop(measurement["step"], None)
         if before is not None and not _close(before, _norms(measurement)):
             self._stays = True
 
     def tidy(self) -> None:
-        """Remove the file if all of it has been measured again with the same result, and nobody writes to it."""
+        """Remove the file if every step in it was measured again with the same result, and the file has not grown."""
         if self._stays or self._waiting:
             return
         self._stays = True
@@ -66,13 +66,13 @@ class Superseded:
 
 @dataclass(frozen=True, slots=True)
 class Predecessor:
-    """What was found where a run wants to write.
+    """The file that a run continues, if any.
 
     Attributes:
-        source: The file that goes on, ``None`` where there is none.
-        kept: Its lines that go on, without the header.
-        superseded: Its other lines.
-        news: What is to be told.
+        source: The file that is continued, ``None`` for none.
+        kept: The lines of that file up to the resumed step, without the header.
+        superseded: The lines of later steps, which are in a second file now.
+        news: Messages about the files.
     """
 
     source: Path | None = None
@@ -82,18 +82,19 @@ class Predecessor:
 
 
 def take_over(path: Path, header: Mapping[str, Any], resume_step: int | None) -> Predecessor:
-    """Look at what is there, and rename what does not go on. Nothing is overwritten.
+    """Find the file that a run continues, and rename any other file in its place. Nothing is overwritten.
 
     Args:
-        path: Where the run wants to write.
-        header: Its description: the linearization, and perhaps the name of the run.
-        resume_step: Optimizer step from which it goes on; ``None`` for a new run.
+        path: The file that the run wants to write.
+        header: The description of the run: the linearization, and perhaps the name of the run.
+        resume_step: Optimizer step at which the run resumes; ``None`` for a new run.
 
     Raises:
         OSError: A file cannot be read or renamed.
     """
     news = [told for told in (_clear(path, header, resume_step),) if told is not None]
-    before = path.with_stem(f"{path.stem}-{header['linearization']}")  # renamed for another linearization
+    # The name that a file got when a run of another linearization took its place.
+    before = path.with_stem(f"{path.stem}-{header['linearization']}")
     for source in (path, before):
         if resume_step is not None and source.is_file() and _goes_on(source, header):
             return _split(source, resume_step, news)
@@ -101,17 +102,17 @@ def take_over(path: Path, header: Mapping[str, Any], resume_step: int | None) ->
 
 
 def aside_names(path: Path, word: str) -> Iterator[str]:
-    """Yield names for a file that gives up its own: ``spectral.damaged-1.jsonl`` and so on."""
+    """Yield new names for a file that is renamed: ``spectral.damaged-1.jsonl`` and so on."""
     return (f"{path.stem}.{word}-{number}{path.suffix}" for number in count(1))
 
 
 def is_set_aside(path: Path) -> bool:
-    """Whether a file has one of these names."""
+    """Whether a file has a name of :func:`aside_names`."""
     return re.search(r"\.(damaged|earlier|from-\d+|newer|other)-\d+$", path.stem) is not None
 
 
 def _clear(path: Path, header: Mapping[str, Any], resume_step: int | None) -> News | None:
-    """Free the name of a file that does not go on."""
+    """Rename a file that is not continued, so that its name is free."""
     if not os.path.lexists(path):
         return None
     if (why := _unusable(path)) is not None:
@@ -130,9 +131,9 @@ def _clear(path: Path, header: Mapping[str, Any], resume_step: int | None) -> Ne
 
 
 def _unusable(path: Path) -> tuple[str, str] | None:
-    """Say why a file can be no part of a run, after a word for its name; ``None`` if it can."""
+    """Return a word for the new name of a file that cannot belong to a run, and the reason; ``None`` if it can."""
     if not path.is_file():
-        return "damaged", "is no file"
+        return "damaged", "is not a file"
     if path.stat().st_size == 0:
         return "damaged", "is empty"
     header = first_entry(path)
@@ -146,7 +147,7 @@ def _unusable(path: Path) -> tuple[str, str] | None:
 
 
 def _goes_on(path: Path, header: Mapping[str, Any]) -> bool:
-    """Whether a file is of the same run and linearization, as far as both of them say."""
+    """Whether a file has the same linearization and, if both headers name a run, the same run."""
     if _unusable(path) is not None:
         return False
     found = first_entry(path) or {}
@@ -155,7 +156,7 @@ def _goes_on(path: Path, header: Mapping[str, Any]) -> bool:
 
 
 def _split(source: Path, resume_step: int, news: list[News]) -> Predecessor:
-    """Divide a file at a step. What has no step stays where it is, damaged lines too: they may be mended by hand."""
+    """Divide a file at a step. Lines without a step stay, damaged lines too: a person may repair them by hand."""
     first, *lines = entries(source)
     torn = bool(lines) and lines[-1].torn
     lines = lines[:-1] if torn else lines
@@ -166,7 +167,7 @@ def _split(source: Path, resume_step: int, news: list[News]) -> Predecessor:
     news += [News(f"line {line.number} of {source} is damaged", grave=True) for line in kept if line.entry is None]
     superseded = _apart(source, first, later) if later else None
     if superseded is not None:
-        news.append(News(f"what {source} has of later steps than {resume_step} is kept in {superseded.path}"))
+        news.append(News(f"lines of {source} after step {resume_step} are kept in {superseded.path}"))
     return Predecessor(source, _joined(kept), superseded, tuple(news))
 
 
@@ -192,7 +193,7 @@ def _joined(lines: Iterable[Line]) -> bytes:
 
 
 def _norms(measurement: Mapping[str, Any]) -> list[Any]:
-    """Return the norms of every block; the file may hold anything."""
+    """Return the norms of every block. The file may hold any JSON."""
     layers = measurement["layers"]
     layers = [layer if isinstance(layer, dict) else {} for layer in layers] if isinstance(layers, list) else []
     return [layer.get(name) for layer in layers for name in ("mlp_norm", "attention_norm")]

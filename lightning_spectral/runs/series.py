@@ -1,4 +1,4 @@
-"""Where the series of measurements of one run stands: when the next is due, what is logged, what a checkpoint keeps."""
+"""The series of measurements of one run: when the next one is due, what is logged, what a checkpoint keeps."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from lightning_spectral.alarms import Event, Memory, observe
-from lightning_spectral.alarms.trends import Forecast
-from lightning_spectral.records import LayerMeasurement, Linearization, Measurement
+from lightning_spectral.alarms import Memory, observe
+from lightning_spectral.records import Event, Forecast, LayerMeasurement, Linearization, Measurement
 
 __all__ = ["Series", "logged_values"]
 
@@ -19,24 +18,24 @@ __all__ = ["Series", "logged_values"]
 class Series:
     """The memory of a watched run, without the Trainer. All of it is plain values and tensors.
 
-    A measurement changes it only when it is acted on. So a state that is saved between the two is one before the
-    measurement, and a run that goes on from there takes it anew, from the same warm start.
+    A measurement changes the series only after the run has acted on the measurement. A state that is saved between the
+    two is the state before the measurement, and a run that resumes from it measures again from the same warm start.
 
     Attributes:
         linearization: The linearization of every measurement in the series.
         run: Name of the run that the series belongs to, the same in the header of its file.
         scheduled_step: Optimizer step of the last measurement that the schedule asked for, whether or not it succeeded.
-            The one at the end of fit is not in it, so that a run that goes on later keeps its schedule.
+            The measurement at the end of fit does not count, so that a run that is continued keeps its schedule.
         measured_step: Optimizer step of the last measurement of any kind.
-        counts_batches: Whether the run takes steps that the Trainer does not count, so that batches count as steps.
-        batches: Index at which the last measurement was logged: the loggers' axis. Index k holds what belongs to the
-            weights after k stepping batches, which are the weights that the loss logged at k was computed with.
-        values: What was logged last.
-        blocks: The blocks that are measured, as plain values: an audit of the checkpoint knows them by this.
+        counts_batches: Whether batches count as steps, because the run takes steps that the Trainer does not count.
+        batches: Index on the loggers' axis of the last measurement. Index k belongs to the weights after k stepping
+            batches; the loss that is logged at k was computed with the same weights.
+        values: The values that were logged last, by key.
+        blocks: The measured blocks as plain values, for an audit of the checkpoint.
         warm_start: State of the meter.
-        law: State of the control law, one entry per block; empty without one.
-        memory: What the alarms remember.
-        unanswered: Alarms that were told and not acted on yet, as plain values.
+        law: State of the control law, one entry per block; empty in a run without a law.
+        memory: Memory of the alarms.
+        unanswered: Alarms that the run has not acted on yet, as plain values.
     """
 
     linearization: Linearization
@@ -55,25 +54,25 @@ class Series:
     @classmethod
     def begin(cls, linearization: Linearization) -> Series:
         """Begin the series of a new run, under a new name."""
-        return cls(linearization, run=uuid.uuid4().hex)  # of the operating system's randomness: no stream is drawn from
+        return cls(linearization, run=uuid.uuid4().hex)  # from the system: no random stream is touched
 
     def reaches(self, step: int) -> bool:
-        """Tell whether the series can go on from an optimizer step: it has begun, and not later than there."""
+        """Whether the series can be continued at an optimizer step: it has a measurement, and none of a later step."""
         return self.measured_step is not None and self.measured_step <= step
 
     def due(self, step: int, every_n_steps: int) -> bool:
-        """Tell whether the schedule asks for a measurement: first at once, then whenever enough steps have passed."""
+        """Whether the schedule asks for a measurement: at first, then every ``every_n_steps`` steps or more."""
         return self.scheduled_step is None or step - self.scheduled_step >= every_n_steps
 
     def observe(self, measurement: Measurement) -> tuple[Event, ...]:
-        """Note a measurement and return what is new in it."""
+        """Add a measurement and return its events."""
         self.measured_step = measurement.step
         events, self.memory = observe(self.memory, measurement)
         self.unanswered += [asdict(event) for event in events if event.level == "alarm"]
         return events
 
     def take_alarms(self) -> list[Event]:
-        """Return the alarms that were not acted on yet, once."""
+        """Return the alarms that the run has not acted on yet, and forget them."""
         alarms, self.unanswered = self.unanswered, []
         return [_event(values) for values in alarms]
 
@@ -82,10 +81,10 @@ class Series:
         return {"version": 1, **asdict(self)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up an earlier state.
+        """Restore an earlier state.
 
-        Unknown keys are ignored and missing ones keep their value. The state of another linearization is ignored as a
-        whole, because the numbers of two linearizations do not belong into one series.
+        Unknown keys are ignored, and missing keys keep their value. A state of another linearization is ignored as a
+        whole, because numbers of two linearizations do not belong into one series.
         """
         if state.get("linearization", self.linearization) != self.linearization:
             return
@@ -104,19 +103,19 @@ def _event(values: Mapping[str, Any]) -> Event:
 def logged_values(
     measurement: Measurement, memory: Memory, prefix: str, *, per_layer: bool, rescaled: int | None = None
 ) -> dict[str, float]:
-    """Return what is logged of a measurement, by key; what does not exist is absent.
+    """Return the values to log for a measurement, by key. A value that does not exist has no key.
 
     Args:
-        measurement: What was measured.
-        memory: What is remembered of the run, this measurement included.
+        measurement: The measurement.
+        memory: Memory of the alarms, this measurement included.
         prefix: First part of every key.
-        per_layer: Whether to add the ratio and both norms of every block.
-        rescaled: How many blocks were steered after this measurement; ``None`` in a run that is only watched.
+        per_layer: Whether to add the values of every block.
+        rescaled: Number of blocks that were steered after this measurement; ``None`` in a run without steering.
 
     Returns:
-        ``{prefix}/ratio_min`` and the other summary values and, if asked for, ``{prefix}/ratio/07`` and the like. The
-        index is padded with zeros so that keys sort like blocks. In a steered run also the smallest and the largest
-        residual scale, as they were when the ratio was measured with them, and those of every block.
+        The summary values, such as ``{prefix}/ratio_min``. With ``per_layer`` also the values of each block, such as
+        ``{prefix}/ratio/07``, with an index that is padded so that keys sort like blocks. In a steered run also the
+        smallest and the largest residual scale at the time of the measurement, and with ``per_layer`` every scale.
     """
     values = {f"{prefix}/{name}": value for name, value in measurement.summary().items()}
     values |= {f"{prefix}/drifting": float(len(memory.drifting)), f"{prefix}/alarm": float(memory.told == "alarm")}

@@ -1,4 +1,4 @@
-"""A model with residual scales: attach them, save and load them, fold them into the weights. No run is needed."""
+"""Residual scales in a model: attach, save, load, and fold into the weights. No run is needed."""
 
 from lightning_spectral.scales.attach import ResidualScales, attach_scales
 from lightning_spectral.scales.fuse import fuse_scales

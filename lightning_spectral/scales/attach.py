@@ -1,7 +1,7 @@
-"""Residual scales: one learnable positive factor on every branch, at the branch's site, without touching its code.
+"""Residual scales: one learnable positive factor on every branch, at the branch's site, without a change of its code.
 
-A scale is ``exp(log_scale)``. In log space zero means identity, so weight decay pulls to the identity, a checkpoint
-without scales means the identity, and so does ``reset_parameters`` after a model was materialized from the meta device.
+A scale is ``exp(log_scale)``, and ``log_scale = 0`` is the identity. So weight decay pulls a scale to the identity, a
+checkpoint without scales means the identity, and ``reset_parameters`` of a model from the meta device gives it too.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class ResidualScale(nn.Module):
 
     Args:
         output_index: Element of the parent's output that is the branch, ``None`` where the output is a tensor.
-        ends: What folding the scale away will multiply: paths as :func:`relative_path` gives them, and offsets (see
-            :class:`End`). They travel with the state dict, so that a checkpoint can be fused without its model.
-        reason: Why there is nothing to fold it into, ``None`` where there is.
+        ends: The parameters that folding the scale will multiply: paths as :func:`relative_path` gives them, and
+            offsets (see :class:`End`). The state dict contains them, so that a checkpoint can be fused without a model.
+        reason: The reason why no parameter can take up the scale, ``None`` if one can.
     """
 
-    on_weight = False  # whether it multiplies a weight, and not the output of a module
-    fired = False  # whether it has multiplied anything outside of compiled code
+    on_weight = False  # whether it multiplies a weight instead of the output of a module
+    fired = False  # whether the hook has run outside of compiled code
 
     def __init__(
         self,
@@ -69,17 +69,17 @@ class ResidualScale(nn.Module):
         zero = torch.zeros(
             1, dtype=torch.float64 if wide else torch.float32, device=None if like is None else like.device
         )
-        # Never 0-dim (sharding needs a dimension), and a module of its own (see `reset_parameters`).
+        # Shape (1,) instead of (), because sharding needs a dimension. In a module of its own for `reset_parameters`.
         self.log_scale = nn.Parameter(zero, requires_grad=learnable)
         self.output_index, self.ends, self.reason = output_index, tuple(ends), reason
         self.register_load_state_dict_pre_hook(fill_in)  # type: ignore[no-untyped-call]
 
     def reset_parameters(self) -> None:
-        """Become the identity."""
+        """Set the scale to the identity."""
         nn.init.zeros_(self.log_scale)
 
     def forward(self, x: Any) -> Any:
-        """Return the input: a container that calls all its children, such as ``nn.Sequential``, calls this one too."""
+        """Return the input, since a container such as ``nn.Sequential`` calls all its children, this one too."""
         return x
 
     def scaled(self, output: Any) -> Any:
@@ -95,25 +95,25 @@ class ResidualScale(nn.Module):
         return result
 
     def _times(self, x: Tensor) -> Tensor:
-        # In the dtype of the branch, which autocast must not widen; a factor of exactly 1 costs no rounding. Without a
-        # dimension, because nested tensors can be multiplied by nothing else.
+        # In the dtype of the branch, so that autocast widens nothing and a factor of exactly 1 rounds nothing. As a
+        # 0-dim tensor, because nested tensors accept no other factor.
         return x * self.log_scale.exp().to(x.dtype).squeeze(0)
 
     def get_extra_state(self) -> Tensor:
-        """Return how to fold the scale away, as bytes in a tensor, because some formats store nothing else.
+        """Return the recipe for folding the scale, as the bytes of a JSON text in a tensor.
 
-        The tensor is of floats, which hold bytes exactly in any dtype: code that averages state dicts by name averages
-        this entry too.
+        A tensor, because some formats store nothing else. Of floats, because code that averages state dicts by name
+        averages this entry too; floats hold bytes exactly in any dtype.
         """
         text = json.dumps({"ends": self.ends, "reason": self.reason})
         return torch.tensor(list(text.encode()), dtype=torch.float32, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Ignore what a checkpoint says: the model knows better."""
+        """Ignore the recipe of a checkpoint. The recipe of the model is newer."""
 
     def __getattr__(self, name: str) -> Any:
-        """Explain the one failure of which torch's own message tells nothing."""
-        if name == "weight":  # what the plans of tensor parallelism look for in all children of a linear layer
+        """Explain a failure of tensor parallelism that the message of torch does not explain."""
+        if name == "weight":  # tensor parallelism reads this attribute of all children of a linear layer
             raise AttributeError(
                 "a residual scale has no weight; under tensor parallelism, attach the scales after the layers are "
                 "parallelized: blocks = find_blocks(model), parallelize_module(...), attach_scales(model, blocks), and "
@@ -122,7 +122,7 @@ class ResidualScale(nn.Module):
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
-        """Show the scale where it can be read without waiting for a device."""
+        """Show the value of the scale if it can be read without waiting for a device."""
         at_hand = self.log_scale.device.type == "cpu" and self.log_scale.numel() == 1
         return f"{math.exp(self.log_scale.item()):.4g}" if at_hand else ""
 
@@ -131,7 +131,7 @@ class _WeightScale(ResidualScale):
     """The scale of a branch that no module carries: a parametrization of its last weight."""
 
     on_weight = True
-    order: tuple[str, ...] = ()  # of the parameters of its module, before it came
+    order: tuple[str, ...] = ()  # names of the parameters of the module, in their order without the scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply the weight."""
@@ -139,7 +139,7 @@ class _WeightScale(ResidualScale):
 
 
 def _scale_output(module: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook of a site. At the top level of a module and without a closure, so that copies use their own."""
+    """Forward hook of a site. A module-level function without a closure, so that a copied site uses its own scale."""
     scale: ResidualScale = getattr(module, CHILD)
     if not torch.compiler.is_compiling():
         vars(scale)["fired"] = True
@@ -152,7 +152,7 @@ class ResidualScales:
 
     Attributes:
         model: The model.
-        blocks: Its blocks, the scales among their factors.
+        blocks: The blocks of the model. Their factors include the scales.
     """
 
     model: nn.Module
@@ -182,18 +182,20 @@ def attach_scales(
 ) -> ResidualScales:
     """Put one learnable positive scalar on every branch of every residual block.
 
-    The scale multiplies the output of the branch's site (behind a norm, where one stands behind the branch) through a
-    forward hook. Outputs are bitwise unchanged at first. A second call changes nothing. Call it before the model is
-    compiled or sharded by ``fully_shard``, after layers are made tensor-parallel, and before the optimizer is made.
+    A forward hook multiplies the output of the branch's site by the scale. If a norm stands behind the branch, the
+    scale stands behind the norm. Outputs are bitwise unchanged at first. A second call changes nothing. Call this
+    function before the model is compiled or sharded by ``fully_shard``, after layers are made tensor-parallel, and
+    before the optimizer is made.
 
-    A copy of the scaled modules elsewhere in the model, such as a momentum teacher, gets scales at the same places, so
-    that code that walks over both side by side, or by names, still does.
+    A copy of the scaled modules elsewhere in the model, such as a momentum teacher, gets scales at the same places. So
+    code that walks over model and copy side by side, or by names, still works.
 
     Args:
-        model: The model. It is changed in place: each site gets a module ``residual_scale``, which torch sees and
-            ``children()``, ``len(site)``, ``site[-1]`` do not show.
+        model: The model. It is changed in place: each site gets a module ``residual_scale``, which torch sees, and
+            which ``children()``, ``len(site)`` and ``site[-1]`` hide.
         blocks: The blocks; found in the model by default. Found blocks whose self-check failed, and found branches that
-            cannot carry a scale, get none, and a warning says so; blocks that are passed, or described by hints, do.
+            cannot carry a scale, get no scale, and a warning names them. Blocks that you pass or describe by hints get
+            scales.
         batch: Example input for finding the blocks, if none can be guessed: a tensor, a tuple of positional arguments
             or a dict of keyword arguments.
         learnable: Whether the scales require gradients. The scale of a branch whose weights are all frozen never does.
@@ -202,8 +204,8 @@ def attach_scales(
         The scales, with the blocks that they belong to.
 
     Raises:
-        ConfigurationError: The model is sharded already, or a branch of blocks that are passed cannot carry a scale.
-            Nothing has been changed then.
+        ConfigurationError: The model is sharded already, or a branch of the passed blocks cannot carry a scale. The
+            model is unchanged then.
         BlocksNotFoundError: The model has no residual block.
         ExampleInputError: The model could not be run on any example input.
     """
@@ -218,7 +220,7 @@ def attach_scales(
 
 
 def trusted_branches(blocks: Sequence[ResidualBlock]) -> list[Branch]:
-    """Return the branches of the blocks that passed their self-check, and warn of the others."""
+    """Return the branches of blocks that passed their self-check, and warn about the other blocks."""
     doubtful = [f"{block.name} ({block.evidence})" for block in blocks if not block.verified]
     if doubtful:
         warnings.warn(
@@ -237,11 +239,11 @@ def attach_where_possible(
     learnable: bool,
     others: Iterable[object] = (),
 ) -> None:
-    """Attach scales to those branches that can carry one, and warn of the others.
+    """Attach scales to the branches that can carry one, and warn about the other branches.
 
     Args:
         model: The model.
-        blocks: All blocks that were found in it.
+        blocks: All blocks that were found in the model.
         branches: The branches to scale.
         learnable: As in :func:`attach_scales`.
         others: Objects that may hold copies of the model, such as callbacks.
@@ -272,10 +274,11 @@ def attach_to(
     learnable: bool,
     others: Iterable[object] = (),
 ) -> None:
-    """Attach scales to branches that have none, and to the copies of them; as :func:`attach_where_possible` does.
+    """Attach scales to branches without one, and to copies of these branches. Arguments as above.
 
     Raises:
-        ConfigurationError: The model is sharded already, or a branch cannot carry a scale. Nothing was changed then.
+        ConfigurationError: The model is sharded already, or a branch cannot carry a scale. The model is unchanged
+            then.
     """
     problems = (why_taken(model, branch) or why_not(model, branch) for branch in branches)
     problem = next(filter(None, problems), None)
@@ -291,14 +294,14 @@ def attach_to(
         _refuse_sharded(model)
         _forget_compiled_code()
     for home, branch in [*((model, branch) for branch in missing), *copied]:
-        if log_scale_tensor(home, branch) is None:  # not attached through another block that shares the site
+        if log_scale_tensor(home, branch) is None:  # it may have been attached through another block with the same site
             _attach(home, branch, learnable=learnable)
     if missing:
         complete_averages(model, blocks, branches, others)
 
 
 def _refuse_sharded(model: nn.Module) -> None:
-    """Refuse a model that is sharded over data-parallel ranks: a scale attached now would differ between ranks."""
+    """Raise an error for a model that is sharded over data-parallel ranks, where a new scale would differ by rank."""
     if any(is_fully_sharded(module) or is_wrapped_by_fsdp(module) for module in model.modules()):
         raise ConfigurationError(
             "the model is sharded already, and scales attached now would silently differ between ranks: call "
@@ -307,7 +310,7 @@ def _refuse_sharded(model: nn.Module) -> None:
 
 
 def _forget_compiled_code() -> None:
-    """Let compiled code be compiled anew: it ignores hooks that came later, even in another model of the same class."""
+    """Make torch compile again: compiled code ignores later hooks, even in another model of the same class."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
@@ -334,7 +337,7 @@ def _attach(model: nn.Module, branch: Branch, *, learnable: bool) -> None:
 
 
 def detach_scale(model: nn.Module, name: str) -> None:
-    """Remove one scale, which must be the identity or folded into the weights, and its hook.
+    """Remove one scale and its hook. The scale must be the identity, or folded into the weights.
 
     Args:
         model: The model.
@@ -347,6 +350,6 @@ def detach_scale(model: nn.Module, name: str) -> None:
         parametrize.remove_parametrizations(model.get_submodule(owner[1:]), weight, leave_parametrized=True)
         return
     remove(module)
-    # torch gives out a hook's handle only once, and a handle does not survive copying the module.
+    # Without a handle: torch returns a handle only once, and copying the module loses it.
     for key in [key for key, hook in module._forward_hooks.items() if hook is _scale_output]:
         del module._forward_hooks[key]

@@ -13,7 +13,7 @@ __all__ = ["is_frozen", "parameters_of", "why_not", "why_taken"]
 
 
 def why_not(model: nn.Module, branch: Branch) -> str | None:
-    """Say why a branch cannot carry a scale, ``None`` where it can, or has one."""
+    """Return why a branch cannot carry a scale, ``None`` if it can or already has one."""
     site = branch.site.removeprefix("param:")
     by_weight = site != branch.site
     owner, _, name = site.rpartition(".") if by_weight else (site, "", "")
@@ -35,28 +35,28 @@ def why_not(model: nn.Module, branch: Branch) -> str | None:
 
 
 def why_taken(model: nn.Module, branch: Branch) -> str | None:
-    """Say that the name of the scale of a branch belongs to something else."""
+    """Return why the name of a scale is taken: the site has another attribute of this name; ``None`` if it is free."""
     if log_scale_tensor(model, branch) is None and hasattr(module_at(model, branch.site), CHILD):
         return f"{branch.site}.{CHILD} exists already and is no residual scale: rename it"
     return None
 
 
 def is_frozen(model: nn.Module, branch: Branch) -> bool:
-    """Whether nothing of a branch is trained, adapters included."""
+    """Whether no parameter of a branch is trained, adapters included."""
     parameters = parameters_of(model, branch)
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def parameters_of(model: nn.Module, branch: Branch) -> list[nn.Parameter]:
-    """Return the parameters of a branch; where a weight is computed, those that it is computed from."""
-    # The gain of the norm in front belongs to the stream as much as to the branch.
+    """Return the parameters of a branch. A computed weight is replaced by the parameters it is computed from."""
+    # Without the gain of the norm in front, which other branches may share.
     factors = (item.parameter for item in branch.factors if item.parameter is not None and item.role != "pre_norm")
     found: dict[nn.Parameter, None] = {}
     for path in dict.fromkeys([*(end.parameter for end in branch.ends), *factors]):
         owner, _, name = path.rpartition(".")
         module = module_at(model, owner)
         if module is not None and name != "log_scale":
-            own = module._parameters.get(name)  # reading a computed weight may change it
+            own = module._parameters.get(name)  # getattr would compute a weight, which may change it
             found |= dict.fromkeys(module.parameters() if own is None else [own])
     site = module_at(model, branch.site)
     return list(found or dict.fromkeys(() if site is None else site.parameters()))

@@ -1,7 +1,12 @@
-"""Copies of a model inside a model: momentum teachers, averages, what a callback keeps.
+"""Copies of a model inside a model: momentum teachers, averages, copies that a callback keeps.
 
-Code that keeps a copy in step with a model walks over the parameters of both side by side, or over the names of one. So
-a copy needs scales at the places where the model has them.
+Code that updates a copy walks over the parameters of model and copy side by side, or looks them up by name:
+
+    for average, weight in zip(teacher.parameters(), student.parameters()): average.lerp_(weight, 0.01)
+
+If only the student had scales, the two lists would no longer match. So a copy gets scales at the places where the model
+has scales. There are two kinds of copies: modules (``branches_of_copies``) and dicts of tensors
+(``complete_averages``).
 """
 
 from __future__ import annotations
@@ -21,34 +26,40 @@ from lightning_spectral.weights.scaled import scale_keys
 __all__ = ["branches_of_copies", "complete_averages"]
 
 _FOREIGN = {"torch", "lightning", "pytorch_lightning", "builtins"}
-_FEW = 64  # entries of a list or a dict that are looked at: what is longer holds data
+_FEW = 64  # entries of a list or dict that are searched; longer ones hold data
 
 
 def branches_of_copies(
     model: nn.Module, blocks: Sequence[ResidualBlock], branches: Sequence[Branch], others: Iterable[object] = ()
 ) -> Iterator[tuple[nn.Module, Branch]]:
-    """Yield every copy of a part of a model together with a branch that it has where the model has one to scale.
+    """Yield ``(copy, branch)`` for every branch to scale in every copy of a part of the model.
 
-    A copy is a module of the same classes, names and shapes whose weights have the same values; or one that is frozen
-    and does not run in the model's own pass, so that no block was found in it.
+    A copy is a module with the same classes, names and shapes as the part. In addition its weights have the same
+    values, or it is frozen and does not run in the model's own pass (a teacher with other initial values).
+
+    Only the model and the modules around whole blocks are compared with each other. A block of a list is not compared
+    with its neighbours, which have the same classes and shapes too.
 
     Args:
         model: The model.
-        blocks: All blocks that were found in it.
+        blocks: All blocks that were found in the model.
         branches: The branches to scale.
         others: Objects that may hold copies of the model, such as callbacks.
     """
+    # running: modules on the way to a site of the model's pass. scaled: modules on the way to a site to scale. A scaled
+    # module is never a copy. A running one is a copy only of a part with whole blocks: model and teacher may both run.
     homes = _homes(blocks, branches)
     running = {path for block in blocks for branch in block.branches for path in _around(_place(branch))}
     scaled = {path for branch in branches for path in _around(_place(branch))}
     live = {id(module) for module in model.modules()}
     hidden = [item for item in _held(model, others) if isinstance(item, nn.Module) and id(item) not in live]
-    seen: set[int] = set()  # inside of a copy
+    seen: set[int] = set()  # modules inside of a copy that was found already
     for path, holds_blocks in homes.items():
         original = module_at(model, path)
         if original is None:
             continue
         inside = [branch for branch in branches if path in _around(_place(branch))]
+        # Candidates have a path if they are in the model, and none if an attribute or a callback hides them.
         places: list[tuple[str | None, nn.Module]] = [*model.named_modules()]
         places += [(None, module) for root in hidden for module in root.modules() if id(module) not in live]
         for name, module in places:
@@ -63,7 +74,7 @@ def branches_of_copies(
 def complete_averages(
     model: nn.Module, blocks: Sequence[ResidualBlock], branches: Sequence[Branch], others: Iterable[object] = ()
 ) -> None:
-    """Add the scales to dicts of tensors by the names of a model's parameters, such as averages that were begun before.
+    """Add the scales to dicts of tensors by parameter name, such as averages that began before the scales came.
 
     Args:
         model: The model, with scales.
@@ -82,6 +93,8 @@ def complete_averages(
             known = {name: plain[name] for name in values if name in plain}
             whole = len(known) == len(values) and trained <= known.keys()
             if whole and all(_shape(values[name]) == _shape(item) for name, item in known.items()):
+                # Some averages hold only trained parameters. They get only trained scales, because the code that
+                # updates them walks over the trained parameters of the model.
                 frozen_too = any(not item.requires_grad for item in known.values())
                 missing = [name for name in scales if frozen_too or parameters[name].requires_grad]
                 values.update({name: parameters[name].detach().clone() for name in missing})
@@ -92,9 +105,11 @@ def _is_by_name(values: dict[Any, Any]) -> bool:
 
 
 def _homes(blocks: Sequence[ResidualBlock], branches: Sequence[Branch]) -> dict[str, bool]:
-    """Return the paths of what a copy may be a copy of, outermost first, and whether whole blocks lie inside it.
+    """Return the paths of the modules that may have copies, outermost first, and whether each contains whole blocks.
 
-    A block of a list is no model, and no copy of another block; a block by itself is looked for where nothing runs.
+    For a block "h.3" these are "" (the model) and "h", with whole blocks. The block itself is left out, because a block
+    of a list is no copy of its neighbour. A block outside of a list counts, without whole blocks: its copies are
+    searched only among modules that do not run.
     """
     wanted = set(branches)
     found: dict[str, bool] = {}
@@ -108,19 +123,19 @@ def _homes(blocks: Sequence[ResidualBlock], branches: Sequence[Branch]) -> dict[
 
 
 def _place(branch: Branch) -> str:
-    """Return the path of the module that gets the scale."""
+    """Return the path of the module that gets the scale of a branch."""
     path = branch.site.removeprefix("param:")
     return path if path == branch.site else path.rpartition(".")[0]
 
 
 def _around(path: str) -> list[str]:
-    """Return the paths of all modules around a module and of itself, the model first."""
+    """Return the paths of a module and of all modules around it, the model first: "", "h", "h.3"."""
     names = path.split(".") if path else []
     return [".".join(names[:depth]) for depth in range(len(names) + 1)]
 
 
 def _held(model: nn.Module, others: Iterable[object]) -> Iterator[Any]:
-    """Yield what the attributes of a model's modules and of other objects hold beside parameters and children."""
+    """Yield objects in attributes of modules and of other objects, which torch does not list as children."""
     for owner in [*model.modules(), *others]:
         for value in _attributes(owner):
             many = list(value.values()) if isinstance(value, dict) else value
@@ -128,7 +143,7 @@ def _held(model: nn.Module, others: Iterable[object]) -> Iterator[Any]:
             for item in many[:_FEW] if isinstance(many, list | tuple) else [many]:
                 if isinstance(item, nn.Module):
                     yield item
-                elif type(item).__module__.partition(".")[0] not in _FOREIGN:  # an object that keeps an average
+                elif type(item).__module__.partition(".")[0] not in _FOREIGN:  # an object of the user, with an average
                     yield from _attributes(item)
 
 
@@ -138,7 +153,7 @@ def _attributes(owner: object) -> list[Any]:
 
 
 def _alike(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules have the same classes, names and shapes, scales aside."""
+    """Whether two modules have the same classes, names and shapes. Scales do not count."""
     return type(one).__name__ == type(other).__name__ and one is not other and _signature(one) == _signature(other)
 
 
@@ -155,7 +170,7 @@ def _shape(parameter: Tensor) -> tuple[int, ...] | None:
 
 
 def _follows(name: str | None, module: nn.Module, running: Collection[str]) -> bool:
-    """Whether a module that may begin with other values is trained by nobody and run by nobody."""
+    """Whether a module is neither run nor trained: it may follow the model even if its values differ now."""
     return name not in running and not any(parameter.requires_grad for parameter in module.parameters())
 
 
@@ -167,7 +182,7 @@ def _same_values(one: nn.Module, other: nn.Module) -> bool:
 
 
 def _moved(branch: Branch, path: str) -> Branch | None:
-    """Return a branch under the names that a part of the model has for it, ``None`` where it reaches outside."""
+    """Return a branch with names relative to a part of the model, ``None`` if a weight lies outside of the part."""
     start = f"{path}." if path else ""
     inside = [item.parameter for item in branch.ends] + [item.parameter or start for item in branch.factors]
     if not all(name.startswith(start) for name in inside):

@@ -1,4 +1,4 @@
-"""Fold residual scales into the weights behind them, so that what remains is the plain model."""
+"""Fold residual scales into the weights behind them, so that the plain model remains."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OF_TRAINING = {MARKER, "optimizer_states", "lr_schedulers"}
 
 
 class _Recipe(NamedTuple):
-    """How to fold one scale away: what to multiply, or why there is nothing to multiply."""
+    """How to fold one scale: the parameters to multiply, or the reason why there are none."""
 
     ends: tuple[tuple[str, float], ...]
     reason: str | None
@@ -48,17 +48,17 @@ def fuse_scales(target: nn.Module | Mapping[str, Any]) -> nn.Module | dict[str, 
     model (``w`` or ``1 + w``). The result computes the same function, and its state dict is the plain model's.
 
     Args:
-        target: A model, which is changed in place; or a state dict, or a whole checkpoint that has state dicts anywhere
-            inside (averaged copies, several models, lists), of which a fused copy is made, and no model is needed. The
-            copy of a checkpoint has no states of optimizers and schedulers, because they belong to the weights and
-            scales before fusing: resume from the original.
+        target: A model, which is changed in place. Or a state dict, or a checkpoint with state dicts anywhere inside
+            (averaged copies, several models, lists); the result is a fused copy, and no model is needed. The copy has
+            no states of optimizers and schedulers, because these belong to the weights before fusing. To resume
+            training, use the original.
 
     Returns:
         The model, or the fused copy.
 
     Raises:
-        ConfigurationError: Nothing linear can take a scale (a norm without weights stands behind the branch), or
-            something else is missing. Nothing has been changed then.
+        ConfigurationError: No weight can take up a scale (for example, a norm without weights stands behind the
+            branch), or a weight or recipe is missing. The target is unchanged then.
     """
     if isinstance(target, nn.Module):
         return _fuse_model(target)
@@ -101,7 +101,7 @@ def _parameter(model: nn.Module, path: str) -> Tensor | None:
 
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield what a part of a checkpoint consists of."""
+    """Yield the keys and values of a dict, or the indices and items of a list."""
     if isinstance(value, Mapping):
         yield from value.items()
     elif isinstance(value, list | tuple):
@@ -109,12 +109,12 @@ def _items(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _children(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield what a part of a checkpoint consists of, without what does not belong to the fused model."""
+    """Yield the items of a part of a checkpoint that also belong to the fused checkpoint."""
     yield from ((key, item) for key, item in _items(value) if not _is_left_out(key, item))
 
 
 def _is_left_out(key: Any, value: Any) -> bool:
-    """Whether something is the state of an optimizer or a scheduler, or the marker of a checkpoint with scales."""
+    """Whether an item is the state of an optimizer or scheduler, or the marker of a checkpoint with scales."""
     if key in _OF_TRAINING and not isinstance(value, int):
         return True
     if not isinstance(value, Mapping):
@@ -124,19 +124,19 @@ def _is_left_out(key: Any, value: Any) -> bool:
 
 
 def _own_keys(value: Any) -> list[str]:
-    """Return the keys of the scales that lie directly in a part of a checkpoint."""
+    """Return the keys of the scales at the top level of a part of a checkpoint."""
     if not isinstance(value, Mapping):
         return []
     return scale_keys(key for key, item in value.items() if isinstance(key, str) and isinstance(item, Tensor))
 
 
 def _is_record(value: Any) -> bool:
-    """Whether something is the blocks of a model, as a monitor leaves them in a checkpoint."""
+    """Whether an item is the blocks of a model, which a monitor writes into a checkpoint."""
     return isinstance(value, Mapping) and FORMAT in value and "blocks" in value
 
 
 def _is_touched(value: Any) -> bool:
-    """Whether something in a part of a checkpoint does not belong to the fused model."""
+    """Whether a part of a checkpoint contains items that fusing removes or rewrites."""
     return _is_record(value) or any(_is_left_out(key, item) or _is_touched(item) for key, item in _items(value))
 
 
@@ -150,7 +150,7 @@ def _without_scales(record: Mapping[str, Any]) -> dict[str, Any]:
 
     try:
         blocks = from_plain(record)
-    except ValueError:  # of a later version, or of somebody else
+    except ValueError:  # of a later version, or not from this package
         return dict(record)
     return to_plain(replace(block, branches=tuple(map(plain, block.branches))) for block in blocks)
 
@@ -215,7 +215,7 @@ def _fuse_state_dict(state: Mapping[str, Any], recipes: Mapping[str, _Recipe]) -
 
 
 def _recipe_of(scale: str, recipes: Mapping[str, _Recipe]) -> _Recipe:
-    """Return the recipe of a scale; of a copy that has none, that of the model that it was copied from."""
+    """Return the recipe of a scale. A copy without recipes uses the recipes of the model that it copies, by name."""
     names = scale.split(".")
     nearest = max(recipes, key=lambda name: (name == scale, _shared_end(names, name.split("."))), default="")
     if _shared_end(names, nearest.split(".")) < min(len(names), len(nearest.split("."))) - 2:
@@ -234,7 +234,7 @@ def _shared_end(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def _refuse_nameless(target: Mapping[str, Any]) -> None:
-    """Refuse a list of weights without names, as some averages save it: nobody knows what its scales belong to."""
+    """Raise an error for a list of weights without names, which some averages save: its scales cannot be told apart."""
     shapes = [
         [tuple(item.shape) for item in part.values() if isinstance(item, Tensor)]
         for _, part in _walk("", target)
@@ -268,7 +268,7 @@ def _walk(place: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _folds(
     scales: Mapping[str, tuple[Tensor, _Recipe]], lookup: Callable[[str], Tensor | None]
 ) -> list[tuple[str, float, float]]:
-    """Return what to multiply: path, factor and offset. All problems are told at once, before anything is changed."""
+    """Return path, factor and offset of every parameter to multiply. One error lists all problems beforehand."""
     folds, problems = [], []
     for name, (log_scale, recipe) in scales.items():
         factor, site = math.exp(log_scale.detach().item()), name.rpartition(".")[0]
@@ -288,7 +288,7 @@ def _folds(
 
 
 def _times(tensor: Tensor, factor: float, offset: float) -> Tensor:
-    """Scale the value that a stored parameter stands for."""
+    """Return c · (w + offset) − offset: the effective value of a parameter is w + offset."""
     return ((tensor.detach().double() + offset) * factor - offset).to(tensor.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Whether residual scales multiply anything: their hooks have to fire where their branches run."""
+"""Check that residual scales multiply their branches: a hook must run whenever its branch runs."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ _MATRICES = {"output", "value", "latent", "down", "up"}
 
 
 class Liveness:
-    """Watches the first passes of a run until every scale was seen to multiply its branch.
+    """Watches the first passes of a run until every scale has multiplied its branch.
 
-    A scale is alive once its hook has fired, or once it has received a gradient, which is all that compiled code shows.
-    It is dead if a backward pass has reached the weights of its branch, and the branch ran without it: a module that
-    holds one of the weights was called. Where no such module can be heard, because it is compiled, another scale that
-    is alive has to do; and one in the same block where the site was not found in a pass, but named by the user. A
-    gradient alone does not show that a branch ran, because a penalty on the weights gives one.
+    A scale is alive if its hook has run. In compiled code, no hook can be seen; there a scale is alive if it has a
+    gradient. A scale is dead if the weights of its branch have gradients and the branch ran without the scale. A
+    gradient of the weights alone does not show that the branch ran, because a penalty on the weights gives one too. So
+    there has to be a sign that the branch ran:
+
+    * a module that holds one of its weights was called;
+    * if all these modules are compiled: some other scale is alive;
+    * if the user named the site, instead of a pass finding it: a scale of the same block is alive.
 
     Args:
         model: The model.
-        blocks: Its blocks.
+        blocks: The blocks of the model.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
@@ -52,7 +55,7 @@ class Liveness:
         self._owners = self._watched()
 
     def _watched(self) -> dict[Branch, list[str]]:
-        """Hook the modules that hold weights of one branch alone; not the site, and nothing compiled."""
+        """Hook the modules that hold weights of exactly one branch, except sites and compiled modules."""
         owners = {branch: {path.rpartition(".")[0] for path in _weights(branch)} for branch in self._unseen}
         users = Counter(path for paths in owners.values() for path in paths)
         watched = {
@@ -70,10 +73,10 @@ class Liveness:
         return watched
 
     def check(self) -> None:
-        """Look at the scales after a backward pass.
+        """Check the scales after a backward pass.
 
         Raises:
-            ConfigurationError: A scale is dead. The message names the site and the cause.
+            ConfigurationError: A scale is dead. The message names its site and the cause.
         """
         if not self._unseen:
             return
@@ -88,7 +91,7 @@ class Liveness:
                 f"{len(dead)} residual scale(s) received no gradient although the weights of their branches did, so "
                 f"they multiply nothing: {told}"
             )
-        if not self._unseen:  # compiled code would be compiled anew without a hook
+        if not self._unseen:  # hooks in compiled modules stay: removing one would trigger a compilation
             self.release([path for path in self._handles if not is_compiled(self._model, path)])
 
     def release(self, paths: Iterable[str] | None = None) -> None:
@@ -97,9 +100,9 @@ class Liveness:
             self._handles.pop(path).remove()
 
     def _is_alive(self, branch: Branch, scale: ResidualScale) -> bool:
-        if not scale.log_scale.numel():  # another process has it, and checks it
+        if not scale.log_scale.numel():  # another process holds the scale and checks it
             return True
-        if is_compiled(self._model, branch.site):  # fires only where the model is run aside; nothing else can be seen
+        if is_compiled(self._model, branch.site):  # its hook runs only in passes outside of compiled code
             return scale.log_scale.grad is not None or not scale.log_scale.requires_grad
         return scale.fired or scale.log_scale.grad is not None
 
@@ -115,7 +118,7 @@ class Liveness:
         return named or any(path in self._ran for path in watched)
 
     def _is_hooked(self, branch: Branch) -> bool:
-        site = self._sites.get(id(self._unseen[branch]))  # which something may have wrapped since
+        site = self._sites.get(id(self._unseen[branch]))  # by id: the site may be wrapped by now
         return site is None or any(hook.__module__ == ResidualScale.__module__ for hook in site._forward_hooks.values())
 
     def _cause(self, branch: Branch) -> str:
@@ -133,7 +136,7 @@ class Liveness:
 
 
 def _note(ran: set[str], path: str, *_: Any) -> None:
-    """Forward hook. At the top level of a module, so that a copy of the model can be pickled meanwhile."""
+    """Forward hook. A module-level function, so that a copy of the model can be pickled."""
     if not torch.compiler.is_compiling():
         ran.add(path)
 
@@ -143,10 +146,10 @@ def _has_gradient(model: nn.Module, path: str) -> bool:
     module = module_at(model, owner)
     if module is None:
         return False
-    own = module._parameters.get(name)  # reading a computed weight may change it
+    own = module._parameters.get(name)  # getattr would compute a weight, which may change it
     return any(parameter.grad is not None for parameter in (module.parameters() if own is None else [own]))
 
 
 def _weights(branch: Branch) -> list[str]:
-    """Return the matrices of a branch; a gain may be shared with another branch."""
+    """Return the matrices of a branch. Gains are left out, because branches may share one."""
     return [factor.parameter for factor in branch.factors if factor.role in _MATRICES and factor.parameter]

@@ -1,4 +1,4 @@
-"""What loading a state dict does to residual scales: what it leaves out, and what it would lose."""
+"""Loading of state dicts with and without residual scales: scales are neither reset by accident nor lost."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ __all__ = [
 ]
 
 MARKER = "lightning_spectral"
-"""Entry of a Lightning checkpoint that says that its model has residual scales."""
+"""Key of the entry of a Lightning checkpoint that lists the residual scales of its model."""
 
 
 # Scales that a state dict does not have
 
 
 def fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any = None, *_: Any) -> None:
-    """Load pre-hook of a scale: a state dict without it leaves it as it is."""
+    """Load pre-hook of a scale: a state dict without the scale leaves it unchanged."""
     if f"{prefix}log_scale" not in state_dict:
         log_scale = module.get_parameter("log_scale").detach()
         is_new = _is_assigned(log_scale, local_metadata)
@@ -43,9 +43,9 @@ def fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_me
 
 
 def hook_loading(model: nn.Module, scale: str, ends: Sequence[str]) -> None:
-    """Read a state dict that has all weights of a branch, and no scale, as one where the scale is the identity.
+    """Add a hook that sets a scale to the identity when a state dict has all weights of its branch and no scale.
 
-    A state dict with some of them or none, such as that of adapters or of a head, says nothing of the scale.
+    A state dict without all of these weights, such as one of adapters or of a head, leaves the scale unchanged.
 
     Args:
         model: The model.
@@ -76,7 +76,7 @@ def _identity_if_plain(
 def rename_weight(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any = None, *_: Any
 ) -> None:
-    """Load pre-hook of a module with a scale on a weight: read the weight as it was saved without the scale."""
+    """Load pre-hook of a module with a scale on a weight: accept a weight that was saved without the scale."""
     for name, applied in getattr(module, "parametrizations", {}).items():
         if f"{prefix}{name}" in state_dict:
             inner = f"{prefix}parametrizations.{name}"
@@ -92,15 +92,15 @@ def _identity(scale: nn.Module, local_metadata: Any) -> Tensor:
 
 
 def _is_assigned(parameter: Tensor, local_metadata: Any) -> bool:
-    """Whether what is loaded takes the place of a parameter without numbers."""
+    """Whether the loaded tensor replaces a parameter on the meta device."""
     return parameter.is_meta and bool((local_metadata or {}).get("assign_to_params_buffers", False))
 
 
 def unhook_loading(model: nn.Module) -> None:
-    """Remove the hooks of scales that are gone."""
+    """Remove the load hooks of scales that were removed."""
     for module in model.modules():
         hooks = module._load_state_dict_pre_hooks
-        for key, hook in list(hooks.items()):  # torch gives out a handle only once, and none for copies
+        for key, hook in list(hooks.items()):  # torch returns a handle only once, and none for copies
             function: Any = getattr(hook, "hook", hook)
             of_output = getattr(function, "func", None) is _identity_if_plain
             if (of_output and module_at(module, function.args[0]) is None) or (
@@ -113,18 +113,18 @@ def unhook_loading(model: nn.Module) -> None:
 
 
 def saved_sites(checkpoint: Mapping[str, Any]) -> set[str]:
-    """Return the sites of the residual scales that a Lightning checkpoint holds or names."""
+    """Return the sites of the residual scales that a Lightning checkpoint contains or lists in its marker."""
     marker = checkpoint.get(MARKER, {})
     keys = [*scale_keys(checkpoint.get("state_dict", {})), *marker.get("log_scales", ())]
     return {*map(site_of, map(unwrapped_key, keys)), *map(unwrapped_key, marker.get("scales", ()))}
 
 
 def lost_scales(model: nn.Module, sites: Iterable[str]) -> str | None:
-    """Say that scales of a checkpoint would be lost in a model, ``None`` where they would not.
+    """Return a message if a model would lose scales of a checkpoint, ``None`` if it would not.
 
     Args:
         model: The model that the checkpoint is loaded into.
-        sites: The sites of the scales of the checkpoint.
+        sites: The sites of the scales in the checkpoint.
     """
     sites, own = set(sites), set(map(site_of, _own_scales(model)))
     lost = sorted(sites - own)
@@ -148,7 +148,7 @@ def refuse_lost_scales(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Hook for ``register_load_state_dict_pre_hook``: refuse to drop scales, which torch does without ``strict``."""
+    """Load pre-hook of a model: report an error instead of dropping scales, as torch does without ``strict``."""
     keys = (key.removeprefix(prefix) for key in scale_keys(state_dict))
     message = lost_scales(module, map(site_of, map(unwrapped_key, keys)))
     if message is not None:
@@ -164,14 +164,14 @@ def _own_scales(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def marked(sites: Sequence[str], state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the marker of a checkpoint: the sites of its scales and, where one process has them all, their values.
+    """Return the marker of a checkpoint: the sites of its scales and, for scales that are not sharded, their values.
 
-    The values bring back scales that the user's own code leaves out, such as ``on_save_checkpoint`` of a module that
-    saves what it trains.
+    The values restore scales that the user's code removes from the state dict, for example in ``on_save_checkpoint`` of
+    a module that saves only the parameters it trains.
 
     Args:
-        sites: The sites.
-        state_dict: The state of the model, which the user's code may still change.
+        sites: The sites of the scales.
+        state_dict: The state of the model. The user's code may still change it.
     """
     values = {key: state_dict[key] for key in scale_keys(state_dict)}
     whole = {
@@ -183,12 +183,12 @@ def marked(sites: Sequence[str], state_dict: Mapping[str, Any]) -> dict[str, Any
 
 
 def restore_unsaved(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Give the scales that a checkpoint's marker names and its state dict does not hold the values in the marker.
+    """Restore scales that the marker of a checkpoint lists and its state dict lacks, with the values of the marker.
 
     Raises:
-        ConfigurationError: The marker, of an earlier version, has no values.
+        ConfigurationError: The marker is of an earlier version and has no values.
     """
-    if not checkpoint.get("state_dict"):  # a sharded one, whose scales were loaded with it
+    if not checkpoint.get("state_dict"):  # a sharded checkpoint, whose scales were loaded with its shards
         return
     values, own = checkpoint.get(MARKER, {}).get("log_scales", {}), _own_scales(model)
     held = {site_of(unwrapped_key(key)) for key in scale_keys(checkpoint["state_dict"])}

@@ -1,8 +1,9 @@
-"""Where a scale lives: among the modules of its site, but not among the children that a user's code sees.
+"""The place of a scale: a child of its site that torch sees and the user's code does not.
 
-torch has to see a scale as a child of its site: whatever moves, casts, shards or saves a model walks over children. A
-user's code would count it, index it, or take it for the last layer. So ``children()``, ``named_children()`` and, in a
-container, length, iteration, indices and slices leave it out, unless torch itself asks.
+torch has to see a scale as a child, because moving, casting, sharding and saving a model walk over the children. The
+user's code must not see it, because it may count the children, index them, or take the last one for the last layer. So
+``children()``, ``named_children()`` and, in a container, length, iteration, indices and slices leave the scale out,
+except in calls from torch.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ __all__ = ["place", "remove"]
 
 
 def place(site: nn.Module, scale: nn.Module) -> None:
-    """Make a scale the child of its site that only torch sees."""
+    """Make a scale a child of its site that only torch sees."""
     site.add_module(CHILD, scale)
     hiding = next((hiding for kind, hiding in _HIDING.items() if isinstance(site, kind)), None)
     if hiding is not None and not isinstance(site, hiding):
         site.__class__ = _hiding_class(type(site), hiding)
-    # In the instance, because a class of its own would fail wherever `type(module) is nn.Linear` is asked.
+    # In the instance, not in a subclass, which would break code with `type(module) is nn.Linear`.
     for name, seen in (("children", _children), ("named_children", _named_children)):
         vars(site)[name] = functools.partial(seen, site)
 
@@ -111,7 +112,7 @@ _HIDING = {nn.Sequential: _Sequential, nn.ModuleList: _ModuleList, nn.ModuleDict
 
 
 def _set_aside(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method of a container that works on it without its scale."""
+    """Wrap a method of a container, so that it works on the container without its scale."""
 
     @functools.wraps(method)
     def without_scale(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -126,7 +127,7 @@ def _set_aside(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _kind, _hiding in _HIDING.items():
-    _hiding.__name__ = _kind.__name__  # its qualified name, by which it is pickled, stays
+    _hiding.__name__ = _kind.__name__  # the qualified name, which pickle uses, is unchanged
     for _name, _method in vars(_kind).items():
         if inspect.isfunction(_method) and _name not in {"__init__", "forward", *vars(_hiding)}:
             setattr(_hiding, _name, _set_aside(_method))
@@ -136,7 +137,7 @@ _MADE: dict[type[Any], type[Any]] = {}
 
 
 def _hiding_class(plain: type[Any], hiding: type[Any]) -> type[Any]:
-    """Return a subclass whose containers hide scales. What the user's class overrides stays overridden."""
+    """Return a subclass of a container class that hides scales. Methods of the user's class keep precedence."""
     if plain in _HIDING:
         return hiding
     if plain not in _MADE:
@@ -146,8 +147,8 @@ def _hiding_class(plain: type[Any], hiding: type[Any]) -> type[Any]:
 
 
 def _reduced(self: nn.Module, protocol: Any) -> Any:
-    """Reduce for pickling and copying, by the user's class: nothing can import the class that was made of it."""
-    made: Any = next(kind for kind in type(self).__mro__ if "plain" in vars(kind))  # sharding makes a subclass of it
+    """Reduce for pickling and copying, by the user's class, because the generated class cannot be imported."""
+    made: Any = next(kind for kind in type(self).__mro__ if "plain" in vars(kind))  # sharding may have made a subclass
     reduced: Any = super(made, self).__reduce_ex__(protocol)
     _, arguments, *rest = reduced
     if made not in arguments:

@@ -1,4 +1,4 @@
-"""How far the tokens of a sequence are from being one vector."""
+"""Distance of the tokens of a sequence from being one vector."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["token_residual", "token_similarity"]
 
 
 def token_residual(X: Tensor, mask: Tensor | None = None, *, massive: float | None = None) -> Tensor:
-    """Return ‖X − 1x̄ᵀ‖_F / ‖X‖_F, x̄ the mean token.
+    """Return ‖X − 1x̄ᵀ‖_F / ‖X‖_F, where x̄ is the mean token.
 
-    0 where all tokens have become one vector, 1 where their mean is zero. x̄ is the best x in the Frobenius norm:
-    Dong, Cordonnier and Loukas, "Attention is not all you need" (arXiv:2103.03404), define the residual with it.
+    The value is 0 if all tokens are one vector, and 1 if their mean is zero. x̄ minimizes ‖X − 1xᵀ‖_F over all x. Dong,
+    Cordonnier and Loukas, "Attention is not all you need" (arXiv:2103.03404), define the residual.
 
     Args:
         X: ``(..., tokens, width)``, of any real dtype.
@@ -24,8 +24,8 @@ def token_residual(X: Tensor, mask: Tensor | None = None, *, massive: float | No
         massive: Leave out :func:`massive_activations` above this multiple of the median.
 
     Returns:
-        ``(...)`` in float64 (float32 on a device without float64), from 0 to 1. Not measurable is NaN: all tokens
-        are zero, none counts, or a value is not finite. A single token gives 0.
+        ``(...)`` in float64 (float32 on a device without float64), from 0 to 1. NaN if all tokens are zero, no token
+        counts, or a value is not finite. A single token gives 0.
 
     Raises:
         ConfigurationError: The shapes do not fit, or ``massive`` is not above 1.
@@ -40,7 +40,7 @@ def token_residual(X: Tensor, mask: Tensor | None = None, *, massive: float | No
 def token_similarity(X: Tensor, mask: Tensor | None = None, *, massive: float | None = None) -> Tensor:
     """Return the mean cosine over all pairs of different tokens.
 
-    In closed form, with unit tokens uᵢ: (‖Σuᵢ‖² − n) / (n(n − 1)); no n × n matrix is formed. Tokens that are zero
+    With unit tokens uᵢ, the closed form is (‖Σuᵢ‖² − n) / (n(n − 1)). No n × n matrix is formed. Tokens that are zero
     have no direction and are left out.
 
     Args:
@@ -49,8 +49,8 @@ def token_similarity(X: Tensor, mask: Tensor | None = None, *, massive: float | 
         massive: Leave out :func:`massive_activations` above this multiple of the median.
 
     Returns:
-        ``(...)`` in float64 (float32 on a device without float64), from −1/(n − 1) to 1. Not measurable is NaN:
-        fewer than two tokens have a direction, or a value is not finite.
+        ``(...)`` in float64 (float32 on a device without float64), from −1/(n − 1) to 1. NaN if fewer than
+        two tokens have a direction, or a value is not finite.
 
     Raises:
         ConfigurationError: The shapes do not fit, or ``massive`` is not above 1.
@@ -61,7 +61,7 @@ def token_similarity(X: Tensor, mask: Tensor | None = None, *, massive: float | 
     length = torch.linalg.vector_norm(tokens[..., 0, :], dim=-1, keepdim=True)
     units = tokens[..., 0, :] / torch.where(present[..., None], length, 1.0)
     n = present.sum(-1)
-    squares = units.square().sum((-2, -1))  # n, but for the same rounding as in the sum of all
+    squares = units.square().sum((-2, -1))  # n, with the same rounding as the sum over all pairs
     pairs = torch.where(n > 1, n * (n - 1), 1)
     cosine = (units.sum(-2).square().sum(-1) - squares) / pairs
     return torch.where(finite & (n > 1), cosine, math.nan)

@@ -1,9 +1,16 @@
-"""Ranks that count softly. For every X: stable ≤ participation ratio ≤ effective rank of σ² ≤ rank.
+"""Soft ranks. For every X: stable rank ≤ participation ratio ≤ effective rank of σ² ≤ rank.
 
-The order is that of the Rényi entropies of infinite, second, first and zeroth order of the shares σᵢ²/Σσ². All ranks
-are invariant to the scale of X, to the order of its tokens and to rotations of its width. Uncentred ranks near one are
-normal in healthy language models, whose activations have a large mean and a few massive values: look at ``centred``
-and at ``massive`` before calling anything a collapse.
+Each is exp H_α, where H_α is the Rényi entropy of order α of the shares pᵢ = σᵢ²/Σσ², and H_α falls with α:
+
+    α    rank                     formula                 σ² = (8, 1, 1)
+    0    rank                     number of pᵢ > 0        3
+    1    effective rank (σ²)      exp(−Σ p ln p)          1.89
+    2    participation ratio      1 / Σ p²                1.52
+    ∞    stable rank              1 / max p               1.25
+
+All ranks are invariant to the scale of X, to the order of its tokens and to rotations of its width. Healthy language
+models have uncentred ranks near 1, because their activations have a large mean and a few massive values. Look at
+``centred`` and at ``massive`` before you call a low rank a collapse.
 """
 
 from __future__ import annotations
@@ -38,9 +45,9 @@ def effective_rank(
     Args:
         X: ``(..., tokens, width)``, of any real dtype.
         mask: ``(..., tokens)``, true or non-zero where a token counts; the same as dropping the others.
-        power: 1 for the definition of Roy and Vetterli, "The effective rank: a measure of effective dimensionality"
-            (EUSIPCO 2007), on singular values; 2 for that of 'The 1:1 Rule', on their squares. The second is smaller
-            or equal; never compare across the two.
+        power: 1 for singular values, as Roy and Vetterli define it, "The effective rank: a measure of effective
+            dimensionality" (EUSIPCO 2007); 2 for their squares, as in 'The 1:1 Rule'. The rank with 2 is at most the
+            rank with 1. Never compare one with the other.
         centred: Subtract the mean token first.
         massive: Leave out :func:`massive_activations` above this multiple of the median.
 
@@ -66,19 +73,23 @@ def shares_effective_rank(shares: Tensor, *, power: Power) -> Tensor:
     Raises:
         ConfigurationError: The power is neither 1 nor 2.
     """
+    # Shares are σ²/Σσ² already, so power 2 takes them as they are, and power 1 needs the roots, normalized again.
     choice("power", power, (1, 2))
     p = shares if power == 2 else _normalized_roots(shares)
     return _entropy(p).exp()
 
 
 def _entropy(p: Tensor) -> Tensor:
-    """Return −Σ p ln p with 0 ln 0 = 0, whose gradient at 0 is taken for 0."""
+    """Return −Σ p ln p with 0 ln 0 = 0."""
+    # The derivative ln p + 1 is infinite at 0. Replacing 0 by 1 keeps the value (1 ln 1 = 0) and makes the gradient 0.
     p = torch.where(p == 0, 1.0, p)
     return -(p * p.log()).sum(-1)
 
 
 def _normalized_roots(shares: Tensor) -> Tensor:
     """Return σᵢ/Σσ."""
+    # The derivative of √p is infinite at 0, and infinity times the 0 of an outer `where` is NaN. So the zeros are
+    # replaced twice: inside of the root, which makes its derivative finite, and outside, which restores the value.
     present = shares != 0
     sigma = torch.where(present, torch.where(present, shares, 1.0).sqrt(), 0.0)
     return sigma / sigma.sum(-1, keepdim=True)
@@ -115,6 +126,8 @@ def participation_ratio(
     Returns:
         ``(...)``, from 1 to min(tokens, width); NaN where X is not measurable (see :func:`spectral_shares`).
     """
+    # With λ the eigenvalues of G: Σλ = tr G and Σλ² = ‖G‖_F². So no eigenvalue routine is needed, which on CUDA would
+    # wait for the device.
     G, measurable = gram(X, mask, centred=centred, massive=massive)
     squares = torch.where(measurable, G.square().sum((-2, -1)), 1.0)
     trace = G.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -124,8 +137,8 @@ def participation_ratio(
 def rankme(X: Tensor, mask: Tensor | None = None, *, epsilon: float = 1e-7) -> Tensor:
     """Return RankMe: exp(−Σ pᵢ ln pᵢ), pᵢ = σᵢ/Σσ + ε, over min(tokens, width) singular values.
 
-    Garrido, Balestriero, Najman and LeCun, "RankMe" (arXiv:2210.02885). It is the effective rank with ``power=1`` but
-    for ε, and is meant for many more rows than columns: embeddings of 25 600 samples in the paper.
+    Source: Garrido, Balestriero, Najman and LeCun, "RankMe" (arXiv:2210.02885). It differs from the effective rank with
+    ``power=1`` only by ε. It is meant for many more rows than columns; the paper uses embeddings of 25 600 samples.
 
     Args:
         X: ``(..., tokens, width)``, of any real dtype; the rows are the samples.
@@ -137,7 +150,7 @@ def rankme(X: Tensor, mask: Tensor | None = None, *, epsilon: float = 1e-7) -> T
     """
     p = _normalized_roots(spectral_shares(X, mask)) + epsilon
     if mask is not None:
-        # ε counts once for each singular value that exists: a dropped row would have none.
+        # ε is added once per singular value, and a matrix without the dropped rows has only as many as kept rows.
         exists = torch.arange(p.shape[-1], device=p.device) < mask.bool().sum(-1, keepdim=True).to(p.device)
         p = torch.where(exists | p.isnan(), p, 0.0)
     return _entropy(p).exp()
@@ -148,7 +161,8 @@ def rank_one_residual(
 ) -> Tensor:
     """Return √(1 − σ₁²/Σσ²), the relative distance of X from the nearest matrix of rank one.
 
-    It is at most the token residual, which is the distance from the nearest matrix with equal rows.
+    It is at most the token residual, the distance from the nearest matrix with equal rows, because a matrix with equal
+    rows has rank one.
 
     Args:
         X: ``(..., tokens, width)``, of any real dtype.
@@ -160,7 +174,7 @@ def rank_one_residual(
         ``(...)``, from 0 to below 1; NaN where X is not measurable (see :func:`spectral_shares`).
     """
     rest = spectral_shares(X, mask, centred=centred, massive=massive)[..., 1:]
-    # vector_norm, unlike the root of a sum, has a gradient at zero.
+    # By vector_norm, whose gradient at 0 is 0; √(Σp) would give NaN. The two `where` are as in _normalized_roots.
     present = rest != 0
     residual: Tensor = torch.linalg.vector_norm(
         torch.where(present, torch.where(present, rest, 1.0).sqrt(), 0.0), dim=-1

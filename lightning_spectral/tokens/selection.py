@@ -1,4 +1,4 @@
-"""Which tokens and dimensions of X are looked at: masks, massive activations, centring, scaling against overflow."""
+"""Selection of tokens and dimensions of X: masks, massive activations, centring, scaling against overflow."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["centred_tokens", "massive_activations", "select", "unit_scaled"]
 
 
 def select(X: Tensor, mask: Tensor | None = None, *, massive: float | None = None) -> tuple[Tensor, Tensor]:
-    """Return X in the precision that everything is computed in, with zeros for what is left out.
+    """Return X in the working precision, with zeros for tokens and dimensions that are left out.
 
     Args:
         X: ``(..., tokens, width)``, of any real dtype.
-        mask: ``(..., tokens)``, true or non-zero where a token counts. What masked tokens hold, NaN included, has no
-            influence.
+        mask: ``(..., tokens)``, true or non-zero where a token counts. The values of other tokens, NaN included, have
+            no influence.
         massive: Leave out the :func:`massive_activations` that exceed this multiple of the median.
 
     Returns:
@@ -33,7 +33,7 @@ def select(X: Tensor, mask: Tensor | None = None, *, massive: float | None = Non
     if mask is not None and mask.shape != X.shape[:-1]:
         expected = tuple(X.shape[:-1])
         raise ConfigurationError(
-            f"mask has the shape {tuple(mask.shape)}: expected {expected}, that of X without width"
+            f"mask has the shape {tuple(mask.shape)}: expected {expected}, the shape of X without width"
         )
     X = X.to(torch.float32 if X.device.type == "mps" else torch.float64)
     valid = X.new_ones(X.shape[:-1], dtype=torch.bool) if mask is None else mask.to(X.device, torch.bool)
@@ -47,24 +47,23 @@ def select(X: Tensor, mask: Tensor | None = None, *, massive: float | None = Non
 
 
 def massive_activations(X: Tensor, mask: Tensor | None = None, *, multiple: float = 100.0) -> tuple[Tensor, Tensor]:
-    """Return the tokens and the dimensions that massive activations stand in.
+    """Return the tokens and the dimensions that have massive activations.
 
-    In healthy language models a few fixed dimensions of a few tokens, the first above all, are up to 100 000 times as
-    large as the rest (Sun, Chen, Kolter and Liu, "Massive Activations in Large Language Models", arXiv:2402.17762),
-    so that every rank is near one and says nothing about the other tokens.
+    In healthy language models, a few fixed dimensions of a few tokens, above all of the first token, are up to 100 000
+    times as large as the rest (Sun, Chen, Kolter and Liu, "Massive Activations in Large Language Models",
+    arXiv:2402.17762). They bring every rank near 1 and hide the other tokens.
 
-    The rule, for each sequence on its own: the peak of a token or of a dimension is its largest magnitude. A
-    token is massive where its peak exceeds ``multiple`` times the median peak of the tokens; a dimension is massive
-    where its peak exceeds ``multiple`` times the median peak of the dimensions. Tokens and dimensions that are zero
-    throughout have no say in the median. At most half of the tokens and half of the dimensions can be massive: a
-    dimension that is large in every token costs that dimension and not one token, a token that is large in every
-    dimension costs that token and not one dimension. Peaks that are not finite are never massive: they are faults, to
-    be seen.
+    The rule applies to each sequence alone. The peak of a token or of a dimension is its largest magnitude. A token is
+    massive if its peak exceeds ``multiple`` times the median peak of the tokens. A dimension is massive if its peak
+    exceeds ``multiple`` times the median peak of the dimensions. Tokens and dimensions of zeros do not count in the
+    median. Hence at most half of the tokens and half of the dimensions are massive. A dimension that is large in every
+    token is massive, and no token is. A token that is large in every dimension is massive, and no dimension is. A peak
+    that is not finite is never massive: it is a fault, and stays visible.
 
     Args:
         X: ``(..., tokens, width)``.
         mask: ``(..., tokens)``, true or non-zero where a token counts.
-        multiple: Above 1. The default is a choice of this package.
+        multiple: A number above 1. The default, 100, is a choice of this package.
 
     Returns:
         Massive tokens, ``(..., tokens)``, and massive dimensions, ``(..., width)``, both boolean.
@@ -85,8 +84,8 @@ def _outliers(peaks: Tensor, multiple: float) -> Tensor:
 def centred_tokens(X: Tensor, valid: Tensor) -> Tensor:
     """Return X minus the mean token, zero where a token does not count.
 
-    Tokens that are equal give exact zeros: the first one is subtracted before the mean is taken, so that no rounding
-    of the mean is left over for a rank to measure.
+    The first token is subtracted before the mean is taken, so that equal tokens give exact zeros. Otherwise the
+    rounding error of the mean would remain, and a rank would measure it.
 
     Args:
         X: ``(..., tokens, width)``, zero where a token does not count.
@@ -108,10 +107,10 @@ def unit_scaled(X: Tensor) -> tuple[Tensor, Tensor]:
         X: ``(..., rows, columns)``.
 
     Returns:
-        The scaled matrices, and where that was possible, ``(...)``: a matrix of zeros and a matrix with a value that
-        is not finite are not measurable, and come back as zeros.
+        The scaled matrices, and whether each is measurable, ``(...)``. A matrix of zeros, or with a value that is not
+        finite, is not measurable and comes back as zeros.
     """
-    # A constant for gradients too: what is computed from scaled matrices does not depend on the scale.
+    # Detached: results that are invariant to scale have no gradient along it.
     size = X.detach().abs().amax((-2, -1))
     measurable = (size > 0) & size.isfinite()
     scale = torch.where(measurable, size, 1.0)[..., None, None]

@@ -1,4 +1,4 @@
-"""The shares of energy σᵢ²/Σσ² of matrices, through the smaller of their Gram matrices."""
+"""The shares of energy σᵢ²/Σσ² of matrices, computed from the smaller Gram matrix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["gram", "moment_shares", "spectral_shares"]
 def spectral_shares(
     X: Tensor, mask: Tensor | None = None, *, centred: bool = False, massive: float | None = None
 ) -> Tensor:
-    """Return the shares of energy σᵢ²/Σσ² of X, in descending order: the spectrum, free of scale.
+    """Return the shares of energy σᵢ²/Σσ² of X in descending order.
 
     Args:
         X: ``(..., tokens, width)``, of any real dtype.
@@ -24,10 +24,10 @@ def spectral_shares(
         massive: Leave out :func:`massive_activations` above this multiple of the median.
 
     Returns:
-        ``(..., min(tokens, width))``, each spectrum summing to 1; zero where σ² is below the rounding of the Gram
-        matrix, max(tokens, width) · ε · σ₁². Not measurable is NaN throughout: X is zero (no token counts, or
-        nothing is left after centring), or has a value that is not finite. On CUDA the eigenvalue routine of torch
-        waits for the device; nothing else here does.
+        ``(..., min(tokens, width))``; each spectrum sums to 1. A share is 0 if σ² is below the rounding error of the
+        Gram matrix, max(tokens, width) · ε · σ₁². All shares are NaN if X is zero (no token counts, or nothing is left
+        after centring) or has a value that is not finite. On CUDA only the eigenvalue routine of torch waits for the
+        device.
     """
     G, measurable = gram(X, mask, centred=centred, massive=massive)
     return torch.where(measurable[..., None], moment_shares(G, size=max(X.shape[-2:])), math.nan)
@@ -36,7 +36,7 @@ def spectral_shares(
 def gram(
     X: Tensor, mask: Tensor | None = None, *, centred: bool = False, massive: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the smaller of XXᵀ and XᵀX of the scaled X, and where X is measurable.
+    """Return the smaller of XXᵀ and XᵀX of the scaled X, and whether X is measurable.
 
     Args:
         X: ``(..., tokens, width)``, of any real dtype.
@@ -61,18 +61,18 @@ def moment_shares(G: Tensor, *, size: int, total: Tensor | None = None) -> Tenso
 
     Args:
         G: ``(..., k, k)``, symmetric and positive semidefinite up to rounding, without overflow.
-        size: Eigenvalues below size · ε · ``total`` are rounding, and taken for zero.
-        total: ``(...)``, the energy that rounding is relative to, where that was more than G has left: the trace
-            before centring. By default the largest eigenvalue.
+        size: Eigenvalues below size · ε · ``total`` are rounding errors and become 0.
+        total: ``(...)``, the energy that the rounding errors are relative to: for a G centred by subtraction,
+            the trace before it. By default the largest eigenvalue.
 
     Returns:
-        ``(..., k)`` in descending order, NaN where G is zero or not finite.
+        ``(..., k)`` in descending order, NaN if G is zero or not finite.
     """
     scale = G.detach().diagonal(dim1=-2, dim2=-1).amax(-1)
     finite = G.detach().isfinite().all(-1).all(-1)
     measurable = finite & (scale > 0)
     scale = torch.where(measurable, scale, 1.0)
-    # The eigenvalue routine raises for the whole batch on one NaN.
+    # One NaN would make the eigenvalue routine raise for the whole batch.
     eigenvalues = torch.linalg.eigvalsh(torch.where(measurable[..., None, None], G, 0.0) / scale[..., None, None])
     eigenvalues = eigenvalues.flip(-1)
     largest = eigenvalues.detach()[..., :1] if total is None else (total / scale)[..., None]

@@ -116,7 +116,7 @@ def test_a_block_that_drifts_away_from_where_it_had_settled_is_warned_of_once():
     )
     assert warning.message.startswith("spectral WARNING, step 210, zone (0.5, 2): ")
     assert warning.message.endswith(
-        "No alarm: ratios alone do not tell a collapse; tokens were not measured (geometry=True). If the loss suffers "
+        "No alarm: ratios alone do not show a collapse; tokens were not measured (geometry=True). If the loss suffers "
         "too, try a smaller learning rate or a longer warm-up"
     )
     assert run.memory.drifting == {0}

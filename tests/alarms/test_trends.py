@@ -8,7 +8,8 @@ import random
 import pytest
 from scipy.stats import theilslopes
 
-from lightning_spectral.alarms.trends import Forecast, Trend, forecast, trend
+from lightning_spectral.alarms.trends import Trend, forecast, trend
+from lightning_spectral.records import Forecast
 
 
 @pytest.mark.parametrize("n", [4, 5, 10, 33])

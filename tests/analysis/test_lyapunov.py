@@ -218,7 +218,7 @@ def test_the_gradient_exponent_is_the_growth_of_the_squared_norm():
     assert gradient_exponent(math.e**2 * gradient, gradient, 4) == pytest.approx(1.0, rel=1e-6)
     assert gradient_exponent(0 * gradient, gradient, 4) == -math.inf
     for last in (0 * gradient, math.nan * gradient):
-        with pytest.raises(ConfigurationError, match=r"gradients of norm .*: expected finite ones, and one at the end"):
+        with pytest.raises(ConfigurationError, match=r"gradients of norm .*expected finite norms, the second above 0"):
             gradient_exponent(gradient, last, 4)
     with pytest.raises(ConfigurationError, match="depth=0"):
         gradient_exponent(gradient, gradient, 0)

@@ -592,7 +592,7 @@ def test_an_example_batch_helps_where_no_input_can_be_guessed() -> None:
 
     inputs = {"ids": torch.arange(8).repeat(2, 1) + 1000}
     model = Picky()
-    with pytest.raises(ExampleInputError, match="find_blocks"):
+    with pytest.raises(ExampleInputError, match="batch=example_input"):
         balance_penalty(model)
     value = balance_penalty(model, safe_zone=NARROW, batch=(inputs,))
     assert torch.equal(balance_penalty(model, safe_zone=NARROW), value)

@@ -520,7 +520,7 @@ def test_the_files_of_an_index_are_of_one_model(tmp_path: Path):
 def test_a_model_is_no_blocks(tmp_path: Path, state: Any):
     torch.save(state, tmp_path / "a.pt")
     with pytest.raises(
-        ConfigurationError, match=r"blocks is a GPT2LMHeadModel, expected its blocks: audit\(path, find"
+        ConfigurationError, match=r"blocks is a GPT2LMHeadModel, expected what find_blocks returns: audit\(path, find"
     ):
         audit(tmp_path / "a.pt", example("gpt2").build())  # type: ignore[arg-type]
 

@@ -118,7 +118,7 @@ def test_nothing_to_draw_is_refused():
 
 
 def test_two_linearizations_are_never_mixed():
-    with pytest.raises(ConfigurationError, match="one linearization; these came: circuit, paper"):
+    with pytest.raises(ConfigurationError, match="one linearization; found circuit, paper"):
         heatmap([measurement(0, [1.0]), measurement(1, [1.0], linearization="paper")])
 
 

@@ -141,7 +141,7 @@ def test_a_journal_that_cannot_be_opened_is_told_before_the_first_step(tmp_path:
         trainer = fit(tmp_path, SpectralMonitor(100))
     assert trainer.global_step == 8
     (message,) = told(warned)
-    assert f"spectral.jsonl is no file. It is kept as {tmp_path / 'spectral.damaged-1.jsonl'}" in message
+    assert f"spectral.jsonl is not a file. It is kept as {tmp_path / 'spectral.damaged-1.jsonl'}" in message
     assert [record["step"] for record in records(tmp_path)] == [0, 8]
 
 

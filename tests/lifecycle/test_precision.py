@@ -114,9 +114,10 @@ def test_steps_of_scales_that_rounding_swallows_are_told_once(tmp_path: Path):
     (message,) = told_of_rounding(tmp_path, preset(0.6, 1e-3), "bf16-true")
     assert message == (
         "SpectralMonitor, step 4: 6 of 6 residual scales have gradients and have not moved since the last measurement: "
-        "in 16 bits, next to 0.6016, the logarithm of the scale of 'model.blocks.0.attention', numbers are 0.0039 "
-        "apart, and steps of less than half of that are rounded away. Train with precision='bf16-mixed' or at a larger "
-        "rate, or let the controller alone move the scales, auto_rescale=ResidualRescaler(learnable=False)"
+        "rounding to 16 bits swallows their steps. At 'model.blocks.0.attention' the logarithm of the scale is 0.6016, "
+        "the next 16-bit number is 0.0039 away, and a step of less than half of that is lost. Train with "
+        "precision='bf16-mixed' or at a larger rate, or let the controller alone move the scales, "
+        "auto_rescale=ResidualRescaler(learnable=False)"
     )
 
 

@@ -263,7 +263,7 @@ def test_the_numbers_do_not_depend_on_the_layout_of_the_stream() -> None:
 
 # --- Coverage ---------------------------------------------------------------------------------------------------------
 
-RUNS_OFTEN = "runs {} times in one pass, each time with a Jacobian of its own"
+RUNS_OFTEN = "runs {} times in one pass, each time with another Jacobian"
 # Why a branch of the zoo has no Jacobian: complete.
 REFUSED = {
     "albert": dict.fromkeys(range(1), RUNS_OFTEN.format(3)),
@@ -439,7 +439,7 @@ def test_weights_that_are_no_numbers_have_a_reason() -> None:
     layers = measure(model, found("gpt2"), linearization="jacobian", batch=batch_of(inputs)).layers
     assert layers[0].reason is None
     assert layers[1].attention_reason is None
-    assert layers[1].mlp_reason == "what it adds is not finite (NaN or Inf)"
+    assert layers[1].mlp_reason == "its update is not finite (NaN or Inf)"
     assert layers[2].attention_norm is None
     assert layers[2].functional == FunctionalMeasurement()
 
@@ -575,8 +575,8 @@ class BareBlock(CustomBlock):
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
-        (CustomBlock, "its derivative is not the one that its operations claim"),
-        (BareBlock, "its derivative is not the one that its operations claim|it cannot be differentiated"),
+        (CustomBlock, "its derivative differs from a difference of its values"),
+        (BareBlock, "its derivative differs from a difference of its values|it cannot be differentiated"),
     ],
 )
 def test_a_kernel_without_a_true_derivative_has_a_reason(block: type[nn.Module], reason: str) -> None:
@@ -781,12 +781,11 @@ def test_blocks_of_another_model_have_a_reason() -> None:
     """Their sites add nothing here."""
     model, inputs = built("nanogpt")
     layer = measure(model, found("gpt2"), linearization="jacobian", batch=batch_of(inputs)).layers[0]
-    assert (
-        layer.mlp_reason == "nothing that transformer.h.0.mlp makes is added to the residual stream in this pass"
-        or (layer.mlp_norm is not None)
+    assert layer.mlp_reason == "no output of transformer.h.0.mlp is added to the residual stream in this pass" or (
+        layer.mlp_norm is not None
     )
     layer = measure(model, found("llama"), linearization="jacobian", batch=batch_of(inputs)).layers[0]
-    assert layer.mlp_reason == "nothing that model.layers.0.mlp makes is added to the residual stream in this pass"
+    assert layer.mlp_reason == "no output of model.layers.0.mlp is added to the residual stream in this pass"
 
 
 def test_blocks_from_hints_are_measured() -> None:

@@ -114,7 +114,9 @@ def test_what_a_monitor_has_set_aside_is_drawn_only_by_its_name(tmp_path: Path):
     assert any("at step 7" in sentence for sentence in read(tmp_path / "mine.html").sentences)
     assert report(tmp_path / "mine.earlier-2.jsonl") == tmp_path / "mine.earlier-2.html"
     (tmp_path / "mine.jsonl").unlink()
-    with pytest.raises(ConfigurationError, match=r"3 runs, name one of them: .*damaged-1.*earlier-1.*earlier-2"):
+    with pytest.raises(
+        ConfigurationError, match=r"3 runs, expected one; name one.*: .*damaged-1.*earlier-1.*earlier-2"
+    ):
         report(tmp_path)
 
 
@@ -124,12 +126,12 @@ def test_damaged_lines_are_counted_and_the_others_shown(tmp_path: Path):
     lines[3] = b"{}\xff\n"
     run.write_bytes(b"".join(lines))
     page = read(report(run))
-    assert "Line 4 is damaged (it is no JSON object). All other lines are shown." in page.sentences
+    assert "Line 4 is damaged (it is not a JSON object). All other lines are shown." in page.sentences
     assert any(sentence.startswith("19 measurements of 3 blocks") for sentence in page.sentences)
     lines[5:18] = [b'{"layers": []}\n'] * 13
     run.write_bytes(b"".join(lines))
     (told,) = [sentence for sentence in read(report(run)).sentences if "damaged" in sentence]
-    assert told.startswith("14 lines are damaged: 4, 6, 7, 8, 9, 10, 11, 12, 13, 14 and 4 more (line 4: it is no JSON")
+    assert told.startswith("14 lines are damaged: 4, 6, 7, 8, 9, 10, 11, 12, 13, 14 and 4 more (line 4: it is not a")
     run.write_bytes(lines[0] + lines[5])
     with pytest.raises(ConfigurationError, match=r"spectral.jsonl: Line 2 is damaged \(KeyError: 'safe_zone'\)$"):
         report(run)
@@ -138,7 +140,9 @@ def test_damaged_lines_are_counted_and_the_others_shown(tmp_path: Path):
 def test_several_runs_are_listed_and_none_is_drawn(tmp_path: Path):
     for number in range(12):
         watched_run(tmp_path / f"version_{number:02d}" / "spectral.jsonl")
-    with pytest.raises(ConfigurationError, match=r"12 runs, name one of them: .*version_00.*version_09.*; and 2 more$"):
+    with pytest.raises(
+        ConfigurationError, match=r"12 runs, expected one; name one.*: .*version_00.*version_09.*; and 2 more$"
+    ):
         report(tmp_path)
 
 
@@ -182,7 +186,7 @@ def test_a_run_that_is_still_written_is_drawn_as_far_as_it_goes(tmp_path: Path):
         run.write_bytes(whole[:end])
         page = read(report(run))
         assert "heatmap" in page.charts
-        assert any("breaks off" in sentence for sentence in page.sentences) is (end != first_two)
+        assert any("is incomplete" in sentence for sentence in page.sentences) is (end != first_two)
 
 
 class Draw(Callback):

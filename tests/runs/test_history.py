@@ -15,9 +15,8 @@ import pytest
 from matplotlib.collections import LineCollection
 
 from lightning_spectral.alarms import Event
-from lightning_spectral.alarms.trends import Forecast
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
+from lightning_spectral.records import Forecast, FunctionalMeasurement, LayerMeasurement, Measurement
 from lightning_spectral.runs.history import _LAYER, History, _measurement, in_order
 from lightning_spectral.runs.journal import Journal
 
@@ -108,19 +107,19 @@ def test_values_of_a_run_that_diverged_are_missing(tmp_path: Path):
 @pytest.mark.parametrize(
     ("where", "value", "said"),
     [
-        (["step"], -1, "-1 is no count"),
-        (["step"], True, "True is no count"),
-        (["step"], 10**30, "is no count"),
+        (["step"], -1, "found -1, expected a whole number from 0 to"),
+        (["step"], True, "found True, expected a whole number"),
+        (["step"], 10**30, "expected a whole number from 0 to"),
         (["safe_zone"], [2.0, 0.5], "the zone is"),
         (["safe_zone"], [0.5], "not enough values"),
-        (["layers"], 5, "not iterable"),
+        (["layers"], 5, "found 5, expected a list"),
         (["layers", 0, "index"], 10**6, "block 1000000"),
-        (["layers", 0, "mlp_norm"], "2", "'2' is no number"),
-        (["layers", 0, "mlp_norm"], 10**400, "is no number"),
-        (["layers", 0, "attention_norm"], -1.0, "-1.0 is negative"),
-        (["layers", 0, "name"], ["x"], "is no text"),
-        (["layers", 0, "name"], {"x" * 1000: "\x1b[2J"}, r"\{.x{30,50}\.\.\.x{20,50}.{1,20} is no text$"),
-        (["layers", 0, "functional"], {"update_ratio": "x"}, "'x' is no number"),
+        (["layers", 0, "mlp_norm"], "2", "found '2', expected a number"),
+        (["layers", 0, "mlp_norm"], 10**400, "found 10{49,51}, expected a number"),
+        (["layers", 0, "attention_norm"], -1.0, "found -1.0, expected a number of at least 0"),
+        (["layers", 0, "name"], ["x"], "found a list, expected text"),
+        (["layers", 0, "name"], {"x" * 1000: "\x1b[2J"}, "found a dict, expected text$"),
+        (["layers", 0, "functional"], {"update_ratio": "x"}, "found 'x', expected a number"),
     ],
     ids=range(13),
 )
@@ -141,9 +140,9 @@ def test_what_no_run_writes_is_left_out_and_told_in_one_line(tmp_path: Path, whe
     ("entry", "said"),
     [
         ({"level": "alarm", "step": 3}, "blocks"),
-        ({"level": "doom", "step": 3}, "level 'doom'"),
-        ({"level": "info", "step": 3, "since": 3, "blocks": [], "message": 4}, "4 is no text"),
-        (ACTION | {"mlp_log_change": None}, "None is no number"),
+        ({"level": "doom", "step": 3}, "found 'doom', expected one of alarm, info, warning"),
+        ({"level": "info", "step": 3, "since": 3, "blocks": [], "message": 4}, "found 4, expected text"),
+        (ACTION | {"mlp_log_change": None}, "found None, expected a number"),
         ({"action": "rescale", "step": 3}, "block"),
     ],
 )
@@ -169,7 +168,7 @@ def test_a_later_format_is_refused(tmp_path: Path):
 
 def test_two_linearizations_are_never_mixed(tmp_path: Path):
     other = measurement(5, linearization="paper")
-    with pytest.raises(ConfigurationError, match="one linearization; these came: circuit, paper"):
+    with pytest.raises(ConfigurationError, match="one linearization; found circuit, paper"):
         History.read(written(tmp_path / "spectral.jsonl", [measurement(0), other]))
 
 

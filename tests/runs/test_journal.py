@@ -15,9 +15,8 @@ import pytest
 from full_disk import full_disk
 
 from lightning_spectral.alarms import Event
-from lightning_spectral.alarms.trends import Forecast
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
+from lightning_spectral.records import Forecast, FunctionalMeasurement, LayerMeasurement, Measurement
 from lightning_spectral.runs import journal as room
 from lightning_spectral.runs.entries import LONGEST, entries
 from lightning_spectral.runs.history import History, history_of
@@ -125,7 +124,7 @@ def test_what_a_resume_drops_lies_beside_until_it_has_been_measured_again(tmp_pa
     journal.append(measurement(15))
     assert everything(tmp_path) == {"spectral.jsonl": [0, 5, 10, 15]}
     journal = Journal(path, HEADER, resume_step=5)
-    assert told(journal) == [f"what {path} has of later steps than 5 is kept in {beside}"]
+    assert told(journal) == [f"lines of {path} after step 5 are kept in {beside}"]
     assert everything(tmp_path) == {"spectral.from-10-1.jsonl": [10, 15], "spectral.jsonl": [0, 5]}
     assert (len(read_events(beside)), len(read_events(path))) == (1, 0)
     journal.append(measurement(10, norm=2.0001))
@@ -219,7 +218,7 @@ def test_a_damaged_header_hides_the_header(tmp_path: Path):
         (b'{"lightning_spectral": 1, "linearization": "../x"}\n', "damaged", "does not say its linearization"),
         (b'{"lightning_spectral": 1, "linearization": ["circuit"]}\n', "damaged", "does not say its linearization"),
         (b'{"lightning_spectral": 2}\n', "newer", "is of format '2'"),
-        (None, "damaged", "is no file"),
+        (None, "damaged", "is not a file"),
     ],
     ids=range(10),
 )

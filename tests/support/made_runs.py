@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_spectral.alarms import Event
-from lightning_spectral.alarms.trends import Forecast
-from lightning_spectral.records import LayerMeasurement, Measurement
+from lightning_spectral.records import Forecast, LayerMeasurement, Measurement
 from lightning_spectral.runs.journal import Journal
 
 STEPS = (0, 10, 20, 30, 40, 60, 80)  # not evenly spaced

@@ -252,7 +252,7 @@ def test_the_nearest_matrix_of_rank_one_is_nearer_than_equal_rows(generator):
     [
         (torch.ones(3), None, {}, r"X has the shape \(3,\): expected \(\.\.\., tokens, width\), neither of them 0"),
         (torch.ones(2, 0, 3), None, {}, r"X has the shape \(2, 0, 3\): expected"),
-        (torch.ones(2, 4, 3), torch.ones(4), {}, r"mask has the shape \(4,\): expected \(2, 4\), that of X without"),
+        (torch.ones(2, 4, 3), torch.ones(4), {}, r"mask has the shape \(4,\): expected \(2, 4\), the shape of X"),
         (torch.ones(4, 3), None, {"massive": 1.0}, "massive=1.0: expected a number above 1"),
         (torch.ones(4, 3), None, {"massive": "no"}, "massive='no': expected a number above 1"),
     ],

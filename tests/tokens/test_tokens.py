@@ -206,6 +206,6 @@ def test_errors():
     with pytest.raises(ConfigurationError, match="massive=inf: expected a number above 1"):
         token_similarity(torch.ones(2, 3), massive=math.inf)
     with pytest.raises(
-        ConfigurationError, match=r"mask has the shape \(3,\): expected \(2,\), that of X without width"
+        ConfigurationError, match=r"mask has the shape \(3,\): expected \(2,\), the shape of X without width"
     ):
         token_similarity(torch.ones(2, 3), torch.ones(3))
