@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lightning_spectral.checkpoints.inert import Inert, read_pickle
 from lightning_spectral.checkpoints.state_dicts import is_of_optimizer, roots
-from lightning_spectral.checkpoints.untrusted import MAX_PICKLE, damage, is_plain, printable, refuse_bomb
+from lightning_spectral.checkpoints.untrusted import MAX_PICKLE, Opened, damage, is_plain, printable, refuse_bomb
 
-__all__ = ["Distributed", "open_distributed"]
+__all__ = ["open_distributed"]
 
 METADATA = ".metadata"
 """The file that says which part of which tensor lies where."""
@@ -59,24 +59,7 @@ class _Stored:
     chunks: tuple[_Chunk, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Distributed:
-    """The tensors of a folder.
-
-    Attributes:
-        shapes: Shape of every tensor, by the keys that lead to it, joined by dots.
-        read: Reads one of them.
-        dicts: What the names in each dict begin with; see :func:`~lightning_spectral.checkpoints.state_dicts.roots`.
-        whole: What all of them begin with.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
-    dicts: tuple[str, ...]
-    whole: str
-
-
-def open_distributed(folder: Path) -> Distributed:
+def open_distributed(folder: Path) -> Opened:
     """Return the tensors in a folder. What is no tensor, or belongs to an optimizer, is left out.
 
     The index is a pickle, which is read without being unpickled. A tensor is put together from its chunks, each of
@@ -103,7 +86,7 @@ def open_distributed(folder: Path) -> Distributed:
         with damage(path, _EXPECTED):
             return _read(folder, names[name], stored[names[name]])
 
-    return Distributed({name: stored[key].shape for name, key in names.items()}, read, *roots(paths.values()))
+    return Opened({name: stored[key].shape for name, key in names.items()}, read, True, *roots(paths.values()))
 
 
 def _tensors(index: Any, folder: Path) -> Iterator[tuple[str, _Stored]]:

@@ -40,6 +40,7 @@ from lightning_spectral.scales.carriers import is_frozen, parameters_of
 from lightning_spectral.scales.fuse import fuse_scales
 from lightning_spectral.scales.liveness import Liveness
 from lightning_spectral.scales.loading import MARKER, marked, refuse_lost_scales, saved_sites
+from lightning_spectral.weights.model import ModelWeights
 from lightning_spectral.weights.scaled import scale_module, with_scales
 
 __all__ = ["Steering"]
@@ -120,7 +121,7 @@ class Steering:
             attach = attach_to if passed else attach_where_possible
             attach(model, blocks, steered, learnable=self.rescaler.learnable, others=others)
         self._attached += _count(model) - before
-        self._take(ResidualScales(model, with_scales(model, blocks)))
+        self._take(ResidualScales(model, with_scales(ModelWeights(model), blocks)))
 
     def adopt(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
         """Take over the scales that the user attached to a model that was built late.
@@ -128,7 +129,7 @@ class Steering:
         Raises:
             ConfigurationError: There are none.
         """
-        scales = ResidualScales(model, with_scales(model, blocks))
+        scales = ResidualScales(model, with_scales(ModelWeights(model), blocks))
         if not len(scales) and not self.rescaler.dry_run:
             raise ConfigurationError(
                 f"{type(model).__name__} is built or parallelized in configure_model, after callbacks could attach "
@@ -197,7 +198,7 @@ class Steering:
         if self._found:
             self._unsteered = {branch.site for branch in self._left_alone}
             self._unsteered |= _untrained(self.scales.model, self.scales.blocks, optimizers)
-        self._take(ResidualScales(self.scales.model, with_scales(self.scales.model, self.scales.blocks)))
+        self._take(ResidualScales(self.scales.model, with_scales(ModelWeights(self.scales.model), self.scales.blocks)))
         check_optimized(optimizers, self.scales)
         self.doubt = check_muon(optimizers, self.scales.named_parameters())
         every = [item.log_scale for item in _scales_in(self.scales.model)]
