@@ -16,8 +16,8 @@ from zoo.example import HEADS
 
 from lightning_spectral import ResidualBlock, find_blocks
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.measuring.linearize import linearize, linearize_sum
-from lightning_spectral.records import Branch, Factor, Path, alternatives
+from lightning_spectral.measuring.linearize import linearize, linearize_kind
+from lightning_spectral.records import Branch, Factor, Path
 from lightning_spectral.weights.model import ModelWeights
 
 Fused = Literal["no", "last", "per head"]
@@ -322,8 +322,9 @@ def paper_by_hand(block: nn.Module, names: Names, kind: str) -> list[float]:
 def measured(model: nn.Module, branch: Branch, linearization: Literal["circuit", "paper"]) -> list[float]:
     """The norm of every expert, or of the branch, from dense matrices."""
     values = []
-    for alternative in alternatives([branch]):
-        linear = linearize_sum(ModelWeights(model), alternative.paths, linearization)
+    built = linearize_kind(ModelWeights(model), [branch], linearization)
+    assert not isinstance(built, str), built
+    for _, linear in built:
         value = norm(linear.operator.dense())
         if linear.normalized is not None:
             right = linear.normalized.dense()
@@ -464,7 +465,9 @@ def test_a_norm_behind_a_matrix_divides_by_the_size_of_what_enters_it(bare: Bare
 
 def test_nothing_is_copied(bare: Bare) -> None:
     """The operators look at the parameters: a later change of a weight is a change of the operator."""
-    linear = linearize(ModelWeights(bare), Path((DOWN, Factor("up", "fused", rows=(range(5), range(10, 15))))), "circuit").operator
+    linear = linearize(
+        ModelWeights(bare), Path((DOWN, Factor("up", "fused", rows=(range(5), range(10, 15))))), "circuit"
+    ).operator
     bare.fused.mul_(2)
     bare.down.mul_(3)
     torch.testing.assert_close(linear.dense(), bare.down @ bare.fused[[*range(5), *range(10, 15)]])

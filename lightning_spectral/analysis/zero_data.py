@@ -17,7 +17,7 @@ from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.measuring.linearize import WeightLinearization, linearize
 from lightning_spectral.records import Branch, ResidualBlock
 from lightning_spectral.weights.model import ModelWeights
-from lightning_spectral.weights.protocol import Weights, gathered
+from lightning_spectral.weights.protocol import Weights
 from lightning_spectral.weights.scaled import with_scales
 
 __all__ = ["CovarianceTrajectory", "covariance_trajectory"]
@@ -91,7 +91,7 @@ def covariance_trajectory(
     _checks.choice("missing", missing, ("raise", "identity"))
     blocks = with_scales(ModelWeights(model), asked_blocks(model, blocks, batch, "covariance_trajectory"))
     paths = (path for block in blocks for branch in block.branches for path in branch.paths)
-    weights = gathered(ModelWeights(model), paths)
+    weights, _ = ModelWeights(model).gathered(paths)
     usable = [block for block in blocks if not _obstacle(weights, block, linearization)]
     skipped = [block for block in blocks if block not in usable]
     if not usable or (skipped and missing == "raise"):
@@ -131,7 +131,11 @@ def _trajectory(
     skipped: Sequence[ResidualBlock],
     linearization: WeightLinearization,
 ) -> CovarianceTrajectory:
-    used = {block: _width(weights, block, linearization) for block in blocks if block not in skipped}
+    used = {
+        block: linearize(weights, next(_branches(block))[1].paths[0], linearization).operator.shape[0]
+        for block in blocks
+        if block not in skipped
+    }
     if len(set(used.values())) > 1:
         found = ", ".join(f"{block.name} {width}" for block, width in used.items())
         raise ConfigurationError(f"blocks must have one width, got {found}: pass `blocks` of one stack")
@@ -157,11 +161,6 @@ def _trajectory(
         gain=tuple(gains),
         skipped=tuple(block.name for block in skipped),
     )
-
-
-def _width(weights: Weights, block: ResidualBlock, linearization: WeightLinearization) -> int:
-    _, branch = next(_branches(block))
-    return linearize(weights, branch.paths[0], linearization).operator.shape[0]
 
 
 def _dense(weights: Weights, branch: Branch, linearization: WeightLinearization) -> Tensor:

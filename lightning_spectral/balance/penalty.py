@@ -47,8 +47,8 @@ from lightning_spectral.linalg import (
     Sum,
 )
 from lightning_spectral.linalg.solvers import SolverChoice, solver_named
-from lightning_spectral.measuring.linearize import Linearized, WeightLinearization, linearize_sum
-from lightning_spectral.records import Branch, Path, ResidualBlock, alternatives
+from lightning_spectral.measuring.linearize import Linearized, WeightLinearization, linearize_kind
+from lightning_spectral.records import Branch, Path, ResidualBlock
 from lightning_spectral.weights.model import ModelWeights
 from lightning_spectral.weights.protocol import Weights
 from lightning_spectral.weights.scaled import with_scales
@@ -166,8 +166,8 @@ def _log_ratios(
 ) -> list[Tensor]:
     """Return ln ρ of every measurable block, with a graph; raise if there is none."""
     kinds = dict.fromkeys(kind for block in blocks for kind in (block.attention_branches, block.mlp_branches) if kind)
-    built = {kind: _linearized(weights, kind, linearization) for kind in kinds}
-    items = [item for linearized in built.values() if not isinstance(linearized, str) for item in linearized]
+    built = {kind: linearize_kind(weights, kind, linearization, differentiable=True) for kind in kinds}
+    items = [(chosen.paths, item) for parts in built.values() if not isinstance(parts, str) for chosen, item in parts]
     norms = iter(_log_norms(items, linearization, solver, memory))
     values: dict[_Kind, Tensor | str] = {(): "the block has no such branch"}
     for kind, linearized in built.items():
@@ -187,20 +187,6 @@ def _log_ratios(
             "penalty out until branches that are initialized to zero have left it"
         )
     return ratios
-
-
-def _linearized(
-    weights: Weights, kind: _Kind, linearization: WeightLinearization
-) -> list[tuple[_Terms, Linearized]] | str:
-    """Return the operators of a kind, each the sum over its branches, or why there are none."""
-    reason = next((branch.reason for branch in kind if branch.reason is not None), None)
-    if reason is not None or not all(branch.paths for branch in kind):
-        return reason or "the branch has no factors"
-    try:
-        terms = [item.paths for item in alternatives(kind)]
-        return [(paths, linearize_sum(weights, paths, linearization, differentiable=True)) for paths in terms]
-    except (ConfigurationError, AttributeError, ValueError) as error:
-        return str(error)
 
 
 def _log_norms(

@@ -121,7 +121,7 @@ def _structure(
         with damage(checkpoint.path, "the blocks that a monitor has left in a checkpoint"):
             blocks = from_plain(checkpoint.blocks)
     if blocks is not None:
-        blocks = tuple(unwrapped(block) for block in blocks)
+        blocks = unwrapped(blocks)
         needed = parameters_of(blocks)
         source = find_source(checkpoint, needed)
         # Where a shape is not known, the factors of a branch fit together or are refused when they are multiplied.

@@ -209,11 +209,7 @@ def _open_torch(path: Path, *, mapped: bool) -> Opened:
         loaded = load_plain(path, mapped=mapped)
         found = nested(loaded)
         step, blocks = _facts(loaded)
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.tensors.items()}
-    notes = (f"tensors of these kinds were not read: {', '.join(found.others)}",) if found.others else ()
-    return Opened(
-        shapes, found.tensors.__getitem__, False, found.dicts, found.whole, step=step, blocks=blocks, notes=notes
-    )
+    return replace(found, step=step, blocks=blocks)
 
 
 def _open_distributed(folder: Path) -> Opened:

@@ -111,12 +111,12 @@ def _converted(
     checkpoint: Checkpoint,
     model: Any,
     converters: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
     target: str,
     stored: Sequence[tuple[str | None, str]],
 ) -> dict[str, Callable[[], Tensor]]:
     """Return readers of the weights that a converter of the library makes of some tensors."""
     converter = converters[str(stored[0][0])]
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     def read(wanted: str) -> Tensor:
         copy = deepcopy(converter)
@@ -176,7 +176,8 @@ def find_transformers_source(checkpoint: Checkpoint, model: Any, expected: Itera
         return name, None
 
     by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
-    convert = partial(_converted, checkpoint, model, by_pattern)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    convert = partial(_converted, checkpoint, model, by_pattern, shapes)
     return find_source(checkpoint, wanted, convert, rename=rename, order=dot_natural_key)
 
 
@@ -191,18 +192,10 @@ def refuse_differences(checkpoint: Checkpoint, source: Source, expected: Mapping
     Raises:
         CheckpointError: A weight is not there, or of another shape.
     """
-    absent, wrong = differences(expected, source.readers, source.shapes)
-    if absent or wrong:
-        problem = (
-            f"{printable(wrong[0][0])} is {wrong[0][1]}, expected {wrong[0][2]}"
-            if wrong
-            else (f"{printable(absent[0])} is not there")
-        )
-        raise CheckpointError(
-            f"{printable(checkpoint.path)}: {len(absent)} of {len(expected)} weights are missing (parametrized ones "
-            f"are stored in pieces) and {len(wrong)} have another shape (packed ones do): {problem}"
-            + _remark(checkpoint, source, wrong)
-        )
+    problem, wrong = differences(expected, source.readers, source.shapes)
+    if problem:
+        told = printable(problem, 500)
+        raise CheckpointError(f"{printable(checkpoint.path)}: {told}{_remark(checkpoint, source, wrong)}")
 
 
 def _remark(

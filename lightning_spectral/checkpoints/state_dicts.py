@@ -6,17 +6,16 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_spectral.checkpoints.untrusted import damage, is_plain, printable
+from lightning_spectral.checkpoints.untrusted import Opened, damage, is_plain, printable
 from lightning_spectral.errors import CheckpointError
 
-__all__ = ["Nested", "is_of_optimizer", "load_plain", "nested", "roots"]
+__all__ = ["is_of_optimizer", "load_plain", "nested", "roots"]
 
 TORCH = "a file of torch.save that holds tensors and plain values only"
 """What is expected of a file that is neither safetensors nor GGUF."""
@@ -60,25 +59,7 @@ def _named(name: str) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Nested:
-    """Tensors of dicts in dicts.
-
-    Attributes:
-        tensors: By the keys that lead to them, joined by dots.
-        dicts: What the names of each dict begin with, the last dot included; "" for the outermost one.
-        whole: What the names of the model begin with, as far as the file says: the keys that all dicts have in common,
-            or ``state_dict`` in a checkpoint of Lightning.
-        others: Kinds of the tensors that are left out because they are more, or less, than numbers in memory.
-    """
-
-    tensors: dict[str, Tensor]
-    dicts: tuple[str, ...]
-    whole: str
-    others: tuple[str, ...]
-
-
-def nested(loaded: Any) -> Nested:
+def nested(loaded: Any) -> Opened:
     """Return the tensors in a dict and in the dicts in it.
 
     What belongs to an optimizer is left out: its tensors have the names and the shapes of weights.
@@ -100,7 +81,9 @@ def nested(loaded: Any) -> Nested:
         raise ValueError("two of its tensors have one name: a key with a dot in it stands for two keys")
     lightning = _LIGHTNING in loaded and isinstance(loaded.get("state_dict"), Mapping)
     model = roots(keys for keys, _ in found if keys[0] == "state_dict" or not lightning)
-    return Nested(tensors, *model, tuple(others))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    notes = (f"tensors of these kinds were not read: {', '.join(others)}",) if others else ()
+    return Opened(shapes, tensors.__getitem__, False, *model, notes=notes)
 
 
 def _kind(tensor: Tensor) -> str:

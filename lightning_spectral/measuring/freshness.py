@@ -16,7 +16,7 @@ from lightning_spectral.linalg import LinearOperator, RandomizedSVD, Solver, fro
 from lightning_spectral.linalg.sharding.sharded import replicated
 from lightning_spectral.measuring.linearize import linearize
 from lightning_spectral.records import Factor, Path, ResidualBlock
-from lightning_spectral.weights.protocol import Weights, gathered
+from lightning_spectral.weights.protocol import Weights
 
 __all__ = ["sign_of_training"]
 
@@ -40,7 +40,7 @@ def sign_of_training(weights: Weights, blocks: Sequence[ResidualBlock], solver: 
     """
     branches = (branch for block in blocks for branch in (*block.attention_branches, *block.mlp_branches))
     factors = dict.fromkeys(factor for branch in branches for factor in branch.factors)
-    weights = gathered(weights, [Path(tuple(factors))])
+    weights, _ = weights.gathered([Path(tuple(factors))])
     return _trained_gain(weights, factors) or _trained_matrix(weights, factors, solver)
 
 

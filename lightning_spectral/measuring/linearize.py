@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_spectral.discovery.trace.surprises import SURPRISES, surprise
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import (
     Adjoint,
@@ -40,14 +41,14 @@ from lightning_spectral.linalg.rows import rows_of
 from lightning_spectral.linalg.sharding.flattened import FlatShard
 from lightning_spectral.linalg.sharding.sharded import is_sharded, replicated
 from lightning_spectral.linalg.sharding.tiles import stand_in
-from lightning_spectral.records import Factor, Path
+from lightning_spectral.records import Alternative, Branch, Factor, Path, alternatives
 from lightning_spectral.records.layout import arranged, is_arithmetic
 from lightning_spectral.weights.protocol import Weights
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Adapters", "Linearized", "WeightLinearization", "linearize", "linearize_sum"]
+__all__ = ["Adapters", "Linearized", "WeightLinearization", "linearize", "linearize_kind"]
 
 WeightLinearization = Literal["circuit", "paper"]
 Adapters = Literal["sum", "base", "delta"]
@@ -125,7 +126,8 @@ def linearize(
     and the attention pattern are not part of it.
 
     A weight that is sharded over processes is read where it lies (see :class:`~lightning_spectral.linalg.Sharded`).
-    All processes have to call this together, with :func:`~lightning_spectral.weights.protocol.gathered` weights.
+    All processes have to call this together, with weights that are :meth:`gathered
+    <lightning_spectral.weights.protocol.Weights.gathered>`.
 
     Args:
         weights: Where the factors of the path are read.
@@ -153,7 +155,39 @@ def linearize(
         return chain.finished(adapters)
 
 
-def linearize_sum(
+def linearize_kind(
+    weights: Weights,
+    branches: Sequence[Branch],
+    linearization: WeightLinearization,
+    *,
+    adapters: Adapters = "sum",
+    differentiable: bool = False,
+) -> list[tuple[Alternative, Linearized]] | str:
+    """Build the operators whose largest norm is that of the branches of one kind, or say why there are none.
+
+    Args:
+        weights: As in :func:`linearize`, and so are the others.
+        branches: The branches, which are added up.
+        linearization: ``"circuit"`` or ``"paper"``.
+        adapters: A ``"delta"`` is of the experts and of the paths that have adapters.
+        differentiable: Whether gradients will be asked for.
+    """
+    reason = next((branch.reason for branch in branches if branch.reason is not None), None)
+    if reason is not None or not all(branch.paths for branch in branches):
+        return reason or "the branch has no factors"
+    build = partial(_summed, weights, linearization=linearization, adapters=adapters, differentiable=differentiable)
+    try:
+        chosen = alternatives(branches)
+        if adapters == "delta":
+            chosen = tuple(item for item in chosen if _adapted(item.paths)) or chosen
+        return [(item, build(item.paths)) for item in chosen]
+    except (ConfigurationError, AttributeError, ValueError) as error:
+        return str(error)
+    except SURPRISES as error:
+        return surprise("its matrices could not be read", error)
+
+
+def _summed(
     weights: Weights,
     paths: Sequence[Path],
     linearization: WeightLinearization,
@@ -161,20 +195,10 @@ def linearize_sum(
     adapters: Adapters = "sum",
     differentiable: bool = False,
 ) -> Linearized:
-    """Build the operator of paths that are added up, as :func:`linearize` does for one.
+    """Build the operator of paths that are added up.
 
     A norm behind a sum divides by the expected size of the sum: paths that begin alike, up to and including such a
     norm, are one product with a sum in it. Terms with norms of their own are divided before they are added.
-
-    Args:
-        weights: Where the factors of the paths are read, as in :func:`linearize`.
-        paths: The paths, which end in one place.
-        linearization: ``"circuit"`` or ``"paper"``.
-        adapters: As in :func:`linearize`; paths without adapters are no part of a ``"delta"``.
-        differentiable: As in :func:`linearize`.
-
-    Raises:
-        ConfigurationError: As in :func:`linearize`.
     """
     if adapters == "delta":
         paths = _adapted(paths) or paths
@@ -185,9 +209,7 @@ def linearize_sum(
         paths = seen
     if len(paths) == 1:
         return linearize(weights, paths[0], linearization, adapters=adapters, differentiable=differentiable)
-    build = partial(
-        linearize_sum, weights, linearization=linearization, adapters=adapters, differentiable=differentiable
-    )
+    build = partial(_summed, weights, linearization=linearization, adapters=adapters, differentiable=differentiable)
     groups: dict[tuple[Factor, ...], list[Path]] = {}
     for path in paths:
         groups.setdefault(_head(path) if linearization == "circuit" else (), []).append(path)

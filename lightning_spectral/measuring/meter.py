@@ -7,17 +7,16 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_spectral import _checks
+from lightning_spectral.discovery.asked import check_blocks
 from lightning_spectral.discovery.find import asked_blocks
 from lightning_spectral.discovery.inputs import arguments_of
-from lightning_spectral.discovery.trace.surprises import SURPRISES, surprise
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import SolverState, SpectralNorm, frobenius_norm
 from lightning_spectral.linalg.operators import largest_mesh
@@ -31,7 +30,7 @@ from lightning_spectral.measuring.linearize import (
     Adapters,
     Linearized,
     WeightLinearization,
-    linearize_sum,
+    linearize_kind,
 )
 from lightning_spectral.records import (
     Alternative,
@@ -42,10 +41,9 @@ from lightning_spectral.records import (
     Measurement,
     Path,
     ResidualBlock,
-    alternatives,
 )
 from lightning_spectral.weights.model import ModelWeights
-from lightning_spectral.weights.protocol import Weights, gathered
+from lightning_spectral.weights.protocol import Weights
 from lightning_spectral.weights.scaled import common_scale, with_scales
 from lightning_spectral.weights.stored import in_state_dict
 
@@ -69,21 +67,9 @@ class _Value:
     reason: str | None = None
 
 
-class _Part(NamedTuple):
-    """One of the operators whose largest norm is that of a kind."""
-
-    expert: int | str | None
-    key: str
-    item: Linearized
-
-
 def _kinds(block: ResidualBlock) -> list[Kind]:
     """Return the branches of attention and those of the MLP, without a kind that the block does not have."""
     return [kind for kind in (block.attention_branches, block.mlp_branches) if kind]
-
-
-def _has_adapters(alternative: Alternative) -> bool:
-    return any(factor.adapters for path in alternative.paths for factor in path.factors)
 
 
 class Meter:
@@ -117,7 +103,9 @@ class Meter:
         self.blocks = with_scales(weights, blocks)
         branches = (branch for block in self.blocks for kind in _kinds(block) for branch in kind)
         self._scales = {branch: path for branch in branches if (path := weights.log_scale(branch))}
-        self.linearization = _checked(linearization)
+        self.linearization: WeightLinearization = _checks.choice(
+            "linearization", linearization, get_args(WeightLinearization)
+        )
         self.adapters: Adapters = _checks.choice("adapters", adapters, get_args(Adapters))
         self.solver = solver_named(solver)
         self.safe_zone = safe_zone
@@ -141,22 +129,20 @@ class Meter:
             share of another process is ``None``, with a reason only if there is no weight linearization.
         """
         start = time.perf_counter()
-        cut = self.weights.mesh
+        kinds = [kind for block in self.blocks for kind in _kinds(block)]
+        weights, cut = self.weights.gathered(path for kind in kinds for branch in kind for path in branch.paths)
         first, stride = share if cut is None else (0, 1)
         mine = {kind for block in self.blocks[first::stride] for kind in _kinds(block)}
-        kinds = [kind for block in self.blocks for kind in _kinds(block)]
-        wanted = (path for kind in kinds if kind in mine for branch in kind for path in branch.paths)
-        weights = gathered(self.weights, wanted)
-        built = [self._linearized(kind, weights) if kind in mine else ([], self._reason(kind)) for kind in kinds]
-        operators = [part for parts, _ in built for part in parts]
-        mesh = largest_mesh(part.item.operator for part in operators)
-        keys = tuple(part.key for part in operators)
-        norms = iter(_agreed(self._solve([part.item for part in operators], keys), mesh))
+        built = {kind: self._linearized(kind, weights) if kind in mine else self._reason(kind) for kind in kinds}
+        parts = [part for found in built.values() if isinstance(found, list) for part in found]
+        mesh = largest_mesh(item.operator for _, item in parts)
+        keys = tuple(_key(chosen.paths) for chosen, _ in parts)
+        norms = iter(_agreed(self._solve([item for _, item in parts], keys), mesh))
         values = {
-            kind: _largest([(part.expert, next(norms)) for part in parts], reason)
-            if kind in mine
-            else _Value(reason=reason)
-            for kind, (parts, reason) in zip(kinds, built, strict=True)
+            kind: _largest([(chosen.expert, next(norms)) for chosen, _ in found])
+            if isinstance(found, list)
+            else _Value(reason=found)
+            for kind, found in built.items()
         }
         scales = _read_scales(self.weights, self._scales, mesh)
         layers = tuple(_layer(block, values, scales, self._shared) for block in self.blocks)
@@ -166,24 +152,12 @@ class Meter:
     def _reason(self, kind: Kind) -> str | None:
         """Return why a kind has no weight linearization, which does not depend on the values of its weights."""
         if kind not in self._reasons:
-            self._reasons[kind] = self._linearized(kind, self.weights)[1]
+            found = self._linearized(kind, self.weights)
+            self._reasons[kind] = found if isinstance(found, str) else None
         return self._reasons[kind]
 
-    def _linearized(self, kind: Kind, weights: Weights) -> tuple[list[_Part], str | None]:
-        """Return the operators whose largest norm is that of a kind, or why there are none."""
-        reason = next((branch.reason for branch in kind if branch.reason is not None), None)
-        if reason is not None or not all(branch.paths for branch in kind):
-            return [], reason or "the branch has no factors"
-        build = partial(linearize_sum, weights, linearization=self.linearization, adapters=self.adapters)
-        try:
-            chosen = alternatives(kind)
-            if self.adapters == "delta":  # of a mixture, some experts may have adapters
-                chosen = tuple(item for item in chosen if _has_adapters(item)) or chosen
-            return [_Part(item.expert, _key(item.paths), build(item.paths)) for item in chosen], None
-        except (ConfigurationError, AttributeError, ValueError) as error:
-            return [], str(error)
-        except SURPRISES as error:
-            return [], surprise("its matrices could not be read", error)
+    def _linearized(self, kind: Kind, weights: Weights) -> list[tuple[Alternative, Linearized]] | str:
+        return linearize_kind(weights, kind, self.linearization, adapters=self.adapters)
 
     def _solve(self, items: Sequence[Linearized], keys: tuple[str, ...]) -> list[SpectralNorm]:
         """Return the spectral norms of the normalized operators, warm-started if they are the ones of last time."""
@@ -251,17 +225,20 @@ def measure(
             does not fit the blocks, or holds no numbers.
     """
     if linearization != "jacobian":
-        _checked(linearization, get_args(Linearization))
+        _checks.choice("linearization", linearization, get_args(Linearization))
     elif _checks.choice("adapters", adapters, get_args(Adapters)) != "sum":
         raise ConfigurationError(f"adapters={adapters!r}: Jacobians are those of the model as it runs, expected 'sum'")
     zone = _checks.interval("safe_zone", safe_zone)
-    if isinstance(model, Mapping) and blocks is not None:
-        if linearization == "jacobian":
-            raise ConfigurationError(
-                "linearization='jacobian' runs the model, and a state dict cannot run: load it first, "
-                "model.load_state_dict(state_dict), then measure(model, linearization='jacobian', batch=batch)"
-            )
-        check_blocks(blocks, "measure(state_dict, find_blocks(model))")
+    check_blocks(blocks, "measure(model, find_blocks(model))")
+    weights: Weights
+    if isinstance(model, Mapping):
+        if blocks is None or linearization == "jacobian":
+            told = "no blocks: measure(state_dict, find_blocks(model)), of a model of the same architecture and size"
+            if blocks is not None:
+                told = (
+                    "linearization='jacobian', which runs the model: load it first, model.load_state_dict(state_dict)"
+                )
+            raise ConfigurationError(f"measure got a state dict of {len(model)} entries and {told}")
         weights, blocks = in_state_dict(model, blocks)
     else:
         blocks = asked_blocks(model, blocks, batch, "measure")
@@ -272,13 +249,6 @@ def measure(
         weights = ModelWeights(model)
     meter = Meter(weights, blocks, linearization=linearization, adapters=adapters, solver=solver, safe_zone=zone)
     return meter.measure()
-
-
-def _checked(linearization: Any, known: tuple[Any, ...] = get_args(WeightLinearization)) -> WeightLinearization:
-    if linearization not in known:
-        expected = " or ".join(map(repr, known))
-        raise ConfigurationError(f"linearization={linearization!r}: expected {expected} in this version")
-    return linearization  # type: ignore[no-any-return]
 
 
 def _key(paths: Iterable[Path]) -> str:
@@ -307,10 +277,8 @@ def _normalized(norm: SpectralNorm, item: Linearized, subspace: Tensor | None) -
     return SpectralNorm(value, (norm.error_bound or 0.0) + _DEVIATIONS * deviation, None, norm.iterations)
 
 
-def _largest(norms: Sequence[tuple[int | str | None, SpectralNorm]], reason: str | None) -> _Value:
+def _largest(norms: Sequence[tuple[int | str | None, SpectralNorm]]) -> _Value:
     """Return the largest norm of a kind (over the experts of a mixture)."""
-    if not norms:
-        return _Value(reason=reason)
     failed = next((norm.reason for _, norm in norms if norm.value is None), None)
     if failed is not None:
         return _Value(reason=failed)

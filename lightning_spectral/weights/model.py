@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
@@ -19,15 +17,18 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg.sharding.flattened import FlatShard, flat_shard, is_flattened
-from lightning_spectral.linalg.sharding.sharded import mesh_around
+from lightning_spectral.linalg.sharding.flattened import FlatShard, flat_meshes, flat_shard, is_flattened
+from lightning_spectral.linalg.sharding.presence import is_dtensor, is_wrapped_by_fsdp
+from lightning_spectral.linalg.sharding.sharded import agreed, in_one_piece, is_sharded
 from lightning_spectral.passes.aside import kept
 from lightning_spectral.passes.aside.memento import of_library
-from lightning_spectral.records import Branch
+from lightning_spectral.records import Branch, Path
 from lightning_spectral.weights.names import CHILD, scale_key
 from lightning_spectral.weights.paths import module_at, resolve
 
 __all__ = ["ModelWeights", "refuse_lazy"]
+
+_SMALL = ("scale", "pre_norm", "inner_norm", "post_norm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +38,37 @@ class ModelWeights:
     Attributes:
         model: The outermost wrapper, if any: what is inside of it does not know it. Paths are those of the model that
             it wraps, which the wrappers pass on.
+        small: Weights that were gathered in one piece, by path.
     """
 
     model: nn.Module
+    small: Mapping[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def mesh(self) -> DeviceMesh | None:
-        """The largest mesh over which parameters are cut, ``None`` where every process has all of them."""
-        return mesh_around(self.model)
+    def gathered(self, paths: Iterable[Path]) -> tuple[ModelWeights, DeviceMesh | None]:
+        """Gather the norm gains and multipliers of some paths where weights are sharded, in two collectives.
+
+        What every process has for itself beside a sharded matrix has to be the same in all of them, or sums would mix
+        them: the first process decides.
+
+        Returns:
+            The weights, and the largest mesh over which parameters are cut, ``None`` where every process has all.
+        """
+        meshes = [item.device_mesh for item in self.model.parameters() if is_sharded(item) and is_dtensor(item)]
+        mesh = max((*meshes, *flat_meshes(self.model)), key=lambda mesh: mesh.size(), default=None)
+        if mesh is None:
+            return self, None
+        found: dict[str, Tensor | FlatShard] = {}
+        for factor in (part for path in paths for whole in path.factors for part in whole.flat()):
+            if factor.role in _SMALL and factor.parameter is not None and factor.parameter not in found:
+                # An unreadable parameter is skipped here; the caller that needs it gets the error.
+                with (
+                    suppress(ConfigurationError, AttributeError),
+                    torch.no_grad(),
+                    self.read(factor.parameter) as small,
+                ):
+                    found[factor.parameter] = small
+        together = agreed(in_one_piece(list(found.values())), [mesh] * len(found))
+        return replace(self, small=dict(zip(found, together, strict=True))), mesh
 
     def log_scale(self, branch: Branch) -> str | None:
         """Return the path of the logarithm of a branch's residual scale, ``None`` where it has none.
@@ -78,9 +102,9 @@ class ModelWeights:
             ConfigurationError: A hook makes it of the input of a pass, it belongs to a lazy layer that has not run yet,
                 or it is computed from flattened parameters.
         """
-        shard = _shard(self.model, path)
-        if shard is not None:
-            yield shard
+        ready = self.small[path] if path in self.small else _shard(self.model, path)
+        if ready is not None:
+            yield ready
             return
         owner, _, attribute = path.rpartition(".")
         module = resolve(self.model, owner) if owner else self.model
@@ -99,7 +123,7 @@ class ModelWeights:
                     f"{path} has no content before the first forward pass, because its layer is lazy"
                 )
             # A DTensor cannot be detached in inference mode; without grad mode, what is read of it is detached anyway.
-            yield tensor if torch.is_grad_enabled() or isinstance(tensor, DTensor) else tensor.detach()
+            yield tensor if torch.is_grad_enabled() or is_dtensor(tensor) else tensor.detach()
         finally:
             for item, training in modes:
                 item.training = training
@@ -112,7 +136,7 @@ def _shard(model: nn.Module, path: str) -> FlatShard | None:
     wrapper = None
     for owner in ("", *owners):
         value = getattr(value, owner) if owner else value
-        wrapper = value if isinstance(value, FullyShardedDataParallel) else wrapper
+        wrapper = value if is_wrapped_by_fsdp(value) else wrapper
     if wrapper is None:
         return None
     assert isinstance(value, nn.Module)

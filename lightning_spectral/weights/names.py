@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
-from lightning_spectral.records import Factor, Path, ResidualBlock
+from lightning_spectral.records import Blocks, ResidualBlock
 
 __all__ = [
     "CHILD",
@@ -43,9 +44,7 @@ def relative_path(site: str, parameter: str) -> str:
     model, it holds for the keys of a state dict that was taken from a module around the model or inside it.
     """
     here, there = site.split(".") if site else [], parameter.split(".")
-    common = 0
-    while common < min(len(here), len(there) - 1) and here[common] == there[common]:
-        common += 1
+    common = len(common_parts([site, parameter.rpartition(".")[0]]))
     return "." * (len(here) - common + 1) + ".".join(there[common:])
 
 
@@ -82,23 +81,17 @@ def plain_name(path: str) -> str:
     return _WRAPPERS.sub("", f"{path}.").removesuffix(".")
 
 
-def unwrapped(block: ResidualBlock) -> ResidualBlock:
-    """Return a block of a compiled or wrapped model under the names of the plain model."""
+def unwrapped(blocks: Sequence[ResidualBlock]) -> Blocks:
+    """Return the blocks of a compiled or wrapped model under the names of the plain model."""
+    return Blocks(map(_plain, blocks), getattr(blocks, "notes", ()))
 
-    def plain(factor: Factor) -> Factor:
-        name = None if factor.parameter is None else plain_name(factor.parameter)
-        return replace(factor, parameter=name, adapters=tuple(tuple(map(plain, chain)) for chain in factor.adapters))
 
-    branches = tuple(
-        replace(
-            branch,
-            site=plain_name(branch.site),
-            aliases=tuple(map(plain_name, branch.aliases)),
-            paths=tuple(Path(tuple(map(plain, path.factors)), path.expert) for path in branch.paths),
-        )
-        for branch in block.branches
-    )
-    return replace(block, name=plain_name(block.name), branches=branches)
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return plain_name(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _plain(getattr(value, field.name)) for field in fields(value)})
+    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
 
 
 # Weights and their scales

@@ -8,13 +8,7 @@ from torch import nn
 
 from lightning_spectral.passes.listen import compiled_call
 
-__all__ = [
-    "compiled_entries",
-    "compiled_modules",
-    "is_compiled",
-    "module_at",
-    "resolve",
-]
+__all__ = ["compiled_entries", "compiled_modules", "is_compiled", "module_at", "resolve"]
 
 
 def resolve(model: nn.Module, path: str) -> object:

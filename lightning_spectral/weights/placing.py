@@ -96,13 +96,16 @@ def _twice(found: Mapping[str, Pieces], best: str, wanted: Collection[str]) -> t
 
 def differences(
     expected: Mapping[str, tuple[int, ...] | None], names: Collection[str], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[list[str], list[tuple[str, tuple[int, ...], tuple[int, ...]]]]:
-    """Return which weights are missing, and which have another shape: the name, that shape and the expected one.
+) -> tuple[str, list[tuple[str, tuple[int, ...], tuple[int, ...]]]]:
+    """Say in what a state dict differs from what is expected; nothing where all is as expected.
 
     Args:
         expected: Shapes of the weights that will be read, ``None`` where they are not known.
         names: The names of the state dict.
         shapes: Shapes by these names, as far as they are known.
+
+    Returns:
+        A sentence without full stop, and the weights of another shape: the name, that shape and the expected one.
     """
     stored = {name: stored_names(name, names) for name in expected}
     absent = [name for name, found in stored.items() if found is None]
@@ -111,4 +114,10 @@ def differences(
         for name, found in stored.items()
         if found is not None and (wide := expected[name]) is not None and shapes.get(found[0], wide) != wide
     ]
-    return absent, wrong
+    if not absent and not wrong:
+        return "", []
+    first = f"{wrong[0][0]} is {wrong[0][1]}, expected {wrong[0][2]}" if wrong else f"{absent[0]} is not there"
+    return (
+        f"{len(absent)} of {len(expected)} weights are missing (parametrized ones are stored in pieces) and "
+        f"{len(wrong)} have another shape (packed ones do): {first}"
+    ), wrong

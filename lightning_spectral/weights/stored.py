@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.records import Blocks, Branch, ResidualBlock
+from lightning_spectral.records import Branch, Path, ResidualBlock
 from lightning_spectral.weights.names import parameters_of, plain_name, scale_key, stored_names, unwrapped
 from lightning_spectral.weights.placing import differences, place
 
@@ -28,9 +28,9 @@ class StoredWeights:
 
     tensors: Mapping[str, Tensor]
 
-    @property
-    def mesh(self) -> None:
-        """No weight is cut."""
+    def gathered(self, paths: Iterable[Path]) -> tuple[StoredWeights, None]:
+        """Return the weights, of which none is cut."""
+        return self, None
 
     @contextmanager
     def read(self, path: str) -> Iterator[Tensor]:
@@ -57,7 +57,7 @@ class StoredWeights:
 
 
 def in_state_dict(
-    state_dict: Mapping[str, Tensor], blocks: Sequence[ResidualBlock] | None
+    state_dict: Mapping[str, Tensor], blocks: Sequence[ResidualBlock]
 ) -> tuple[StoredWeights, Sequence[ResidualBlock]]:
     """Return what blocks read in a state dict, and the blocks under the names that it has there.
 
@@ -66,15 +66,9 @@ def in_state_dict(
         blocks: The blocks of the model, or of one of the same architecture and size.
 
     Raises:
-        ConfigurationError: There are no blocks; a weight is missing, has another shape or holds no numbers; or the
-            model is there twice.
+        ConfigurationError: A weight is missing, has another shape or holds no numbers, or the model is there twice.
     """
-    if blocks is None:
-        raise ConfigurationError(
-            f"got a state dict with {len(state_dict)} entries and no blocks, expected the blocks of a model of its "
-            "architecture and size: measure(state_dict, find_blocks(model))"
-        )
-    blocks = Blocks(map(unwrapped, blocks), getattr(blocks, "notes", ()))
+    blocks = unwrapped(blocks)
     held: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         if isinstance(value, Tensor) and held.setdefault(plain_name(key), value) is not value:
@@ -83,23 +77,21 @@ def in_state_dict(
     found, twice = place(held, expected)
     if twice is not None:
         raise ConfigurationError(
-            f"the state dict has the weights of the model twice, as {twice[0]!r} and as {twice[1]!r}, expected one copy: "
-            f"{{name: tensor for name, tensor in state_dict.items() if not name.startswith({twice[1]!r})}}"
+            f"the state dict has the weights of the model twice, as {twice[0]!r} and as {twice[1]!r}, expected one "
+            f"copy: {{name: tensor for name, tensor in state_dict.items() if not name.startswith({twice[1]!r})}}"
         )
     tensors = {name: held[pieces[0][1]] for name, pieces in found.items()}
-    absent, wrong = differences(expected, tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    if absent or wrong:
-        first = f"{wrong[0][0]} is {wrong[0][1]}, expected {wrong[0][2]}" if wrong else f"{absent[0]} is not there"
+    problem, _ = differences(expected, tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    if problem:
         raise ConfigurationError(
-            f"{len(absent)} of {len(expected)} weights are missing (parametrized ones are stored in pieces) and "
-            f"{len(wrong)} have another shape: {first}. Expected the state dict of the model that the blocks were found "
-            "in, or of one of its architecture and size; of a checkpoint, checkpoint['state_dict']"
+            f"the state dict: {problem}. Expected that of the model that the blocks were found in, or of one of its "
+            "architecture and size; of a checkpoint, checkpoint['state_dict']"
         )
     hollow = [name for name, item in tensors.items() if item.is_meta or type(item) not in (Tensor, nn.Parameter)]
     if hollow:
         kind = "on the meta device" if tensors[hollow[0]].is_meta else f"a {type(tensors[hollow[0]]).__name__}"
         raise ConfigurationError(
-            f"{len(hollow)} weights hold no numbers, or not all of them: {hollow[0]} is {kind}. Expected plain tensors: "
+            f"{len(hollow)} weights hold no numbers, or not all: {hollow[0]} is {kind}. Expected plain tensors: "
             "load the weights, gather sharded ones (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
             "full_state_dict=True), or measure the model, measure(model, blocks)"
         )

@@ -36,7 +36,7 @@ def source_of(blocks: Any, copied: bool = False, known: bool = True) -> Source:
     def ones() -> Tensor:
         return torch.ones(8, 8, dtype=torch.bfloat16)
 
-    names = [name for name in parameters_of(blocks)]
+    names = list(parameters_of(blocks))
     return Source(dict.fromkeys(names, ones), dict.fromkeys(names, (8, 8)) if known else {}, copied)
 
 

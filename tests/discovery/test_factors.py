@@ -434,7 +434,9 @@ def test_what_multiplies_a_product_inside_a_branch_is_a_factor(way: str) -> None
     attention.c_proj = Multiplier(way).double()
     factors = find_blocks(model)[0].branches[0].factors
     values = next(factor for factor in factors if factor.role == "value")
-    product = linearize(ModelWeights(model), Path(tuple(factor for factor in factors if factor.role != "pre_norm")), "circuit")
+    product = linearize(
+        ModelWeights(model), Path(tuple(factor for factor in factors if factor.role != "pre_norm")), "circuit"
+    )
     assert values.rows == (range(64, 96),)
     torch.testing.assert_close(
         product.operator.dense().abs(),
