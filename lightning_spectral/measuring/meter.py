@@ -233,12 +233,10 @@ def measure(
     weights: Weights
     if isinstance(model, Mapping):
         if blocks is None or linearization == "jacobian":
-            told = "no blocks: measure(state_dict, find_blocks(model)), of a model of the same architecture and size"
-            if blocks is not None:
-                told = (
-                    "linearization='jacobian', which runs the model: load it first, model.load_state_dict(state_dict)"
-                )
-            raise ConfigurationError(f"measure got a state dict of {len(model)} entries and {told}")
+            told = "linearization='jacobian', which runs a model: pass one, model.load_state_dict(state_dict)"
+            if blocks is None:
+                told = "no blocks, expected those of such a model: measure(state_dict, find_blocks(model))"
+            raise ConfigurationError(f"measure got a state dict and {told}")
         weights, blocks = in_state_dict(model, blocks)
     else:
         blocks = asked_blocks(model, blocks, batch, "measure")

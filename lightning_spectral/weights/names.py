@@ -34,9 +34,6 @@ _ORIGINAL = re.compile(r"(.*\.|)parametrizations\.(\w+)\.original")
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
-# Paths
-
-
 def relative_path(site: str, parameter: str) -> str:
     """Return the path of a parameter as seen from a site: one dot for the site, one more for each level above it.
 
@@ -69,9 +66,6 @@ def common_parts(paths: Iterable[str]) -> list[str]:
     return common
 
 
-# Wrappers
-
-
 def plain_name(path: str) -> str:
     """Return the path of a module or a weight without what wrappers put into it.
 
@@ -92,9 +86,6 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{field.name: _plain(getattr(value, field.name)) for field in fields(value)})
     return tuple(map(_plain, value)) if isinstance(value, tuple) else value
-
-
-# Weights and their scales
 
 
 def parameters_of(blocks: Iterable[ResidualBlock]) -> dict[str, tuple[int, ...] | None]:

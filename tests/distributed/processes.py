@@ -21,7 +21,7 @@ TESTS = Path(__file__).parents[1]
 def run(script: Path, count: int, folder: Path, *arguments: str, timeout: float) -> list[dict[str, Any]]:
     """Start ``script FOLDER ARGUMENTS`` in some processes and return what each one wrote to ``FOLDER/<rank>.json``."""
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS / "shells"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS / "shells", TESTS.parent))),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "WORLD_SIZE": str(count),
