@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from lightning_spectral import GainCeiling, ResidualRescaler, SpectralMonitor, attach_scales, balance_init_, find_blocks
 from lightning_spectral.measuring.meter import Meter
+from lightning_spectral.weights.model import ModelWeights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_gpt import Config, LitGPT, Windows, read_standard_library
@@ -293,7 +294,7 @@ def train(job: Job, recipe: Recipe, texts: tuple[Windows, Tensor], schedule: Map
     if arm.law is not None:
         law = SpectralMonitor(recipe.every_n_steps, arm.law, blocks=blocks, geometry=False, on_error="raise")
         callbacks = [law]
-    watcher = Watcher(Meter(module, blocks), recipe.watched_every)
+    watcher = Watcher(Meter(ModelWeights(module), blocks), recipe.watched_every)
     fit(
         module,
         [*callbacks, watcher],

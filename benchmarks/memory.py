@@ -19,6 +19,7 @@ from machine import describe
 
 from lightning_spectral import find_blocks
 from lightning_spectral.measuring.meter import Meter
+from lightning_spectral.weights.model import ModelWeights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_gpt import GPT, Config
@@ -38,10 +39,10 @@ def measure_one(layers: int, width: int, linearization: str) -> None:
     """Print the bytes of the weights and the extra bytes of a cold and of a warm measurement."""
     torch.manual_seed(0)
     model = GPT(Config(layers, width, heads=8))
-    meter = Meter(model, find_blocks(model), linearization=linearization)  # type: ignore[arg-type]
+    meter = Meter(ModelWeights(model), find_blocks(model), linearization=linearization)  # type: ignore[arg-type]
     # A tiny model first: what torch loads on the first product of any size is not ours.
     tiny = GPT(Config(1, 64))
-    Meter(tiny, find_blocks(tiny)).measure()
+    Meter(ModelWeights(tiny), find_blocks(tiny)).measure()
     extra = []
     for _ in range(2):
         # What was freed before goes back to the system and the peak begins anew, so that nothing is reused unseen.

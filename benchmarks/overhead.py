@@ -28,6 +28,7 @@ from lightning_spectral import ResidualBlock, find_blocks
 from lightning_spectral.measuring.meter import Meter
 from lightning_spectral.records import Measurement
 from lightning_spectral.watch.batch import BatchWatch
+from lightning_spectral.weights.model import ModelWeights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_gpt import GPT, Config, Windows, read_standard_library
@@ -152,13 +153,13 @@ def main() -> None:
     start = now()
     blocks = find_blocks(model)
     found = now()
-    Meter(model, blocks, linearization=args.linearization).measure()
+    Meter(ModelWeights(model), blocks, linearization=args.linearization).measure()
     cold = now()
     print(f"finding {len(blocks)} blocks: {found - start:.2f} s; first measurement: {(cold - found) * 1e3:.0f} ms\n")
 
     run_round(step, 5, Watched())  # warm up
     # Each watch keeps its own meter: the longer the interval, the more the weights move between two measurements.
-    meters = {watch: Meter(model, blocks, linearization=args.linearization) for watch in WATCHES}
+    meters = {watch: Meter(ModelWeights(model), blocks, linearization=args.linearization) for watch in WATCHES}
     for meter in meters.values():
         meter.measure()
     tokens = Tokens(model, blocks)

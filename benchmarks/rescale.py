@@ -27,6 +27,7 @@ from lightning_spectral.control.band import BlockState
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.measuring.meter import Meter
 from lightning_spectral.records import Measurement
+from lightning_spectral.weights.model import ModelWeights
 
 ZONE = (0.5, 2.0)
 PLAIN, STEERED, LEARNED = "no scales", "scales", "learned scales"
@@ -54,7 +55,7 @@ class Trained:
         self.running = None if name == PLAIN else self.steering("ceiling")
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.1)
-        self.meter = Meter(self.model, self.blocks)
+        self.meter = Meter(ModelWeights(self.model), self.blocks)
         self.windows, self.batch_size = windows, args.batch_size
         self.order = torch.Generator().manual_seed(0)
         measurement = self.meter.measure()

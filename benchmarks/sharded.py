@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_spectral import find_blocks
 from lightning_spectral.measuring.meter import Meter
+from lightning_spectral.weights.model import ModelWeights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_gpt import GPT, Config
@@ -65,7 +66,7 @@ def measure_one(layers: int, width: int, store: str) -> None:
         if world > 1:
             for block in model.blocks:
                 fully_shard(block, mesh=mesh)
-        meter = Meter(model, blocks)
+        meter = Meter(ModelWeights(model), blocks)
         result = [_measured(meter) for _ in range(2)]
     held = [p.to_local() if isinstance(p, DTensor) else p for p in model.blocks.parameters()]
     whole = sum(p.numel() * p.element_size() for p in model.blocks.parameters())

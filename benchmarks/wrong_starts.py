@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralMonitor, attach_scales, find_blocks
 from lightning_spectral.measuring.meter import Meter
+from lightning_spectral.weights.model import ModelWeights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_gpt import GPT, Config, Windows, read_standard_library
@@ -168,7 +169,7 @@ def run(name: str, start: str, seed: int, args: argparse.Namespace) -> dict[int,
             for end in (end for branch in branches for end in branch.ends):
                 task.get_parameter(end.parameter).mul_(factor)
     blocks = attach_scales(task, blocks, learnable=False).blocks
-    watcher = Watcher(Meter(task, blocks))
+    watcher = Watcher(Meter(ModelWeights(task), blocks))
     monitor = SpectralMonitor(args.every_n_steps, auto_rescale=True, blocks=blocks, geometry=False, on_error="raise")
     order = torch.Generator().manual_seed(seed)
     loader = DataLoader(Windows(read_standard_library()[0], CONTEXT), BATCH, shuffle=True, generator=order)

@@ -21,8 +21,8 @@ from lightning_spectral.errors import ConfigurationError, ExampleInputError
 from lightning_spectral.linalg import Jacobian
 from lightning_spectral.passes.aside import undisturbed
 from lightning_spectral.records import ResidualBlock
+from lightning_spectral.weights.model import refuse_lazy
 from lightning_spectral.weights.paths import module_at
-from lightning_spectral.weights.tensors import refuse_lazy
 
 __all__ = ["EmpiricalExponents", "empirical_exponents", "lyapunov_exponents"]
 

@@ -16,6 +16,8 @@ from lightning_spectral.discovery.find import asked_blocks
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.measuring.linearize import WeightLinearization, linearize
 from lightning_spectral.records import Branch, ResidualBlock
+from lightning_spectral.weights.model import ModelWeights
+from lightning_spectral.weights.protocol import Weights
 from lightning_spectral.weights.scaled import with_scales
 
 __all__ = ["CovarianceTrajectory", "covariance_trajectory"]
@@ -87,16 +89,18 @@ def covariance_trajectory(
     """
     _checks.choice("linearization", linearization, get_args(WeightLinearization))
     _checks.choice("missing", missing, ("raise", "identity"))
-    blocks = with_scales(model, asked_blocks(model, blocks, batch, "covariance_trajectory"))
-    usable = [block for block in blocks if not _obstacle(model, block, linearization)]
+    blocks = with_scales(ModelWeights(model), asked_blocks(model, blocks, batch, "covariance_trajectory"))
+    paths = (path for block in blocks for branch in block.branches for path in branch.paths)
+    weights, _ = ModelWeights(model).gathered(paths)
+    usable = [block for block in blocks if not _obstacle(weights, block, linearization)]
     skipped = [block for block in blocks if block not in usable]
     if not usable or (skipped and missing == "raise"):
         advice = (
             "pass the other blocks as `blocks`, or missing='identity' to leave these out" if usable else "all of them"
         )
-        lines = [f"  {block.name}: {_obstacle(model, block, linearization)}" for block in skipped]
+        lines = [f"  {block.name}: {_obstacle(weights, block, linearization)}" for block in skipped]
         raise ConfigurationError("\n".join([f"blocks without a weight linearization ({advice}):", *lines]))
-    return _trajectory(model, blocks, skipped, linearization)
+    return _trajectory(weights, blocks, skipped, linearization)
 
 
 def _branches(block: ResidualBlock) -> Iterator[tuple[str, Branch]]:
@@ -105,7 +109,7 @@ def _branches(block: ResidualBlock) -> Iterator[tuple[str, Branch]]:
             yield word, branch
 
 
-def _obstacle(model: nn.Module, block: ResidualBlock, linearization: WeightLinearization) -> str | None:
+def _obstacle(weights: Weights, block: ResidualBlock, linearization: WeightLinearization) -> str | None:
     """Return why a block has no matrix, ``None`` if it has one."""
     for word, branch in _branches(block):
         if len(branch.paths) > 1:
@@ -113,7 +117,7 @@ def _obstacle(model: nn.Module, block: ResidualBlock, linearization: WeightLinea
         if not branch.paths:
             return f"{word}: {branch.reason or 'the branch has no factors'}"
         try:
-            item = linearize(model, branch.paths[0], linearization)
+            item = linearize(weights, branch.paths[0], linearization)
         except (ConfigurationError, AttributeError) as error:
             return f"{word}: {error}"
         if item.operator.balanced() is None:
@@ -122,12 +126,16 @@ def _obstacle(model: nn.Module, block: ResidualBlock, linearization: WeightLinea
 
 
 def _trajectory(
-    model: nn.Module,
+    weights: Weights,
     blocks: Sequence[ResidualBlock],
     skipped: Sequence[ResidualBlock],
     linearization: WeightLinearization,
 ) -> CovarianceTrajectory:
-    used = {block: _width(model, block, linearization) for block in blocks if block not in skipped}
+    used = {
+        block: linearize(weights, next(_branches(block))[1].paths[0], linearization).operator.shape[0]
+        for block in blocks
+        if block not in skipped
+    }
     if len(set(used.values())) > 1:
         found = ", ".join(f"{block.name} {width}" for block, width in used.items())
         raise ConfigurationError(f"blocks must have one width, got {found}: pass `blocks` of one stack")
@@ -138,7 +146,7 @@ def _trajectory(
         for block in blocks:
             A = torch.eye(width, dtype=torch.float64, device="cpu")
             for _, branch in _branches(block) if block in used else ():
-                A += _dense(model, branch, linearization)
+                A += _dense(weights, branch, linearization)
             gains.append(float(torch.linalg.matrix_norm(A, ord=2)))
             yield A
 
@@ -155,14 +163,9 @@ def _trajectory(
     )
 
 
-def _width(model: nn.Module, block: ResidualBlock, linearization: WeightLinearization) -> int:
-    _, branch = next(_branches(block))
-    return linearize(model, branch.paths[0], linearization).operator.shape[0]
-
-
-def _dense(model: nn.Module, branch: Branch, linearization: WeightLinearization) -> Tensor:
+def _dense(weights: Weights, branch: Branch, linearization: WeightLinearization) -> Tensor:
     """Return the matrix of a branch. A norm behind a matrix divides by the expected size of its input."""
-    item = linearize(model, branch.paths[0], linearization)
+    item = linearize(weights, branch.paths[0], linearization)
     matrix = item.operator.dense()
     if item.normalized is None:
         return matrix

@@ -31,7 +31,9 @@ from lightning_spectral.records import (
     ResidualBlock,
 )
 from lightning_spectral.scales.attach import ResidualScale
+from lightning_spectral.weights.model import ModelWeights
 from lightning_spectral.weights.paths import resolve
+from lightning_spectral.weights.protocol import Weights
 
 __all__ = ["balance_init_"]
 
@@ -126,22 +128,22 @@ def balance_init_(
     target = _checks.number("target", target, 0.0, math.inf, above=True)
     gain = None if gain is None else _checks.number("gain", gain, 0.0, math.inf, above=True)
     _checks.flag("force", force)
-    blocks = asked_blocks(model, blocks, batch, "balance_init_")
-    meter = Meter(model, list(dict.fromkeys(blocks)), linearization=linearization, solver=solver)
+    blocks, weights = asked_blocks(model, blocks, batch, "balance_init_"), ModelWeights(model)
+    meter = Meter(weights, list(dict.fromkeys(blocks)), linearization=linearization, solver=solver)
     trusted = _trusted(meter.blocks)
     size = None if gain is None else strength(gain, (len(block.kinds) for block in meter.blocks))
     layers = zip(meter.blocks, meter.measure(), strict=True)
     kinds = [kind for block, layer in layers if block in trusted for kind in _kinds(block, layer, target, size)]
     _check_ends(model, kinds)
-    writes = [write for kind in kinds for write in _writes(model, kind, meter.linearization)]
+    writes = [write for kind in kinds for write in _writes(weights, kind, meter.linearization)]
     if not force:
-        _check_fresh(model, list(dict.fromkeys(kind.block for kind in kinds)), meter.solver)
+        _check_fresh(weights, list(dict.fromkeys(kind.block for kind in kinds)), meter.solver)
     with torch.no_grad():
         for write in writes:
             tensor = _stored(model, write.parameter)
             assert isinstance(tensor, Tensor)
             tensor.copy_((tensor.double() + write.offset) * write.factor - write.offset)
-    return Meter(model, blocks, linearization=linearization, solver=solver).measure()
+    return Meter(weights, blocks, linearization=linearization, solver=solver).measure()
 
 
 def _trusted(blocks: Sequence[ResidualBlock]) -> list[ResidualBlock]:
@@ -217,10 +219,10 @@ def _stored(model: nn.Module, path: str) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _writes(model: nn.Module, kind: _Kind, linearization: WeightLinearization) -> Iterator[_Write]:
+def _writes(weights: Weights, kind: _Kind, linearization: WeightLinearization) -> Iterator[_Write]:
     """Yield the parameters of one kind to multiply."""
     for branch in kind.branches:
-        degrees = {_degree(model, path, branch, linearization) for path in branch.paths}
+        degrees = {_degree(weights, path, branch, linearization) for path in branch.paths}
         if len(degrees) != 1 or degrees == {0}:
             raise ConfigurationError(
                 f"linearization={linearization!r} does not see the size of {kind.block.name} ({branch.kind}), which "
@@ -230,22 +232,22 @@ def _writes(model: nn.Module, kind: _Kind, linearization: WeightLinearization) -
         yield from (_Write(end.parameter, end.offset, factor) for end in branch.ends)
 
 
-def _degree(model: nn.Module, path: Path, branch: Branch, linearization: WeightLinearization) -> int:
+def _degree(weights: Weights, path: Path, branch: Branch, linearization: WeightLinearization) -> int:
     """Return how often the ends of a branch are factors of the operator of a path: 2 for W_o W_oᵀ."""
     ends = {end.parameter for end in branch.ends}
     if linearization == "circuit":
         return sum(factor.parameter in ends for factor in path.factors)
     seen = [factor for factor in path.factors if factor.role in ("scale", "output", "down", "up")]
-    operator = linearize(model, path, linearization).operator
+    operator = linearize(weights, path, linearization).operator
     while isinstance(operator, Scaled):
         operator = operator.operator
     squared = isinstance(operator, Product) and isinstance(operator.operators[-1], Adjoint)
     return sum(2 if squared and factor.role == "output" else 1 for factor in seen if factor.parameter in ends)
 
 
-def _check_fresh(model: nn.Module, blocks: Sequence[ResidualBlock], solver: Solver) -> None:
+def _check_fresh(weights: Weights, blocks: Sequence[ResidualBlock], solver: Solver) -> None:
     """Raise an error if the weights look trained."""
-    sign = sign_of_training(model, blocks, solver)
+    sign = sign_of_training(weights, blocks, solver)
     if sign is not None:
         raise ConfigurationError(
             f"the model looks trained: {sign}. Scaling its branches would change the function that it has learned: "

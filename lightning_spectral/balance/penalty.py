@@ -47,8 +47,10 @@ from lightning_spectral.linalg import (
 )
 from lightning_spectral.linalg.leaves import Leaf, multiplied
 from lightning_spectral.linalg.solvers import SolverChoice, solver_named
-from lightning_spectral.measuring.linearize import Linearized, WeightLinearization, linearize_sum
-from lightning_spectral.records import Branch, Path, ResidualBlock, alternatives
+from lightning_spectral.measuring.linearize import Linearized, WeightLinearization, linearize_kind
+from lightning_spectral.records import Branch, Path, ResidualBlock
+from lightning_spectral.weights.model import ModelWeights
+from lightning_spectral.weights.protocol import Weights
 from lightning_spectral.weights.scaled import with_scales
 
 __all__ = ["balance_penalty"]
@@ -133,11 +135,11 @@ def balance_penalty(
     check_blocks(blocks, "balance_penalty(model, find_blocks(model))")
     memory = _MEMORIES.setdefault(model, _Memory())
     with _plain_arithmetic(model):
+        weights = ModelWeights(model)
         if blocks is None:
             memory.found = blocks = memory.found or find_blocks(model, batch=batch)
-        log_ratios = _log_ratios(
-            model, with_scales(model, blocks), linearization, solver_named(solver, _SOLVER), memory
-        )
+        chosen = solver_named(solver, _SOLVER)
+        log_ratios = _log_ratios(weights, with_scales(weights, blocks), linearization, chosen, memory)
         excesses = [torch.clamp(torch.maximum(low - value, value - high), min=0) for value in log_ratios]
         # A block inside the zone has no gradient. Leaving it out saves its backward pass.
         outside = [excess for excess in excesses if excess > 0]
@@ -157,7 +159,7 @@ def _plain_arithmetic(model: nn.Module) -> Iterator[None]:
 
 
 def _log_ratios(
-    model: nn.Module,
+    weights: Weights,
     blocks: Sequence[ResidualBlock],
     linearization: WeightLinearization,
     solver: Solver,
@@ -165,8 +167,8 @@ def _log_ratios(
 ) -> list[Tensor]:
     """Return ln ρ of every measurable block, with a graph. Raise an error if no block is measurable."""
     kinds = dict.fromkeys(kind for block in blocks for kind in (block.attention_branches, block.mlp_branches) if kind)
-    built = {kind: _linearized(model, kind, linearization) for kind in kinds}
-    items = [item for linearized in built.values() if not isinstance(linearized, str) for item in linearized]
+    built = {kind: linearize_kind(weights, kind, linearization, differentiable=True) for kind in kinds}
+    items = [(chosen.paths, item) for parts in built.values() if not isinstance(parts, str) for chosen, item in parts]
     norms = iter(_log_norms(items, linearization, solver, memory))
     values: dict[_Kind, Tensor | str] = {(): "the block has no such branch"}
     for kind, linearized in built.items():
@@ -186,20 +188,6 @@ def _log_ratios(
             "penalty out until branches that are initialized to zero have left it"
         )
     return ratios
-
-
-def _linearized(
-    model: nn.Module, kind: _Kind, linearization: WeightLinearization
-) -> list[tuple[_Terms, Linearized]] | str:
-    """Return the operators of a kind, each the sum over its branches, or the reason for none."""
-    reason = next((branch.reason for branch in kind if branch.reason is not None), None)
-    if reason is not None or not all(branch.paths for branch in kind):
-        return reason or "the branch has no factors"
-    try:
-        terms = [item.paths for item in alternatives(kind)]
-        return [(paths, linearize_sum(model, paths, linearization, differentiable=True)) for paths in terms]
-    except (ConfigurationError, AttributeError, ValueError) as error:
-        return str(error)
 
 
 def _log_norms(

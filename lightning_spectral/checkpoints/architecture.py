@@ -21,12 +21,12 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lightning_spectral.checkpoints.files import Checkpoint
 from lightning_spectral.checkpoints.shrink import NotScaledError, narrower, rescaled
-from lightning_spectral.checkpoints.skeleton import parameters_of
 from lightning_spectral.checkpoints.source import Source, find_transformers_source, refuse_differences
 from lightning_spectral.checkpoints.untrusted import printable
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.errors import CheckpointError, SpectralError
 from lightning_spectral.records import ResidualBlock
+from lightning_spectral.weights.names import parameters_of
 
 __all__ = ["from_config"]
 
@@ -85,7 +85,7 @@ def from_config(
             ) from None
         source = _with_aliases(source, model)
         wide = _shapes(model)
-        needed = {name: wide[name] for block in blocks for name in parameters_of(block) if name in wide}
+        needed = {name: wide[name] for name in parameters_of(blocks) if name in wide}
         refuse_differences(checkpoint, source, needed)
     return blocks, source
 

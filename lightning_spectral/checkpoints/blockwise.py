@@ -12,7 +12,6 @@ from pathlib import Path
 from lightning_spectral import _checks
 from lightning_spectral.checkpoints.architecture import from_config
 from lightning_spectral.checkpoints.files import Checkpoint, open_checkpoint
-from lightning_spectral.checkpoints.skeleton import parameters_of, unwrapped
 from lightning_spectral.checkpoints.source import Source, find_source, refuse_differences
 from lightning_spectral.checkpoints.two_at_a_time import two_at_a_time, weights_of
 from lightning_spectral.checkpoints.unread import refuse_unread_adapters, unread
@@ -24,8 +23,7 @@ from lightning_spectral.measuring.linearize import WeightLinearization
 from lightning_spectral.measuring.meter import Meter
 from lightning_spectral.records import LayerMeasurement, Measurement, ResidualBlock
 from lightning_spectral.records.plain import from_plain
-from lightning_spectral.scales.fuse import scale_keys
-from lightning_spectral.weights.scaled import CHILD
+from lightning_spectral.weights.names import parameters_of, scale_keys, site_of, unwrapped
 
 __all__ = ["audit"]
 
@@ -87,8 +85,8 @@ def audit(
 
     def measure(block: ResidualBlock) -> LayerMeasurement:
         with _fitting(path, block):
-            model = weights_of(block, source)
-            meter = Meter(model, (block,), linearization=linearization, solver=solver, among=found)
+            weights = weights_of(block, source)
+            meter = Meter(weights, (block,), linearization=linearization, solver=solver, among=found)
             return meter.measure().layers[0]
 
     layers: list[LayerMeasurement] = []
@@ -123,8 +121,8 @@ def _structure(
         with damage(checkpoint.path, "the blocks that a monitor has left in a checkpoint"):
             blocks = from_plain(checkpoint.blocks)
     if blocks is not None:
-        blocks = tuple(unwrapped(block) for block in blocks)
-        needed = _shapes(blocks)
+        blocks = unwrapped(blocks)
+        needed = parameters_of(blocks)
         source = find_source(checkpoint, needed)
         # Where a shape is not known, the factors of a branch fit together or are refused when they are multiplied.
         refuse_differences(checkpoint, source, needed)
@@ -152,12 +150,6 @@ def _unverified(blocks: Sequence[ResidualBlock]) -> Iterator[str]:
         )
 
 
-def _shapes(blocks: Sequence[ResidualBlock]) -> dict[str, tuple[int, ...] | None]:
-    """Return the shape that each weight had in the model that the blocks were found in."""
-    factors = (factor for block in blocks for branch in block.branches for factor in branch.factors)
-    return {factor.parameter: factor.shape for factor in factors if factor.parameter is not None}
-
-
 def _outline(checkpoint: Checkpoint) -> str:
     """Return the matrices that occur most often, with a star for the numbers in their names."""
     counts = Counter(re.sub(r"\d+", "*", name) for name, shape in checkpoint.shapes.items() if len(shape) > 1)
@@ -168,11 +160,10 @@ def _outline(checkpoint: Checkpoint) -> str:
 def _refuse_unplaced_scales(checkpoint: Checkpoint, blocks: Sequence[ResidualBlock], source: Source) -> None:
     """Refuse residual scales that belong to no branch: the model computes with them, and the audit would not."""
     branches = [branch for block in blocks for branch in block.branches]
-    sites = {f"{site}.{CHILD}.log_scale" for branch in branches for site in (branch.site, *branch.aliases)}
-    needed = {name for block in blocks for name in parameters_of(block)}
+    sites = {site for branch in branches for site in (branch.site, *branch.aliases)}
+    sites |= {f"param:{name}" for name in parameters_of(blocks)}
     for name in scale_keys(source.readers):
-        owner, _, weight = name.removesuffix(".0.log_scale").rpartition("parametrizations.")
-        if name not in sites and owner + weight not in needed:
+        if site_of(name) not in sites:
             raise CheckpointError(
                 f"{printable(checkpoint.path)}: the residual scale {printable(name)} belongs to none of the branches"
             )

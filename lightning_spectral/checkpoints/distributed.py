@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lightning_spectral.checkpoints.inert import Inert, read_pickle
 from lightning_spectral.checkpoints.state_dicts import is_of_optimizer, roots
-from lightning_spectral.checkpoints.untrusted import MAX_PICKLE, damage, is_plain, printable, refuse_bomb
+from lightning_spectral.checkpoints.untrusted import MAX_PICKLE, Opened, damage, is_plain, printable, refuse_bomb
 
-__all__ = ["Distributed", "open_distributed"]
+__all__ = ["open_distributed"]
 
 METADATA = ".metadata"
 """Name of the index: the file that lists which part of which tensor is in which file."""
@@ -59,25 +59,8 @@ class _Stored:
     chunks: tuple[_Chunk, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Distributed:
-    """The tensors of a folder.
-
-    Attributes:
-        shapes: Shape of every tensor. The name of a tensor is the path of keys that leads to it, joined by dots.
-        read: Reads one tensor by name.
-        dicts: Prefix of the names in each dict; see :func:`~lightning_spectral.checkpoints.state_dicts.roots`.
-        whole: Prefix that all names share.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
-    dicts: tuple[str, ...]
-    whole: str
-
-
-def open_distributed(folder: Path) -> Distributed:
-    """Return the tensors in a folder, without the states of optimizers.
+def open_distributed(folder: Path) -> Opened:
+    """Return the tensors in a folder. What is no tensor, or belongs to an optimizer, is left out.
 
     The index is a pickle, which is read without unpickling (:mod:`lightning_spectral.checkpoints.inert`). Each tensor
     is assembled from its chunks, and each chunk is a file of ``torch.save`` inside of a larger file. So reading a
@@ -104,7 +87,7 @@ def open_distributed(folder: Path) -> Distributed:
         with damage(path, _EXPECTED):
             return _read(folder, names[name], stored[names[name]])
 
-    return Distributed({name: stored[key].shape for name, key in names.items()}, read, *roots(paths.values()))
+    return Opened({name: stored[key].shape for name, key in names.items()}, read, True, *roots(paths.values()))
 
 
 def _tensors(index: Any, folder: Path) -> Iterator[tuple[str, _Stored]]:

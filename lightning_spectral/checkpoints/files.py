@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,57 +18,31 @@ from lightning_spectral.checkpoints.gguf import open_gguf
 from lightning_spectral.checkpoints.gguf_header import MAGIC
 from lightning_spectral.checkpoints.pieces import refuse_part
 from lightning_spectral.checkpoints.state_dicts import TORCH, load_plain, nested
-from lightning_spectral.checkpoints.untrusted import damage, printable, read_json, refuse_bomb
+from lightning_spectral.checkpoints.untrusted import Opened, damage, printable, read_json, refuse_bomb
 from lightning_spectral.errors import CheckpointError
 from lightning_spectral.records.plain import FORMAT
+from lightning_spectral.weights.names import plain_name
 
-__all__ = ["Checkpoint", "open_checkpoint", "plain_name"]
+__all__ = ["Checkpoint", "open_checkpoint"]
 
 # Limits far above every real file. A larger header would take memory before it could be refused.
 _MAX_HEADER, _MAX_NAME = 2**26, 512
 
-# Names that wrappers insert into the paths of the modules that they wrap.
-_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_REST = "meta.pt"  # the file of a distributed Lightning checkpoint with everything but tensors
+_REST = "meta.pt"  # of a distributed checkpoint of Lightning
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Checkpoint:
-    """The tensors of a checkpoint, by name. A tensor is read only when it is asked for.
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Checkpoint(Opened):
+    """The tensors of a checkpoint, by the names that they have in the model.
 
     Attributes:
-        path: The path that the user named.
-        folder: The folder in which ``config.json`` would be.
-        shapes: Shape of every tensor.
-        read: Returns a tensor by name. Its memory is mapped from the file if the format allows it.
-        copied: Whether the memory of a tensor is a copy, because the format does not allow mapping.
-        dicts: Prefix of the names in each state dict of the file, the last dot included.
-        step: Optimizer step of the checkpoint, 0 if the file does not have it.
-        blocks: The unchecked blocks that a monitor of this package wrote into the checkpoint; ``None`` without them.
-        config: Entries of a config, if the file itself has them.
-        notes: Notes on the file for a reader of the numbers.
+        path: What the user named.
+        folder: Where ``config.json`` would lie.
     """
 
     path: Path
     folder: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
-    copied: bool = False
-    dicts: tuple[str, ...] = ()
-    step: int = 0
-    blocks: Any = None
-    config: Mapping[str, Any] | None = None
-    notes: tuple[str, ...] = ()
-
-
-def plain_name(path: str) -> str:
-    """Return the path of a module or weight without the names that wrappers insert.
-
-    Args:
-        path: The path of a module, a weight or a wrapper.
-    """
-    return _WRAPPERS.sub("", f"{path}.").removesuffix(".")
 
 
 def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
@@ -100,23 +73,8 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
     return _named(path, folder, _open_file(found), key)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Opened:
-    """The content of files; see :class:`Checkpoint`. ``whole`` is the prefix of all names of the model."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
-    copied: bool = False
-    dicts: tuple[str, ...] = ()
-    whole: str = ""
-    step: int = 0
-    blocks: Any = None
-    config: Mapping[str, Any] | None = None
-    notes: tuple[str, ...] = ()
-
-
-def _named(path: Path, folder: Path, found: _Opened, key: str | None) -> Checkpoint:
-    """Remove prefixes and names of wrappers, and drop names outside of the key and names that no module can have."""
+def _named(path: Path, folder: Path, found: Opened, key: str | None) -> Checkpoint:
+    """Leave out what wrappers add to names, names that belong to no module, and what was not asked for."""
     begin = found.whole if key is None else _beginning(path, found, key)
     stored: dict[str, list[str]] = defaultdict(list)
     for name in found.shapes:
@@ -127,20 +85,16 @@ def _named(path: Path, folder: Path, found: _Opened, key: str | None) -> Checkpo
         raise CheckpointError(f"{printable(path)}: found no tensors, expected the weights of a model{remark}")
     names = {name: _only(path, name, held, found) for name, held in stored.items()}
     return Checkpoint(
-        path,
-        folder,
-        {name: found.shapes[held] for name, held in names.items()},
-        lambda name: found.read(names[name]),
-        found.copied,
-        tuple(plain_name(item.removeprefix(begin)) for item in found.dicts if item.startswith(begin)),
-        found.step,
-        found.blocks,
-        found.config,
-        found.notes,
+        path=path,
+        folder=folder,
+        shapes={name: found.shapes[held] for name, held in names.items()},
+        read=lambda name: found.read(names[name]),
+        dicts=tuple(plain_name(item.removeprefix(begin)) for item in found.dicts if item.startswith(begin)),
+        **{name: getattr(found, name) for name in ("copied", "step", "blocks", "config", "notes")},
     )
 
 
-def _beginning(path: Path, found: _Opened, key: str) -> str:
+def _beginning(path: Path, found: Opened, key: str) -> str:
     """Return the prefix of the names that a key selects. The key may leave out the prefix of the whole model."""
     for begin in (f"{found.whole}{key}.", f"{key}."):
         if any(name.startswith(begin) for name in found.shapes):
@@ -152,7 +106,7 @@ def _beginning(path: Path, found: _Opened, key: str) -> str:
     )
 
 
-def _only(path: Path, name: str, held: Sequence[str], found: _Opened) -> str:
+def _only(path: Path, name: str, held: Sequence[str], found: Opened) -> str:
     """Return the stored name of a weight. Several names are accepted if they hold the same numbers."""
     first, *others = held
     for other in others:
@@ -164,7 +118,7 @@ def _only(path: Path, name: str, held: Sequence[str], found: _Opened) -> str:
     return first
 
 
-def _open_shards(index: Path) -> _Opened:
+def _open_shards(index: Path) -> Opened:
     """Open all files that an index names. All of their tensors count, as in transformers."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
@@ -198,10 +152,10 @@ def _open_shards(index: Path) -> _Opened:
                     f"{printable(name, 80)}: they are not of one model, expected the files of one"
                 )
     shapes = {key: shards[name].shapes[key] for key, name in places.items()}
-    return _Opened(shapes, lambda key: shards[places[key]].read(key))
+    return Opened(shapes, lambda key: shards[places[key]].read(key))
 
 
-def _open_file(path: Path) -> _Opened:
+def _open_file(path: Path) -> Opened:
     if not path.is_file():
         refuse_no_path(path)
     with damage(path, "a file"), path.open("rb") as file:
@@ -209,7 +163,7 @@ def _open_file(path: Path) -> _Opened:
     if not start:
         raise CheckpointError(f"{printable(path)}: the file is empty, expected a checkpoint")
     if start.startswith(MAGIC):
-        return _open_gguf(path)
+        return open_gguf(path)
     # A safetensors file begins with the length of its header and the brace that opens it.
     is_safe = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
     if not is_safe:
@@ -224,7 +178,7 @@ def _open_file(path: Path) -> _Opened:
     return _open_torch(path, mapped=start.startswith(_ZIP))
 
 
-def _open_safetensors(path: Path, start: bytes) -> _Opened:
+def _open_safetensors(path: Path, start: bytes) -> Opened:
     expected = "a safetensors file"
     with damage(path, expected):
         try:
@@ -245,37 +199,28 @@ def _open_safetensors(path: Path, start: bytes) -> _Opened:
             assert isinstance(tensor, Tensor)
             return tensor
 
-    return _Opened(shapes, read)
+    return Opened(shapes, read)
 
 
-def _open_torch(path: Path, *, mapped: bool) -> _Opened:
+def _open_torch(path: Path, *, mapped: bool) -> Opened:
     with damage(path, TORCH):
         if mapped:
             refuse_bomb(path)
         loaded = load_plain(path, mapped=mapped)
         found = nested(loaded)
         step, blocks = _facts(loaded)
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.tensors.items()}
-    notes = (f"tensors of these kinds were not read: {', '.join(found.others)}",) if found.others else ()
-    return _Opened(
-        shapes, found.tensors.__getitem__, False, found.dicts, found.whole, step=step, blocks=blocks, notes=notes
-    )
+    return replace(found, step=step, blocks=blocks)
 
 
-def _open_gguf(path: Path) -> _Opened:
-    found = open_gguf(path)
-    return _Opened(found.shapes, found.read, True, config=found.config, notes=found.notes)
-
-
-def _open_distributed(folder: Path) -> _Opened:
+def _open_distributed(folder: Path) -> Opened:
     found = open_distributed(folder)
-    step, blocks, rest = 0, None, folder / _REST
-    if rest.is_file():
-        expected = "the file that Lightning writes beside the shards"
-        with damage(rest, expected):
-            refuse_bomb(rest)
-            step, blocks = _facts(load_plain(rest, expected, mapped=False))
-    return _Opened(found.shapes, found.read, True, found.dicts, found.whole, step, blocks)
+    rest, expected = folder / _REST, "what Lightning writes beside the shards"
+    if not rest.is_file():
+        return found
+    with damage(rest, expected):
+        refuse_bomb(rest)
+        step, blocks = _facts(load_plain(rest, expected, mapped=False))
+    return replace(found, step=step, blocks=blocks)
 
 
 def _facts(loaded: Mapping[Any, Any]) -> tuple[int, Any]:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.checkpoints.gguf_header import Stored, read_header
-from lightning_spectral.checkpoints.untrusted import damage, printable
+from lightning_spectral.checkpoints.untrusted import Opened, damage, printable
 from lightning_spectral.errors import CheckpointError
 
-__all__ = ["Gguf", "open_gguf"]
+__all__ = ["open_gguf"]
 
 _EXPECTED = "a GGUF file"
 _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
@@ -92,25 +92,8 @@ _ENTRIES = {
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Gguf:
-    """The content of a GGUF file.
-
-    Attributes:
-        shapes: Shape of every tensor, by its name in transformers.
-        read: Reads one tensor by name.
-        config: Entries of a ``config.json`` for the model.
-        notes: A note on the quantization of the weights, if any.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
-    config: dict[str, Any]
-    notes: tuple[str, ...]
-
-
-def open_gguf(path: Path) -> Gguf:
-    """Open a GGUF file.
+def open_gguf(path: Path) -> Opened:
+    """Open a GGUF file: its tensors by the names that they have in transformers.
 
     Args:
         path: The file.
@@ -136,7 +119,8 @@ def open_gguf(path: Path) -> Gguf:
             return readers[name][1]()
 
     listed = ", ".join(f"{kind} ({count} tensors)" for kind, count in kinds.most_common())
-    return Gguf(shapes, read, config, (f"the weights were dequantized from {listed}",) if kinds else ())
+    notes = (f"the weights were dequantized from {listed}",) if kinds else ()
+    return Opened(shapes, read, copied=True, config=config, notes=notes)
 
 
 def _family(path: Path, architecture: str, facts: Mapping[str, Any]) -> _Family:

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_spectral.checkpoints.files import Checkpoint
-from lightning_spectral.checkpoints.skeleton import stored_names
 from lightning_spectral.checkpoints.untrusted import printable
 from lightning_spectral.errors import CheckpointError
-from lightning_spectral.scales.fuse import scale_keys
+from lightning_spectral.weights.placing import differences, place
 
 __all__ = ["ADAPTER", "Source", "find_source", "find_transformers_source", "refuse_differences"]
 
-_PARAMETRIZED = re.compile(r"(.*\.|)parametrizations\.(\w+)\.original")
-_DEPTH = 4  # components of a prefix, as in "trainer.module.net.encoder."
-_MOST_DICTS = 16
 _QUANTIZED = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|(weight\.)?absmax|quant_map|SCB|weight_scale(_inv)?)$|_blocks$"
 )
 
 ADAPTER = re.compile(r"(.*\.|)(lora_(?!dropout)\w+|lok[rh]_\w+|hada_\w+|ia3_l|oft_[rs]|vera_lambda_\w+|boft_\w+)(\.|$)")
 """A weight that is added to another one, or multiplies it, by the names that libraries give; before it, whose."""
+
+
+_Convert = Callable[[str, Sequence[tuple[str | None, str]]], dict[str, Callable[[], Tensor]]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,117 +58,42 @@ class Source:
         return tensor
 
 
-@dataclass(frozen=True, slots=True)
-class _Conversion:
-    """How a library names and converts the weights of a checkpoint on loading.
-
-    Attributes:
-        rename: Returns the name in the model, and the pattern of a converter if one takes part.
-        converters: By pattern.
-        order: Key to sort names by, so that pieces are put together in their order.
-        model: The model, which converters may ask.
-        shapes: Shapes of its weights.
-    """
-
-    rename: Callable[[str], tuple[str, str | None]] = lambda name: (name, None)
-    converters: Mapping[str, Any] | None = None
-    order: Callable[[str], Any] = str
-    model: Any = None
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-
-Pieces = dict[str, list[tuple[str | None, str]]]
-
-
-def find_source(checkpoint: Checkpoint, expected: Iterable[str], conversion: _Conversion | None = None) -> Source:
+def find_source(
+    checkpoint: Checkpoint, expected: Iterable[str], convert: _Convert | None = None, **conversion: Any
+) -> Source:
     """Return the weights of a model whose names are known.
 
     Args:
         checkpoint: The checkpoint. Its names may have a prefix, as those of a LightningModule have.
         expected: Names of the model.
-        conversion: How names and weights are converted, not at all by default.
+        convert: Returns what reads the weights that are made of several tensors.
+        **conversion: How names are converted, not at all by default; see :func:`place`.
 
     Raises:
         CheckpointError: The checkpoint has several copies of the model.
     """
-    conversion, wanted = conversion or _Conversion(), set(expected)
-    found: dict[str, Pieces] = {}
-    for prefix in _prefixes(checkpoint):
-        names = [name.removeprefix(prefix) for name in checkpoint.shapes if name.startswith(prefix)]
-        found[prefix] = _assigned(names, wanted, conversion)
-    best = max(found, key=lambda prefix: len(found[prefix]))
-    _refuse_copies(checkpoint, found, best, wanted)
-    readers: dict[str, Callable[[], Tensor]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    sources: dict[str, tuple[str, ...]] = {}
-    for target, pieces in found[best].items():
-        stored = [(pattern, best + name) for pattern, name in pieces]
-        if pieces[0][0] is None:
-            _refuse_two_names(checkpoint, target, [name for _, name in stored])
-            made: dict[str, Callable[[], Tensor]] = {target: partial(checkpoint.read, stored[0][1])}
-            shapes[target] = checkpoint.shapes[stored[0][1]]
-        else:
-            made = _converted(checkpoint, target, stored, conversion)
-        readers |= made
-        sources |= dict.fromkeys(made, tuple(name for _, name in stored))
-    return Source(readers, shapes, checkpoint.copied, sources)
-
-
-def _prefixes(checkpoint: Checkpoint) -> list[str]:
-    """Return what the names of a model may begin with: a dict in the file, and in it what a quarter of the names do."""
-    found = {"": None}
-    inside = {
-        begin: [name for name in checkpoint.shapes if name.startswith(begin)] for begin in ("", *checkpoint.dicts)
-    }
-    for begin in sorted(inside, key=lambda begin: -len(inside[begin]))[:_MOST_DICTS]:
-        names = [name.removeprefix(begin) for name in inside[begin]]
-        counts = Counter(
-            prefix for name in names for prefix in accumulate(part + "." for part in name.split(".")[:-1][:_DEPTH])
-        )
-        common = sorted((prefix for prefix, count in counts.items() if 4 * count >= len(names)), key=len)
-        found |= dict.fromkeys(begin + prefix for prefix in ("", *common))
-    return list(found)
-
-
-def _assigned(names: Sequence[str], wanted: set[str], conversion: _Conversion) -> Pieces:
-    """Return for every weight of the model the names of its pieces."""
-    scales = set(scale_keys(names))
-    result: Pieces = defaultdict(list)
-    for name in sorted(names, key=conversion.order):
-        inner = _PARAMETRIZED.fullmatch(name)
-        if name in scales or (inner is not None and inner[1] + inner[2] in wanted):
-            result[name].append((None, name))
-            continue
-        target, pattern = conversion.rename(name)
-        if target in wanted:
-            result[target].append((pattern, name))
-    return result
-
-
-def _refuse_copies(checkpoint: Checkpoint, found: Mapping[str, Pieces], best: str, wanted: Collection[str]) -> None:
-    """Refuse to choose between a model and its moving average, or a student and its teacher."""
-
-    def whole(prefix: str) -> dict[str, list[str]]:
-        """What stands for every weight of the model; residual scales, of which a copy may have none, do not count."""
-        names = {item: stored_names(item, found[prefix]) for item in wanted}
-        return {
-            item: [prefix + name for _, name in found[prefix][stored[0]]] for item, stored in names.items() if stored
-        }
-
-    mine = whole(best)
-    taken = set(chain.from_iterable(mine.values()))
-    models = {prefix: whole(prefix) for prefix in found if mine and len(found[prefix]) >= len(mine)}
-    others = [prefix for prefix, names in models.items() if names.keys() >= mine.keys()]
-    copies = [prefix for prefix in others if taken.isdisjoint(chain.from_iterable(models[prefix].values()))]
-    if copies:
-        # A library may look behind a prefix by itself: the longer way to the same weights is the one to name.
-        same = [prefix for prefix in others if models[prefix] == mine and not copies[0].startswith(prefix)]
-        one, two = (same or [best])[0], copies[0]
+    found, twice = place(checkpoint.shapes, set(expected), checkpoint.dicts, **conversion)
+    if twice is not None:
+        one, two = twice
         keys = " or ".join(f"key={printable(item.removesuffix('.'))!r}" for item in (two, one) if item)
         raise CheckpointError(
             f"{printable(checkpoint.path)}: found the weights of the model twice, as {printable(one)!r} and as "
             f"{printable(two)!r}, expected one copy: choose one, audit(path, {keys}), or --key on the command line"
         )
+    readers: dict[str, Callable[[], Tensor]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    sources: dict[str, tuple[str, ...]] = {}
+    for target, stored in found.items():
+        if stored[0][0] is None:
+            _refuse_two_names(checkpoint, target, [name for _, name in stored])
+            made: dict[str, Callable[[], Tensor]] = {target: partial(checkpoint.read, stored[0][1])}
+            shapes[target] = checkpoint.shapes[stored[0][1]]
+        else:
+            assert convert is not None
+            made = convert(target, stored)
+        readers |= made
+        sources |= dict.fromkeys(made, tuple(name for _, name in stored))
+    return Source(readers, shapes, checkpoint.copied, sources)
 
 
 def _refuse_two_names(checkpoint: Checkpoint, target: str, names: Sequence[str]) -> None:
@@ -186,18 +108,22 @@ def _refuse_two_names(checkpoint: Checkpoint, target: str, names: Sequence[str])
 
 
 def _converted(
-    checkpoint: Checkpoint, target: str, stored: Sequence[tuple[str | None, str]], conversion: _Conversion
+    checkpoint: Checkpoint,
+    model: Any,
+    converters: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    target: str,
+    stored: Sequence[tuple[str | None, str]],
 ) -> dict[str, Callable[[], Tensor]]:
-    """Return readers of the weights that a converter makes of some tensors."""
-    assert conversion.converters is not None
-    converter = conversion.converters[str(stored[0][0])]
+    """Return readers of the weights that a converter of the library makes of some tensors."""
+    converter = converters[str(stored[0][0])]
 
     def read(wanted: str) -> Tensor:
         copy = deepcopy(converter)
         for pattern, name in stored:
             copy.add_tensor(target, name, pattern, partial(checkpoint.read, name))
         try:
-            made = copy.convert(target, model=conversion.model, config=conversion.model.config)[wanted]
+            made = copy.convert(target, model=model, config=model.config)[wanted]
         except Exception as error:  # the pieces of a damaged file fit in any way but the right one
             raise CheckpointError(
                 f"{printable(checkpoint.path)}: {printable(wanted)} cannot be put together from {len(stored)} "
@@ -205,7 +131,7 @@ def _converted(
             ) from None
         tensor = made[0] if isinstance(made, list) else made
         assert isinstance(tensor, Tensor)
-        expected = conversion.shapes.get(wanted, tuple(tensor.shape))
+        expected = shapes.get(wanted, tuple(tensor.shape))
         if tuple(tensor.shape) != expected:
             raise CheckpointError(
                 f"{printable(checkpoint.path)}: {printable(wanted)}, which is put together from {len(stored)} "
@@ -251,7 +177,8 @@ def find_transformers_source(checkpoint: Checkpoint, model: Any, expected: Itera
 
     by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return find_source(checkpoint, wanted, _Conversion(rename, by_pattern, dot_natural_key, model, shapes))
+    convert = partial(_converted, checkpoint, model, by_pattern, shapes)
+    return find_source(checkpoint, wanted, convert, rename=rename, order=dot_natural_key)
 
 
 def refuse_differences(checkpoint: Checkpoint, source: Source, expected: Mapping[str, tuple[int, ...] | None]) -> None:
@@ -265,24 +192,10 @@ def refuse_differences(checkpoint: Checkpoint, source: Source, expected: Mapping
     Raises:
         CheckpointError: A weight is not there, or of another shape.
     """
-    stored = {name: stored_names(name, source.readers) for name in expected}
-    absent = [name for name, found in stored.items() if found is None]
-    wrong = [
-        (name, source.shapes[found[0]], wide)
-        for name, found in stored.items()
-        if found is not None and (wide := expected[name]) not in (None, source.shapes.get(found[0], wide))
-    ]
-    if absent or wrong:
-        problem = (
-            f"{printable(wrong[0][0])} is {wrong[0][1]}, expected {wrong[0][2]}"
-            if wrong
-            else (f"{printable(absent[0])} is not there")
-        )
-        raise CheckpointError(
-            f"{printable(checkpoint.path)}: {len(absent)} of {len(expected)} weights are missing (parametrized ones "
-            f"are stored in pieces) and {len(wrong)} have another shape (packed ones do): {problem}"
-            + _remark(checkpoint, source, wrong)
-        )
+    problem, wrong = differences(expected, source.readers, source.shapes)
+    if problem:
+        told = printable(problem, 500)
+        raise CheckpointError(f"{printable(checkpoint.path)}: {told}{_remark(checkpoint, source, wrong)}")
 
 
 def _remark(

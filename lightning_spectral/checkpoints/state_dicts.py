@@ -6,17 +6,16 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_spectral.checkpoints.untrusted import damage, is_plain, printable
+from lightning_spectral.checkpoints.untrusted import Opened, damage, is_plain, printable
 from lightning_spectral.errors import CheckpointError
 
-__all__ = ["Nested", "is_of_optimizer", "load_plain", "nested", "roots"]
+__all__ = ["is_of_optimizer", "load_plain", "nested", "roots"]
 
 TORCH = "a file of torch.save that holds tensors and plain values only"
 """Description of an expected file, for messages about files that are neither safetensors nor GGUF."""
@@ -60,27 +59,8 @@ def _named(name: str) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Nested:
-    """The tensors of nested dicts.
-
-    Attributes:
-        tensors: The tensors. The name of a tensor is the path of keys that leads to it, joined by dots.
-        dicts: Prefix of the names in each dict, the last dot included; "" for the outermost dict.
-        whole: Prefix of the names of the model: the keys that all dicts share, or ``state_dict`` in a checkpoint of
-            Lightning.
-        others: Kinds of tensors that are left out because they are not plain numbers in memory (quantized, sparse,
-            meta).
-    """
-
-    tensors: dict[str, Tensor]
-    dicts: tuple[str, ...]
-    whole: str
-    others: tuple[str, ...]
-
-
-def nested(loaded: Any) -> Nested:
-    """Return the tensors in a dict and in the dicts inside of it.
+def nested(loaded: Any) -> Opened:
+    """Return the tensors in a dict and in the dicts in it.
 
     States of optimizers are left out, because their tensors have the names and shapes of weights.
 
@@ -101,7 +81,9 @@ def nested(loaded: Any) -> Nested:
         raise ValueError("two of its tensors have one name: a key with a dot in it stands for two keys")
     lightning = _LIGHTNING in loaded and isinstance(loaded.get("state_dict"), Mapping)
     model = roots(keys for keys, _ in found if keys[0] == "state_dict" or not lightning)
-    return Nested(tensors, *model, tuple(others))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    notes = (f"tensors of these kinds were not read: {', '.join(others)}",) if others else ()
+    return Opened(shapes, tensors.__getitem__, False, *model, notes=notes)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_spectral.checkpoints.skeleton import parameters_of, skeleton, stored_names
 from lightning_spectral.checkpoints.source import Source
 from lightning_spectral.records import ResidualBlock
+from lightning_spectral.weights.names import parameters_of, scale_key, stored_names
+from lightning_spectral.weights.stored import StoredWeights
 
 __all__ = ["two_at_a_time", "weights_of"]
 
@@ -50,8 +51,10 @@ def two_at_a_time(
         torch.set_num_threads(threads)  # for threads that begin later
 
 
-def weights_of(block: ResidualBlock, source: Source) -> nn.Module:
-    """Read the weights of a block: a small block in float32, converted once instead of at every product.
+def weights_of(block: ResidualBlock, source: Source) -> StoredWeights:
+    """Read the weights of a block, and the residual scales that belong to it.
+
+    A small block is converted to float32 once instead of at every product.
 
     Args:
         block: The block.
@@ -62,9 +65,14 @@ def weights_of(block: ResidualBlock, source: Source) -> nn.Module:
     """
     numbers = _numbers(block, source)
     small = numbers is not None and 4 * numbers <= _HELD
+    weights = [name for path in parameters_of([block]) for name in stored_names(path, source.readers) or () if name]
+    scales = [key for branch in block.branches if (key := scale_key(branch.site)) in source.readers]
     # What has a scale on it is multiplied by it in the precision of the model, and rounded as there.
-    return skeleton(
-        block, source.readers, lambda name: _fetched(source.read(name), small and not name.endswith(_SCALED))
+    return StoredWeights(
+        {
+            name: _fetched(source.read(name), small and not name.endswith(_SCALED))
+            for name in dict.fromkeys(weights + scales)
+        }
     )
 
 
@@ -83,7 +91,7 @@ def _fetched(tensor: Tensor, convert: bool) -> Tensor:
 
 def _numbers(block: ResidualBlock, source: Source) -> int | None:
     """Return how many numbers a block has, ``None`` if some of them are put together from pieces."""
-    stored = [names[0] for path in parameters_of(block) if (names := stored_names(path, source.readers))]
+    stored = [names[0] for path in parameters_of([block]) if (names := stored_names(path, source.readers))]
     if not all(name in source.shapes for name in stored):
         return None
     return sum(math.prod(source.shapes[name]) for name in stored)

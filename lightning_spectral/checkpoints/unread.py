@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 
 from lightning_spectral.checkpoints.files import Checkpoint
-from lightning_spectral.checkpoints.skeleton import parameters_of, stored_names
 from lightning_spectral.checkpoints.source import ADAPTER, Source
 from lightning_spectral.checkpoints.untrusted import printable
 from lightning_spectral.errors import CheckpointError
 from lightning_spectral.records import ResidualBlock
+from lightning_spectral.weights.names import parameters_of, stored_names
 
 __all__ = ["refuse_unread_adapters", "unread"]
 
@@ -51,7 +51,7 @@ def unread(checkpoint: Checkpoint, source: Source, blocks: Sequence[ResidualBloc
 
 def _used(source: Source, blocks: Sequence[ResidualBlock]) -> set[str]:
     """Return the names in the file of what the blocks read."""
-    needed = (stored_names(path, source.readers) for block in blocks for path in parameters_of(block))
+    needed = (stored_names(path, source.readers) for path in parameters_of(blocks))
     return {name for found in needed if found is not None for name in source.pieces.get(found[0], ())}
 
 

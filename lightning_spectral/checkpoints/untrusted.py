@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,10 +15,37 @@ from torch import Tensor
 
 from lightning_spectral.errors import CheckpointError
 
-__all__ = ["MAX_PICKLE", "damage", "is_plain", "printable", "read_json", "refuse_bomb"]
+__all__ = ["MAX_PICKLE", "Opened", "damage", "is_plain", "printable", "read_json", "refuse_bomb"]
 
 # Limits in bytes, far above every real file. Larger files would take memory before they could be refused.
 _MAX_JSON, MAX_PICKLE = 2**26, 2**28
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opened:
+    """What files hold: tensors by name, each of them read when it is asked for.
+
+    Attributes:
+        shapes: Shape of every tensor.
+        read: Returns a tensor. Its memory belongs to the file wherever the format allows it.
+        copied: Whether the format does not allow it.
+        dicts: What the names in each state dict begin with, the last dot included.
+        whole: What all names of the model begin with.
+        step: Optimizer step at which it was written, 0 where the file does not say.
+        blocks: What a monitor of this package has left in the checkpoint, as it is; ``None`` where there was none.
+        config: The entries of a config, where the file has them itself.
+        notes: What a reader of the numbers should know of the file.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    copied: bool = False
+    dicts: tuple[str, ...] = ()
+    whole: str = ""
+    step: int = 0
+    blocks: Any = None
+    config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def printable(text: object, limit: int = 200) -> str:

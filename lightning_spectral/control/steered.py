@@ -34,6 +34,7 @@ from lightning_spectral.scales.attach import (
 from lightning_spectral.scales.carriers import is_frozen, parameters_of
 from lightning_spectral.scales.fuse import fuse_scales
 from lightning_spectral.scales.loading import MARKER, marked, refuse_lost_scales, saved_sites
+from lightning_spectral.weights.model import ModelWeights
 from lightning_spectral.weights.scaled import scale_module, with_scales
 
 __all__ = ["SteeredModel", "scales_in"]
@@ -107,7 +108,7 @@ class SteeredModel:
             attach = attach_to if passed else attach_where_possible
             attach(model, blocks, steered, learnable=self.rescaler.learnable, others=others)
         self._attached += len(scales_in(model)) - before
-        self._take(ResidualScales(model, with_scales(model, blocks)))
+        self._take(ResidualScales(model, with_scales(ModelWeights(model), blocks)))
 
     def adopt(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
         """Take over the scales that the user attached to a model that was built late.
@@ -115,7 +116,7 @@ class SteeredModel:
         Raises:
             ConfigurationError: The model has no scales.
         """
-        scales = ResidualScales(model, with_scales(model, blocks))
+        scales = ResidualScales(model, with_scales(ModelWeights(model), blocks))
         if not len(scales) and not self.rescaler.dry_run:
             raise ConfigurationError(
                 f"{type(model).__name__} is built or parallelized in configure_model, after callbacks could attach "
@@ -130,7 +131,7 @@ class SteeredModel:
         model, blocks = self.scales.model, self.scales.blocks
         if self._found:
             self._unsteered = {branch.site for branch in self._left_alone} | _untrained(model, blocks, optimizers)
-        self._take(ResidualScales(model, with_scales(model, blocks)))
+        self._take(ResidualScales(model, with_scales(ModelWeights(model), blocks)))
 
     def _take(self, scales: ResidualScales) -> None:
         self.scales = scales

@@ -11,13 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from lightning_spectral.linalg import LinearOperator, RandomizedSVD, Solver, frobenius_norm
 from lightning_spectral.linalg.sharding.sharded import replicated
 from lightning_spectral.measuring.linearize import linearize
 from lightning_spectral.records import Factor, Path, ResidualBlock
-from lightning_spectral.weights.tensors import stored
+from lightning_spectral.weights.protocol import Weights
 
 __all__ = ["sign_of_training"]
 
@@ -28,41 +27,42 @@ _MATRICES = ("output", "value", "latent", "down", "up")
 _DEVIATIONS, _SLACK = 5.0, 1.1
 
 
-def sign_of_training(model: nn.Module, blocks: Sequence[ResidualBlock], solver: Solver | None = None) -> str | None:
+def sign_of_training(weights: Weights, blocks: Sequence[ResidualBlock], solver: Solver | None = None) -> str | None:
     """Say by what the branches of MLP and attention look trained; ``None`` where nothing does.
 
     A model looks trained where the gain of a norm on one of its paths is not constant, which takes one optimizer step
     in float32, or where a spectral norm exceeds 1.1 · (1 + 5 / (√m + √n)) times the edge of random matrices.
 
     Args:
-        model: The model. All processes of a sharded one call this together.
+        weights: Those of the model. All processes of a sharded one call this together.
         blocks: Its blocks.
         solver: How spectral norms are computed, :class:`RandomizedSVD` by default.
     """
     branches = (branch for block in blocks for branch in (*block.attention_branches, *block.mlp_branches))
     factors = dict.fromkeys(factor for branch in branches for factor in branch.factors)
-    return _trained_gain(model, factors) or _trained_matrix(model, factors, solver)
+    weights, _ = weights.gathered([Path(tuple(factors))])
+    return _trained_gain(weights, factors) or _trained_matrix(weights, factors, solver)
 
 
-def _trained_gain(model: nn.Module, factors: Iterable[Factor]) -> str | None:
+def _trained_gain(weights: Weights, factors: Iterable[Factor]) -> str | None:
     for factor in factors:
         if factor.role not in _NORMS or factor.parameter is None:
             continue
-        with stored(model, factor) as gain:
+        with weights.read(factor.parameter) as gain:
             low, high = map(float, replicated(gain).detach().aminmax())
         if low != high:
             return f"the norm gain {factor.parameter} is not constant ({low:.4g} to {high:.4g})"
     return None
 
 
-def _trained_matrix(model: nn.Module, factors: Iterable[Factor], solver: Solver | None) -> str | None:
+def _trained_matrix(weights: Weights, factors: Iterable[Factor], solver: Solver | None) -> str | None:
     matrices: dict[Factor, LinearOperator] = {}
     for factor in factors:
         if factor.role in _MATRICES:
             # A repeated row would double a singular value.
             rows = None if factor.rows is None else tuple(dict.fromkeys(factor.rows))
             once = replace(factor, rows=rows)
-            matrices[once] = linearize(model, Path((once,)), "circuit").operator
+            matrices[once] = linearize(weights, Path((once,)), "circuit").operator
     solver = RandomizedSVD() if solver is None else solver
     operators = list(matrices.values())
     norms, _ = solver.compute(operators, solver.init(operators))

@@ -16,8 +16,8 @@ from lightning_spectral.measuring.branch_functions import BranchFunction, Branch
 from lightning_spectral.measuring.response import Response, derivative_error, response
 from lightning_spectral.measuring.updates import Update, UpdateWatch
 from lightning_spectral.records import Branch, FunctionalMeasurement, LayerMeasurement, Measurement, ResidualBlock
+from lightning_spectral.weights.model import refuse_lazy
 from lightning_spectral.weights.scaled import common_scale, scale_module
-from lightning_spectral.weights.tensors import refuse_lazy
 
 __all__ = ["measure_functions", "update_ratios", "watch_updates"]
 

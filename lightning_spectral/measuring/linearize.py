@@ -15,14 +15,15 @@ computes with is the sum, so the sum is the matrix of the branch; neither it nor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_spectral.discovery.trace.surprises import SURPRISES, surprise
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import (
     Adjoint,
@@ -38,16 +39,16 @@ from lightning_spectral.linalg import (
 )
 from lightning_spectral.linalg.rows import rows_of
 from lightning_spectral.linalg.sharding.flattened import FlatShard
-from lightning_spectral.linalg.sharding.sharded import is_sharded, mesh_around, replicated
+from lightning_spectral.linalg.sharding.sharded import is_sharded, replicated
 from lightning_spectral.linalg.sharding.tiles import stand_in
-from lightning_spectral.records import Factor, Path
+from lightning_spectral.records import Alternative, Branch, Factor, Path, alternatives
 from lightning_spectral.records.layout import arranged, is_arithmetic
-from lightning_spectral.weights.tensors import small_tensors, stored
+from lightning_spectral.weights.protocol import Weights
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Adapters", "Linearized", "WeightLinearization", "linearize", "linearize_sum"]
+__all__ = ["Adapters", "Linearized", "WeightLinearization", "linearize", "linearize_kind"]
 
 WeightLinearization = Literal["circuit", "paper"]
 Adapters = Literal["sum", "base", "delta"]
@@ -111,21 +112,12 @@ class _Chain:
         return deviation
 
 
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """Where factors find their tensors: in the model, or among the small ones that were fetched for all paths."""
-
-    model: nn.Module
-    small: Mapping[str, Tensor]
-
-
 def linearize(
-    model: nn.Module,
+    weights: Weights,
     path: Path,
     linearization: WeightLinearization,
     *,
     adapters: Adapters = "sum",
-    small: Mapping[str, Tensor] | None = None,
     differentiable: bool = False,
 ) -> Linearized:
     """Build the operator of one path of a branch from the weights as they are now.
@@ -133,18 +125,16 @@ def linearize(
     Nothing is copied: matrices are views of the parameters, products are never formed. Biases, activation derivatives
     and the attention pattern are not part of it.
 
-    A weight that is sharded over processes is read where it lies (see :class:`~lightning_spectral.linalg.Sharded`), and
-    all processes have to call this together: norm gains and multipliers, which are small, are gathered, and those of
-    the first process count.
+    A weight that is sharded over processes is read where it lies (see :class:`~lightning_spectral.linalg.Sharded`).
+    All processes have to call this together, with weights that are :meth:`gathered
+    <lightning_spectral.weights.protocol.Weights.gathered>`.
 
     Args:
-        model: The model that the path belongs to.
+        weights: Where the factors of the path are read.
         path: A chain of factors.
         linearization: ``"circuit"`` or ``"paper"``.
         adapters: ``"sum"`` for the branch as it is, ``"base"`` for what it would be without adapters, ``"delta"`` for
             the first minus the second (behind a norm, both at the size that the norm gives to the first).
-        small: What :func:`~lightning_spectral.weights.tensors.small_tensors` has returned for this and other paths.
-            By default it is asked for this one.
         differentiable: Whether the tensors that the operators hold keep their graphs, so that a caller can
             differentiate by the parameters. The products that the operators take themselves are never part of a graph.
 
@@ -160,39 +150,55 @@ def linearize(
         path = replace(path, factors=tuple(replace(factor, adapters=()) for factor in path.factors))
     if adapters == "delta" and not any(factor.adapters for factor in path.factors):
         raise ConfigurationError("it has no adapter")
-    if small is None:
-        mesh = None if differentiable else mesh_around(model)
-        small = {} if mesh is None else small_tensors(model, [path], mesh)
-    weights = _Weights(model, small)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         chain = _circuit(weights, path) if linearization == "circuit" else _paper(weights, path)
         return chain.finished(adapters)
 
 
-def linearize_sum(
-    model: nn.Module,
+def linearize_kind(
+    weights: Weights,
+    branches: Sequence[Branch],
+    linearization: WeightLinearization,
+    *,
+    adapters: Adapters = "sum",
+    differentiable: bool = False,
+) -> list[tuple[Alternative, Linearized]] | str:
+    """Build the operators whose largest norm is that of the branches of one kind, or say why there are none.
+
+    Args:
+        weights: As in :func:`linearize`, and so are the others.
+        branches: The branches, which are added up.
+        linearization: ``"circuit"`` or ``"paper"``.
+        adapters: A ``"delta"`` is of the experts and of the paths that have adapters.
+        differentiable: Whether gradients will be asked for.
+    """
+    reason = next((branch.reason for branch in branches if branch.reason is not None), None)
+    if reason is not None or not all(branch.paths for branch in branches):
+        return reason or "the branch has no factors"
+    build = partial(_summed, weights, linearization=linearization, adapters=adapters, differentiable=differentiable)
+    try:
+        chosen = alternatives(branches)
+        if adapters == "delta":
+            chosen = tuple(item for item in chosen if _adapted(item.paths)) or chosen
+        return [(item, build(item.paths)) for item in chosen]
+    except (ConfigurationError, AttributeError, ValueError) as error:
+        return str(error)
+    except SURPRISES as error:
+        return surprise("its matrices could not be read", error)
+
+
+def _summed(
+    weights: Weights,
     paths: Sequence[Path],
     linearization: WeightLinearization,
     *,
     adapters: Adapters = "sum",
-    small: Mapping[str, Tensor] | None = None,
     differentiable: bool = False,
 ) -> Linearized:
-    """Build the operator of paths that are added up, as :func:`linearize` does for one.
+    """Build the operator of paths that are added up.
 
     A norm behind a sum divides by the expected size of the sum: paths that begin alike, up to and including such a
     norm, are one product with a sum in it. Terms with norms of their own are divided before they are added.
-
-    Args:
-        model: The model that the paths belong to.
-        paths: The paths, which end in one place.
-        linearization: ``"circuit"`` or ``"paper"``.
-        adapters: As in :func:`linearize`; paths without adapters are no part of a ``"delta"``.
-        small: As in :func:`linearize`.
-        differentiable: As in :func:`linearize`.
-
-    Raises:
-        ConfigurationError: As in :func:`linearize`.
     """
     if adapters == "delta":
         paths = _adapted(paths) or paths
@@ -202,15 +208,8 @@ def linearize_sum(
             raise ConfigurationError("its adapters are on matrices that the linearization leaves out")
         paths = seen
     if len(paths) == 1:
-        return linearize(model, paths[0], linearization, adapters=adapters, small=small, differentiable=differentiable)
-    build = partial(
-        linearize_sum,
-        model,
-        linearization=linearization,
-        adapters=adapters,
-        small=small,
-        differentiable=differentiable,
-    )
+        return linearize(weights, paths[0], linearization, adapters=adapters, differentiable=differentiable)
+    build = partial(_summed, weights, linearization=linearization, adapters=adapters, differentiable=differentiable)
     groups: dict[tuple[Factor, ...], list[Path]] = {}
     for path in paths:
         groups.setdefault(_head(path) if linearization == "circuit" else (), []).append(path)
@@ -223,7 +222,7 @@ def linearize_sum(
         raise ConfigurationError("its adapters are in a sum with a norm behind it")
     inner = _divided(build([replace(path, factors=path.factors[len(head) :]) for path in members]), differentiable)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        chain = _circuit(_Weights(model, small or {}), Path(head), inner.operator)
+        chain = _circuit(weights, Path(head), inner.operator)
         whole = chain.finished()
         return replace(whole, deviation=whole.deviation + inner.deviation)
 
@@ -268,7 +267,7 @@ def _probes(operator: LinearOperator) -> tuple[int, float]:
     return probes, 0.0 if exact else 1 / math.sqrt(2 * probes)
 
 
-def _circuit(weights: _Weights, path: Path, right: LinearOperator | None = None) -> _Chain:
+def _circuit(weights: Weights, path: Path, right: LinearOperator | None = None) -> _Chain:
     chain = _Chain()
     for factor in path.factors:
         if factor.role in ("post_norm", "inner_norm"):
@@ -282,7 +281,7 @@ def _circuit(weights: _Weights, path: Path, right: LinearOperator | None = None)
     return chain
 
 
-def _paper(weights: _Weights, path: Path) -> _Chain:
+def _paper(weights: Weights, path: Path) -> _Chain:
     chain = _Chain()
     for factor in path.factors:
         if factor.role == "scale":
@@ -319,7 +318,7 @@ def _parts(operator: LinearOperator) -> tuple[LinearOperator, ...]:
     return operator.operators if isinstance(operator, Sum) else (operator,)
 
 
-def _append_gain(weights: _Weights, chain: _Chain, factor: Factor) -> None:
+def _append_gain(weights: Weights, chain: _Chain, factor: Factor) -> None:
     """Append a norm's gain or a residual multiplier. Of a number right of a norm, nothing is left but its sign."""
     void = chain.normalized_from is not None or bool(chain.grouped) or bool(chain.norms)
     if factor.parameter is None:
@@ -334,7 +333,7 @@ def _append_gain(weights: _Weights, chain: _Chain, factor: Factor) -> None:
         chain.scalars.append(number.sign() if void else number)
 
 
-def _append(weights: _Weights, chain: _Chain, operators: list[LinearOperator]) -> None:
+def _append(weights: Weights, chain: _Chain, operators: list[LinearOperator]) -> None:
     """Append a matrix or a diagonal, behind the norms that wait for it."""
     for norm in chain.norms:
         # A norm over the repeated heads stands left of the repetition, one over the heads themselves right of it.
@@ -353,7 +352,7 @@ def _append(weights: _Weights, chain: _Chain, operators: list[LinearOperator]) -
     chain.operators += operators
 
 
-def _matrix(weights: _Weights, factor: Factor) -> list[LinearOperator]:
+def _matrix(weights: Weights, factor: Factor) -> list[LinearOperator]:
     """Return the matrix of a factor with its adapters, and the repetition of its rows where there is one."""
     *repetition, matrix = _stored(weights, factor)
     if not factor.adapters:
@@ -361,7 +360,7 @@ def _matrix(weights: _Weights, factor: Factor) -> list[LinearOperator]:
     return [*repetition, Sum(matrix, *(_adapter(weights, chain, factor.rows) for chain in factor.adapters))]
 
 
-def _adapter(weights: _Weights, factors: Iterable[Factor], rows: tuple[range, ...] | None) -> LinearOperator:
+def _adapter(weights: Weights, factors: Iterable[Factor], rows: tuple[range, ...] | None) -> LinearOperator:
     """Return an adapter of a matrix of which rows are picked, without their repetition."""
     chain = _Chain()
     for factor in factors:
@@ -374,9 +373,10 @@ def _adapter(weights: _Weights, factors: Iterable[Factor], rows: tuple[range, ..
     return chain.finished().operator
 
 
-def _stored(weights: _Weights, factor: Factor) -> list[LinearOperator]:
+def _stored(weights: Weights, factor: Factor) -> list[LinearOperator]:
     """Return the matrix that a parameter holds, and the repetition of its rows where there is one."""
-    with stored(weights.model, factor) as weight:
+    assert factor.parameter is not None
+    with weights.read(factor.parameter) as weight:
         if is_sharded(weight):
             return _sharded(weight, factor)
         return rows_of(_arranged(replicated(weight), factor), factor.rows, Matrix)
@@ -397,12 +397,10 @@ def _sharded(weight: DTensor | FlatShard, factor: Factor) -> list[LinearOperator
     return rows_of(view, factor.rows, partial(Sharded, stored))
 
 
-def _tensor(weights: _Weights, factor: Factor) -> Tensor:
+def _tensor(weights: Weights, factor: Factor) -> Tensor:
     """Return a gain or a multiplier, in one piece."""
-    small = weights.small.get(factor.parameter or "")
-    if small is not None:
-        return _picked(_arranged(small, factor), factor)
-    with stored(weights.model, factor) as tensor:
+    assert factor.parameter is not None
+    with weights.read(factor.parameter) as tensor:
         return _picked(_arranged(replicated(tensor), factor), factor)
 
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_spectral import _checks
+from lightning_spectral.discovery.asked import check_blocks
 from lightning_spectral.discovery.find import asked_blocks
 from lightning_spectral.discovery.inputs import arguments_of
-from lightning_spectral.discovery.trace.surprises import SURPRISES, surprise
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg import SolverState, SpectralNorm, frobenius_norm
 from lightning_spectral.linalg.operators import largest_mesh
-from lightning_spectral.linalg.sharding.sharded import agreed, in_one_piece, mesh_around
+from lightning_spectral.linalg.sharding.flattened import FlatShard
+from lightning_spectral.linalg.sharding.sharded import agreed, in_one_piece
 from lightning_spectral.linalg.solvers import SolverChoice, solver_named
 from lightning_spectral.measuring.jacobians import measure_functions
 from lightning_spectral.measuring.linearize import (
@@ -29,7 +30,7 @@ from lightning_spectral.measuring.linearize import (
     Adapters,
     Linearized,
     WeightLinearization,
-    linearize_sum,
+    linearize_kind,
 )
 from lightning_spectral.records import (
     Alternative,
@@ -40,12 +41,11 @@ from lightning_spectral.records import (
     Measurement,
     Path,
     ResidualBlock,
-    alternatives,
 )
-from lightning_spectral.weights.fsdp import flattened
-from lightning_spectral.weights.paths import module_at, resolve
-from lightning_spectral.weights.scaled import common_scale, log_scale_path, with_scales
-from lightning_spectral.weights.tensors import small_tensors
+from lightning_spectral.weights.model import ModelWeights
+from lightning_spectral.weights.protocol import Weights
+from lightning_spectral.weights.scaled import common_scale, with_scales
+from lightning_spectral.weights.stored import in_state_dict
 
 __all__ = ["EMPTY_NORM", "Meter", "measure"]
 
@@ -67,28 +67,16 @@ class _Value:
     reason: str | None = None
 
 
-class _Part(NamedTuple):
-    """One of the operators whose largest norm is that of a kind."""
-
-    expert: int | str | None
-    key: str
-    item: Linearized
-
-
 def _kinds(block: ResidualBlock) -> list[Kind]:
     """Return the branches of attention and those of the MLP, without a kind that the block does not have."""
     return [kind for kind in (block.attention_branches, block.mlp_branches) if kind]
-
-
-def _has_adapters(alternative: Alternative) -> bool:
-    return any(factor.adapters for path in alternative.paths for factor in path.factors)
 
 
 class Meter:
     """Measures one model again and again, each time starting from the singular subspaces of the last time.
 
     Args:
-        model: The model that the blocks were found in.
+        weights: Those of the model that the blocks were found in, or of one of the same architecture.
         blocks: The blocks to measure.
         linearization: ``"circuit"`` or ``"paper"``.
         adapters: What is measured of branches with adapters; see :func:`measure`.
@@ -102,7 +90,7 @@ class Meter:
 
     def __init__(
         self,
-        model: nn.Module,
+        weights: Weights,
         blocks: Sequence[ResidualBlock],
         *,
         linearization: Linearization = "circuit",
@@ -111,11 +99,13 @@ class Meter:
         safe_zone: tuple[float, float] = (0.5, 2.0),
         among: Sequence[ResidualBlock] | None = None,
     ) -> None:
-        self.model = model
-        self.blocks = with_scales(model, blocks)
+        self.weights = weights
+        self.blocks = with_scales(weights, blocks)
         branches = (branch for block in self.blocks for kind in _kinds(block) for branch in kind)
-        self._scales = {branch: path for branch in branches if (path := log_scale_path(model, branch))}
-        self.linearization = _checked(linearization)
+        self._scales = {branch: path for branch in branches if (path := weights.log_scale(branch))}
+        self.linearization: WeightLinearization = _checks.choice(
+            "linearization", linearization, get_args(WeightLinearization)
+        )
         self.adapters: Adapters = _checks.choice("adapters", adapters, get_args(Adapters))
         self.solver = solver_named(solver)
         self.safe_zone = safe_zone
@@ -139,24 +129,22 @@ class Meter:
             share of another process is ``None``, with a reason only if there is no weight linearization.
         """
         start = time.perf_counter()
-        cut = mesh_around(self.model)
+        kinds = [kind for block in self.blocks for kind in _kinds(block)]
+        weights, cut = self.weights.gathered(path for kind in kinds for branch in kind for path in branch.paths)
         first, stride = share if cut is None else (0, 1)
         mine = {kind for block in self.blocks[first::stride] for kind in _kinds(block)}
-        kinds = [kind for block in self.blocks for kind in _kinds(block)]
-        wanted = (path for kind in kinds if kind in mine for branch in kind for path in branch.paths)
-        small = {} if cut is None else small_tensors(self.model, wanted, cut)
-        built = [self._linearized(kind, small) if kind in mine else ([], self._reason(kind)) for kind in kinds]
-        operators = [part for parts, _ in built for part in parts]
-        mesh = largest_mesh(part.item.operator for part in operators)
-        keys = tuple(part.key for part in operators)
-        norms = iter(_agreed(self._solve([part.item for part in operators], keys), mesh))
+        built = {kind: self._linearized(kind, weights) if kind in mine else self._reason(kind) for kind in kinds}
+        parts = [part for found in built.values() if isinstance(found, list) for part in found]
+        mesh = largest_mesh(item.operator for _, item in parts)
+        keys = tuple(_key(chosen.paths) for chosen, _ in parts)
+        norms = iter(_agreed(self._solve([item for _, item in parts], keys), mesh))
         values = {
-            kind: _largest([(part.expert, next(norms)) for part in parts], reason)
-            if kind in mine
-            else _Value(reason=reason)
-            for kind, (parts, reason) in zip(kinds, built, strict=True)
+            kind: _largest([(chosen.expert, next(norms)) for chosen, _ in found])
+            if isinstance(found, list)
+            else _Value(reason=found)
+            for kind, found in built.items()
         }
-        scales = _read_scales(self.model, self._scales, mesh)
+        scales = _read_scales(self.weights, self._scales, mesh)
         layers = tuple(_layer(block, values, scales, self._shared) for block in self.blocks)
         seconds = time.perf_counter() - start
         return Measurement(step, self.linearization, layers, self.safe_zone, seconds, self.adapters, self.notes)
@@ -164,26 +152,12 @@ class Meter:
     def _reason(self, kind: Kind) -> str | None:
         """Return why a kind has no weight linearization, which does not depend on the values of its weights."""
         if kind not in self._reasons:
-            self._reasons[kind] = self._linearized(kind, {})[1]
+            found = self._linearized(kind, self.weights)
+            self._reasons[kind] = found if isinstance(found, str) else None
         return self._reasons[kind]
 
-    def _linearized(self, kind: Kind, small: Mapping[str, Tensor]) -> tuple[list[_Part], str | None]:
-        """Return the operators whose largest norm is that of a kind, or why there are none."""
-        reason = next((branch.reason for branch in kind if branch.reason is not None), None)
-        if reason is not None or not all(branch.paths for branch in kind):
-            return [], reason or "the branch has no factors"
-        build = partial(
-            linearize_sum, self.model, linearization=self.linearization, adapters=self.adapters, small=small
-        )
-        try:
-            chosen = alternatives(kind)
-            if self.adapters == "delta":  # of a mixture, some experts may have adapters
-                chosen = tuple(item for item in chosen if _has_adapters(item)) or chosen
-            return [_Part(item.expert, _key(item.paths), build(item.paths)) for item in chosen], None
-        except (ConfigurationError, AttributeError, ValueError) as error:
-            return [], str(error)
-        except SURPRISES as error:
-            return [], surprise("its matrices could not be read", error)
+    def _linearized(self, kind: Kind, weights: Weights) -> list[tuple[Alternative, Linearized]] | str:
+        return linearize_kind(weights, kind, self.linearization, adapters=self.adapters)
 
     def _solve(self, items: Sequence[Linearized], keys: tuple[str, ...]) -> list[SpectralNorm]:
         """Return the spectral norms of the normalized operators, warm-started if they are the ones of last time."""
@@ -208,7 +182,7 @@ class Meter:
 
 
 def measure(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, Tensor],
     blocks: Sequence[ResidualBlock] | None = None,
     *,
     batch: Any = None,
@@ -224,7 +198,8 @@ def measure(
     branches=block.branches[1:2])``.
 
     Args:
-        model: Any module with residual blocks.
+        model: Any module with residual blocks; or a state dict, which needs ``blocks`` (``find_blocks`` of a model of
+            the same architecture and size). Its names may have the prefix of a wrapper, such as ``module.``.
         blocks: The blocks to measure; found in the model by default. A module that several blocks share is measured
             once, in the first of them; the others have a reason that names it.
         linearization: The rule that turns branches into linear operators: ``"circuit"`` (W_o W_v against
@@ -246,27 +221,32 @@ def measure(
     Raises:
         BlocksNotFoundError: The model has no residual block.
         ExampleInputError: The model could not be run on any example input.
-        ConfigurationError: The linearization is unknown, or it does not know the part of the adapters.
+        ConfigurationError: The linearization is unknown, or it does not know the part of the adapters; or a state dict
+            does not fit the blocks, or holds no numbers.
     """
     if linearization != "jacobian":
-        _checked(linearization, get_args(Linearization))
+        _checks.choice("linearization", linearization, get_args(Linearization))
     elif _checks.choice("adapters", adapters, get_args(Adapters)) != "sum":
         raise ConfigurationError(f"adapters={adapters!r}: Jacobians are those of the model as it runs, expected 'sum'")
     zone = _checks.interval("safe_zone", safe_zone)
-    blocks = asked_blocks(model, blocks, batch, "measure")
-    if linearization == "jacobian":
-        args, kwargs = arguments_of(batch)
-        chosen = None if solver is None else solver_named(solver)
-        return replace(measure_functions(model, blocks, args, kwargs, solver=chosen), safe_zone=zone)
-    meter = Meter(model, blocks, linearization=linearization, adapters=adapters, solver=solver, safe_zone=zone)
+    check_blocks(blocks, "measure(model, find_blocks(model))")
+    weights: Weights
+    if isinstance(model, Mapping):
+        if blocks is None or linearization == "jacobian":
+            told = "linearization='jacobian', which runs a model: pass one, model.load_state_dict(state_dict)"
+            if blocks is None:
+                told = "no blocks, expected those of such a model: measure(state_dict, find_blocks(model))"
+            raise ConfigurationError(f"measure got a state dict and {told}")
+        weights, blocks = in_state_dict(model, blocks)
+    else:
+        blocks = asked_blocks(model, blocks, batch, "measure")
+        if linearization == "jacobian":
+            args, kwargs = arguments_of(batch)
+            chosen = None if solver is None else solver_named(solver)
+            return replace(measure_functions(model, blocks, args, kwargs, solver=chosen), safe_zone=zone)
+        weights = ModelWeights(model)
+    meter = Meter(weights, blocks, linearization=linearization, adapters=adapters, solver=solver, safe_zone=zone)
     return meter.measure()
-
-
-def _checked(linearization: Any, known: tuple[Any, ...] = get_args(WeightLinearization)) -> WeightLinearization:
-    if linearization not in known:
-        expected = " or ".join(map(repr, known))
-        raise ConfigurationError(f"linearization={linearization!r}: expected {expected} in this version")
-    return linearization  # type: ignore[no-any-return]
 
 
 def _key(paths: Iterable[Path]) -> str:
@@ -295,10 +275,8 @@ def _normalized(norm: SpectralNorm, item: Linearized, subspace: Tensor | None) -
     return SpectralNorm(value, (norm.error_bound or 0.0) + _DEVIATIONS * deviation, None, norm.iterations)
 
 
-def _largest(norms: Sequence[tuple[int | str | None, SpectralNorm]], reason: str | None) -> _Value:
+def _largest(norms: Sequence[tuple[int | str | None, SpectralNorm]]) -> _Value:
     """Return the largest norm of a kind (over the experts of a mixture)."""
-    if not norms:
-        return _Value(reason=reason)
     failed = next((norm.reason for _, norm in norms if norm.value is None), None)
     if failed is not None:
         return _Value(reason=failed)
@@ -320,16 +298,18 @@ def _agreed(norms: Sequence[SpectralNorm], mesh: DeviceMesh | None) -> list[Spec
     ]
 
 
-def _read_scales(model: nn.Module, paths: Mapping[Branch, str], mesh: DeviceMesh | None) -> dict[Branch, float]:
+def _read_scales(weights: Weights, paths: Mapping[Branch, str], mesh: DeviceMesh | None) -> dict[Branch, float]:
     """Return the residual scale of every branch that has one, read in a single transfer from the device."""
-    # Whoever changes a model while it trains may have taken a branch out, and its scale with it.
-    paths = {branch: path for branch, path in paths.items() if module_at(model, path.rpartition(".")[0]) is not None}
-    tensors: list[Any] = [flattened(model, path) or resolve(model, path) for path in paths.values()]
-    logs = [log.detach().double() for log in in_one_piece(tensors)]
+    tensors: dict[Branch, Tensor | FlatShard] = {}
+    for branch, path in paths.items():
+        # Whoever changes a model while it trains may have taken a branch out, and its scale with it.
+        with suppress(AttributeError), weights.read(path) as log:
+            tensors[branch] = log
+    logs = [log.detach().double() for log in in_one_piece(list(tensors.values()))]
     if not logs:
         return {}
     (together,) = agreed([torch.cat([log.to(logs[0].device) for log in logs])], [mesh])
-    return dict(zip(paths, together.exp().tolist(), strict=True))
+    return dict(zip(tensors, together.exp().tolist(), strict=True))
 
 
 def _shared(blocks: Sequence[ResidualBlock]) -> dict[tuple[str, str], str]:

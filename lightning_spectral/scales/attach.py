@@ -28,8 +28,9 @@ from lightning_spectral.scales.carriers import is_frozen, parameters_of, why_not
 from lightning_spectral.scales.copies import branches_of_copies, complete_averages
 from lightning_spectral.scales.loading import fill_in, hook_loading, rename_weight
 from lightning_spectral.scales.placement import place, remove
-from lightning_spectral.weights.paths import relative_path
-from lightning_spectral.weights.scaled import CHILD, log_scale_tensor, with_scales
+from lightning_spectral.weights.model import ModelWeights
+from lightning_spectral.weights.names import CHILD, relative_path
+from lightning_spectral.weights.scaled import log_scale_tensor, with_scales
 
 __all__ = [
     "ResidualScale",
@@ -216,7 +217,7 @@ def attach_scales(
         attach_where_possible(model, blocks, trusted_branches(blocks), learnable=learnable)
     else:
         attach_to(model, blocks, [branch for block in blocks for branch in block.branches], learnable=learnable)
-    return ResidualScales(model, with_scales(model, blocks))
+    return ResidualScales(model, with_scales(ModelWeights(model), blocks))
 
 
 def trusted_branches(blocks: Sequence[ResidualBlock]) -> list[Branch]:

@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_spectral.records import Branch
+from lightning_spectral.weights.names import CHILD
 from lightning_spectral.weights.paths import module_at
-from lightning_spectral.weights.scaled import CHILD, log_scale_tensor
+from lightning_spectral.weights.scaled import log_scale_tensor
 
 __all__ = ["is_frozen", "parameters_of", "why_not", "why_taken"]
 

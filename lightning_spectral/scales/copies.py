@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_spectral.records import Branch, End, Factor, Path, ResidualBlock
-from lightning_spectral.weights.paths import common_parts, module_at
-from lightning_spectral.weights.scaled import scale_keys
+from lightning_spectral.weights.names import common_parts, scale_keys
+from lightning_spectral.weights.paths import module_at
 
 __all__ = ["branches_of_copies", "complete_averages"]
 

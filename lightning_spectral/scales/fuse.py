@@ -6,7 +6,6 @@ import copy
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, overload
@@ -19,13 +18,12 @@ from lightning_spectral.records import Branch
 from lightning_spectral.records.plain import FORMAT, from_plain, to_plain
 from lightning_spectral.scales.attach import ResidualScale, detach_scale
 from lightning_spectral.scales.loading import MARKER, unhook_loading
-from lightning_spectral.weights.paths import absolute_path, resolve
-from lightning_spectral.weights.scaled import CHILD, scale_keys, unwrapped_key
+from lightning_spectral.weights.names import CHILD, absolute_path, plain_name, scale_keys, weight_of
+from lightning_spectral.weights.paths import resolve
 
-__all__ = ["fuse_scales", "scale_keys"]
+__all__ = ["fuse_scales"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_OWN_WEIGHT = re.compile(r"(.*\.|)parametrizations\.(\w+)\.original")
 _EXTRA = "_extra_state"
 _OF_TRAINING = {MARKER, "optimizer_states", "lr_schedulers"}
 
@@ -166,7 +164,7 @@ def _recipes(value: Any) -> Iterator[tuple[str, _Recipe]]:
     for key in _own_keys(value):
         scale = key.removesuffix(".log_scale")
         if f"{scale}.{_EXTRA}" in value:
-            yield unwrapped_key(scale), _recipe(scale, value[f"{scale}.{_EXTRA}"])
+            yield plain_name(scale), _recipe(scale, value[f"{scale}.{_EXTRA}"])
     for _, item in _children(value):
         yield from _recipes(item)
 
@@ -202,16 +200,16 @@ def _fused(value: Any, recipes: Mapping[str, _Recipe]) -> Any:
 
 
 def _fuse_state_dict(state: Mapping[str, Any], recipes: Mapping[str, _Recipe]) -> dict[str, Any]:
-    plain = {unwrapped_key(key): key for key in state}
+    plain = {plain_name(key): key for key in state}
     found = {}
     for key in _own_keys(state):
-        scale = unwrapped_key(key.removesuffix(".log_scale"))
+        scale = plain_name(key.removesuffix(".log_scale"))
         found[scale] = (state[key], _recipe_of(scale, recipes))
     fused = {key: value for key, value in state.items() if not _is_of_scale(key)}
     for path, factor, offset in _folds(found, lambda path: state.get(plain.get(path, path))):
         key = plain[path]
         fused[key] = _times(fused[key], factor, offset)
-    return {_OWN_WEIGHT.sub(r"\1\2", key) if _is_on_weight(key, state) else key: value for key, value in fused.items()}
+    return {_plain_weight(key, state): value for key, value in fused.items()}
 
 
 def _recipe_of(scale: str, recipes: Mapping[str, _Recipe]) -> _Recipe:
@@ -296,6 +294,6 @@ def _is_of_scale(key: str) -> bool:
     return bool(scale_keys([key, key.replace(_EXTRA, "log_scale")]))
 
 
-def _is_on_weight(key: str, state: Mapping[str, Any]) -> bool:
-    """Whether a key is the original of a weight whose parametrization is a residual scale."""
-    return bool(_OWN_WEIGHT.fullmatch(key)) and key.replace(".original", ".0.log_scale") in state
+def _plain_weight(key: str, state: Mapping[str, Any]) -> str:
+    """Return the key that a weight has without the residual scale on it; other keys as they are."""
+    return (key.replace(".original", ".0.log_scale") in state and weight_of(key)) or key

@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import Branch, ResidualBlock
 from lightning_spectral.scales.attach import ResidualScale
+from lightning_spectral.weights.names import CHILD
 from lightning_spectral.weights.paths import is_compiled, module_at
-from lightning_spectral.weights.scaled import CHILD, scale_module
+from lightning_spectral.weights.scaled import scale_module
 
 __all__ = ["Liveness"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.weights.paths import common_parts, module_at
-from lightning_spectral.weights.scaled import scale_keys, site_of, unwrapped_key
+from lightning_spectral.weights.names import common_parts, plain_name, scale_keys, site_of
+from lightning_spectral.weights.paths import module_at
 
 __all__ = [
     "MARKER",
@@ -116,7 +116,7 @@ def saved_sites(checkpoint: Mapping[str, Any]) -> set[str]:
     """Return the sites of the residual scales that a Lightning checkpoint contains or lists in its marker."""
     marker = checkpoint.get(MARKER, {})
     keys = [*scale_keys(checkpoint.get("state_dict", {})), *marker.get("log_scales", ())]
-    return {*map(site_of, map(unwrapped_key, keys)), *map(unwrapped_key, marker.get("scales", ()))}
+    return {*map(site_of, map(plain_name, keys)), *map(plain_name, marker.get("scales", ()))}
 
 
 def lost_scales(model: nn.Module, sites: Iterable[str]) -> str | None:
@@ -150,14 +150,14 @@ def refuse_lost_scales(
 ) -> None:
     """Load pre-hook of a model: report an error instead of dropping scales, as torch does without ``strict``."""
     keys = (key.removeprefix(prefix) for key in scale_keys(state_dict))
-    message = lost_scales(module, map(site_of, map(unwrapped_key, keys)))
+    message = lost_scales(module, map(site_of, map(plain_name, keys)))
     if message is not None:
         error_msgs.append(message)
 
 
 def _own_scales(model: nn.Module) -> dict[str, nn.Parameter]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {unwrapped_key(key): parameters[key] for key in scale_keys(parameters)}
+    return {plain_name(key): parameters[key] for key in scale_keys(parameters)}
 
 
 # Scales that a checkpoint names and does not hold
@@ -175,7 +175,7 @@ def marked(sites: Sequence[str], state_dict: Mapping[str, Any]) -> dict[str, Any
     """
     values = {key: state_dict[key] for key in scale_keys(state_dict)}
     whole = {
-        unwrapped_key(key): float(value)
+        plain_name(key): float(value)
         for key, value in values.items()
         if type(value) in (Tensor, nn.Parameter) and value.numel() == 1
     }
@@ -191,7 +191,7 @@ def restore_unsaved(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     if not checkpoint.get("state_dict"):  # a sharded checkpoint, whose scales were loaded with its shards
         return
     values, own = checkpoint.get(MARKER, {}).get("log_scales", {}), _own_scales(model)
-    held = {site_of(unwrapped_key(key)) for key in scale_keys(checkpoint["state_dict"])}
+    held = {site_of(plain_name(key)) for key in scale_keys(checkpoint["state_dict"])}
     absent = {key: parameter for key, parameter in own.items() if site_of(key) in saved_sites(checkpoint) - held}
     unknown = [site_of(key) for key in absent if key not in values]
     if unknown:

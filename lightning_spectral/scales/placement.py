@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_spectral.weights.scaled import CHILD
+from lightning_spectral.weights.names import CHILD
 
 __all__ = ["place", "remove"]
 

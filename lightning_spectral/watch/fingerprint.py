@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.sharding.flattened import FlatShard
 from lightning_spectral.linalg.sharding.presence import is_dtensor
 from lightning_spectral.records import ResidualBlock
-from lightning_spectral.weights.tensors import stored
+from lightning_spectral.weights.names import parameters_of
+from lightning_spectral.weights.protocol import Weights
 
 __all__ = ["fingerprint", "same_weights"]
 
@@ -20,28 +21,26 @@ _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WIDEST = 8  # entries of one byte in the widest integer
 
 
-def fingerprint(model: nn.Module, blocks: Iterable[ResidualBlock]) -> dict[str, tuple[bool, int]]:
+def fingerprint(weights: Weights, blocks: Iterable[ResidualBlock]) -> dict[str, tuple[bool, int]]:
     """Return the sum of the bit patterns of everything that a measurement of the blocks reads, in one transfer.
 
     The sum is exact in any order and on any device, and needs one pass over the weights.
 
     Args:
-        model: The model that the blocks were found in.
+        weights: Those of the model that the blocks were found in.
         blocks: The blocks.
 
     Returns:
         By parameter: whether this process holds all of it or a shard, and the sum over what it holds. What cannot be
         read is left out.
     """
-    factors = {factor.parameter: factor for block in blocks for branch in block.branches for factor in branch.factors}
     found: dict[str, tuple[bool, Tensor]] = {}
-    for name, factor in factors.items():
-        # What cannot be read is told to those who measure it.
-        with suppress(AttributeError, ConfigurationError, RuntimeError, TypeError, ValueError):
-            if name is not None:
-                with torch.no_grad(), stored(model, factor) as tensor:
-                    held = _held(tensor)
-                    found[name] = held is tensor, _sum(held)
+    for name in parameters_of(blocks):
+        # Unreadable weights are skipped here; their reasons are in the measurement.
+        unreadable = suppress(AttributeError, ConfigurationError, RuntimeError, TypeError, ValueError)
+        with unreadable, torch.no_grad(), weights.read(name) as tensor:
+            held = _held(tensor)
+            found[name] = held is tensor, _sum(held)
     if not found:
         return {}
     first = next(total for _, total in found.values())

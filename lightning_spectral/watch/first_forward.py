@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_spectral.errors import ExampleInputError
 from lightning_spectral.passes.listen import Listener, listen, stop_listening
 from lightning_spectral.records import Blocks, ResidualBlock
-from lightning_spectral.weights.paths import common_parts, compiled_entries, module_at
+from lightning_spectral.weights.names import common_parts
+from lightning_spectral.weights.paths import compiled_entries, module_at
 
 __all__ = ["Call", "FirstForward", "holds_any", "trained_blocks"]
 

@@ -35,6 +35,7 @@ from lightning_spectral.watch.outlets import Outlets
 from lightning_spectral.watch.peers import Peers
 from lightning_spectral.watch.search import guessed_blocks, shown_blocks
 from lightning_spectral.watch.telling import inform, warn, warn_here
+from lightning_spectral.weights.model import ModelWeights
 
 __all__ = ["Session"]
 
@@ -230,7 +231,7 @@ class Session:
     def _watch(self, blocks: tuple[ResidualBlock, ...], calls: Sequence[Call] = ()) -> None:
         options, model = self._options, self._host.model
         self.meter = Meter(
-            self._host.weights,
+            ModelWeights(self._host.weights),
             blocks,
             linearization=options.linearization,
             solver=options.solver,
@@ -287,11 +288,11 @@ class Session:
             self._measure(self.meter, self._host.now(), self._host.index())
 
     def _mark(self, meter: Meter) -> None:
-        self._weights, self._weights_step = fingerprint(meter.model, meter.blocks), self._host.counted()
+        self._weights, self._weights_step = fingerprint(meter.weights, meter.blocks), self._host.counted()
 
     def _unchanged(self, meter: Meter) -> bool:
         """Whether no process sees other weights than those that were measured last."""
-        return self.peers.agree(same_weights(self._weights, fingerprint(meter.model, meter.blocks)))
+        return self.peers.agree(same_weights(self._weights, fingerprint(meter.weights, meter.blocks)))
 
     def _measure(self, meter: Meter, step: int, index: int, *, settled: bool = False) -> None:
         """Measure, together with the other processes, and publish it; called at the same steps in all of them."""
@@ -369,7 +370,7 @@ class Session:
     def _is_trained(self) -> bool:
         """Whether the law meets a model that was trained before: what it has learned to use, is not taken from it."""
         assert self.meter is not None
-        sign = sign_of_training(self.meter.model, self.meter.blocks)
+        sign = sign_of_training(self.meter.weights, self.meter.blocks)
         if sign is not None:
             inform(
                 f"{self._host.name}: the model looks trained ({sign}), so no branch is lowered below the norm that it "

@@ -3,64 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from lightning_spectral.records import Branch, Factor, Path, ResidualBlock
+from lightning_spectral.weights.model import ModelWeights
 from lightning_spectral.weights.paths import module_at
+from lightning_spectral.weights.protocol import Weights
 
-__all__ = [
-    "CHILD",
-    "common_scale",
-    "log_scale_path",
-    "log_scale_tensor",
-    "scale_keys",
-    "scale_module",
-    "site_of",
-    "unwrapped_key",
-    "with_scales",
-]
-
-CHILD = "residual_scale"
-"""Name of the child module of a site that holds its scale."""
-
-_KEY = re.compile(rf"(?:.*\.|)(?:{CHILD}|parametrizations\.\w+\.\d+)\.log_scale")
-_ON_WEIGHT = re.compile(r"(.*\.|)parametrizations\.(\w+)\.\d+\.log_scale")
-_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-
-def scale_keys(keys: Iterable[str]) -> list[str]:
-    """Return those keys of a state dict that hold a residual scale."""
-    return [key for key in keys if _KEY.fullmatch(key)]
-
-
-def site_of(key: str) -> str:
-    """Return the site of a residual scale by its key in a state dict."""
-    return _ON_WEIGHT.sub(r"param:\1\2", key).removesuffix("log_scale").rstrip(".").removesuffix(CHILD).rstrip(".")
-
-
-def unwrapped_key(key: str) -> str:
-    """Return a key of a state dict without the names that wrappers of modules put into it."""
-    return _WRAPPERS.sub("", key)
-
-
-def log_scale_path(model: nn.Module, branch: Branch) -> str | None:
-    """Return the attribute path of the logarithm of a branch's scale, ``None`` where none is attached.
-
-    A scale is a child of the module that carries the branch; where a weight alone carries it (``param:`` sites), it is
-    a parametrization of that weight.
-    """
-    if branch.site.startswith("param:"):
-        owner, _, name = branch.site.removeprefix("param:").rpartition(".")
-        module = module_at(model, owner)
-        listed = getattr(getattr(module, "parametrizations", None), name, ())
-        found = [place for place, item in enumerate(listed) if hasattr(item, "log_scale")]
-        return _join(owner, f"parametrizations.{name}.{found[0]}.log_scale") if found else None
-    child = getattr(module_at(model, branch.site), CHILD, None)
-    return _join(branch.site, f"{CHILD}.log_scale") if hasattr(child, "log_scale") else None
+__all__ = ["common_scale", "log_scale_tensor", "scale_module", "with_scales"]
 
 
 def scale_module(model: nn.Module, branch: Branch | None) -> nn.Module | None:
@@ -68,7 +21,7 @@ def scale_module(model: nn.Module, branch: Branch | None) -> nn.Module | None:
 
     Keep the module, which is cheap to read again and again, and not its parameter, which sharding may replace.
     """
-    path = None if branch is None else log_scale_path(model, branch)
+    path = None if branch is None else ModelWeights(model).log_scale(branch)
     return None if path is None else module_at(model, path.rpartition(".")[0])
 
 
@@ -83,19 +36,19 @@ def common_scale(scales: Sequence[float]) -> float:
     return float(math.prod(scales) ** (1 / len(scales))) if scales else 1.0
 
 
-def with_scales(model: nn.Module, blocks: Iterable[ResidualBlock]) -> tuple[ResidualBlock, ...]:
-    """Add the scales that are attached to the model to the factors of its blocks, where they are not yet.
+def with_scales(weights: Weights, blocks: Iterable[ResidualBlock]) -> tuple[ResidualBlock, ...]:
+    """Add the residual scales of a model to the factors of its blocks, where they are not yet.
 
     Blocks that were found before the scales were attached are measured with them in this way: a ratio measured without
     the scales that a controller moves would never answer to it.
     """
     return tuple(
-        replace(block, branches=tuple(_with_scale(model, branch) for branch in block.branches)) for block in blocks
+        replace(block, branches=tuple(_with_scale(weights, branch) for branch in block.branches)) for block in blocks
     )
 
 
-def _with_scale(model: nn.Module, branch: Branch) -> Branch:
-    path = log_scale_path(model, branch)
+def _with_scale(weights: Weights, branch: Branch) -> Branch:
+    path = weights.log_scale(branch)
     if path is None or branch.site.startswith("param:"):  # a parametrized weight is read with its scale
         return branch
     factor = Factor("scale", path, (("exp",),))
@@ -106,7 +59,3 @@ def _with_scale(model: nn.Module, branch: Branch) -> Branch:
         for chain in branch.paths
     )
     return replace(branch, paths=tuple(paths))
-
-
-def _join(owner: str, name: str) -> str:
-    return f"{owner}.{name}" if owner else name

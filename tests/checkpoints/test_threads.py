@@ -19,10 +19,10 @@ from lightning_spectral import ExactSVD, ResidualBlock, attach_scales, audit, fi
 from lightning_spectral.checkpoints import blockwise
 from lightning_spectral.checkpoints import two_at_a_time as room
 from lightning_spectral.checkpoints.files import open_checkpoint
-from lightning_spectral.checkpoints.skeleton import parameters_of
 from lightning_spectral.checkpoints.source import Source
 from lightning_spectral.checkpoints.two_at_a_time import two_at_a_time, weights_of
 from lightning_spectral.errors import CheckpointError
+from lightning_spectral.weights.names import parameters_of
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def source_of(blocks: Any, copied: bool = False, known: bool = True) -> Source:
     def ones() -> Tensor:
         return torch.ones(8, 8, dtype=torch.bfloat16)
 
-    names = [name for block in blocks for name in parameters_of(block)]
+    names = list(parameters_of(blocks))
     return Source(dict.fromkeys(names, ones), dict.fromkeys(names, (8, 8)) if known else {}, copied)
 
 
@@ -132,11 +132,11 @@ def test_only_what_is_small_is_held_in_32_bits(
     monkeypatch.setattr(room, "_HELD", limit)
     torch.set_default_dtype(torch.float64)
     try:
-        model = weights_of(blocks[0], source_of(blocks))
+        weights = weights_of(blocks[0], source_of(blocks))
     finally:
         torch.set_default_dtype(torch.float32)
-    assert {buffer.dtype for buffer in model.buffers()} == {dtype}
-    assert all(bool((buffer == 1).all()) for buffer in model.buffers())
+    assert {tensor.dtype for tensor in weights.tensors.values()} == {dtype}
+    assert all(bool((tensor == 1).all()) for tensor in weights.tensors.values())
 
 
 def test_no_third_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -152,7 +152,7 @@ def test_no_third_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
         gc.collect()
         alive.append(sum(reference() is not None for reference in read))
         made = plain(block, source)
-        read.append(weakref.ref(made))
+        read.append(weakref.ref(next(iter(made.tensors.values()))))
         return made
 
     monkeypatch.setattr(blockwise, "weights_of", noted)

@@ -22,6 +22,7 @@ from zoo import example
 from lightning_spectral import ExactSVD, GainCeiling, SpectralMonitor, attach_scales, find_blocks, measure
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.measuring.meter import Meter
+from lightning_spectral.weights.model import ModelWeights
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import wrong_starts
@@ -173,7 +174,7 @@ def test_one_action_brings_every_norm_to_its_limit(name: str):
             scale.add_(math.log((40.0, 3.0, 0.2)[number % 3]))
     steering = Steering(GainCeiling(), ZONE)
     steering.adopt(model, scales.blocks)
-    meter = Meter(model, scales.blocks, solver=ExactSVD())
+    meter = Meter(ModelWeights(model), scales.blocks, solver=ExactSVD())
     before = meter.measure(0)
     actions, law = steering.act(before, [], [])
     after = meter.measure(1)

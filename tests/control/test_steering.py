@@ -33,6 +33,7 @@ from lightning_spectral import (
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.errors import ConfigurationError, ExampleInputError
 from lightning_spectral.measuring.meter import Meter
+from lightning_spectral.weights.model import ModelWeights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
@@ -249,7 +250,7 @@ def test_with_fixed_weights_the_error_shrinks_by_one_minus_gain(name: str):
             dict(scales.named_parameters())[block.mlp.site].add_(math.log(40.0))
     steering = Steering(ResidualRescaler(**settings, bounds=(1e-3, 1e3)), ZONE)
     steering.adopt(model, scales.blocks)
-    meter, law = Meter(model, scales.blocks, solver=ExactSVD()), []
+    meter, law = Meter(ModelWeights(model), scales.blocks, solver=ExactSVD()), []
     before = meter.measure(0)
     for step in range(1, 5):
         actions, law = steering.act(before, law, [])
@@ -286,7 +287,7 @@ def macaron(*, frozen: bool) -> tuple[Steering, ResidualBlock]:
 
 def test_all_branches_of_a_kind_move_alike():
     steering, block = macaron(frozen=False)
-    (action, *_), _ = steering.act(Meter(steering.scales.model, steering.blocks).measure(1), [], [])
+    (action, *_), _ = steering.act(Meter(ModelWeights(steering.scales.model), steering.blocks).measure(1), [], [])
     moved = dict(steering.scales.named_parameters())
     assert action.mlp == pytest.approx(-0.2)
     assert [moved[branch.site].item() for branch in block.mlp_branches] == pytest.approx([-0.2, -0.2])
@@ -296,7 +297,7 @@ def test_all_branches_of_a_kind_move_alike():
 def test_a_kind_with_a_frozen_branch_does_not_move():
     steering, block = macaron(frozen=True)
     assert block.mlp_branches[1].site not in dict(steering.scales.named_parameters())
-    assert steering.act(Meter(steering.scales.model, steering.blocks).measure(1), [], [])[0] == ()
+    assert steering.act(Meter(ModelWeights(steering.scales.model), steering.blocks).measure(1), [], [])[0] == ()
     assert "block(s) are held still, because one of their two kinds of branches is frozen" in steering.held_still()
 
 

@@ -18,6 +18,7 @@ from zoo.gpt import MLP, Block, CausalSelfAttention, NanoGPT
 from lightning_spectral import ResidualBlock, find_blocks
 from lightning_spectral.measuring.linearize import linearize
 from lightning_spectral.records import Branch, Factor, Path
+from lightning_spectral.weights.model import ModelWeights
 
 MATRICES = ("output", "value", "latent", "down", "up")
 COMPUTED = ("spectral_norm_weights", "weight_norm_weights")  # their weights are results, not parameters
@@ -237,7 +238,7 @@ def test_the_product_of_the_factors_is_the_known_matrix(name: str, found: Search
             assert len(branch.paths) == len(matrices)
             for path, matrix in zip(branch.paths, matrices, strict=True):
                 bare = Path(tuple(factor for factor in path.factors if factor.role in MATRICES))
-                product = linearize(result.model, bare, "circuit").operator.dense()
+                product = linearize(ModelWeights(result.model), bare, "circuit").operator.dense()
                 torch.testing.assert_close(product, matrix.double(), rtol=1e-4, atol=1e-5)
 
 
@@ -394,7 +395,7 @@ def test_every_multiplier_of_a_branch_is_a_factor(way: str) -> None:
         for branch in block.branches:
             bare = Path(tuple(factor for factor in branch.paths[0].factors if factor.role != "scale"))
             with_scale, without = (
-                torch.linalg.matrix_norm(linearize(model, path, "circuit").operator.dense(), 2)
+                torch.linalg.matrix_norm(linearize(ModelWeights(model), path, "circuit").operator.dense(), 2)
                 for path in (branch.paths[0], bare)
             )
             assert float(with_scale / without) == pytest.approx(Multiplied.WAYS[way][1], rel=1e-6)
@@ -433,7 +434,9 @@ def test_what_multiplies_a_product_inside_a_branch_is_a_factor(way: str) -> None
     attention.c_proj = Multiplier(way).double()
     factors = find_blocks(model)[0].branches[0].factors
     values = next(factor for factor in factors if factor.role == "value")
-    product = linearize(model, Path(tuple(factor for factor in factors if factor.role != "pre_norm")), "circuit")
+    product = linearize(
+        ModelWeights(model), Path(tuple(factor for factor in factors if factor.role != "pre_norm")), "circuit"
+    )
     assert values.rows == (range(64, 96),)
     torch.testing.assert_close(
         product.operator.dense().abs(),

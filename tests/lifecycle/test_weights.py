@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from lightning_spectral import RandomizedSVD, ResidualRescaler, SpectralMonitor, find_blocks, measure
-from lightning_spectral.weights.tensors import reading
+from lightning_spectral.weights.model import ModelWeights
 
 pytestmark = [
     pytest.mark.usefixtures("undrawn"),
@@ -319,7 +319,7 @@ def test_such_a_weight_is_read_without_a_side_effect(maker: str):
     layer.train()
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     attribute, stream, calls = layer.weight, torch.get_rng_state(), getattr(layer, "calls", None)
-    with reading(nn.ModuleDict({"layer": layer}), "layer.weight") as weight:
+    with ModelWeights(nn.ModuleDict({"layer": layer})).read("layer.weight") as weight:
         made = weight.detach().clone()
     assert layer.weight is attribute
     assert layer.training

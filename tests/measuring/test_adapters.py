@@ -21,6 +21,7 @@ from lightning_spectral import ExactSVD, Measurement, attach_scales, balance_pen
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.measuring.linearize import linearize
 from lightning_spectral.measuring.meter import Meter
+from lightning_spectral.weights.model import ModelWeights
 
 IDS = torch.arange(22).view(2, 11)
 EXACT = ExactSVD()
@@ -69,7 +70,7 @@ def test_the_delta_is_the_difference_of_the_dense_products(linearization: str, s
     pair = merged(copy.deepcopy(model)), without(model)
     products: list[list[Tensor]] = [
         [
-            linearize(twin, branch.paths[0], linearization).operator.dense()
+            linearize(ModelWeights(twin), branch.paths[0], linearization).operator.dense()
             for block in find_blocks(twin)
             for branch in (block.mlp, block.attention)
         ]
@@ -135,7 +136,7 @@ class Largest(TorchDispatchMode):
 def test_nothing_of_the_size_of_a_weight_is_formed(part: str):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 512), Wide(512)).requires_grad_(False)
-    meter = Meter(model, find_blocks(model, batch=torch.randn(1, 4, 512)), adapters=part)
+    meter = Meter(ModelWeights(model), find_blocks(model, batch=torch.randn(1, 4, 512)), adapters=part)
     with Largest() as largest:
         meter.measure()
         meter.measure()
@@ -237,7 +238,7 @@ def test_the_norm_behind_a_branch_divides_by_the_size_of_the_sum():
     equal(measure(model, found, solver=EXACT), measure(twin, find_blocks(twin, batch=args or kwargs), solver=EXACT))
     for block, delta in zip(found, measure(model, found, adapters="delta", solver=EXACT), strict=True):
         path = block.mlp.paths[0]
-        whole, change = (linearize(model, path, "circuit", adapters=part) for part in ("sum", "delta"))
+        whole, change = (linearize(ModelWeights(model), path, "circuit", adapters=part) for part in ("sum", "delta"))
         size = float(torch.linalg.matrix_norm(whole.normalized.dense()))
         wanted = float(torch.linalg.matrix_norm(change.operator.dense(), ord=2)) * math.sqrt(32) / size
         assert delta.mlp_norm == pytest.approx(wanted, rel=1e-10)
@@ -247,7 +248,7 @@ def test_adapters_in_training_are_followed_warm():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(160, 160), Wide(160), Wide(160)).train()
     x, y = torch.randn(2, 4, 6, 160)
-    meter = Meter(model, find_blocks(model, batch=x))
+    meter = Meter(ModelWeights(model), find_blocks(model, batch=x))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(5):
         for layer, true in zip(meter.measure(), measure(model, meter.blocks, solver=EXACT), strict=True):
@@ -257,7 +258,7 @@ def test_adapters_in_training_are_followed_warm():
         F.mse_loss(model(x), y).backward()
         optimizer.step()
     state = meter.state_dict()
-    resumed = Meter(model, meter.blocks)
+    resumed = Meter(ModelWeights(model), meter.blocks)
     resumed.load_state_dict(state)
     assert norms(resumed.measure()) == norms(meter.measure())
 
@@ -515,7 +516,7 @@ def test_experts_have_adapters_of_their_own_and_an_idle_one_those_of_its_sibling
     for number, expert in enumerate(block.mlp.experts):
         layers = (expert.c_proj, expert.c_fc)
         down, up = (layer.merged().weight if isinstance(layer, Adapted) else layer.weight for layer in layers)
-        found = linearize(model, paths[number], "circuit").operator.dense()
+        found = linearize(ModelWeights(model), paths[number], "circuit").operator.dense()
         torch.testing.assert_close(found, (down @ up).detach() @ gain)
     assert measure(model, blocks, adapters="delta").layers[0].mlp_expert in (0, 1, 2)
 

@@ -16,8 +16,9 @@ from zoo.example import HEADS
 
 from lightning_spectral import ResidualBlock, find_blocks
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.measuring.linearize import linearize, linearize_sum
-from lightning_spectral.records import Branch, Factor, Path, alternatives
+from lightning_spectral.measuring.linearize import linearize, linearize_kind
+from lightning_spectral.records import Branch, Factor, Path
+from lightning_spectral.weights.model import ModelWeights
 
 Fused = Literal["no", "last", "per head"]
 
@@ -321,8 +322,9 @@ def paper_by_hand(block: nn.Module, names: Names, kind: str) -> list[float]:
 def measured(model: nn.Module, branch: Branch, linearization: Literal["circuit", "paper"]) -> list[float]:
     """The norm of every expert, or of the branch, from dense matrices."""
     values = []
-    for alternative in alternatives([branch]):
-        linear = linearize_sum(model, alternative.paths, linearization)
+    built = linearize_kind(ModelWeights(model), [branch], linearization)
+    assert not isinstance(built, str), built
+    for _, linear in built:
         value = norm(linear.operator.dense())
         if linear.normalized is not None:
             right = linear.normalized.dense()
@@ -385,7 +387,7 @@ class Bare(nn.Module):
 
 def chain(model: nn.Module, *factors: Factor, paper: bool = False) -> Tensor:
     """The dense operator of a chain of factors, divided as a norm divides it."""
-    linear = linearize(model, Path(factors), "paper" if paper else "circuit")
+    linear = linearize(ModelWeights(model), Path(factors), "paper" if paper else "circuit")
     dense = linear.operator.dense()
     if linear.normalized is None:
         return dense
@@ -463,7 +465,9 @@ def test_a_norm_behind_a_matrix_divides_by_the_size_of_what_enters_it(bare: Bare
 
 def test_nothing_is_copied(bare: Bare) -> None:
     """The operators look at the parameters: a later change of a weight is a change of the operator."""
-    linear = linearize(bare, Path((DOWN, Factor("up", "fused", rows=(range(5), range(10, 15))))), "circuit").operator
+    linear = linearize(
+        ModelWeights(bare), Path((DOWN, Factor("up", "fused", rows=(range(5), range(10, 15))))), "circuit"
+    ).operator
     bare.fused.mul_(2)
     bare.down.mul_(3)
     torch.testing.assert_close(linear.dense(), bare.down @ bare.fused[[*range(5), *range(10, 15)]])
@@ -485,4 +489,4 @@ def test_weights_without_numbers_are_refused(
     """Meta, integer, packed and complex weights."""
     bare.up = weight
     with pytest.raises(ConfigurationError, match=message):
-        linearize(bare, Path((DOWN, UP)), linearization)
+        linearize(ModelWeights(bare), Path((DOWN, UP)), linearization)

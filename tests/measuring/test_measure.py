@@ -20,6 +20,7 @@ from lightning_spectral import ExactSVD, Measurement, ResidualBlock, attach_scal
 from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError
 from lightning_spectral.measuring.meter import Meter
 from lightning_spectral.records import Branch, Factor, Path
+from lightning_spectral.weights.model import ModelWeights
 
 HEADS, WIDTH = 4, 32
 MEASURED = [
@@ -368,7 +369,7 @@ def test_wide_branches_are_measured_to_one_per_cent(post: bool, decay: float) ->
 def test_a_meter_starts_from_the_last_time_and_sees_the_weights_of_this_time() -> None:
     """The same values again, and the new ones after a change; the step is what the caller says."""
     model = Wide(0.5)
-    meter = Meter(model, model.blocks(False))
+    meter = Meter(ModelWeights(model), model.blocks(False))
     first, again = meter.measure(), meter.measure(7)
     assert (first.step, again.step) == (0, 7)
     assert norms(again) == pytest.approx(norms(first), rel=1e-3)
@@ -379,13 +380,13 @@ def test_a_meter_starts_from_the_last_time_and_sees_the_weights_of_this_time() -
 def test_a_meter_takes_up_its_state_and_drops_the_state_of_another() -> None:
     """Plain values and tensors; of another linearization or of other branches nothing is used."""
     model = Wide(0.5)
-    meter = Meter(model, model.blocks(False))
+    meter = Meter(ModelWeights(model), model.blocks(False))
     meter.measure()
     state = meter.state_dict()
-    resumed = Meter(model, model.blocks(False))
+    resumed = Meter(ModelWeights(model), model.blocks(False))
     resumed.load_state_dict(torch.load(_saved(state), weights_only=True))
     assert norms(resumed.measure()) == norms(meter.measure())
-    other = Meter(model, model.blocks(False), linearization="paper")
+    other = Meter(ModelWeights(model), model.blocks(False), linearization="paper")
     other.load_state_dict(state)
     assert other.state_dict()["solver"] is None
 

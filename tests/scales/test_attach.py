@@ -20,7 +20,7 @@ from zoo import Example, example, examples
 from lightning_spectral import RandomizedSVD, ResidualBlock, attach_scales, find_blocks, fuse_scales, measure
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.scales.attach import ResidualScale
-from lightning_spectral.weights.paths import absolute_path, relative_path
+from lightning_spectral.weights.names import absolute_path, relative_path
 from lightning_spectral.weights.scaled import log_scale_tensor
 
 MEMBERS = [

@@ -19,6 +19,7 @@ from lightning_spectral import ExactSVD, attach_scales, audit, find_blocks, fuse
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records.plain import to_plain
 from lightning_spectral.scales.attach import ResidualScale
+from lightning_spectral.weights.model import ModelWeights
 from lightning_spectral.weights.scaled import with_scales
 
 IDS = torch.arange(8)[None]
@@ -198,7 +199,7 @@ def test_what_cannot_be_fused_is_refused_with_the_reason(checkpoint: Callable[[]
 
 def test_the_blocks_that_a_monitor_has_left_lose_their_scales_too(tmp_path: Path):
     model = MODELS[0]
-    blocks = with_scales(model, find_blocks(model))
+    blocks = with_scales(ModelWeights(model), find_blocks(model))
     foreign = {"lightning_spectral": 99, "blocks": "?"}
     checkpoint = {
         "state_dict": model.state_dict(),

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_spectral import RandomizedSVD, SpectralMonitor, find_blocks
 from lightning_spectral.linalg import LinearOperator, SolverState, SpectralNorm
 from lightning_spectral.measuring.meter import Meter
+from lightning_spectral.weights.model import ModelWeights
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 # Width, heads, key/value heads, hidden channels, blocks: grouped queries, and batches of 8 and of 2 operators; plain.
@@ -116,7 +117,7 @@ def counts(size: tuple[int, ...], shard: Callable[[nn.Module], Any] | None, **se
     blocks = find_blocks(model)
     if shard is not None:
         model = shard(model) or model
-    return measured(model, Meter(model, blocks, solver=solver), solver, **settings)
+    return measured(model, Meter(ModelWeights(model), blocks, solver=solver), solver, **settings)
 
 
 class LitGPT(LightningModule):

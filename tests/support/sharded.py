@@ -39,6 +39,7 @@ from lightning_spectral.linalg import Adjoint, Diagonal, Matrix, Product, Sharde
 from lightning_spectral.linalg.sharding.flattened import is_flattened
 from lightning_spectral.linalg.sharding.tiles import stand_in
 from lightning_spectral.measuring.meter import Meter
+from lightning_spectral.weights.model import ModelWeights
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 CASES: dict[int, dict[str, Callable[[DeviceMesh], Any]]] = {2: {}, 4: {}}
@@ -168,7 +169,7 @@ def compared(
     assert is_flattened(model) or any(isinstance(parameter, DTensor) for parameter in model.parameters())
     result: dict[str, Any] = {}
     for name, item in (("plain", plain), ("sharded", model)):
-        meter = Meter(item, blocks, **settings)
+        meter = Meter(ModelWeights(item), blocks, **settings)
         cold = meter.measure()
         change(item)
         with Traffic() as traffic:

@@ -295,7 +295,7 @@ class Replacing(Callback):
         session = monitor._session
         assert session is not None
         assert session.meter is not None
-        session.meter = self.kind(session.meter.model, session.meter.blocks)
+        session.meter = self.kind(session.meter.weights, session.meter.blocks)
         vars(session.meter).update(self.settings)
 
 

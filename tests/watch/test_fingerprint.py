@@ -13,6 +13,7 @@ from lightning_spectral import attach_scales, find_blocks
 from lightning_spectral.measuring.meter import Meter
 from lightning_spectral.records import Branch, Factor, Path, ResidualBlock
 from lightning_spectral.watch.fingerprint import fingerprint, same_weights
+from lightning_spectral.weights.model import ModelWeights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.bool, torch.complex64]
 
@@ -21,7 +22,7 @@ def held(tensor: torch.Tensor) -> dict[str, tuple[bool, int]]:
     model = nn.Module()
     model.register_buffer("weight", tensor)
     branch = Branch("mlp", "", paths=(Path((Factor("down", "weight"),)),))
-    return fingerprint(model, [ResidualBlock(0, "", (branch,))])
+    return fingerprint(ModelWeights(model), [ResidualBlock(0, "", (branch,))])
 
 
 @given(
@@ -51,19 +52,19 @@ def test_a_changed_entry_is_seen_and_a_changed_layout_is_not(
 def test_everything_that_a_measurement_reads_is_looked_at():
     model = TinyGPT()
     attach_scales(model, find_blocks(model))
-    meter = Meter(model, find_blocks(model))
-    before = fingerprint(model, meter.blocks)
+    meter = Meter(ModelWeights(model), find_blocks(model))
+    before = fingerprint(ModelWeights(model), meter.blocks)
     names = [name for name, _ in model.named_parameters() if name in before]
     assert {"blocks.0.mlp.2.weight", "blocks.2.norm1.weight", "blocks.1.attention.residual_scale.log_scale"} <= {*names}
     for name in names:
         parameter = model.get_parameter(name)
         kept = parameter.detach().clone()
         parameter.data.flatten()[-1] += 1e-3  # past the counter of versions
-        assert not same_weights(before, fingerprint(model, meter.blocks)), name
+        assert not same_weights(before, fingerprint(ModelWeights(model), meter.blocks)), name
         parameter.data.copy_(kept)
-    assert same_weights(before, fingerprint(model, meter.blocks))
+    assert same_weights(before, fingerprint(ModelWeights(model), meter.blocks))
     del model.blocks[2]
-    assert not same_weights(before, fingerprint(model, meter.blocks))
+    assert not same_weights(before, fingerprint(ModelWeights(model), meter.blocks))
 
 
 def test_a_shard_says_nothing_of_the_whole():
@@ -75,4 +76,4 @@ def test_a_shard_says_nothing_of_the_whole():
 def test_what_cannot_be_read_is_left_out(kind: type[nn.Module]):
     model = nn.ModuleDict({"layer": kind(4)})
     branch = Branch("mlp", "layer", paths=(Path((Factor("down", "layer.weight"), Factor("up", "gone.weight"))),))
-    assert fingerprint(model, [ResidualBlock(0, "layer", (branch,))]) == {}
+    assert fingerprint(ModelWeights(model), [ResidualBlock(0, "layer", (branch,))]) == {}

@@ -19,7 +19,8 @@ from lightning_spectral.discovery.chains.factors import Chain, FoundChain
 from lightning_spectral.discovery.chains.products import MATRICES, STACK, as_ranges
 from lightning_spectral.discovery.trace.operands import UnmeasurableError
 from lightning_spectral.records import Factor, Path
-from lightning_spectral.weights.paths import common_parts, resolve
+from lightning_spectral.weights.names import common_parts
+from lightning_spectral.weights.paths import resolve
 
 __all__ = ["with_all_experts"]
 

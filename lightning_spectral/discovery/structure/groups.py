@@ -17,7 +17,7 @@ from lightning_spectral.discovery.structure.branches import FoundBranch
 from lightning_spectral.discovery.structure.sites import linked
 from lightning_spectral.discovery.trace.tape import Tape
 from lightning_spectral.records import BranchKind
-from lightning_spectral.weights.paths import common_parts
+from lightning_spectral.weights.names import common_parts
 
 __all__ = ["Groups", "named_groups", "settled_kinds"]
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_spectral.errors import ConfigurationError
@@ -26,7 +26,7 @@ from lightning_spectral.linalg.operators import (
     dense_by_columns,
     vector_dtype,
 )
-from lightning_spectral.linalg.sharding.flattened import FlatShard, boxes, flat_meshes
+from lightning_spectral.linalg.sharding.flattened import FlatShard, boxes
 from lightning_spectral.linalg.sharding.presence import is_dtensor
 from lightning_spectral.linalg.sharding.tiles import Cut, held, stand_in, tiles
 
@@ -41,7 +41,6 @@ __all__ = [
     "balanced",
     "in_one_piece",
     "is_sharded",
-    "mesh_around",
     "replicated",
 ]
 
@@ -146,13 +145,6 @@ def is_sharded(tensor: Tensor | FlatShard) -> TypeGuard[DTensor | FlatShard]:
     if isinstance(tensor, FlatShard):
         return True
     return is_dtensor(tensor) and not all(placement.is_replicate() for placement in tensor.placements)
-
-
-def mesh_around(model: nn.Module) -> DeviceMesh | None:
-    """Return the largest mesh over which parameters of a model are cut, ``None`` if every process has all of them."""
-    cut = [parameter for parameter in model.parameters() if is_sharded(parameter)]
-    meshes = [item.mesh if isinstance(item, FlatShard) else item.device_mesh for item in cut]
-    return max((*meshes, *flat_meshes(model)), key=lambda mesh: mesh.size(), default=None)
 
 
 def replicated(tensor: Tensor | FlatShard) -> Tensor:
