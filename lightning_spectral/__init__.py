@@ -13,6 +13,7 @@ The other names stand in :mod:`lightning_spectral.analysis`, :mod:`~lightning_sp
 
 from __future__ import annotations
 
+import gc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,13 @@ _GONE = {
 def __getattr__(name: str) -> Any:
     """Return a public name, or one of the public rooms."""
     if name in _HOME:
-        value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        collects = gc.isenabled()
+        gc.disable()  # what is imported stays, and looking through all of torch for garbage takes a third of the time
+        try:
+            value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        finally:
+            if collects:
+                gc.enable()
         return value
     if name in _PUBLIC_ROOMS:
         return import_module(f"{__name__}.{name}")
