@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from lightning_spectral.records.text import Table
+from lightning_spectral.records.text import Table, Tabular
 
 __all__ = [
     "Alternative",
@@ -239,7 +239,7 @@ class ResidualBlock:
         return next(iter(self.mlp_branches), None)
 
 
-class Blocks(tuple[ResidualBlock, ...]):
+class Blocks(Tabular, tuple[ResidualBlock, ...]):
     """The residual blocks of a model in the order of execution: a tuple that prints as a table.
 
     Attributes:
@@ -257,14 +257,6 @@ class Blocks(tuple[ResidualBlock, ...]):
     def __getnewargs__(self) -> tuple[tuple[ResidualBlock, ...], tuple[str, ...]]:
         """Return what a copy is made of."""
         return tuple(self), self.notes
-
-    def __repr__(self) -> str:
-        """Return a readable table, one line per block."""
-        return self._table().text()
-
-    def _repr_html_(self) -> str:
-        """Return the same table for a notebook."""
-        return self._table().html()
 
     def _table(self) -> Table:
         rows = [[str(block.index), block.name, *_sites(block), block.doubt or "verified"] for block in self]

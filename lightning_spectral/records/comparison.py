@@ -7,13 +7,13 @@ from typing import Any
 
 from lightning_spectral.errors import CheckpointError
 from lightning_spectral.records.measurements import Measurement
-from lightning_spectral.records.text import Table
+from lightning_spectral.records.text import Table, Tabular
 
 __all__ = ["Comparison", "compare"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Comparison:
+class Comparison(Tabular):
     """Two measurements of the same blocks.
 
     Attributes:
@@ -35,18 +35,6 @@ class Comparison:
         """Return plain values that ``json.dumps`` accepts."""
         changes = list(self.log_ratio_changes())
         return {"before": self.before.to_dict(), "after": self.after.to_dict(), "log_ratio_change": changes}
-
-    def __str__(self) -> str:
-        """Return a readable table, one line per block."""
-        return self._table().text()
-
-    def __repr__(self) -> str:
-        """Return the same table, for a terminal."""
-        return str(self)
-
-    def _repr_html_(self) -> str:
-        """Return the same table, for a notebook."""
-        return self._table().html()
 
     def _table(self) -> Table:
         rows = []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from lightning_spectral.display import profile_figure
 from lightning_spectral.records.frames import dataframe
-from lightning_spectral.records.text import Table
+from lightning_spectral.records.text import Table, Tabular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -128,7 +128,7 @@ class LayerMeasurement:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Measurement:
+class Measurement(Tabular):
     """The spectral norms of every block at one moment.
 
     Attributes:
@@ -229,18 +229,6 @@ class Measurement:
             zone=self.safe_zone if self.has_zone else None,
             title=f"Step {self.step}, “{self.linearization}”",
         )
-
-    def __str__(self) -> str:
-        """Return a readable table, one line per block."""
-        return self._table().text()
-
-    def __repr__(self) -> str:
-        """Return the same table: a measurement is looked at more often than it is evaluated."""
-        return str(self)
-
-    def _repr_html_(self) -> str:
-        """Return the same table for a notebook."""
-        return self._table().html()
 
     def _table(self) -> Table:
         low, high = self.safe_zone

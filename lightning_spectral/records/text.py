@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Table"]
+__all__ = ["Table", "Tabular"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +46,24 @@ class Table:
         rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in self.rows)
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
         return f"<table><caption>{html.escape(self.title)}</caption><tr>{names}</tr>{rows}</table>{notes}"
+
+
+class Tabular:
+    """What is looked at more often than it is evaluated: it prints as a table, in a terminal and in a notebook."""
+
+    __slots__ = ()
+
+    def _table(self) -> Table:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """Return the table as text."""
+        return self._table().text()
+
+    def __repr__(self) -> str:
+        """Return the table as text."""
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """Return the table as HTML."""
+        return self._table().html()

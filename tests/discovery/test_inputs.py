@@ -59,8 +59,8 @@ class Model(nn.Module):
 NAMES = ["layers.0", "layers.1"]
 
 
-def names(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
-    blocks = find_blocks(model, batch=args or kwargs)
+def names(model: nn.Module, batch: Any = None) -> list[str]:
+    blocks = find_blocks(model, batch=batch)
     assert all(block.verified for block in blocks)
     return [block.name for block in blocks]
 
@@ -230,7 +230,7 @@ def test_a_part_of_a_model_is_not_taken_for_the_model() -> None:
     with pytest.raises(ExampleInputError, match=r"Halves could not be run on any guessed input"):
         find_blocks(Halves())
     pair = torch.ones(2, 5, WIDTH), torch.zeros(2, 5, dtype=torch.long)
-    assert names(Halves(), pair) == [f"{half}.{name}" for half in ("encoder", "decoder") for name in NAMES]
+    assert names(Halves(), (pair,)) == [f"{half}.{name}" for half in ("encoder", "decoder") for name in NAMES]
 
 
 class Picky(Floats):
@@ -245,7 +245,7 @@ def test_where_no_guess_fits_the_error_lists_the_attempts_and_asks_for_one() -> 
     with pytest.raises(ExampleInputError, match=r"Picky could not be run on any guessed input") as caught:
         find_blocks(Picky())
     message = str(caught.value)
-    assert "find_blocks(model, example_input)" in message
+    assert "Pass an example, batch=example_input" in message
     assert "example_input_array" in message
     assert f"Picky on 1 argument(s) of floats of shape (2, 13, {WIDTH}): TypeError: " in message
     assert "and more" not in message
@@ -290,9 +290,9 @@ def test_given_input_that_fails_is_reported_with_its_error() -> None:
 def test_given_input_may_be_positional_or_by_name() -> None:
     """As in a call of the model."""
     x = torch.ones(2, 5, WIDTH)
-    assert names(Floats(), x) == names(Floats(), x=x) == NAMES
+    assert names(Floats(), x) == names(Floats(), {"x": x}) == NAMES
     model, ids = TwoSequences(), torch.zeros(2, 5, dtype=torch.long)
-    assert names(model, ids, target=ids, scale=0.5) == NAMES
+    assert names(model, (ids, ids)) == names(model, {"source": ids, "target": ids, "scale": 0.5}) == NAMES
 
 
 def test_measure_takes_a_batch_in_each_form() -> None:
