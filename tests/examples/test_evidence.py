@@ -161,7 +161,7 @@ def test_runs_are_compared_with_their_own_twin():
     differences, treated = statistics.paired(runs, "both", "validation")
     assert differences.tolist() == [0.5, -0.25]
     assert [run["seed"] for run in treated] == [1, 0]
-    with pytest.raises(KeyError, match=r"\(2, 1\.0, 1\.0, "):
+    with pytest.raises(KeyError, match=r"\(4, 1\.0, 1\.0, "):
         statistics.paired(runs[1:], "low", "validation")
 
 
