@@ -214,7 +214,7 @@ def _open_torch(path: Path, *, mapped: bool) -> Opened:
 
 def _open_distributed(folder: Path) -> Opened:
     found = open_distributed(folder)
-    rest, expected = folder / _REST, "what Lightning writes beside the shards"
+    rest, expected = folder / _REST, "the file that Lightning writes beside the shards"
     if not rest.is_file():
         return found
     with damage(rest, expected):

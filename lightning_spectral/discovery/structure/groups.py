@@ -180,7 +180,7 @@ def _is_complete(branches: Sequence[FoundBranch]) -> bool:
 
 
 def _token_shift(branches: Sequence[FoundBranch]) -> int | None:
-    """Return the position of a channel mix: an MLP that also reads the previous token (RWKV). ``None`` for none.
+    """Return the position of a channel mix: an MLP that also reads the previous token. ``None`` for none.
 
     It looks like a mixer that moves 1 other position. It counts as a channel mix beside exactly one real mixer, in a
     block without an MLP.
