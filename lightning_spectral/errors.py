@@ -13,7 +13,15 @@ __all__ = ["BlocksNotFoundError", "CheckpointError", "ConfigurationError", "Exam
 
 
 class SpectralError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Example:
+        >>> try:
+        ...     find_blocks(torch.nn.Linear(2, 2))
+        ... except SpectralError as error:
+        ...     print(type(error).__name__)
+        BlocksNotFoundError
+    """
 
 
 class BlocksNotFoundError(SpectralError):

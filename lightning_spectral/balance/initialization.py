@@ -124,6 +124,10 @@ def balance_init_(
             looks trained. The model is unchanged then.
         BlocksNotFoundError: The model has no residual block.
         ExampleInputError: The model could not be run on any example input.
+
+    Example:
+        >>> [round(layer.ratio, 2) for layer in balance_init_(model, target=1.0)]
+        [1.0, 1.0, 1.0]
     """
     target = _checks.number("target", target, 0.0, math.inf, above=True)
     gain = None if gain is None else _checks.number("gain", gain, 0.0, math.inf, above=True)

@@ -128,6 +128,12 @@ def balance_penalty(
         ExampleInputError: The model could not be run on any example input.
         ConfigurationError: An argument is invalid, or no block has a ratio at the moment; the message gives the
             reasons.
+
+    Example:
+        >>> balance_penalty(model)  # every ratio is inside
+        tensor(0., requires_grad=True)
+        >>> balance_penalty(model, safe_zone=(1.5, 2.0)).item() > 0
+        True
     """
     low, high = map(math.log, _checks.interval("safe_zone", safe_zone))
     _checks.choice("linearization", linearization, get_args(WeightLinearization))

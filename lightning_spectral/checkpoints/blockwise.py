@@ -73,6 +73,11 @@ def audit(
         CheckpointError: The file cannot be read, it is not clear which weights are meant, their structure is not known,
             or there is no number to measure.
         ConfigurationError: The linearization is unknown, or ``blocks`` are none.
+
+    Example:
+        >>> torch.save(model.state_dict(), "weights.pt")
+        >>> [layer.name for layer in audit("weights.pt", find_blocks(model))]
+        ['transformer.h.0', 'transformer.h.1', 'transformer.h.2']
     """
     start = time.perf_counter()
     check_blocks(blocks, "audit(path, find_blocks(model))")

@@ -63,6 +63,10 @@ class ResidualRescaler:
 
     Raises:
         ConfigurationError: A setting cannot be used; the message names it.
+
+    Example:
+        >>> ResidualRescaler(sides="low", dry_run=True).sides
+        'low'
     """
 
     gain: float = 0.5

@@ -53,6 +53,10 @@ class GainCeiling:
 
     Raises:
         ConfigurationError: A setting cannot be used; the message names it.
+
+    Example:
+        >>> GainCeiling(ceiling=3.0)
+        GainCeiling(ceiling=3.0, margin=0.35, floor=0.1, warmup_steps=0, dry_run=False, learnable=False)
     """
 
     ceiling: float = 1.0

@@ -82,7 +82,14 @@ class SteeredModel:
         """Begin a run: scales that the model has by now count as its own."""
         self._attached = 0
 
-    def attach(self, model: nn.Module, blocks: Sequence[ResidualBlock] | None, others: Iterable[object] = ()) -> None:
+    def attach(
+        self,
+        model: nn.Module,
+        blocks: Sequence[ResidualBlock] | None,
+        others: Iterable[object] = (),
+        *,
+        batch: Any = None,
+    ) -> None:
         """Attach scales to a model that has none yet. A dry run attaches nothing.
 
         Args:
@@ -90,6 +97,7 @@ class SteeredModel:
             blocks: Its blocks, all of whose branches get scales; found in the model by default. Of found blocks, the
                 frozen branches and the branches of blocks whose self-check failed get no scale.
             others: Objects that may hold copies of the model, such as callbacks.
+            batch: Example input for finding the blocks.
 
         Raises:
             ConfigurationError, BlocksNotFoundError, ExampleInputError: As
@@ -98,7 +106,7 @@ class SteeredModel:
         if self.scales is not None and self.scales.model is model:
             return
         before, passed = len(scales_in(model)), blocks is not None
-        blocks = find_blocks(model) if blocks is None else blocks
+        blocks = find_blocks(model, batch=batch) if blocks is None else blocks
         steered = [item for block in blocks for item in block.branches] if passed else _trained(model, blocks)
         known = set(steered)
         self._found = not passed

@@ -65,6 +65,13 @@ def find_blocks(model: nn.Module, *, batch: Any = None, hints: Mapping[str, Any]
         ExampleInputError: No example input could be run, or the model is sharded or on the meta device.
         BlocksNotFoundError: The pass contains no residual block; the message says what was tried.
         ConfigurationError: The hints do not fit the model, or an argument is of another type.
+
+    Example:
+        >>> find_blocks(model)
+        3 residual blocks
+              block            attention  mlp  self-check
+           0  transformer.h.0  attn       mlp  verified
+        ...
     """
     check_model(model, "find_blocks")
     check_hints(hints)

@@ -223,6 +223,13 @@ def measure(
         ExampleInputError: The model could not be run on any example input.
         ConfigurationError: The linearization is unknown, or it does not know the part of the adapters; or a state dict
             does not fit the blocks, or holds no numbers.
+
+    Example:
+        >>> print(measure(model))
+        spectral ratio ‖mlp‖₂/‖attention‖₂, linearization='circuit', step 0, safe zone (0.5, 2)
+              block                   mlp   attention     ratio
+           0  transformer.h.0      0.6...      0.7...    0.8...
+        ...
     """
     if linearization != "jacobian":
         _checks.choice("linearization", linearization, get_args(Linearization))

@@ -91,6 +91,10 @@ class SpectralMonitor(Callback):
 
     Raises:
         ConfigurationError: An argument cannot be used.
+
+    Example:
+        >>> SpectralMonitor(every_n_steps=10, auto_rescale=True)
+        SpectralMonitor(every_n_steps=10, auto_rescale=True)
     """
 
     def __init__(

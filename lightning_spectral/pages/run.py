@@ -47,6 +47,10 @@ def report(run_dir: str | os.PathLike[str], output: str | os.PathLike[str] | Non
         ConfigurationError: There is no run, or more than one, or no measurement can be read.
         ModuleNotFoundError: The extra ``report`` is not installed.
         OSError: A file cannot be read or written.
+
+    Example:
+        >>> report("runs/gpt/version_0").name
+        'spectral.html'
     """
     check_installed()
     source = find_run(Path(run_dir))

@@ -186,6 +186,10 @@ class ResidualBlock:
         evidence: How the block was found: ``"trace"``, ``"hints"``, and what the verification found where it failed.
         token_dims: Dimensions of the stream along which the block mixes positions, which is where its tokens stand:
             ``(1,)`` for ``(batch, tokens, width)``; empty where no branch mixes any.
+
+    Example:
+        >>> find_blocks(model)[0]
+        ResidualBlock(0, 'transformer.h.0', attention='transformer.h.0.attn', mlp='transformer.h.0.mlp', verified=True)
     """
 
     index: int

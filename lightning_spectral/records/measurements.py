@@ -139,6 +139,13 @@ class Measurement(Tabular):
         seconds: Wall time of the measurement.
         adapters: The part of branches with adapters that was measured; see :func:`~lightning_spectral.measure`.
         notes: What a reader of the numbers should know beside them, a sentence each.
+
+    Example:
+        >>> measurement = measure(model)
+        >>> measurement.summary()["in_zone"]
+        1.0
+        >>> measurement.layers[0].name
+        'transformer.h.0'
     """
 
     step: int

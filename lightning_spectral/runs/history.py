@@ -47,6 +47,13 @@ class History:
         actions: The actions of the controller in the order of the file, as plain values.
         torn: Whether the last line is incomplete, as it may be while the run writes it.
         damaged: For every other unreadable line, by its number, the reason.
+
+    Example:
+        >>> run = History.read("runs/gpt/version_0/spectral.jsonl")
+        >>> run
+        History(5 measurements of 3 blocks, steps 0 to 20)
+        >>> run.values("ratio").shape
+        (3, 5)
     """
 
     header: Mapping[str, Any]

@@ -209,6 +209,13 @@ def attach_scales(
             model is unchanged then.
         BlocksNotFoundError: The model has no residual block.
         ExampleInputError: The model could not be run on any example input.
+
+    Example:
+        >>> len(attach_scales(model))  # 3 blocks of 2 branches
+        6
+        >>> model.transformer.h[0].mlp.residual_scale.log_scale
+        Parameter containing:
+        tensor([0.], requires_grad=True)
     """
     check_model(model, "attach_scales")
     check_blocks(blocks, "attach_scales(model, find_blocks(model))")

@@ -73,6 +73,11 @@ class FirstForward:
         own = getattr(self._root.forward, "__func__", None) is type(self._root).forward
         return not own or (len(args) > 1 and args[0] is self._batch)
 
+    @property
+    def heard(self) -> bool:
+        """Whether anything was called."""
+        return bool(self._calls)
+
     def stop(self) -> None:
         """Leave the model as it was."""
         stop_listening(self._listeners)
@@ -91,7 +96,7 @@ class FirstForward:
         if not called:
             raise ExampleInputError(
                 "no example input could be guessed, and the training step calls neither the module nor one inside it; "
-                "set `example_input_array` on the LightningModule, or pass `blocks=` to SpectralMonitor"
+                "set `example_input_array` on the LightningModule, or pass `blocks=find_blocks(model, batch=...)`"
             )
         held = set(map(id, trained))
         return [call for call in called if holds_any(call.module, held)] or called

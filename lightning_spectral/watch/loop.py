@@ -17,9 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from lightning_spectral import _checks
 from lightning_spectral.alarms import Event
 from lightning_spectral.control.steering import Steering
+from lightning_spectral.discovery import find_blocks
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.sharding.flattened import is_flattened
 from lightning_spectral.linalg.solvers import SolverChoice
+from lightning_spectral.records import ResidualBlock
 from lightning_spectral.runs.series import Series
 from lightning_spectral.watch.options import AutoRescale, Options, Wanted
 from lightning_spectral.watch.outlets import Folder, Outlet
@@ -59,6 +61,8 @@ class Watch:
         linearization: The rule that turns branches into linear operators.
         safe_zone: The interval of ratios that counts as balanced.
         blocks: The blocks, or hints for finding them.
+        batch: Example input for finding them, if none can be guessed: a tensor, a tuple of positional arguments or a
+            dict of keyword arguments. Without one, a run that is only watched finds them in its first forward pass.
         solver: How spectral norms are computed.
         geometry: Whether to measure tokens and updates too.
         per_layer: Whether values are given for every block, besides the summary.
@@ -73,6 +77,12 @@ class Watch:
     Raises:
         ConfigurationError: An argument cannot be used, or a scale would not be trained.
         BlocksNotFoundError, ExampleInputError: The blocks to steer cannot be found.
+
+    Example:
+        >>> watch = Watch(model, every_n_steps=10)
+        >>> watch.before_step(ids)  # then the forward pass, the backward pass and the step
+        >>> round(watch.step(1)["spectral/ratio_max"], 1), watch.measured_step
+        (0.9, 0)
     """
 
     speaker = "Watch"
@@ -88,6 +98,7 @@ class Watch:
         linearization: Literal["circuit", "paper"] = "circuit",
         safe_zone: tuple[float, float] = (0.5, 2.0),
         blocks: Wanted = None,
+        batch: Any = None,
         solver: SolverChoice = None,
         geometry: bool | None = None,
         per_layer: bool = False,
@@ -118,10 +129,14 @@ class Watch:
         self._hooks: list[RemovableHandle] = []
         law = self.options.law
         self._steering = None if law is None else Steering(law, self.options.safe_zone)
+        self._blocks: tuple[ResidualBlock, ...] | None = None
         if self._steering is not None:
-            self._attach(self._steering)
+            self._attach(self._steering, batch)
+        elif batch is not None:
+            hints = blocks if isinstance(blocks, Mapping) else None
+            self._blocks = find_blocks(self._host.model, batch=batch, hints=hints)
 
-    def _attach(self, steering: Steering) -> None:
+    def _attach(self, steering: Steering, batch: Any) -> None:
         host = self._host
         if not host.optimizers:
             raise ConfigurationError(
@@ -129,7 +144,8 @@ class Watch:
                 "steps, Watch(model, ..., auto_rescale=True, optimizers=optimizer)"
             )
         steering.set_up()
-        steering.attach(host.model, None if host.wanted is None else blocks_of(host.model, host.wanted))
+        named = None if host.wanted is None else blocks_of(host.model, host.wanted)
+        steering.attach(host.model, named, batch=batch)
         steering.begin(host.optimizers)
         for told in (steering.held_still(), steering.doubt):
             if told is not None:
@@ -163,11 +179,11 @@ class Watch:
         """
         session, host = self._begin(), self._host
         step = _checks.steps("step", step, least=host.now())
-        if not self._in_batch:  # the user says nothing of forward passes, so nothing is heard of them
+        announced, self._in_batch = self._in_batch, False
+        if not announced:  # the user says nothing of forward passes, so no tokens are heard
             session.begin_batch(None)
-        self._in_batch = False
         host.steps = step
-        session.end_batch()
+        session.end_batch(announced=announced)
         return host.take()
 
     @property
@@ -238,7 +254,7 @@ class Watch:
             self._hooks = [item.register_step_pre_hook(self._before_optimizer) for item in host.optimizers]
             if steering is not None:
                 steering.start(host.optimizers)
-            blocks = None if steering is None else steering.blocks
+            blocks = self._blocks if steering is None else steering.blocks
             self._session = Session(
                 self.options, self._series, steering, blocks, host, self.should_measure, goes_on=self._goes_on
             )

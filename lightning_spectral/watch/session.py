@@ -143,13 +143,17 @@ class Session:
         if watch is None or self.peers.agree(watch.complete):
             self._conclude()
 
-    def end_batch(self) -> None:
-        """Measure if it is due, and do what an alarm asks for."""
+    def end_batch(self, *, announced: bool = True) -> None:
+        """Measure if it is due, and do what an alarm asks for.
+
+        Args:
+            announced: Whether the loop says when a forward pass comes. Otherwise the first one may still be to come.
+        """
         self._notice_uncounted()
         step = self._host.now(done=1)
         if self._look is not None and self._look.settled and self._look.measurement.step != step:
             self._conclude()  # the optimizer is one that Lightning does not see
-        if self._first_forward is not None:
+        if self._first_forward is not None and (announced or self._first_forward.heard):
             self._search(self._find_late, self._first_forward)
             self._first_forward = None
         self._look_if_due(step, done=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
 import io
 import re
 import shlex
@@ -68,6 +69,19 @@ def test_the_blocks_of_a_page_run(name: str, desk: Path):
             compare(block, "".join(printed))
         elif block.language == "yaml":
             check_yaml(yaml.safe_load(block.text))
+
+
+@pytest.mark.filterwarnings("ignore:spectral WARNING")
+@pytest.mark.parametrize("name", lightning_spectral.__all__)
+def test_the_example_of_a_name_prints_what_it_says(name: str, desk: Path):
+    """In the documentation of every public name, with what a reader brings along."""
+    public = {each: getattr(lightning_spectral, each) for each in lightning_spectral.__all__}
+    namespace = {**public, **brought(), "torch": torch}
+    example = doctest.DocTestParser().get_doctest(public[name].__doc__, namespace, name, None, None)
+    assert 1 <= len(example.examples) <= 5
+    said = io.StringIO()
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=said.write)
+    assert not result.failed, said.getvalue()
 
 
 def run_python(block: Block, namespace: dict[str, object], desk: Path) -> str:

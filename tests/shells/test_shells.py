@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from shells import BATCHES, GPT, SHELLS, Run, built, loader
+from shells import BATCHES, GPT, SHELLS, Run, Tokens, built, loader
 from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lightning_spectral import GainCeiling, History, ResidualRescaler, attach_scales, find_blocks, fuse_scales
+from lightning_spectral import GainCeiling, History, ResidualRescaler, Watch, attach_scales, find_blocks, fuse_scales
 from lightning_spectral.alarms import Event
-from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.errors import ConfigurationError, ExampleInputError
 from lightning_spectral.hugging_face import SpectralCallback
 from lightning_spectral.linalg import ExactSVD, RandomizedSVD
 
@@ -393,3 +394,97 @@ def test_more_steps_than_an_epoch_are_one_run(shell: Shell, tmp_path: Path):
     run = Run(tmp_path, steps=BATCHES + 3, options={"every_n_steps": 3})
     shell(run)
     assert History.read(run.journal).steps == (0, 3, 6, 7)
+
+
+# A loop that says little.
+
+
+def said_late(model: nn.Module, **options: Any) -> list[int]:
+    """Train in a loop that knows only the end of a step, and return the steps that were measured."""
+    optimizer, measured = torch.optim.SGD(model.parameters(), lr=1e-3), []
+    with Watch(model, every_n_steps=2, optimizers=optimizer, **options) as watch:
+        for step in range(1, 7):
+            for batch in loader():
+                model(**batch)["loss"].backward()
+            optimizer.step()
+            if watch.step(step):
+                measured.append(watch.measured_step)
+    return measured
+
+
+def test_a_loop_that_never_announces_a_pass_is_watched():
+    assert said_late(built()) == [0, 2, 4]
+
+
+@pytest.mark.usefixtures("large_ids")
+def test_a_loop_that_never_announces_a_pass_shows_its_blocks_all_the_same():
+    assert said_late(picky()) == [2, 4]
+
+
+@pytest.mark.usefixtures("large_ids")
+@pytest.mark.parametrize("steer", [False, True])
+def test_an_example_batch_shows_the_blocks_at_once(steer: bool):
+    assert said_late(picky(), auto_rescale=steer, batch=torch.full((2, 8), 1001)) == [0, 2, 4]
+
+
+@pytest.mark.usefixtures("large_ids")
+def test_steering_asks_for_an_example_batch():
+    with pytest.raises(ExampleInputError, match="Pass an example, batch=example_input"):
+        said_late(picky(), auto_rescale=True)
+
+
+def test_steering_asks_for_the_optimizers():
+    with pytest.raises(ConfigurationError, match="auto_rescale without optimizers"):
+        Watch(built(), auto_rescale=True)
+
+
+def test_a_step_does_not_go_back_and_a_closed_watch_does_not_go_on():
+    watch = Watch(built())
+    watch.step(3)
+    with pytest.raises(ConfigurationError, match="step=2: expected an integer of at least 3"):
+        watch.step(2)
+    with pytest.raises(ConfigurationError, match="load_state_dict comes before the first"):
+        watch.load_state_dict(watch.state_dict())
+    watch.close()
+    with pytest.raises(ConfigurationError, match="the watch is closed: make another one to go on"):
+        watch.before_step()
+
+
+def test_what_reports_in_transformers_gets_the_keys_at_the_measured_steps(tmp_path: Path):
+    class Reporter(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+            if "spectral/ratio_max" in logs:
+                seen.append((state.global_step, logs["spectral/ratio_max"]))
+
+    seen: list[tuple[int, float]] = []
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=5, report_to="tensorboard", use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    trainer = Trainer(
+        built(), arguments, train_dataset=Tokens(), callbacks=[Reporter(), SpectralCallback(every_n_steps=2)]
+    )
+    trainer.train()
+    history = History.read(tmp_path / "spectral.jsonl")
+    assert [step for step, _ in seen] == list(history.steps) == [0, 2, 4, 5]
+    assert [value for _, value in seen] == [item.summary()["ratio_max"] for item in history.measurements]
+    logged = [entry["step"] for entry in trainer.state.log_history if "spectral/in_zone" in entry]
+    assert logged == [0, 2, 4, 5]
+    events = [path.read_bytes() for path in Path(tmp_path).rglob("events.out.tfevents.*")]
+    assert any(b"train/spectral/ratio_median" in part for part in events)
+
+
+def test_a_checkpoint_of_a_steered_run_warns_of_from_pretrained(tmp_path: Path):
+    run = Run(tmp_path, options=OPTIONS["ceiling"], model=unbalanced(), save_at=4)
+    messages = told(lambda: SHELLS["transformers"](run))
+    assert sum("from_pretrained does not read them: call fuse_scales(model)" in message for message in messages) == 1
+
+
+def test_scales_are_folded_at_the_end_if_asked(tmp_path: Path):
+    run = Run(tmp_path, options={**OPTIONS["ceiling"], "fuse_at_end": True}, model=unbalanced())
+    SHELLS["transformers"](run)
+    assert not any("log_scale" in name for name in run.model.state_dict())
+
+
+def test_an_option_that_is_none_is_told():
+    with pytest.raises(ConfigurationError, match="argument 'every'; the options are those of Watch"):
+        SpectralCallback(every=5)

@@ -69,6 +69,10 @@ class RandomizedSVD:
 
     Raises:
         ConfigurationError: If an attribute is out of its range.
+
+    Example:
+        >>> measure(model, solver=RandomizedSVD(max_bound=0.01)).layers[0].error_bound < 0.01
+        True
     """
 
     n_components: int = 6
