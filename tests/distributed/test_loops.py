@@ -16,20 +16,13 @@ SCRIPT = "loops.py"
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return what two processes saw of each shell; every shell is started once."""
-    known: dict[str, list[dict[str, Any]]] = {}
-
-    def seen(shell: str) -> list[dict[str, Any]]:
-        if shell not in known:
-            known[shell] = run(SCRIPT, 2, tmp_path_factory.mktemp(shell), shell, timeout=180)
-        return known[shell]
-
-    return seen
+    """Return what two processes saw, by shell."""
+    return run(SCRIPT, 2, tmp_path_factory.mktemp("loops"), *SHELLS, timeout=300)
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_all_processes_know_and_do_the_same(both: Any, shell: str):
-    one, two = both(shell)
+    one, two = (process[shell] for process in both)
     assert one == two
     assert one["steps"] == [0, 2, 4, 6]
     assert one["moves"]
@@ -38,13 +31,13 @@ def test_all_processes_know_and_do_the_same(both: Any, shell: str):
 
 @pytest.mark.parametrize("shell", [name for name in SHELLS if name != "lightning"])
 def test_every_loop_is_the_one_of_lightning(both: Any, shell: str):
-    lightning, other = both("lightning")[0], both(shell)[0]
+    lightning, other = both[0]["lightning"], both[0][shell]
     np.testing.assert_allclose(other["ratios"], lightning["ratios"], rtol=1e-12)
     np.testing.assert_allclose(other["tokens"], lightning["tokens"], rtol=1e-12)
     assert other["moves"] == lightning["moves"]
 
 
 def test_two_processes_are_one(both: Any, tmp_path: Path):
-    alone = run(SCRIPT, 1, tmp_path, "plain", timeout=180)[0]
-    np.testing.assert_allclose(both("plain")[0]["ratios"], alone["ratios"], rtol=1e-3)
-    np.testing.assert_allclose(both("plain")[0]["moves"], alone["moves"], rtol=1e-2)
+    alone = run(SCRIPT, 1, tmp_path, "plain", timeout=180)[0]["plain"]
+    np.testing.assert_allclose(both[0]["plain"]["ratios"], alone["ratios"], rtol=1e-3)
+    np.testing.assert_allclose(both[0]["plain"]["moves"], alone["moves"], rtol=1e-2)

@@ -1,4 +1,4 @@
-"""Run by ``test_loops.py`` in two processes: one run in every kind of loop, and what this process saw of it."""
+"""Run by ``test_loops.py`` in two processes: one run in each kind of loop, and what this process saw of it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def seen(shell: str, folder: Path) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    target, shell = Path(sys.argv[1]), sys.argv[2]
-    if shell == "plain":  # nobody else does
-        join(target)
-    (target / f"{RANK}.json").write_text(json.dumps(seen(shell, target)))
+    target, *shells = sys.argv[1:]
+    join(Path(target))  # before Trainers do, which use the group that is there
+    found = {shell: seen(shell, Path(target)) for shell in shells}
+    Path(target, f"{RANK}.json").write_text(json.dumps(found))
