@@ -214,7 +214,7 @@ def replicated_cost(shape: Shape, ranks: int, start: Start) -> Cost:
         read=sum(bytes_read(item, t) for item in items),
         flops=sum(sum(flops(item, start, t)) for item in items),
         contributed=vector + 3 * decision,
-        collectives=7,  # one gather; each of three decisions waits for all and adds up an integer
+        collectives=4,  # one gather; each of three decisions adds up an integer
         sent=(ranks - 1) * vector + 3 * 2 * decision * (ranks - 1) / ranks,
     )
 

@@ -45,3 +45,4 @@ if __name__ == "__main__":
     join(Path(target))  # before Trainers do, which use the group that is there
     found = {shell: seen(shell, Path(target)) for shell in shells}
     Path(target, f"{RANK}.json").write_text(json.dumps(found))
+    distributed.destroy_process_group()
