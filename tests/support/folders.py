@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from processes import leave
 from training import RANK, STEPS, fit, monitor_of, whole
 
 LAYOUTS = ("fsdp2 root", "fsdp2 blocks", "tensor parallel")
@@ -43,4 +44,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    torch.distributed.destroy_process_group()
+    leave()

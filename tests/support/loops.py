@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from processes import join
+from processes import join, leave
 from shells import SHELLS, Run, built
 from torch import distributed, nn
 
@@ -45,4 +45,4 @@ if __name__ == "__main__":
     join(Path(target))  # before Trainers do, which use the group that is there
     found = {shell: seen(shell, Path(target)) for shell in shells}
     Path(target, f"{RANK}.json").write_text(json.dumps(found))
-    distributed.destroy_process_group()
+    leave()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from processes import join
+from processes import join, leave
 from sharded import GPT, Block, flat, in_blocks, tensor_parallel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -173,8 +173,8 @@ def main() -> None:
     for layers in RUNS:
         results[f"{layers} trained"] = trained(layers, folder)
     (folder / f"{RANK}.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    leave()

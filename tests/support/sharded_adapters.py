@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from processes import join
+from processes import join, leave
 from sharded import GPT, Block, compared, flat, in_blocks, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -67,4 +66,4 @@ if __name__ == "__main__":
         except Exception:
             seen[name] = {"error": traceback.format_exc()}
     (Path(sys.argv[1]) / f"{RANK}.json").write_text(json.dumps(seen))
-    torch.distributed.destroy_process_group()
+    leave()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from processes import join
+from processes import join, leave
 from tiny_run import TinyGPT
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -104,8 +104,8 @@ def main(folder: Path) -> None:
         unmeasured[name] = int(metric.unmeasured)
         metric.unsync()
     (folder / f"{rank}.json").write_text(json.dumps([values, unmeasured]))
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

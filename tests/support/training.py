@@ -23,7 +23,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from processes import whole
+from processes import leave, whole
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -435,3 +435,4 @@ def main(layout: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[2], Path(sys.argv[1]))
+    leave()
