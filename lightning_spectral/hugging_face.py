@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import (
 )
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
+from lightning_spectral.control import GainCeiling, ResidualRescaler
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.scales import attach_scales, fuse_scales
 from lightning_spectral.watch import Watch
@@ -47,6 +49,7 @@ class SpectralCallback(TrainerCallback, ExportableState):
     Args:
         every_n_steps: Optimizer steps between two measurements.
         auto_rescale: Whether to steer, as in :class:`~lightning_spectral.SpectralMonitor`.
+        batch: Example input for finding the blocks to steer, if none can be guessed.
         fuse_at_end: Whether to fold the scales into the weights when training ends. The model computes what it did.
         options: The other settings of :class:`~lightning_spectral.Watch`. ``on_alarm="stop"`` ends training.
 
@@ -55,10 +58,23 @@ class SpectralCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(
-        self, every_n_steps: int = 50, auto_rescale: AutoRescale = False, *, fuse_at_end: bool = False, **options: Any
+        self,
+        every_n_steps: int = 50,
+        auto_rescale: AutoRescale | Mapping[str, Any] = False,
+        *,
+        batch: Any = None,
+        fuse_at_end: bool = False,
+        **options: Any,
     ) -> None:
+        if unsaved := options.pop("unsaved", None):  # see `state`
+            raise ConfigurationError(
+                f"restore_callback_states_from_checkpoint=True cannot bring back {', '.join(unsaved)} of a "
+                "SpectralCallback: leave it out; the run goes on from the checkpoint without it"
+            )
+        if isinstance(auto_rescale, Mapping):
+            auto_rescale = _law(auto_rescale)
         self._options = {"every_n_steps": every_n_steps, "auto_rescale": auto_rescale, **options}
-        self._fuse_at_end = fuse_at_end
+        self._batch, self._fuse_at_end = batch, fuse_at_end
         try:
             self._checked = Options(**self._options)
         except TypeError as error:  # a name that is none
@@ -79,7 +95,7 @@ class SpectralCallback(TrainerCallback, ExportableState):
         if law is not None and not law.dry_run:
             blocks = self._checked.blocks
             named = None if blocks is None else blocks_of(model, blocks)
-            attach_scales(model, named, learnable=law.learnable)
+            attach_scales(model, named, batch=self._batch, learnable=law.learnable)
 
     def on_train_begin(
         self,
@@ -91,9 +107,10 @@ class SpectralCallback(TrainerCallback, ExportableState):
         **others: Any,
     ) -> None:
         """Begin to watch, where a resumed run had stopped."""
+        self._handler = self._handler or _caller()  # one that a checkpoint has brought back has seen no on_init_end
         if self._watch is not None:  # of a run that failed, of which callbacks hear nothing
             self._watch.abandon()
-        self._watch = _Watch(model, args.output_dir, optimizers=[optimizer], **self._options)
+        self._watch = _Watch(model, args.output_dir, optimizers=[optimizer], batch=self._batch, **self._options)
         known = _saved(args, state, self._checked.prefix) or self._state
         if known is not None and state.global_step:
             self._watch.load_state_dict({**known, "step": state.global_step})
@@ -144,11 +161,19 @@ class SpectralCallback(TrainerCallback, ExportableState):
     # Resume through the state of the Trainer, which is JSON and therefore has no warm start.
 
     def state(self) -> dict[str, Any]:
-        """Return the settings that are plain values, and what is known of the run without tensors."""
+        """Return the settings, and what is known of the run without tensors.
+
+        The Trainer makes a new callback of them if ``restore_callback_states_from_checkpoint`` asks for it.
+        """
         known = {} if self._watch is None else self._watch.state_dict()
-        plain = {name: value for name, value in self._options.items() if isinstance(value, bool | int | float | str)}
         kept = {name: value for name, value in known.items() if name not in ("warm_start", "blocks")}
-        return {"args": {**plain, "fuse_at_end": self._fuse_at_end}, "attributes": {"_state": kept or None}}
+        settings = {**self._options, "batch": self._batch, "fuse_at_end": self._fuse_at_end}
+        if isinstance(law := settings["auto_rescale"], GainCeiling | ResidualRescaler):
+            settings["auto_rescale"] = law.to_dict()
+        plain = {name: value for name, value in settings.items() if _is_plain(value)}
+        unsaved = [name for name in settings if name not in plain]
+        args = plain | ({"unsaved": unsaved} if unsaved else {})
+        return {"args": args, "attributes": {"_state": kept or None}}
 
     def _report(
         self,
@@ -168,6 +193,23 @@ class SpectralCallback(TrainerCallback, ExportableState):
         for reporter in () if self._handler is None else self._handler.callbacks:
             if reporter is not self and not isinstance(reporter, PrinterCallback | ProgressCallback):
                 reporter.on_log(args, then, control, logs=dict(values), model=model)
+
+
+def _law(settings: Mapping[str, Any]) -> GainCeiling | ResidualRescaler:
+    """Return the law that :meth:`SpectralCallback.state` has written."""
+    laws = {law.__name__: law for law in (GainCeiling, ResidualRescaler)}
+    values: dict[str, Any] = dict(settings)
+    values |= {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}  # JSON has no tuples
+    return laws[values.pop("law")](**values)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value can be written as JSON."""
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 class _Watch(Watch):

@@ -165,8 +165,8 @@ class _Logger(Outlet):
             folder = Path(shared, str(self._logger.name), own if isinstance(own, str) else f"version_{own}")
         return None if folder is None or re.match(r"\w[\w+.-]+:/", str(folder)) else Path(folder)  # no s3://
 
-    def log(self, values: Mapping[str, float], index: int) -> None:
-        self._logger.log_metrics(dict(values), step=index)
+    def log(self, values: dict[str, float], index: int) -> None:
+        self._logger.log_metrics(values, step=index)
 
     def picture(self, figure: Figure, key: str, index: int) -> None:
         send_figure(self._logger, figure, key, index)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -20,6 +19,7 @@ from lightning_spectral.control.steering import Steering
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.sharding.flattened import is_flattened
+from lightning_spectral.linalg.sharding.presence import is_dtensor
 from lightning_spectral.linalg.solvers import SolverChoice
 from lightning_spectral.records import ResidualBlock
 from lightning_spectral.runs.series import Series
@@ -197,11 +197,14 @@ class Watch:
         Returns:
             What was measured last.
         """
-        if self._session is not None and not self._closed:
+        if not self._closed:
             self._closed = True
-            self._session.end()
-            self._session.close()
-            self._release()
+            try:
+                if self._session is not None:
+                    self._session.end()
+                    self._session.close()
+            finally:
+                self._release()
         return self._host.take()
 
     def __enter__(self) -> Self:
@@ -219,9 +222,10 @@ class Watch:
 
     def abandon(self) -> None:
         """End without another measurement: write what there is, and leave no hook in the model."""
-        if self._session is not None and not self._closed:
+        if not self._closed:
             self._closed = True
-            self._session.abandon()
+            if self._session is not None:
+                self._session.abandon()
             self._release()
 
     # What a checkpoint keeps.
@@ -234,14 +238,20 @@ class Watch:
         """Go on from an earlier state, before the first step.
 
         Raises:
-            ConfigurationError: The watch has begun already.
+            ConfigurationError: The watch has begun already, or the state is of another linearization.
         """
         if self._session is not None:
             raise ConfigurationError("load_state_dict comes before the first before_step() or step() of a watch")
-        series = Series(self.options.linearization)
-        series.load_state_dict(copy.deepcopy(dict(state)))
+        known, rule = state.get("linearization", self.options.linearization), self.options.linearization
+        if known != rule:
+            raise ConfigurationError(
+                f"the state is of linearization={known!r}, this watch has {rule!r}, and one series never mixes them: "
+                "make a watch with the same, or leave the state out"
+            )
+        series = Series(rule)
+        series.load_state_dict(state)
         self._host.steps = _checks.steps("step", state.get("step", series.measured_step or 0), least=0)
-        if series.reaches(self._host.steps):
+        if series.measured_step is None or series.reaches(self._host.steps):
             self._series, self._goes_on = series, True
 
     # Behind it.
@@ -310,7 +320,7 @@ class _LoopHost:
 
     @property
     def shards(self) -> bool:
-        return any(hasattr(parameter, "device_mesh") for parameter in self._outer.parameters())
+        return is_flattened(self._outer) or any(map(is_dtensor, self._outer.parameters()))
 
     @property
     def by_hand(self) -> bool:
@@ -355,7 +365,7 @@ class _Values(Outlet):
     def __init__(self) -> None:
         self._kept: Mapping[str, float] = {}
 
-    def log(self, values: Mapping[str, float], index: int) -> None:
+    def log(self, values: dict[str, float], index: int) -> None:
         self._kept = values
 
     def take(self) -> Mapping[str, float]:

@@ -47,8 +47,8 @@ class Outlet:
     def publish(self, values: Mapping[str, float]) -> None:
         """Take what is true of the weights now, for those who decide by it. Called in all processes."""
 
-    def log(self, values: Mapping[str, float], index: int) -> None:
-        """Take a measurement, once, behind those before it."""
+    def log(self, values: dict[str, float], index: int) -> None:
+        """Take a measurement, once, behind those before it. The values are the place's own."""
 
     def show(self, values: Mapping[str, float]) -> None:
         """Take what is new at the end of a batch."""

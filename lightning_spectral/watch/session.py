@@ -117,7 +117,7 @@ class Session:
     def begin_batch(self, batch: Any) -> None:
         """Have measured the weights that the batch will use, and listen to how it uses them."""
         self._unseen = not self._host.by_hand
-        if not self._unseen:  # by hand, weights may be changed within the batch in ways that Lightning does not see
+        if not self._unseen:  # by hand, weights may be changed within the batch in ways that the loop does not see
             self._look_again()
         self._look_if_due(self._host.now())
         if self._look is not None:
@@ -152,7 +152,7 @@ class Session:
         self._notice_uncounted()
         step = self._host.now(done=1)
         if self._look is not None and self._look.settled and self._look.measurement.step != step:
-            self._conclude()  # the optimizer is one that Lightning does not see
+            self._conclude()  # the optimizer is one that the loop does not see
         if self._first_forward is not None and (announced or self._first_forward.heard):
             self._search(self._find_late, self._first_forward)
             self._first_forward = None
@@ -200,7 +200,7 @@ class Session:
                 listener.stop()
 
     def _notice_uncounted(self) -> None:
-        """See whether weights change although the Trainer counts no step; then batches count as steps."""
+        """See whether weights change although the loop counts no step; then batches count as steps."""
         self._host.end_batch()
         doubtful = self._host.doubtful(self._options.every_n_steps) and self._weights_step == self._host.counted()
         if self.meter is None or not doubtful or self._unchanged(self.meter):
@@ -276,7 +276,7 @@ class Session:
             self._measure(look.meter, look.measurement.step, look.index, settled=look.settled)
 
     def _labelled(self, look: _Look) -> _Look:
-        """Label a measurement anew: a Trainer that resumes brings its counts up to date only when it begins a batch."""
+        """Label a measurement anew: a loop that resumes may bring its counts up to date only when it begins a batch."""
         measurement = replace(look.measurement, step=self._host.now())
         return replace(look, measurement=measurement, index=self._host.index())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from shells import BATCHES, GPT, SHELLS, Run, Tokens, built, loader
+from shells import BATCHES, GPT, SHELLS, Run, Tokens, built, loader, optimizer_of
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -488,3 +489,68 @@ def test_scales_are_folded_at_the_end_if_asked(tmp_path: Path):
 def test_an_option_that_is_none_is_told():
     with pytest.raises(ConfigurationError, match="argument 'every'; the options are those of Watch"):
         SpectralCallback(every=5)
+
+
+@pytest.mark.parametrize("law", [True, GainCeiling(ceiling=0.5), ResidualRescaler(patience=1, inner_zone=(0.99, 1.01))])
+def test_the_trainer_of_transformers_may_make_the_callback_anew_from_a_checkpoint(law: Any, tmp_path: Path):
+    options = {"every_n_steps": 2, "auto_rescale": law, "safe_zone": (0.4, 2.5)}
+    first = Run(tmp_path, options=options, model=unbalanced(), save_at=4)
+    SHELLS["transformers"](first)
+    other = {"every_n_steps": 5, "auto_rescale": law}
+    resumed = Run(tmp_path, options=other, model=unbalanced(), resume=first.folder)
+    resumed.arguments = {"restore_callback_states_from_checkpoint": True, "report_to": "tensorboard"}
+    SHELLS["transformers"](resumed)
+    history = History.read(resumed.journal)
+    assert history.steps == (0, 2, 4, 6)
+    assert history.measurements[-1].safe_zone == (0.4, 2.5)
+    expected = (GainCeiling() if law is True else law).to_dict()
+    assert history.header["rescaler"] == json.loads(json.dumps(expected))
+    events = [path.read_bytes() for path in tmp_path.rglob("events.out.tfevents.*")]
+    assert any(b"train/spectral/ratio_median" in part for part in events)
+
+
+def test_what_a_checkpoint_cannot_bring_back_is_told(tmp_path: Path):
+    options = {"every_n_steps": 2, "blocks": find_blocks(built())}
+    first = Run(tmp_path, options=options, save_at=4)
+    SHELLS["transformers"](first)
+    resumed = Run(tmp_path, options=options, resume=first.folder)
+    resumed.arguments = {"restore_callback_states_from_checkpoint": True}
+    with pytest.raises(ConfigurationError, match="cannot bring back blocks of a SpectralCallback"):
+        SHELLS["transformers"](resumed)
+
+
+@pytest.mark.usefixtures("large_ids")
+def test_the_callback_of_transformers_takes_an_example_batch(tmp_path: Path):
+    batch = {"ids": torch.full((2, 8), 1001)}
+    run = Run(tmp_path, options={"every_n_steps": 2, "auto_rescale": True, "batch": batch}, model=picky())
+    SHELLS["transformers"](run)
+    assert History.read(run.journal).actions
+
+
+@pytest.mark.parametrize("end", [Watch.close, Watch.abandon])
+def test_a_watch_that_never_began_leaves_no_hook_in_the_optimizer(end: Callable[[Watch], Any]):
+    model = built()
+    optimizer = optimizer_of(model)
+    watch = Watch(model, auto_rescale=True, optimizers=optimizer)
+    end(watch)
+    kinds = ("_optimizer_step_pre_hooks", "_optimizer_load_state_dict_pre_hooks")
+    assert not any(getattr(optimizer, kind) for kind in kinds)
+
+
+def test_a_state_of_another_linearization_is_refused():
+    state = Watch(built()).state_dict()
+    with pytest.raises(ConfigurationError, match="the state is of linearization='circuit', this watch has 'paper'"):
+        Watch(built(), linearization="paper").load_state_dict(state)
+
+
+def test_a_state_from_before_the_first_measurement_keeps_the_run(tmp_path: Path):
+    model = built()
+    watch = Watch(model, tmp_path)
+    watch.before_step()
+    state = watch.state_dict()
+    watch.abandon()
+    again = Watch(model, tmp_path)
+    again.load_state_dict(state)
+    again.step(1)
+    again.close()
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == ["spectral.jsonl"]

@@ -62,6 +62,7 @@ class Run:
         model: The model, changed by the run.
         save: Where to save a checkpoint at ``save_at``.
         resume: The checkpoint to go on from.
+        arguments: More arguments for the Trainer of transformers.
         between: Called behind every step with the number of the step.
     """
 
@@ -71,6 +72,7 @@ class Run:
     model: nn.Module = field(default_factory=lambda: built())
     save_at: int | None = None
     resume: Path | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     between: Callable[[int], None] = lambda step: None
 
     @property
@@ -234,21 +236,22 @@ def transformers(run: Run) -> Any:
 
     made = run.options if isinstance(run.options, SpectralCallback) else None
     callback = made or (None if run.options is None else SpectralCallback(**run.options))
-    arguments = TrainingArguments(
-        output_dir=str(run.folder),
-        max_steps=run.steps,
-        per_device_train_batch_size=BATCH,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        use_cpu=True,
-        ddp_backend=None if WORLD == 1 else "gloo",
-        report_to=[],
-        save_strategy="no" if run.save_at is None else "steps",
-        save_steps=run.save_at or 500,
-        logging_steps=1000,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
+    settings: dict[str, Any] = {
+        "output_dir": str(run.folder),
+        "max_steps": run.steps,
+        "per_device_train_batch_size": BATCH,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "use_cpu": True,
+        "ddp_backend": None if WORLD == 1 else "gloo",
+        "report_to": [],
+        "save_strategy": "no" if run.save_at is None else "steps",
+        "save_steps": run.save_at or 500,
+        "logging_steps": 1000,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+    arguments = TrainingArguments(**settings | dict(run.arguments))
     trainer = InOrder(
         model=run.model,
         args=arguments,
