@@ -6,8 +6,8 @@
 One model is trained in one process. Rounds without and with measurements alternate, so that whatever else the machine
 does meets all of them alike. A round is as many optimizer steps as the longest interval.
 
-Tokens and updates are measured inside the forward pass, by hooks at the outputs of blocks and branches. Two more hooks
-each, one before and one behind, read the clock: a difference of whole steps would drown in their scatter.
+What is seen of a batch comes from a pass of a few samples in front of the training pass. A clock runs around it: a
+difference of whole steps would drown in their scatter.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from machine import describe
-from torch.utils.hooks import RemovableHandle
 
-from lightning_spectral import ResidualBlock, find_blocks
+from lightning_spectral import find_blocks
 from lightning_spectral.measuring.meter import Meter
 from lightning_spectral.records import Measurement
 from lightning_spectral.watch.batch import BatchWatch
+from lightning_spectral.watch.outermost import Call
 from lightning_spectral.weights.model import ModelWeights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -74,36 +75,38 @@ def now() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-class Tokens:
-    """What ``SpectralMonitor(geometry=True)`` measures on a batch, and what that costs."""
+class Tokens(BatchWatch):
+    """What a measurement sees of a batch, with a clock around all that it adds to a step."""
 
-    def __init__(self, model: GPT, blocks: Sequence[ResidualBlock]) -> None:
-        self._watch = BatchWatch(model, blocks, (), {})
-        names = [name for block in blocks for name in (block.name, *(branch.site for branch in block.branches))]
-        self._modules = [model.get_submodule(name) for name in names]
-        self._clocks: list[RemovableHandle] = []
+    seconds = 0.0
 
-    def start(self) -> None:
-        """Listen to the next forward pass."""
-        self.seconds = 0.0
-        self._add_clocks(-1)
-        self._watch.start()
-        self._add_clocks(1)
+    def begin(self, batch: object) -> None:
+        """Look at the calls of the next training step."""
+        begin, self.seconds = now(), 0.0
+        self.start(batch)
+        self.seconds += now() - begin
 
-    def add_to(self, measurement: Measurement) -> None:
-        """Stop listening; add what was heard to a measurement."""
-        start = now()
-        self._watch.stop()
-        self._watch.add_to(measurement)
-        self.seconds += now() - start
-        while self._clocks:
-            self._clocks.pop().remove()
+    def add_to(self, measurement: Measurement) -> Measurement:
+        """Stop, and add what was seen to a measurement."""
+        begin = now()
+        measurement = super().add_to(measurement)
+        self.seconds += now() - begin
+        return measurement
 
-    def _add_clocks(self, sign: int) -> None:
-        def read(*_: object) -> None:
-            self.seconds += sign * now()
+    def _hear(self, call: Call, make: Callable[[], Any]) -> Any:
+        inside = 0.0
 
-        self._clocks += [module.register_forward_hook(read) for module in self._modules]
+        def real() -> Any:
+            nonlocal inside
+            begin = now()
+            result = make()
+            inside = now() - begin
+            return result
+
+        begin = now()
+        result = super()._hear(call, real)
+        self.seconds += now() - begin - inside
+        return result
 
 
 @dataclass
@@ -127,7 +130,7 @@ def run_round(
     for index in range(steps):
         due = meter is not None and index % interval == interval - 1
         if due and tokens is not None:
-            tokens.start()
+            tokens.begin(None)
         start = now()
         step()
         stepped = now()

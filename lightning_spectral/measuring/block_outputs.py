@@ -3,43 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_spectral.passes.chosen import Passes
 from lightning_spectral.passes.listen import Listener, listen, stop_listening
-from lightning_spectral.records import Measurement, ResidualBlock
-from lightning_spectral.tokens import effective_rank, massive_activations, token_residual
+from lightning_spectral.records import ResidualBlock
+from lightning_spectral.tokens import effective_rank, massive_activations, sample_residual, token_residual
 from lightning_spectral.weights.paths import module_at
 
-__all__ = ["BlockOutputs", "Geometry", "as_sequences", "with_geometry"]
+__all__ = ["MASSIVE", "BlockOutputs", "Geometry", "as_sequences"]
 
-_MASSIVE = 100.0  # an activation is massive above this multiple of the median
-# At most 4 evenly spaced sequences stand for a batch. The effective rank needs the eigenvalues of a Gram matrix, so it
-# is computed from the first 2 of these sequences, with at most 256 evenly spaced tokens each.
-_SEQUENCES = 4
+MASSIVE = 100.0  # an activation is massive above this multiple of the median
+# The effective rank needs the eigenvalues of a Gram matrix, so it is computed from 2 sequences, with at most 256 evenly
+# spaced tokens each. The residuals are of at most 8 evenly spaced sequences.
+_SEQUENCES = 8
 _RANK_TOKENS, _RANK_SEQUENCES = 256, 2
 
 
 class Geometry(NamedTuple):
-    """The token geometry at the output of one block. A quantity that cannot be measured is ``None``."""
+    """The token geometry at the output of one block. A quantity that cannot be measured is ``None``.
+
+    Attributes:
+        token_residual: Mean over sequences.
+        typical_token_residual: The same without massive activations.
+        effective_rank: Mean over sequences.
+        sample_residual: Without massive activations.
+        norm: ‖X‖_F; not finite where a value is not.
+        rms: Root mean square of the entries of X.
+    """
 
     token_residual: float | None
     typical_token_residual: float | None
     effective_rank: float | None
+    sample_residual: float | None
+    norm: float
+    rms: float
 
 
 class BlockOutputs:
-    """Listens to the outputs of blocks between :meth:`start` and :meth:`stop`. No output is changed or kept.
+    """Listens to the outputs of blocks between :meth:`start` and :meth:`stop`; of several, the last counts.
+
+    No output is changed or kept.
 
     Args:
         model: The model that the blocks were found in.
         blocks: The blocks. A block that is missing in the model is skipped.
+
+    Attributes:
+        error: The exception that occurred while listening, ``None`` for none.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
@@ -47,22 +62,16 @@ class BlockOutputs:
         self._model = model
         self._blocks = [(block.index, _end(block), block.token_dims or shared) for block in blocks]
         self._listeners: list[Listener] = []
-        self.passes = Passes()
+        self.numbers: dict[int, Tensor] = {}
         self.error: Exception | None = None
 
-    def start(self, passes: Passes | None = None, *, leave_out: Callable[[nn.Module], bool] | None = None) -> None:
-        """Begin to listen; nothing happens if it listens already.
-
-        Args:
-            passes: The store for the measurements; a new one by default, in which the last pass counts.
-            leave_out: Returns true for a module that must not be listened to.
-        """
+    def start(self) -> None:
+        """Begin to listen; nothing happens if it listens already. What was heard before stays."""
         if self._listeners:
             return
-        self.passes, self.error = Passes() if passes is None else passes, None
         for index, name, token_dims in self._blocks:
             module = None if name is None else module_at(self._model, name)
-            if module is not None and not (leave_out is not None and leave_out(module)):
+            if module is not None:
                 self._listeners += listen([module], _Outputs(self, index, token_dims))
 
     def stop(self) -> None:
@@ -70,22 +79,26 @@ class BlockOutputs:
         stop_listening(self._listeners)
 
     def values(self) -> dict[int, Geometry]:
-        """Return the measurements of the pass that counts, by block index, and forget them.
+        """Return what was measured, by block index, and forget it. One transfer from the device.
 
-        A block without an output in that pass is absent.
+        A block that gave no output is absent.
 
         Raises:
             Exception: The exception that occurred while listening, if any.
         """
-        if self.error is not None:
-            error, self.error = self.error, None
+        measured, self.numbers = self.numbers, {}
+        error, self.error = self.error, None
+        if error is not None:
             raise error
-        measured, self.passes = self.passes.numbers, Passes()
         if not measured:
             return {}
         numbers = torch.stack([*measured.values()]).tolist()
-        known = [tuple(None if math.isnan(number) else number for number in block) for block in numbers]
-        return {index: Geometry(*block) for index, block in zip(measured, known, strict=True)}
+        return {index: _read(*block) for index, block in zip(measured, numbers, strict=True)}
+
+
+def _read(*numbers: float) -> Geometry:
+    tokens, typical, rank, samples = (None if math.isnan(number) else number for number in numbers[:4])
+    return Geometry(tokens, typical, rank, samples, *numbers[4:])
 
 
 def _end(block: ResidualBlock) -> str | None:
@@ -108,15 +121,13 @@ class _Outputs:
         self, module: nn.Module, call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         output = call()
-        passes = self._outputs.passes
-        if passes.listens:
-            try:
-                for leaf in tree_leaves(output):
-                    if _is_stream(leaf, self._token_dims):
-                        passes.note(self._index, leaf, _geometry(leaf.detach(), self._token_dims))
-                        break
-            except Exception as error:
-                self._outputs.error = error
+        try:
+            for leaf in tree_leaves(output):
+                if _is_stream(leaf, self._token_dims):
+                    self._outputs.numbers[self._index] = _geometry(leaf.detach(), self._token_dims)
+                    break
+        except Exception as error:
+            self._outputs.error = error
         return output
 
 
@@ -130,30 +141,26 @@ def _geometry(stream: Tensor, token_dims: Sequence[int]) -> Tensor:
         raise TypeError("the stream is a nested tensor, whose tokens have no regular layout")
     with torch.autocast(stream.device.type, enabled=False):
         X = as_sequences(stream, token_dims)
-        if X.shape[1] < 2:  # a single token is always one vector
-            return torch.full((3,), math.nan, device=stream.device)
+        norm = torch.linalg.vector_norm(X, dtype=torch.promote_types(X.dtype, torch.float32))
+        sizes = [norm, norm / math.sqrt(X.numel())]
         X = X[:: math.ceil(len(X) / _SEQUENCES)]
+        nan = torch.full((), math.nan, device=X.device)
+        between = sample_residual(X, massive=MASSIVE) if len(X) > 1 else nan
+        if X.shape[1] < 2:  # a single token is always one vector
+            return torch.stack([nan, nan, nan, between, *sizes])
         stride = math.ceil(X.shape[1] / _RANK_TOKENS)
         rank = effective_rank(X[:_RANK_SEQUENCES, ::stride], power=2)
-        typical = token_residual(X, massive=_MASSIVE)
+        typical = token_residual(X, massive=MASSIVE)
         if X.shape[1] < 4:  # without its massive tokens, a sequence this short may have one token left
-            left = X.shape[1] - massive_activations(X, multiple=_MASSIVE)[0].sum(-1)
+            left = X.shape[1] - massive_activations(X, multiple=MASSIVE)[0].sum(-1)
             typical = torch.where(left > 1, typical, math.nan)
-        return torch.stack([token_residual(X).nanmean(), typical.nanmean(), rank.nanmean()])
+        return torch.stack([token_residual(X).nanmean(), typical.nanmean(), rank.nanmean(), between, *sizes])
 
 
 def _channel(stream: Tensor, token_dims: Sequence[int]) -> int | None:
     """Return the dimension of the channels: the last, or the second in feature maps. ``None`` if x is no stream."""
     channel = 1 if stream.dim() - 1 in token_dims else stream.dim() - 1
     return None if channel in token_dims or max(token_dims) >= stream.dim() else channel
-
-
-def with_geometry(measurement: Measurement, values: Mapping[int, Geometry]) -> Measurement:
-    """Add the token geometry, by block index, to the layers of a measurement."""
-    layers = (
-        replace(layer, **values[layer.index]._asdict()) if layer.index in values else layer for layer in measurement
-    )
-    return replace(measurement, layers=tuple(layers))
 
 
 def as_sequences(stream: Tensor, token_dims: Sequence[int]) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_spectral.passes.chosen import Passes
 from lightning_spectral.passes.listen import Listener, listen, stop_listening
 from lightning_spectral.records import Branch, ResidualBlock
 from lightning_spectral.weights.paths import module_at
@@ -25,10 +24,14 @@ class Update:
     Attributes:
         ratio: ‖s_m B_m‖_F / ‖s_a B_a‖_F; ``None`` if one of the norms is zero or not finite.
         cosine: ⟨s_m B_m, s_a B_a⟩ / (‖s_m B_m‖_F ‖s_a B_a‖_F); ``None`` if there is no ratio, or the shapes differ.
+        mlp_norm: ‖s_m B_m‖_F; ``None`` where it is not finite.
+        attention_norm: ‖s_a B_a‖_F; ``None`` where it is not finite.
     """
 
     ratio: float | None = None
     cosine: float | None = None
+    mlp_norm: float | None = None
+    attention_norm: float | None = None
 
     @classmethod
     def of(cls, mlp: Tensor, attention: Tensor) -> Update:
@@ -38,9 +41,10 @@ class Update:
     @classmethod
     def from_norms(cls, m: float, a: float, cosine: float) -> Update:
         """Compare two updates by their norms and the cosine between them, which is NaN for different shapes."""
+        norms = (m if math.isfinite(m) else None, a if math.isfinite(a) else None)
         if not (0 < m < math.inf and 0 < a < math.inf):
-            return cls()
-        return cls(m / a, None if math.isnan(cosine) else max(-1.0, min(1.0, cosine)))
+            return cls(None, None, *norms)
+        return cls(m / a, None if math.isnan(cosine) else max(-1.0, min(1.0, cosine)), *norms)
 
 
 def _norms(mlp: Tensor, attention: Tensor) -> Tensor:
@@ -68,7 +72,7 @@ class UpdateWatch:
 
     def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock], behind: Mapping[Branch, float]) -> None:
         self.model, self.blocks, self.behind = model, blocks, behind
-        self.passes = Passes()
+        self.numbers: dict[int, Tensor] = {}
         self.error: Exception | None = None
         self._listeners: list[Listener] = []
         self._fused = True
@@ -85,20 +89,14 @@ class UpdateWatch:
         self.stop()
         torch.backends.mha.set_fastpath_enabled(self._fused)
 
-    def start(self, passes: Passes | None = None, *, leave_out: Callable[[nn.Module], bool] | None = None) -> None:
-        """Begin to listen; nothing happens if it listens already.
-
-        Args:
-            passes: The store for the measurements; a new one by default, in which the last pass counts.
-            leave_out: Returns true for a module that must not be listened to.
-        """
+    def start(self) -> None:
+        """Begin to listen; nothing happens if it listens already. Of several passes, the last counts."""
         if self._listeners:
             return
-        self.passes, self.error = Passes() if passes is None else passes, None
         for block in self.blocks:
             branches = [*block.attention_branches, *block.mlp_branches]
             sites = [module_at(self.model, branch.site) for branch in branches if branch in self.behind]
-            found = [site for site in sites if site is not None and not (leave_out is not None and leave_out(site))]
+            found = [site for site in sites if site is not None]
             # Otherwise a branch has no constant, shares its site with another, or was removed from the model.
             if block.attention and block.mlp and len(set(found)) == len(branches):
                 held: dict[Branch, Tensor] = {}
@@ -112,11 +110,10 @@ class UpdateWatch:
     @property
     def updates(self) -> dict[int, Update]:
         """The comparison of each block in the pass that counts, by its index. One transfer from the device."""
-        seen = self.passes.numbers
-        if not seen:
+        if not self.numbers:
             return {}
-        numbers = torch.stack([*seen.values()]).tolist()
-        return {index: Update.from_norms(*norms) for index, norms in zip(seen, numbers, strict=True)}
+        numbers = torch.stack([*self.numbers.values()]).tolist()
+        return {index: Update.from_norms(*norms) for index, norms in zip(self.numbers, numbers, strict=True)}
 
 
 class _Site:
@@ -129,11 +126,10 @@ class _Site:
         self, module: nn.Module, call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         output = call()
-        if self._watch.passes.listens:
-            try:
-                self._note(output if self._branch.output_index is None else output[self._branch.output_index])
-            except Exception as error:
-                self._watch.error = error
+        try:
+            self._note(output if self._branch.output_index is None else output[self._branch.output_index])
+        except Exception as error:
+            self._watch.error = error
         return output
 
     def _note(self, part: Tensor) -> None:
@@ -146,4 +142,4 @@ class _Site:
                 self._held.clear()
                 if all(item.shape == kind[0].shape for kind in parts for item in kind):
                     mlp, attention = (sum(others, first) for first, *others in parts)
-                    self._watch.passes.note(self._block.index, part, _norms(mlp, attention))
+                    self._watch.numbers[self._block.index] = _norms(mlp, attention)

@@ -106,7 +106,7 @@ class SpectralMonitor(Callback):
         safe_zone: tuple[float, float] = (0.5, 2.0),
         blocks: Sequence[ResidualBlock] | Mapping[str, Any] | None = None,
         solver: SolverChoice = None,
-        geometry: bool | None = None,
+        geometry: bool = True,
         per_layer: bool = False,
         on_alarm: Literal["log", "stop"] | Callable[[Trainer, LightningModule, Event], object] = "log",
         on_error: Literal["warn", "raise"] = "warn",

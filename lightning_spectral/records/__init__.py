@@ -24,6 +24,7 @@ from lightning_spectral.records.measurements import (
     LayerMeasurement,
     Linearization,
     Measurement,
+    OutputMeasurement,
 )
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "LayerMeasurement",
     "Linearization",
     "Measurement",
+    "OutputMeasurement",
     "Path",
     "ResidualBlock",
     "alternatives",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-__all__ = ["FunctionalMeasurement", "LayerMeasurement", "Linearization", "Measurement"]
+__all__ = ["FunctionalMeasurement", "LayerMeasurement", "Linearization", "Measurement", "OutputMeasurement"]
 
 Linearization = Literal["circuit", "paper", "jacobian"]
 
@@ -36,6 +36,10 @@ class FunctionalMeasurement:
         mlp_gain_deviation: Its gain on what sets tokens apart, ‖ΠJΠ‖_F / √rank Π with Π = I − P.
         attention_gain_mean: The first of these for the attention branch.
         attention_gain_deviation: The second of these for the attention branch.
+        mlp_share: ‖MLP branch‖_F / ‖stream behind the block‖_F, of a real pass: how much of the stream it has written.
+        attention_share: The same for the attention branch.
+        attention_logit: The largest attention logit q·k/√d of a few samples, over heads and pairs of tokens that may
+            see each other. ``None`` where the model uses a kernel that does not show it.
         finite_differences: Whether some operation cannot be differentiated twice: then differences stand in for it.
     """
 
@@ -46,7 +50,28 @@ class FunctionalMeasurement:
     mlp_gain_deviation: float | None = None
     attention_gain_mean: float | None = None
     attention_gain_deviation: float | None = None
+    mlp_share: float | None = None
+    attention_share: float | None = None
+    attention_logit: float | None = None
     finite_differences: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OutputMeasurement:
+    """What the model returns for the samples of a batch. A quantity that cannot be measured is ``None``.
+
+    Attributes:
+        sample_residual: ‖O − Ō‖_F / ‖O‖_F, of a few samples, in evaluation mode; Ō is the mean over samples. 0 where
+            the model gives the same for all of them.
+        batch_residual: The same of the whole batch, as the training pass has it, dropout included.
+        per_token: Whether the output has a vector for every token or query, and not one for a sample.
+        finite: Whether every number of it is finite, in both.
+    """
+
+    sample_residual: float | None
+    batch_residual: float | None = None
+    per_token: bool = True
+    finite: bool = True
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -71,6 +96,9 @@ class LayerMeasurement:
         typical_token_residual: The same without massive activations, the few tokens and dimensions that are more than
             100 times as large as the median: they hide a collapse of the other tokens, or look like one.
         effective_rank: Effective rank of the block's output, on squared singular values, of a few sequences.
+        sample_residual: ‖X − X̄‖_F / ‖X‖_F of the block's output without massive activations, X̄ the mean over a few
+            samples; 0 where all samples have become one.
+        stream_rms: Root mean square of the block's output; infinite where it is not finite.
     """
 
     index: int
@@ -88,6 +116,8 @@ class LayerMeasurement:
     token_residual: float | None = None
     typical_token_residual: float | None = None
     effective_rank: float | None = None
+    sample_residual: float | None = None
+    stream_rms: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -139,6 +169,7 @@ class Measurement(Tabular):
         seconds: Wall time of the measurement.
         adapters: The part of branches with adapters that was measured; see :func:`~lightning_spectral.measure`.
         notes: What a reader of the numbers should know beside them, a sentence each.
+        output: What the model returned for a batch, ``None`` where no batch was looked at.
 
     Example:
         >>> measurement = measure(model)
@@ -155,6 +186,7 @@ class Measurement(Tabular):
     seconds: float = field(default=0.0, compare=False)
     adapters: Literal["sum", "base", "delta"] = "sum"
     notes: tuple[str, ...] = ()
+    output: OutputMeasurement | None = None
 
     @property
     def has_zone(self) -> bool:
@@ -178,8 +210,9 @@ class Measurement(Tabular):
             "seconds": self.seconds,
             "layers": list(map(_finite, layers)),
         }
-        beside = {"adapters": self.adapters, "notes": list(self.notes)}
-        return values | {name: value for name, value in beside.items() if value not in ("sum", [])}
+        output = None if self.output is None else asdict(self.output)
+        beside = {"adapters": self.adapters, "notes": list(self.notes), "output": output}
+        return values | {name: value for name, value in beside.items() if value not in ("sum", [], None)}
 
     def summary(self) -> dict[str, float]:
         """Return the summary values of the measurement, by the names they are logged under.
@@ -202,10 +235,15 @@ class Measurement(Tabular):
             norms = [norm for layer in self.layers if (norm := getattr(layer, f"{branch}_norm")) is not None]
             if norms:
                 values[f"{branch}_norm_max"] = max(norms)
-        for quantity in ("token_residual", "effective_rank"):
+        for quantity in ("token_residual", "effective_rank", "sample_residual"):
             seen = [value for layer in self.layers if (value := getattr(layer, quantity)) is not None]
             if seen:
                 values[f"{quantity}_min"] = min(seen)
+        logits = [layer.functional.attention_logit for layer in self.layers if layer.functional is not None]
+        if seen := [logit for logit in logits if logit is not None]:
+            values["attention_logit_max"] = max(seen)
+        if self.output is not None and self.output.sample_residual is not None:
+            values["output_residual"] = self.output.sample_residual
         reasons = [reason for layer in self.layers for reason in (layer.mlp_reason, layer.attention_reason)]
         values["unmeasured"] = float(sum(reason is not None for reason in reasons))
         values["seconds"] = self.seconds

@@ -1,6 +1,6 @@
 """Pure definitions on tensors of token representations, ``(..., tokens, width)``. Knows no model."""
 
-from lightning_spectral.tokens.collapse import token_residual, token_similarity
+from lightning_spectral.tokens.collapse import sample_residual, token_residual, token_similarity
 from lightning_spectral.tokens.ranks import (
     Power,
     effective_rank,
@@ -21,6 +21,7 @@ __all__ = [
     "participation_ratio",
     "rank_one_residual",
     "rankme",
+    "sample_residual",
     "select",
     "shares_effective_rank",
     "spectral_shares",

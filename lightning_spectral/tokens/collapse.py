@@ -1,4 +1,4 @@
-"""Distance of the tokens of a sequence from being one vector."""
+"""Distance of the tokens of a sequence, and of the samples of a batch, from being one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.tokens.selection import centred_tokens, select, unit_scaled
 
-__all__ = ["token_residual", "token_similarity"]
+__all__ = ["sample_residual", "token_residual", "token_similarity"]
 
 
 def token_residual(X: Tensor, mask: Tensor | None = None, *, massive: float | None = None) -> Tensor:
@@ -35,6 +36,31 @@ def token_residual(X: Tensor, mask: Tensor | None = None, *, massive: float | No
     size = torch.linalg.vector_norm(X, dim=(-2, -1))
     residual = torch.linalg.vector_norm(centred_tokens(X, valid), dim=(-2, -1))
     return torch.where(measurable, residual / torch.where(measurable, size, 1.0), math.nan)
+
+
+def sample_residual(X: Tensor, *, massive: float | None = None) -> Tensor:
+    """Return ‖X − X̄‖_F / ‖X‖_F, where X̄ is the mean over samples: the token residual with samples in place of tokens.
+
+    The value is 0 if a network gives the same for every sample, whatever it gives for different tokens, and near
+    √(1 − 1/n) for n samples that have nothing in common. Jing, Vincent, LeCun and Tian, "Understanding Dimensional
+    Collapse in Contrastive Self-supervised Learning" (arXiv:2110.09348), call the value 0 complete collapse.
+
+    Args:
+        X: ``(..., samples, tokens, width)``, of any real dtype.
+        massive: Leave out, in each sample, :func:`massive_activations` above this multiple of the median.
+
+    Returns:
+        ``(...)`` in float64 (float32 on a device without float64), from 0 to 1. NaN if all samples are zero, there is
+        only one, or a value is not finite.
+
+    Raises:
+        ConfigurationError: The shapes do not fit, or ``massive`` is not above 1.
+    """
+    if X.dim() < 3 or not X.shape[-3]:
+        raise ConfigurationError(f"X has the shape {tuple(X.shape)}: expected (..., samples, tokens, width), none of 0")
+    selected, _ = select(X, massive=massive)
+    residual = token_residual(selected.flatten(-2))
+    return residual if X.shape[-3] > 1 else torch.full_like(residual, math.nan)
 
 
 def token_similarity(X: Tensor, mask: Tensor | None = None, *, massive: float | None = None) -> Tensor:

@@ -1,84 +1,235 @@
-"""What is seen of the training batch of a measured step: token geometry, and how the branches' updates compare."""
+"""What is seen of the training batch of a measured step: what a few of its samples become in evaluation mode.
+
+Dropout hides a collapse: it sets equal tokens apart again. So the tokens of the training pass are not looked at. Before
+a call of the model in a training step runs, a few samples of its arguments run through the same module, with the same
+weights, in evaluation mode and without gradients, and everything that this pass has changed is put back::
+
+    training_step ── model(x) ──┬── model(x[few])   in evaluation mode, aside: blocks, branches, logits, output
+                                └── model(x)        the real call, which knows nothing of it
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_spectral.errors import ExampleInputError
-from lightning_spectral.measuring.block_outputs import BlockOutputs, with_geometry
+from lightning_spectral.measuring.attention_logits import AttentionLogits
+from lightning_spectral.measuring.block_outputs import BlockOutputs, Geometry
 from lightning_spectral.measuring.jacobians import watch_updates
-from lightning_spectral.measuring.updates import UpdateWatch
-from lightning_spectral.passes.chosen import Passes
-from lightning_spectral.records import FunctionalMeasurement, Measurement, ResidualBlock
-from lightning_spectral.watch.first_forward import Call
-from lightning_spectral.weights.paths import compiled_modules, is_compiled
+from lightning_spectral.measuring.updates import Update, UpdateWatch
+from lightning_spectral.passes.aside import evaluated
+from lightning_spectral.records import (
+    FunctionalMeasurement,
+    LayerMeasurement,
+    Measurement,
+    OutputMeasurement,
+    ResidualBlock,
+)
+from lightning_spectral.tokens import token_residual
+from lightning_spectral.watch.outermost import Call, OutermostCalls
+from lightning_spectral.weights.paths import module_at
 
-__all__ = ["BatchWatch", "unheard"]
+__all__ = ["BatchWatch"]
+
+# A quarter of the samples are looked at, but no fewer and no more than these.
+_FEWEST, _MOST = 4, 8
+_NUMBERS = 4096  # of a longer output of a sample, so many evenly spaced ones are looked at
 
 
 class BatchWatch:
-    """Listens to the forward passes between :meth:`start` and :meth:`stop`; of several, the last that trained counts.
+    """Looks at the batch of a training step between :meth:`start` and :meth:`stop`.
+
+    Calls without grad mode (decoding, a target, a metric) show nothing. Of several calls in grad mode, the first that
+    runs a block shows it, unless a later call of the same module has at least twice as many numbers in its arguments
+    (decoding, token by token). A call whose output has no token beside another shows no tokens.
 
     Args:
         model: The model that the blocks were found in.
-        blocks: The blocks. What is compiled is not listened to.
+        blocks: The blocks.
         calls: The calls of modules of the model that show the blocks; a call of the model is guessed where there are
             none. They are traced once, to see which constants follow the branches.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock], calls: Sequence[Call] = ()) -> None:
-        self._model, self._indices = model, [block.index for block in blocks]
+        self._model, self._blocks = model, blocks
         self._outputs = BlockOutputs(model, blocks)
         self._updates = _update_watch(model, blocks, calls)
-        self._listens = False
+        self._logits = AttentionLogits(model, blocks)
+        # In a stream of (tokens, batch, width) nobody knows which dimension of the arguments the samples are in.
+        self._samples_first = not any(block.token_dims == (0,) for block in blocks)
+        self._outermost: OutermostCalls | None = None
+        self._within: dict[nn.Module, frozenset[int]] = {}  # blocks in a module, by index
+        self._unseen: set[int] = set()
+        self._sizes: dict[nn.Module, int] = {}  # numbers in the arguments of the calls that were looked at
+        self._spreads: dict[str, tuple[Tensor, bool]] = {}
+        self._error: Exception | None = None
 
     @property
     def complete(self) -> bool:
-        """Whether every block has been seen in a pass that trained."""
-        return all(map(self._outputs.passes.trained, self._indices))
+        """Whether a call of every block has been looked at."""
+        return not self._unseen
 
     @property
     def heard(self) -> bool:
-        """Whether any block has run in a pass that counts."""
-        return bool(self._outputs.passes.numbers) or self._outputs.error is not None
+        """Whether any call has been looked at."""
+        return bool(self._sizes)
 
-    def start(self) -> None:
-        """Begin to listen, unless it does already (gradient accumulation)."""
-        if self._listens:
+    def start(self, batch: Any = None) -> None:
+        """Begin to listen, unless it does already (gradient accumulation).
+
+        Args:
+            batch: What the training step is called with.
+        """
+        if self._outermost is not None:
             return
-        self._listens, compiled = True, compiled_modules(self._model)
-        self._outputs.start(Passes(training=True), leave_out=compiled.__contains__)
-        if self._updates is not None:
-            self._updates.start(Passes(training=True), leave_out=compiled.__contains__)
+        self._unseen = {block.index for block in self._blocks}
+        self._within, self._sizes, self._spreads, self._error = _within(self._model, self._blocks), {}, {}, None
+        for watch in (self._outputs, self._logits, self._updates):
+            if watch is not None:
+                watch.numbers.clear()
+        self._outermost = OutermostCalls(self._model, self._within, batch, self._hear)
 
     def stop(self) -> None:
         """Leave the model as it was."""
-        self._listens = False
-        self._outputs.stop()
-        if self._updates is not None:
-            self._updates.stop()
+        if self._outermost is not None:
+            self._outermost.stop()
+            self._outermost = None
 
     def add_to(self, measurement: Measurement) -> Measurement:
-        """Stop, and add what was heard to the layers of a measurement.
+        """Stop, and add what was seen to a measurement.
 
         Raises:
-            Exception: What went wrong while listening.
+            Exception: What went wrong while looking.
         """
         self.stop()
-        measurement = with_geometry(measurement, self._outputs.values())
-        if self._updates is None:
-            return measurement
-        if self._updates.error is not None:
-            raise self._updates.error
-        known = {
-            index: FunctionalMeasurement(update_ratio=update.ratio, update_cosine=update.cosine)
-            for index, update in self._updates.updates.items()
-        }
-        layers = (replace(layer, functional=known.get(layer.index)) for layer in measurement)
-        return replace(measurement, layers=tuple(layers))
+        error, self._error = self._error or (self._updates.error if self._updates else None), None
+        geometry = self._outputs.values()
+        updates = {} if self._updates is None else self._updates.updates
+        logits = {index: float(number) for index, number in self._logits.numbers.items()}
+        if error is not None:
+            raise error
+        layers = [
+            _layer(layer, geometry.get(layer.index), updates.get(layer.index), logits.get(layer.index))
+            for layer in measurement
+        ]
+        return replace(measurement, layers=tuple(layers), output=self._output())
+
+    def _hear(self, call: Call, make: Callable[[], Any]) -> Any:
+        looks = torch.is_grad_enabled() and self._shows_more(call)
+        if looks:
+            try:
+                self._look(call)
+            except Exception as error:
+                self._error = error
+            self._unseen -= self._within[call.module]
+        result = make()
+        if looks and self._error is None:
+            self._note("batch", result, call.samples)
+        return result
+
+    def _shows_more(self, call: Call) -> bool:
+        size = sum(tensor.numel() for tensor in call.tensors)
+        known = self._sizes.get(call.module)
+        shows = size >= 2 * known if known else bool(self._unseen & self._within[call.module])
+        if shows:
+            self._sizes[call.module] = size
+        return shows
+
+    def _look(self, call: Call) -> None:
+        """Run a few samples of a call aside, or all of them where the model does not take fewer."""
+        few = call
+        if self._samples_first and call.samples is not None:
+            few = call.shortened(min(_MOST, max(_FEWEST, call.samples // 4)))
+        try:
+            self._run(few)
+        except Exception:
+            if few is call:
+                raise
+            self._run(call)
+
+    def _run(self, call: Call) -> None:
+        with evaluated(self._model, call.args, call.kwargs), torch.no_grad(), ExitStack() as stack:
+            for watch in (self._outputs, self._updates):
+                if watch is not None:
+                    watch.start()
+                    stack.callback(watch.stop)
+            stack.enter_context(self._logits)
+            result = call.module(*call.args, **call.kwargs)
+            self._note("few", result, call.samples)
+
+    @torch.no_grad()
+    def _note(self, what: str, result: Any, samples: int | None) -> None:
+        """Note how far the output is from being the same for all samples; of several calls, the last counts."""
+        leaves = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+        output = next((leaf for leaf in leaves if leaf.dim() > 1 and leaf.shape[0] == samples), None)
+        if output is None or not self._samples_first or samples is None or samples < 2:
+            return
+        flat = output.detach().flatten(1)
+        with torch.autocast(flat.device.type, enabled=False):
+            spread = token_residual(flat[:, :: math.ceil(flat.shape[1] / _NUMBERS)])
+        self._spreads[what] = torch.stack([spread, flat.isfinite().all().to(spread.dtype)]), output.dim() > 2
+
+    def _output(self) -> OutputMeasurement | None:
+        if not self._spreads:
+            return None
+        numbers = {what: spread.tolist() for what, (spread, _) in self._spreads.items()}
+        few, batch = (numbers.get(what, (math.nan, 1.0)) for what in ("few", "batch"))
+        per_token = next(iter(self._spreads.values()))[1]
+        return OutputMeasurement(_known(few[0]), _known(batch[0]), per_token, bool(few[1] and batch[1]))
+
+
+def _known(number: float) -> float | None:
+    return None if math.isnan(number) else number
+
+
+def _layer(
+    layer: LayerMeasurement, seen: Geometry | None, update: Update | None, logit: float | None
+) -> LayerMeasurement:
+    """Add what was seen of a block."""
+    if seen is not None:
+        layer = replace(
+            layer,
+            token_residual=seen.token_residual,
+            typical_token_residual=seen.typical_token_residual,
+            effective_rank=seen.effective_rank,
+            sample_residual=seen.sample_residual,
+            stream_rms=seen.rms if math.isfinite(seen.rms) else math.inf,
+        )
+    if update is None and logit is None:
+        return layer
+    update, norm = update or Update(), 0.0 if seen is None else seen.norm
+    shares = (
+        part / norm if part is not None and 0 < norm < math.inf else None
+        for part in (update.mlp_norm, update.attention_norm)
+    )
+    functional = FunctionalMeasurement(
+        update_ratio=update.ratio,
+        update_cosine=update.cosine,
+        mlp_share=next(shares),
+        attention_share=next(shares),
+        attention_logit=logit,
+    )
+    return replace(layer, functional=functional)
+
+
+def _within(model: nn.Module, blocks: Iterable[ResidualBlock]) -> dict[nn.Module, frozenset[int]]:
+    """Return the indices of the blocks that lie in a module, for every module that is one or is around some."""
+    found: dict[nn.Module, set[int]] = {}
+    for block in blocks:
+        for name in block.modules:
+            parts = name.split(".") if name else []
+            for depth in range(len(parts) + 1):
+                if (module := module_at(model, ".".join(parts[:depth]))) is not None:
+                    found.setdefault(module, set()).add(block.index)
+    return {module: frozenset(indices) for module, indices in found.items()}
 
 
 def _update_watch(model: nn.Module, blocks: Sequence[ResidualBlock], calls: Sequence[Call]) -> UpdateWatch | None:
@@ -90,14 +241,3 @@ def _update_watch(model: nn.Module, blocks: Sequence[ResidualBlock], calls: Sequ
     except ExampleInputError:
         return None
     return UpdateWatch(model, blocks, {branch: c for watch in watches for branch, c in watch.behind.items()})
-
-
-def unheard(model: nn.Module, blocks: Sequence[ResidualBlock]) -> str | None:
-    """Say what is not measured of the tokens because it is compiled, ``None`` where nothing is."""
-    whole = [block.name for block in blocks if any(is_compiled(model, name) for name in block.modules)]
-    sites = [branch.site for block in blocks for branch in block.branches if is_compiled(model, branch.site)]
-    if not whole and not sites:
-        return None
-    what, name = ("token geometry", whole[0]) if whole else ("update ratio", sites[0])
-    part = "" if len(whole) in (0, len(blocks)) else f" of {len(whole)} of {len(blocks)} blocks"
-    return f"no {what}{part}, because {name or 'the model'} is compiled"

@@ -3,75 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_spectral.errors import ExampleInputError
-from lightning_spectral.passes.listen import Listener, listen, stop_listening
 from lightning_spectral.records import Blocks, ResidualBlock
+from lightning_spectral.watch.outermost import Call, OutermostCalls
 from lightning_spectral.weights.names import common_parts
-from lightning_spectral.weights.paths import compiled_entries, module_at
+from lightning_spectral.weights.paths import module_at
 
-__all__ = ["Call", "FirstForward", "holds_any", "trained_blocks"]
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of one module."""
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def shortened(self) -> Call:
-        """Return the call on the first two samples, where every tensor agrees on how many there are.
-
-        A traced pass keeps every intermediate value, and two samples show all of the structure.
-        """
-        tensors = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
-        if len({tensor.shape[:1] for tensor in tensors}) != 1 or not tensors[0].ndim:
-            return self
-        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor[:2], (self.args, self.kwargs))
-        return Call(self.module, args, kwargs)
+__all__ = ["FirstForward", "holds_any", "trained_blocks"]
 
 
 class FirstForward:
-    """Listens to a module and everything in it until told to stop; nothing that passes is changed."""
+    """Notes the calls of a module and of everything in it until told to stop; nothing that passes is changed.
+
+    Args:
+        root: A module, usually a LightningModule, whose own forward need not be used at all.
+        batch: What the training step is called with.
+    """
 
     def __init__(self, root: nn.Module, batch: Any) -> None:
-        """Begin to listen.
-
-        Args:
-            root: A module, usually a LightningModule, whose own forward need not be used at all.
-            batch: What the training step is called with. A call of the root with it is the strategy's way into the
-                training step and not a forward pass.
-        """
-        self._root, self._batch = root, batch
         self._calls: dict[nn.Module, Call] = {}
-        self._depth = 0  # of calls that are noted or lie in one that is
-        # Nothing is heard inside compiled code, and to listen to what `torch.compile` has wrapped compiles it anew.
-        inside = {inner for entry in compiled_entries(root) for inner in entry.modules() if inner is not entry}
-        outside = [module for module in root.modules() if module not in inside]
-        self._listeners: list[Listener] = listen(outside, self._hear)
+        self._outermost = OutermostCalls(root, root.modules(), batch, self._hear)
 
-    def _hear(self, module: nn.Module, call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if module is self._root and self._is_training_step(args):
-            return call()
-        if not self._depth:
-            self._calls.setdefault(module, Call(module, args, kwargs))
-        self._depth += 1
-        try:
-            return call()
-        finally:
-            self._depth -= 1
-
-    def _is_training_step(self, args: tuple[Any, ...]) -> bool:
-        # A strategy that wraps the module puts the training step into the place of its forward for one call.
-        own = getattr(self._root.forward, "__func__", None) is type(self._root).forward
-        return not own or (len(args) > 1 and args[0] is self._batch)
+    def _hear(self, call: Call, make: Callable[[], Any]) -> Any:
+        self._calls.setdefault(call.module, call)
+        return make()
 
     @property
     def heard(self) -> bool:
@@ -80,7 +40,7 @@ class FirstForward:
 
     def stop(self) -> None:
         """Leave the model as it was."""
-        stop_listening(self._listeners)
+        self._outermost.stop()
 
     def calls(self, trained: Collection[Tensor] = ()) -> list[Call]:
         """Return the first call of every module that was called, and not by another one that was.

@@ -100,7 +100,7 @@ class Watch:
         blocks: Wanted = None,
         batch: Any = None,
         solver: SolverChoice = None,
-        geometry: bool | None = None,
+        geometry: bool = True,
         per_layer: bool = False,
         on_alarm: Literal["log", "stop"] | Callable[[Event], object] = "log",
         on_error: Literal["warn", "raise"] = "warn",

@@ -35,7 +35,7 @@ class Options:
     safe_zone: tuple[float, float] = (0.5, 2.0)
     blocks: Wanted = None
     solver: SolverChoice = None
-    geometry: bool | None = None
+    geometry: bool = True
     per_layer: bool = False
     on_alarm: Literal["log", "stop"] | Callable[..., object] = "log"
     on_error: Literal["warn", "raise"] = "warn"
@@ -57,8 +57,7 @@ class Options:
         }
         if not callable(self.on_alarm):
             checked["on_alarm"] = _checks.choice("on_alarm", self.on_alarm, ("log", "stop"))
-        asked = bool(self.auto_rescale) or self.on_alarm != "log"
-        checked["geometry"] = asked if self.geometry is None else _checks.flag("geometry", self.geometry)
+        checked["geometry"] = _checks.flag("geometry", self.geometry)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.on_alarm != "log" and not self.geometry:
@@ -71,13 +70,10 @@ class Options:
 
     def changed(self) -> str:
         """Return the settings that differ from the defaults, and always the interval, as arguments of a call."""
-        usual = type(self)(auto_rescale=self.auto_rescale, on_alarm=self.on_alarm)  # these two decide about geometry
-        plain = {"auto_rescale": False, "on_alarm": "log"}
+        usual = type(self)()
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         kept = {
-            name: value
-            for name, value in values.items()
-            if name == "every_n_steps" or value != plain.get(name, getattr(usual, name))
+            name: value for name, value in values.items() if name == "every_n_steps" or value != getattr(usual, name)
         }
         return ", ".join(f"{name}={_brief(value)}" for name, value in kept.items())
 

@@ -10,19 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import distributed, nn
 
 from lightning_spectral.linalg.norms.solution import NOT_FINITE, OUT_OF_RANGE
 from lightning_spectral.measuring.meter import EMPTY_NORM
-from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
+from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement, OutputMeasurement
 
 __all__ = ["Peers"]
 
 # What only the process that measured a branch can know, as a number.
 _REASONS = (None, NOT_FINITE, OUT_OF_RANGE, EMPTY_NORM)
-_OWN, _ALL = 6, 5  # numbers per block: of the one process that measured it, and of every process
+_OWN = 6  # numbers per block of the one process that measured it
+_OUTPUT = 4  # numbers of the output of the model
 
 
 class Peers:
@@ -58,7 +60,7 @@ class Peers:
 
         Norms come from the process that measured the block (:meth:`Meter.measure` says which does). What belongs to the
         batch of a process is averaged over the processes: the token residuals and ranks, the logarithm of the update
-        ratio, its cosine.
+        ratio, its cosine. Of attention logits and of the size of the stream, the largest counts.
 
         Args:
             measurement: What this process has measured.
@@ -68,19 +70,27 @@ class Peers:
         width = math.ceil(len(measurement.layers) / self.count)
         own = [number for layer in measurement.layers[self.rank :: self.count] for number in _own(layer)]
         own += [math.nan] * (_OWN * width - len(own))
-        shared = [number for layer in measurement for number in _shared(layer)]
+        means = [number for layer in measurement for number in _averaged(layer)] + _output(measurement.output)
+        largest = [number for layer in measurement for number in _largest(layer)]
         scales = [scale for layer in measurement for scale in (layer.mlp_scale, layer.attention_scale)]
-        numbers = torch.tensor([measurement.seconds, *own, *shared, *scales], dtype=torch.float64, device=self._device)
+        numbers = torch.tensor(
+            [measurement.seconds, *own, *means, *largest, *scales], dtype=torch.float64, device=self._device
+        )
         parts = [torch.empty_like(numbers) for _ in range(self.count)]
         distributed.all_gather(parts, numbers)
         gathered = torch.stack(parts).cpu()
-        seconds, owned, averaged, scaled = torch.split(gathered, [1, len(own), len(shared), len(scales)], dim=1)
+        lengths = [1, len(own), len(means), len(largest), len(scales)]
+        seconds, owned, averaged, greatest, scaled = torch.split(gathered, lengths, dim=1)
         rows = owned.view(self.count, width, _OWN).transpose(0, 1).flatten(0, 1).tolist()  # block r + w·i is row i of r
-        means = averaged.nanmean(0).view(-1, _ALL).tolist()
+        mean, output = torch.split(averaged.nanmean(0), [len(means) - _OUTPUT, _OUTPUT])
+        greatest = greatest.nan_to_num(-math.inf, math.inf).amax(0)
+        peaks = greatest.where(greatest > -math.inf, math.nan).view(-1, 2).tolist()
         pairs = scaled[0].view(-1, 2).tolist()
-        layers = tuple(map(_layer, measurement, rows, means, pairs))
+        count = len(measurement.layers)
+        layers = tuple(map(_layer, measurement, rows, mean.view(count, -1).tolist(), peaks, pairs))
         alike = bool((scaled == scaled[0]).all())
-        return replace(measurement, layers=layers, seconds=float(seconds.max())), alike
+        found = _read_output(*output.tolist())
+        return replace(measurement, layers=layers, seconds=float(seconds.max()), output=found), alike
 
 
 def _own(layer: LayerMeasurement) -> Sequence[float]:
@@ -96,25 +106,41 @@ def _own(layer: LayerMeasurement) -> Sequence[float]:
     )
 
 
-def _shared(layer: LayerMeasurement) -> Sequence[float]:
-    """Return what every process has of a block, from its own batch."""
+_MEANS = ("token_residual", "typical_token_residual", "effective_rank", "sample_residual")
+_LOG_MEANS = ("update_ratio", "mlp_share", "attention_share")
+
+
+def _averaged(layer: LayerMeasurement) -> Sequence[float]:
+    """Return what every process has of a block, from its own batch, and what is averaged."""
     update = layer.functional or FunctionalMeasurement()
+    logs = (getattr(update, name) for name in _LOG_MEANS)
     return (
-        _number(layer.token_residual),
-        _number(layer.typical_token_residual),
-        _number(layer.effective_rank),
-        math.nan if update.update_ratio is None else math.log(update.update_ratio),
+        *(_number(getattr(layer, name)) for name in _MEANS),
+        *(math.nan if value is None or not value else math.log(value) for value in logs),
         _number(update.update_cosine),
     )
 
 
+def _largest(layer: LayerMeasurement) -> Sequence[float]:
+    """Return what every process has of a block, from its own batch, and whose largest counts."""
+    update = layer.functional or FunctionalMeasurement()
+    return _number(layer.stream_rms), _number(update.attention_logit)
+
+
 def _layer(
-    layer: LayerMeasurement, own: Sequence[float], mean: Sequence[float], scales: Sequence[float]
+    layer: LayerMeasurement,
+    own: Sequence[float],
+    mean: Sequence[float],
+    largest: Sequence[float],
+    scales: Sequence[float],
 ) -> LayerMeasurement:
     """Return a layer that is the same in all processes; structural reasons each of them knows by itself."""
     mlp_norm, attention_norm, bound, expert, mlp_code, attention_code = own
-    residual, typical, rank, update, cosine = mean
-    heard = not (math.isnan(update) and math.isnan(cosine))
+    *logs, cosine = mean[len(_MEANS) :]
+    rms, logit = largest
+    update: dict[str, Any] = {name: _value(math.exp(value)) for name, value in zip(_LOG_MEANS, logs, strict=True)}
+    tokens: dict[str, Any] = {name: _value(value) for name, value in zip(_MEANS, mean, strict=False)}
+    heard = FunctionalMeasurement(**update, update_cosine=_value(cosine), attention_logit=_value(logit))
     return replace(
         layer,
         mlp_norm=_value(mlp_norm),
@@ -125,15 +151,23 @@ def _layer(
         attention_reason=_REASONS[int(attention_code)] or layer.attention_reason,
         mlp_scale=scales[0],
         attention_scale=scales[1],
-        token_residual=_value(residual),
-        typical_token_residual=_value(typical),
-        effective_rank=_value(rank),
-        functional=FunctionalMeasurement(
-            update_ratio=None if math.isnan(update) else math.exp(update), update_cosine=_value(cosine)
-        )
-        if heard
-        else None,
+        **tokens,
+        stream_rms=_value(rms),
+        functional=None if heard == FunctionalMeasurement() else heard,
     )
+
+
+def _output(output: OutputMeasurement | None) -> list[float]:
+    if output is None:
+        return [math.nan] * _OUTPUT
+    residuals = _number(output.sample_residual), _number(output.batch_residual)
+    return [*residuals, float(output.per_token), float(output.finite)]
+
+
+def _read_output(few: float, batch: float, per_token: float, finite: float) -> OutputMeasurement | None:
+    if math.isnan(per_token):
+        return None
+    return OutputMeasurement(_value(few), _value(batch), per_token == 1.0, finite == 1.0)
 
 
 def _number(value: float | None) -> float:

@@ -12,8 +12,9 @@ from lightning_spectral.discovery import find_blocks
 from lightning_spectral.discovery.find import blocks_in_calls
 from lightning_spectral.errors import ExampleInputError
 from lightning_spectral.records import ResidualBlock
-from lightning_spectral.watch.first_forward import Call, holds_any, trained_blocks
+from lightning_spectral.watch.first_forward import holds_any, trained_blocks
 from lightning_spectral.watch.options import Wanted
+from lightning_spectral.watch.outermost import Call
 from lightning_spectral.weights.paths import module_at
 
 __all__ = ["blocks_of", "guessed_blocks", "shown_blocks", "trained_parameters"]
@@ -73,7 +74,7 @@ def shown_blocks(
     """
     hints = wanted if isinstance(wanted, Mapping) else None
     try:
-        used: Sequence[Call] = [call.shortened() for call in calls]
+        used: Sequence[Call] = [call.shortened(2) for call in calls]
         blocks = _in_calls(model, used, hints)
     except ExampleInputError:  # a model that wants its batch whole
         used = calls

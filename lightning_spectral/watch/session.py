@@ -26,11 +26,12 @@ from lightning_spectral.records import Measurement, ResidualBlock
 from lightning_spectral.records.plain import to_plain
 from lightning_spectral.runs.journal import described
 from lightning_spectral.runs.series import Series, logged_values
-from lightning_spectral.watch.batch import BatchWatch, unheard
+from lightning_spectral.watch.batch import BatchWatch
 from lightning_spectral.watch.fingerprint import fingerprint, same_weights
-from lightning_spectral.watch.first_forward import Call, FirstForward
+from lightning_spectral.watch.first_forward import FirstForward
 from lightning_spectral.watch.host import Host
 from lightning_spectral.watch.options import Options
+from lightning_spectral.watch.outermost import Call
 from lightning_spectral.watch.outlets import Outlets
 from lightning_spectral.watch.peers import Peers
 from lightning_spectral.watch.search import guessed_blocks, shown_blocks
@@ -123,7 +124,7 @@ class Session:
         if self._look is not None:
             self._look = replace(self._labelled(self._look), settled=True)
             if self._batch_watch is not None:
-                self._batch_watch.start()
+                self._batch_watch.start(batch)
         if self._awaits_forward:
             self._awaits_forward, self._first_forward = False, FirstForward(self._host.model, batch)
 
@@ -246,8 +247,6 @@ class Session:
             inform(f"{self._host.name}: {note}")
         if options.geometry:
             self._batch_watch = BatchWatch(model, blocks, calls)
-            if told := unheard(model, blocks):
-                inform(f"{self._host.name}: {told}")
         if self.series.warm_start:
             self.meter.load_state_dict(self.series.warm_start)
         if not self._host.rehearses:
@@ -340,8 +339,8 @@ class Session:
         if not watch.heard and "heard" not in self._told:
             self._told.add("heard")
             inform(
-                f"{self._host.name}: no token geometry at step {measurement.step}, because no block ran in a pass that "
-                "trained; compiled code and passes in evaluation are not heard"
+                f"{self._host.name}: no token geometry at step {measurement.step}, because no call of the model in "
+                "grad mode was heard; nothing is heard of a model that is called within compiled code"
             )
         try:
             measurement = watch.add_to(measurement)

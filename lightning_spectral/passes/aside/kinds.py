@@ -40,7 +40,21 @@ _ATOMS = (
     *(types.ModuleType, types.BuiltinFunctionType, types.CodeType, types.FrameType, types.GeneratorType),
 )
 # Objects from these packages run threads, hold files, or are not used in a forward pass.
-_LEFT_ALONE = {*LIGHTNING, "asyncio", "concurrent", "io", "logging", "multiprocessing", "queue", "socket", "ssl", "_io"}
+_LEFT_ALONE = {
+    *LIGHTNING,
+    *(
+        "lightning_spectral",
+        "asyncio",
+        "concurrent",
+        "io",
+        "logging",
+        "multiprocessing",
+        "queue",
+        "socket",
+        "ssl",
+        "_io",
+    ),
+}
 _OF_TORCH = ("torch.nn.", "torch.optim.", "torch.utils.hooks")
 _METHODS = (
     *(types.FunctionType, staticmethod, classmethod, property, functools.cached_property, functools.partialmethod),

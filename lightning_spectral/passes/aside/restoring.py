@@ -16,7 +16,7 @@ from lightning_spectral.passes.aside.memento import Memento
 from lightning_spectral.passes.aside.streams import random_streams_kept
 from lightning_spectral.passes.aside.writes import Writes
 
-__all__ = ["kept", "undisturbed"]
+__all__ = ["evaluated", "kept", "undisturbed"]
 
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -60,23 +60,42 @@ def kept(*roots: Any) -> Iterator[set[torch.device]]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, *inputs: Any) -> Iterator[None]:
-    """Evaluation mode, no autocast, no compilation, no fused layers. Afterwards everything is put back (:func:`kept`).
+def evaluated(model: nn.Module, *inputs: Any) -> Iterator[set[torch.device]]:
+    """Evaluation mode, no compilation, no fused layers. Afterwards everything is put back (:func:`kept`).
 
     Args:
         model: The model.
         inputs: The arguments of its forward.
+
+    Yields:
+        The devices of the tensors that were reached.
     """
     with ExitStack() as stack:
         devices = stack.enter_context(kept(model, *inputs))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
-        for kind in {"cpu", *(device.type for device in devices)} - {"meta"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
+        # Autocast keeps the casts of weights. One that is made without grad mode would cost the real pass its gradient.
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
             module.training = False  # not .eval(), which a module may have overridden
+        yield devices
+
+
+@contextmanager
+def undisturbed(model: nn.Module, *inputs: Any) -> Iterator[None]:
+    """What :func:`evaluated` does, and no autocast.
+
+    Args:
+        model: The model.
+        inputs: The arguments of its forward.
+    """
+    with ExitStack() as stack:
+        devices = stack.enter_context(evaluated(model, *inputs))
+        for kind in {"cpu", *(device.type for device in devices)} - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

@@ -1,0 +1,106 @@
+"""Which signals tell that a training fails, how early, and how often they cry wolf.
+
+    python benchmarks/collapses.py run                  # trains what is missing; about 2 hours of one core
+    python benchmarks/collapses.py run post_norm_lm --seeds 0 --workers 2
+
+Every case of `failures` is trained sick and healthy, with a `Watch` that measures every 10 steps. A run leaves its
+journal and `training.json` in a folder; a folder with both is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import multiprocessing
+import os
+import warnings
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+EVERY_N_STEPS = 10
+RUNS = Path(__file__).parent / "results" / "failures"
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run"])
+    parser.add_argument("names", nargs="*", help="cases, all by default")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 2, 4])
+    parser.add_argument("--twins", nargs="+", default=["sick", "healthy"], choices=["sick", "healthy"])
+    parser.add_argument("--workers", type=int, default=1)
+    return parser.parse_args()
+
+
+def folder_of(name: str, twin: str, seed: int) -> Path:
+    """Return where a run leaves its files."""
+    return RUNS / f"{name}-{twin}-{seed}"
+
+
+def run(task: tuple[str, str, int]) -> str:
+    """Train one twin with a watch, and return a line about it."""
+    import torch
+    from failures import CASES
+    from failures_check import judge
+    from torch import nn
+
+    from lightning_spectral import Watch
+
+    logging.getLogger("lightning_spectral").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.backends.mha.set_fastpath_enabled(False)  # calls no hooks, which the truth is read by
+    name, twin, seed = task
+    case = next(case for case in CASES if case.name == name)
+    training = case.begin(seed, twin == "sick")
+    model, folder = training.model, folder_of(name, twin, seed)
+    losses: list[float] = []
+    gradients: list[float] = []
+    truth: list[list[Any]] = []  # step, token residual, spread of the outputs, largest logit, all finite
+
+    def look(step: int) -> None:
+        truth.append([step, *judge(training), all(bool(item.isfinite().all()) for item in model.parameters())])
+        model.train()
+
+    with Watch(model, folder, every_n_steps=EVERY_N_STEPS, optimizers=training.optimizer) as watch:
+        look(0)
+        for step in range(training.steps):
+            training.schedule(step)
+            batch = training.batch(step)
+            watch.before_step(batch)
+            loss = training.loss(batch)
+            training.optimizer.zero_grad()
+            loss.backward()
+            limit = math.inf if training.clip is None else training.clip
+            gradients.append(float(nn.utils.clip_grad_norm_(model.parameters(), limit)))
+            training.optimizer.step()
+            losses.append(loss.item())
+            watch.step(step + 1)
+            if (step + 1) % EVERY_N_STEPS == 0:
+                look(step + 1)
+    values = {"case": name, "twin": twin, "seed": seed, "fails_by": case.fails_by, "chance": case.chance}
+    values |= {"losses": losses, "gradients": gradients, "truth": truth}
+    (folder / "training.json").write_text(json.dumps(values))
+    return f"{name} {twin} {seed}: loss {losses[0]:.3g} -> {losses[-1]:.3g}, residual {truth[-1][1]:.2g}"
+
+
+def main() -> None:
+    """Train what is missing."""
+    from failures import CASES
+
+    args = parse()
+    names = args.names or [case.name for case in CASES]
+    tasks = [
+        task for task in product(names, args.twins, args.seeds) if not (folder_of(*task) / "training.json").exists()
+    ]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=8) as pool:
+        for line in pool.imap_unordered(run, tasks):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
