@@ -1,21 +1,19 @@
-"""Series of measurements in, events out: three levels, and two witnesses for an alarm. Pure.
+"""Series of measurements in, events out. Pure.
 
-The safe zone is a heuristic (see the README), so a ratio outside of it is not a fault by itself. Hence three levels:
+Three levels, by what is known and not by the ratio:
 
-* **info**: a block has left the safe zone or come back;
-* **warning**: a block stays outside and drifts away from its baseline in this run; or the tokens have become one vector
-  although no ratio is outside;
-* **alarm**: two witnesses agree. The first is a ratio that stays outside. The second is the token residual: it falls
-  over depth toward collapse, or a robust trend over training leads to collapse soon, or it has reached collapse.
+* **failure**: the run has failed. Something is not finite; all tokens of a sample are one vector; all samples are one;
+  nothing moves;
+* **warning**: a signal that came before failures in this project's benchmark, with its measured quality;
+* **note**: news, such as a ratio that leaves the safe zone or drifts. The safe zone is a heuristic.
 
-Below the zone, an alarm needs tokens on their way to collapse. Above the zone, it needs tokens that have collapsed. The
-reason: attention averages tokens and an MLP does not, so that at initialization only a dominating attention makes
-tokens collapse (Dong, Cordonnier and Loukas, arXiv:2103.03404). Healthy runs often have ratios above the zone, and a
-dip of the token residual in their first steps.
+The ratio explains and does not gate. Most Transformers that collapse in public reports have ratios inside the zone,
+and healthy ones have ratios above it. Where attention outweighs the MLP, a message about tokens says so: attention
+averages tokens, and an MLP does not (Dong, Cordonnier and Loukas, arXiv:2103.03404).
 """
 
 from lightning_spectral.alarms.memory import Memory
-from lightning_spectral.alarms.rules import falling_tokens, observe
+from lightning_spectral.alarms.rules import FAILURES, falling_tokens, observe
 from lightning_spectral.records import Event
 
-__all__ = ["Event", "Memory", "falling_tokens", "observe"]
+__all__ = ["FAILURES", "Event", "Memory", "falling_tokens", "observe"]

@@ -1,4 +1,4 @@
-"""The memory of the alarms between two measurements of a run. Plain values."""
+"""The memory of the rules between two measurements of a run. Plain values."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from statistics import median
 from typing import Any
 
 from lightning_spectral.alarms.trends import Trend, trend
-from lightning_spectral.records.events import Level
 
-__all__ = ["BlockMemory", "Memory", "Point", "line_through"]
+__all__ = ["BlockMemory", "Memory", "Point", "RuleMemory", "line_through"]
 
-PATIENCE = 3  # a ratio is a witness after this many measurements in a row outside of the zone
+PATIENCE = 3  # a ratio has moved to a side after this many measurements in a row there
 # Skip the first 5 measurements and the first 100 steps. The median of the next 5 measurements is the baseline.
 SETTLING = 5
 WARMUP_STEPS = 100
@@ -31,6 +30,7 @@ class BlockMemory:
         settled: ln ρ in the measurements that make the baseline.
         ratios: The last values of ln ρ, with their steps.
         residuals: The last values of ln r, with their steps; r is the token residual of the block's output.
+        sizes: What grows before a block is not finite, by name, with the steps: norms, the stream, attention logits.
         warned: Step at which the drift began, ``None`` for a block that does not drift.
     """
 
@@ -40,11 +40,12 @@ class BlockMemory:
     settled: Sequence[float] = ()
     ratios: Sequence[Point] = ()
     residuals: Sequence[Point] = ()
+    sizes: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     warned: int | None = None
 
     @property
     def stays(self) -> int:
-        """The side of a block that has stayed outside long enough to be a witness; 0 for every other block."""
+        """The side of a block that has stayed outside for a while; 0 for every other block."""
         return self.side if self.times >= PATIENCE else 0
 
     @property
@@ -56,6 +57,21 @@ class BlockMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class RuleMemory:
+    """The memory of one rule.
+
+    Attributes:
+        seen: For each of the last checks, whether the rule saw its sign. A measurement that cannot show it is no check.
+        since: Step of the first check of those that have seen it and were told, or may soon be; else ``None``.
+        told: Whether the event of the rule is on.
+    """
+
+    seen: Sequence[bool] = ()
+    since: int | None = None
+    told: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """The memory of a run.
 
@@ -63,18 +79,16 @@ class Memory:
         blocks: The memory of each block, by its index.
         began: Step of the first measurement.
         measurements: Measurements so far.
-        checks: For each of the last checks, whether the tokens were on their way to collapse or collapsed.
-        arrived: For each of the last checks, whether the tokens had collapsed.
-        told: Level of the last event about the tokens; ``None`` before the first one and after an all-clear.
+        rules: The memory of each rule, by its name.
+        finite: Step of the last measurement in which everything was finite.
         told_drifting: Number of drifting blocks in the last event about drift.
     """
 
     blocks: Mapping[int, BlockMemory] = field(default_factory=dict)
     began: int | None = None
     measurements: int = 0
-    checks: Sequence[bool] = ()
-    arrived: Sequence[bool] = ()
-    told: Level | None = None
+    rules: Mapping[str, RuleMemory] = field(default_factory=dict)
+    finite: int | None = None
     told_drifting: int = 0
 
     @property
@@ -82,11 +96,16 @@ class Memory:
         """Indices of the blocks that drift away from their baseline."""
         return frozenset(index for index, block in self.blocks.items() if block.warned is not None)
 
+    def is_on(self, *names: str) -> bool:
+        """Whether the event of one of some rules has been told and is not over."""
+        return any(name in self.rules and self.rules[name].told for name in names)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Memory:
         """Rebuild a memory from ``dataclasses.asdict``. Unknown keys are ignored; missing keys get their default."""
         blocks = {index: BlockMemory(**_known(BlockMemory, block)) for index, block in values.get("blocks", {}).items()}
-        return cls(**_known(cls, values) | {"blocks": blocks})
+        rules = {name: RuleMemory(**_known(RuleMemory, rule)) for name, rule in values.get("rules", {}).items()}
+        return cls(**_known(cls, values) | {"blocks": blocks, "rules": rules})
 
 
 def line_through(points: Sequence[Point]) -> Trend | None:

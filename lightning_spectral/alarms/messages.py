@@ -1,70 +1,50 @@
-"""Messages of events: what happened, where, since when, the numbers, and what to try."""
+"""Messages of events.
+
+The first sentence says what happened in plain words, the second one where, since when and how
+sure it is, with the numbers; then comes what to try.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from statistics import median
 
-from lightning_spectral.alarms.memory import BlockMemory, Point, line_through
+from lightning_spectral.alarms.advice import ADVICE, tried
+from lightning_spectral.alarms.memory import BlockMemory, Memory, Point, line_through
+from lightning_spectral.alarms.quality import sureness
+from lightning_spectral.alarms.signs import Sign
 from lightning_spectral.records import Event, Forecast, LayerMeasurement, Measurement
 from lightning_spectral.records.events import Level
 
-__all__ = ["Tokens", "collapse", "crossing", "drift", "relief"]
+__all__ = ["RULES", "Series", "crossing", "drift", "relief"]
 
+Series = Sequence[Point]
 TOLD_AT_ONCE = 4  # blocks named in one message
-_CALMER = "a smaller learning rate or a longer warm-up"
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Evidence from the tokens of one measurement. "Last block" is the last one whose tokens were measured.
-
-    Attributes:
-        depth: (index, ln r) of every block whose tokens were measured; r is the token residual.
-        history: (step, ln r) of the last block in the last measurements.
-        forecast: When the last block reaches collapse, ``None`` if no robust trend leads there.
-        arrived: Whether the tokens behind the last block have collapsed.
-        coming: Whether they have collapsed or are on their way to it, over depth or over training.
-    """
-
-    depth: Sequence[Point]
-    history: Sequence[Point]
-    forecast: Forecast | None
-    arrived: bool
-    coming: bool
-
-    def __str__(self) -> str:
-        """State the token residual now, its value earlier, and the forecast of its collapse."""
-        (first, top), (last, bottom) = self.depth[0], self.depth[-1]
-        text = f"token residual {math.exp(top):.2g} behind block {first}, {math.exp(bottom):.2g} behind block {last}"
-        if len(self.history) > 1:
-            step, value = self.history[0]
-            text += f" ({math.exp(value):.2g} at step {step})"
-        if self.forecast is not None:
-            at, earliest, latest = (f"{step:.0f}" for step in astuple(self.forecast))
-            text += f", collapsed by step {at} ({earliest} to {latest}) if it goes on"
-        return text
+_PAGE = "docs/monitor.md"
+_CALM = {
+    "not_finite": "everything is finite again",
+    "tokens_collapsed": "the tokens are apart again",
+    "samples_collapsed": "different samples give different outputs again",
+    "tokens_collapsing": "the tokens are no longer on their way to one vector",
+}
 
 
 def crossing(layers: Sequence[LayerMeasurement], blocks: Mapping[int, BlockMemory], measurement: Measurement) -> Event:
-    """Make the event for blocks that crossed an edge of the zone."""
+    """Make the note of blocks that crossed an edge of the zone."""
     where = {-1: "is below", 0: "is back in", 1: "is above"}
     clauses = [
         f"block {layer.index} ({layer.name}) {where[blocks[layer.index].side]} the zone at {layer.ratio:.4g}"
         for layer in layers
     ]
-    return _event("info", "spectral ratio", measurement, layers, measurement.step, _listed(clauses))
+    low, high = measurement.safe_zone
+    text = f"{_listed(clauses)}. The zone is ({low:g}, {high:g}); to leave it is information"
+    return _event("note", "ratio_crossed", measurement, layers, measurement.step, text)
 
 
-def drift(
-    layers: Sequence[LayerMeasurement],
-    blocks: Mapping[int, BlockMemory],
-    measurement: Measurement,
-    tokens: Tokens | None,
-) -> Event:
-    """Make the event for blocks that stay outside and drift away from their baseline."""
+def drift(layers: Sequence[LayerMeasurement], blocks: Mapping[int, BlockMemory], measurement: Measurement) -> Event:
+    """Make the note of blocks that stay outside and drift away from their baseline."""
     clauses = []
     for layer in layers:
         block = blocks[layer.index]
@@ -75,48 +55,156 @@ def drift(
         where = f"block {layer.index} ({layer.name}) at {layer.ratio:.4g}, outside since step {block.since}"
         clauses.append(f"{where}, {settled}{pace}")
     since = min(blocks[layer.index].since for layer in layers)
-    seen = "tokens were not measured (geometry=True)" if tokens is None else str(tokens)
-    text = f"{_listed(clauses)}. No alarm: ratios alone do not show a collapse; {seen}. "
-    text += f"If the loss suffers too, try {_CALMER}"
-    return _event("warning", "spectral WARNING", measurement, layers, since, text, tokens)
+    text = f"ratios move away from where they had settled: {_listed(clauses)}. A ratio alone does not show a failure"
+    return _event("note", "ratio_drifts", measurement, layers, since, text)
 
 
-def collapse(level: Level, blocks: Mapping[int, BlockMemory], measurement: Measurement, tokens: Tokens) -> Event:
-    """Make the event for tokens that become one vector, with the ratios that may be the cause."""
-    side = -1 if any(block.stays < 0 for block in blocks.values()) else 1
-    outside = [layer for layer in measurement if blocks[layer.index].stays == side]
-    advice = _CALMER
-    if not outside:
-        who = "No ratio has stayed outside the zone, so the balance of the branches is not the cause"
+def relief(name: str, sign: Sign, measurement: Measurement) -> Event:
+    """Make the note of a rule whose sign has gone."""
+    numbers = _numbers(sign.values)
+    text = _CALM[name] + (f" ({numbers})" if numbers else "")
+    return _event("note", f"{name}_over", measurement, (), measurement.step, text, sign)
+
+
+def _not_finite(level: Level, sign: Sign, since: int, memory: Memory, measurement: Measurement) -> Event:
+    if not sign.layers:
+        where = "the output of the network is not finite, its blocks are"
     else:
-        names = _listed([f"block {layer.index} ({layer.name}) at {layer.ratio:.4g}" for layer in outside])
-        strong = "attention outweighs the MLP" if side < 0 else "the MLP outweighs attention"
-        who = f"In {len(outside)} of {len(measurement.layers)} blocks {strong}: {names}"
-        if side < 0:
-            advice += ", balance_init_ before training, or auto_rescale=True"
-    since = min((blocks[layer.index].since for layer in outside), default=measurement.step)
-    text = f"tokens become one vector: {tokens}. {who}. Try {advice}"
-    return _event(level, f"spectral {level.upper()}", measurement, outside, since, text, tokens)
+        layer = sign.layers[0]
+        part = "what leaves block" if sign.branch is None else f"the {_branch(sign.branch)} of block"
+        where = f"{part} {layer.index} ({layer.name}) is the first that is not finite"
+    known = "" if memory.finite is None else f"; at step {memory.finite} everything was finite"
+    grew = _grew(memory, measurement)
+    text = (
+        "the network computes with numbers that are not numbers any more (NaN or infinity). At step "
+        f"{measurement.step} {where}{known}{grew}{sureness('not_finite')}"
+    )
+    return _told(level, "not_finite", sign, since, measurement, text)
 
 
-def relief(measurement: Measurement, tokens: Tokens) -> Event:
-    """Make the event for tokens that are no longer on their way to collapse."""
-    return _event("info", "spectral", measurement, (), measurement.step, f"tokens are apart again: {tokens}")
+def _tokens_collapsed(level: Level, sign: Sign, since: int, memory: Memory, measurement: Measurement) -> Event:
+    layer, also = sign.layers[0], _samples_too(measurement)
+    text = (
+        f"the network gives every token the same answer. Behind block {layer.index} ({layer.name}) all tokens of a "
+        f"sample have been one vector since step {since} ({_numbers(sign.values)}){also}{_balance(memory, measurement)}"
+        f"{sureness('tokens_collapsed')}"
+    )
+    return _told(level, "tokens_collapsed", sign, since, measurement, text)
+
+
+def _samples_collapsed(level: Level, sign: Sign, since: int, memory: Memory, measurement: Measurement) -> Event:
+    where = f"behind block {sign.layers[0].index} ({sign.layers[0].name})" if sign.layers else "at the output"
+    text = (
+        f"the network gives every input the same answer. Since step {since} all samples of a batch are one {where} "
+        f"({_numbers(sign.values)}){sureness('samples_collapsed')}"
+    )
+    return _told(level, "samples_collapsed", sign, since, measurement, text)
+
+
+def _tokens_collapsing(level: Level, sign: Sign, since: int, memory: Memory, measurement: Measurement) -> Event:
+    layer, coming = sign.layers[0], ""
+    if sign.forecast is not None:
+        at, earliest, latest = (f"{step:.0f}" for step in astuple(sign.forecast))
+        coming = f"; if it goes on they are one vector by step {at} ({earliest} to {latest})"
+    text = (
+        f"the network begins to give every token the same answer. Behind block {layer.index} ({layer.name}) the tokens "
+        f"of a sample are close to one vector ({_numbers(sign.values)}){coming}{_balance(memory, measurement)}"
+        f"{sureness('tokens_collapsing')}"
+    )
+    return _told(level, "tokens_collapsing", sign, since, measurement, text)
+
+
+RULES: Mapping[str, Callable[[Level, Sign, int, Memory, Measurement], Event]] = {
+    "not_finite": _not_finite,
+    "tokens_collapsed": _tokens_collapsed,
+    "samples_collapsed": _samples_collapsed,
+    "tokens_collapsing": _tokens_collapsing,
+}
+
+
+def _told(level: Level, name: str, sign: Sign, since: int, measurement: Measurement, text: str) -> Event:
+    """Add what to try, and where to read more."""
+    advice = ADVICE[name]
+    text = f"{text}. {tried(advice)} ({_PAGE}#{name.replace('_', '-')})"
+    return _event(level, name, measurement, sign.layers, since, text, sign, advice)
 
 
 def _event(
     level: Level,
-    title: str,
+    name: str,
     measurement: Measurement,
     layers: Sequence[LayerMeasurement],
     since: int,
     text: str,
-    tokens: Tokens | None = None,
+    sign: Sign | None = None,
+    advice: tuple[str, ...] = (),
 ) -> Event:
-    low, high = measurement.safe_zone
-    message = f"{title}, step {measurement.step}, zone ({low:g}, {high:g}): {text}"
+    sign = Sign(True) if sign is None else sign
+    forecast: Forecast | None = sign.forecast
+    head = f"step {measurement.step}: " if level == "note" else f"{level.upper()} at step {measurement.step}: "
     blocks = tuple(layer.index for layer in layers)
-    return Event(level, measurement.step, since, blocks, message, None if tokens is None else tokens.forecast)
+    return Event(
+        level,
+        measurement.step,
+        since,
+        blocks,
+        head + text,
+        forecast,
+        name=name,
+        branch=sign.branch,
+        values=dict(sign.values),
+        advice=advice,
+    )
+
+
+def _numbers(values: Mapping[str, float]) -> str:
+    """Say the numbers of a sign: of residuals the one of now, and the earlier one."""
+    parts = []
+    if (now := values.get("token_residual")) is not None:
+        earlier, step = values.get("token_residual_before", now), values.get("step_before", 0.0)
+        before = "" if earlier == now else f", {earlier:.2g} at step {step:.0f}"
+        parts.append(f"token residual {now:.2g}{before}")
+    for name, word in (("sample_residual", "sample residual"), ("output_residual", "spread of the outputs")):
+        if name in values:
+            parts.append(f"{word} {values[name]:.2g}")
+    return ", ".join(parts)
+
+
+def _samples_too(measurement: Measurement) -> str:
+    output = measurement.output
+    alike = output is not None and output.sample_residual is not None and output.sample_residual < 0.02
+    return ", and different samples give the same output" if alike else ""
+
+
+def _balance(memory: Memory, measurement: Measurement) -> str:
+    """Say where the ratio is on the side that makes tokens alike: attention averages tokens, an MLP does not."""
+    below = [layer for layer in measurement if memory.blocks[layer.index].side < 0]
+    if not below:
+        return ""
+    return (
+        f"; in {len(below)} of {len(measurement.layers)} blocks attention outweighs the MLP, which makes tokens alike"
+    )
+
+
+def _grew(memory: Memory, measurement: Measurement) -> str:
+    """Say what grew most between the last two finite measurements, of all norms, streams and logits."""
+    words = {"mlp": "norm of the MLP", "attention": "norm of the attention", "stream": "stream", "logit": "logits"}
+    grown = [
+        (series[-1][1] / series[-2][1], index, name, series)
+        for index, block in memory.blocks.items()
+        for name, series in block.sizes.items()
+        if len(series) > 1 and series[-2][1] > 0 and series[-1][0] < measurement.step
+    ]
+    if not grown:
+        return ""
+    factor, index, name, series = max(grown, key=lambda item: item[0])
+    if factor < 1.5:
+        return ", and nothing had grown much before"
+    return f", and the {words[name]} of block {index} had grown {factor:.3g} times from step {series[-2][0]}"
+
+
+def _branch(word: str) -> str:
+    return "MLP" if word == "mlp" else word
 
 
 def _listed(clauses: Sequence[str]) -> str:

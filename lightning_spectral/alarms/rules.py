@@ -4,22 +4,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from lightning_spectral.alarms import messages
-from lightning_spectral.alarms.memory import SETTLING, WARMUP_STEPS, BlockMemory, Memory, line_through
-from lightning_spectral.alarms.trends import forecast
+from lightning_spectral.alarms import messages, signs
+from lightning_spectral.alarms.memory import (
+    SETTLING,
+    WARMUP_STEPS,
+    BlockMemory,
+    Memory,
+    RuleMemory,
+    line_through,
+)
+from lightning_spectral.alarms.signs import Look, log_residual
 from lightning_spectral.records import Event, LayerMeasurement, Measurement
 from lightning_spectral.records.events import Level
 
-__all__ = ["falling_tokens", "observe"]
+__all__ = ["FAILURES", "RULES", "Rule", "falling_tokens", "observe"]
 
 WINDOW = 8  # measurements that a trend is fitted to
 DRIFT = math.log(1.5)  # a ratio drifts when it is this far from its baseline, in ln ρ
-CHECKS, CONFIRMATIONS = 3, 2  # tokens count as a witness after 2 of the last 3 checks
-TOWARD = 0.1  # a fall over depth counts only if it ends below this token residual
-COLLAPSED = 0.02  # below this token residual, tokens are one vector to within 2 % of their size
-_LEAST = 1e-12  # a token residual of 0 counts as this, because trends are fitted to ln r
+CHECKS = 3  # the last checks of a rule that count
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule.
+
+    Attributes:
+        name: Its name, which events carry and which never changes.
+        level: The level of its event.
+        look: Sees its sign in a measurement.
+        confirmations: The event comes when so many of the last 3 checks have seen the sign.
+        behind: Rules that say more: where one of them is on, this one is silent.
+    """
+
+    name: str
+    level: Level
+    look: Look
+    confirmations: int = 2
+    behind: tuple[str, ...] = ()
+
+
+RULES = (
+    Rule("not_finite", "failure", signs.not_finite, confirmations=1),
+    Rule("tokens_collapsed", "failure", signs.tokens_collapsed, behind=("not_finite",)),
+    Rule("samples_collapsed", "failure", signs.samples_collapsed, behind=("not_finite", "tokens_collapsed")),
+    Rule("tokens_collapsing", "warning", signs.tokens_collapsing, behind=("not_finite", "tokens_collapsed")),
+)
+"""The worst first, in the order in which they are asked."""
+
+FAILURES = tuple(rule.name for rule in RULES if rule.level == "failure")
 
 
 def observe(memory: Memory, measurement: Measurement) -> tuple[tuple[Event, ...], Memory]:
@@ -40,19 +74,15 @@ def observe(memory: Memory, measurement: Measurement) -> tuple[tuple[Event, ...]
     memory = replace(memory, blocks=known, began=began, measurements=memory.measurements + 1)
     crossed = [layer for layer in measurement if now[layer.index].side != before[layer.index].side]
     events = [messages.crossing(crossed, now, measurement)] if crossed else []
-    tokens = _tokens(now, measurement)
-    # Blocks tend to drift one after the other. A second warning comes only when the number of them has doubled.
-    drifting = memory.drifting
-    if drifting and len(drifting) >= 2 * memory.told_drifting:
-        events.append(
-            messages.drift([layer for layer in measurement if layer.index in drifting], now, measurement, tokens)
-        )
-        memory = replace(memory, told_drifting=len(drifting))
-    elif not drifting:
-        memory = replace(memory, told_drifting=0)
-    if tokens is not None:
-        told, memory = _judged(memory, measurement, tokens)
-        events += told
+    told, memory = _drift(memory, measurement)
+    events += told
+    news: list[Event] = []
+    for rule in RULES:
+        told, memory = _judged(rule, memory, measurement)
+        news += told
+    events += reversed(news)
+    if all(layer.finite for layer in measurement):
+        memory = replace(memory, finite=measurement.step)
     return tuple(events), memory
 
 
@@ -64,9 +94,10 @@ def falling_tokens(memory: Memory) -> frozenset[int]:
 
 def _seen(block: BlockMemory, layer: LayerMeasurement, measurement: Measurement, *, settling: bool) -> BlockMemory:
     """Add the values of a measurement, and drop values older than the window."""
-    step, residual = measurement.step, _log_residual(layer)
+    step, residual = measurement.step, log_residual(layer)
     if residual is not None:
         block = replace(block, residuals=(*block.residuals, (step, residual))[-WINDOW:])
+    block = replace(block, sizes=_sizes(block.sizes, layer, step))
     if layer.ratio is None or layer.log_ratio is None:
         return block
     low, high = measurement.safe_zone
@@ -78,10 +109,13 @@ def _seen(block: BlockMemory, layer: LayerMeasurement, measurement: Measurement,
     return replace(block, warned=_warned(block, step))
 
 
-def _log_residual(layer: LayerMeasurement) -> float | None:
-    """Return ln r without massive activations, which can hide a collapse of the other tokens or look like one."""
-    residual = layer.typical_token_residual
-    return None if residual is None else math.log(max(residual, _LEAST))
+def _sizes(before: Mapping[str, messages.Series], layer: LayerMeasurement, step: int) -> dict[str, messages.Series]:
+    logit = None if layer.functional is None else layer.functional.attention_logit
+    now = {"mlp": layer.mlp_norm, "attention": layer.attention_norm, "stream": layer.stream_rms, "logit": logit}
+    return {
+        name: (*before.get(name, ()), *([] if value is None else [(step, value)]))[-CHECKS:]
+        for name, value in now.items()
+    }
 
 
 def _warned(block: BlockMemory, step: int) -> int | None:
@@ -93,38 +127,31 @@ def _warned(block: BlockMemory, step: int) -> int | None:
     return step if block.excess > DRIFT else None
 
 
-def _tokens(blocks: Mapping[int, BlockMemory], measurement: Measurement) -> messages.Tokens | None:
-    """Return what the tokens of a measurement show; ``None`` if no tokens were measured."""
-    depth = tuple((layer.index, r) for layer in measurement if (r := _log_residual(layer)) is not None)
-    if not depth:
-        return None
-    history = tuple(blocks[depth[-1][0]].residuals)
-    line, fall = line_through(history), line_through(depth)
-    coming = forecast(line, math.log(COLLAPSED)) if line is not None and line.falls else None
-    arrived = depth[-1][1] < math.log(COLLAPSED)
-    over_depth = fall is not None and fall.falls and fall.level < math.log(TOWARD)
-    # Soon: the trend was seen for n steps, and collapse is at most n steps ahead.
-    soon = coming is not None and coming.at - history[-1][0] <= history[-1][0] - history[0][0]
-    return messages.Tokens(depth, history, coming, arrived=arrived, coming=arrived or over_depth or soon)
+def _drift(memory: Memory, measurement: Measurement) -> tuple[list[Event], Memory]:
+    """Tell which blocks drift. They tend to do so one after the other: another note comes when they have doubled."""
+    drifting = memory.drifting
+    if not drifting:
+        return [], replace(memory, told_drifting=0)
+    if len(drifting) < 2 * memory.told_drifting:
+        return [], memory
+    layers = [layer for layer in measurement if layer.index in drifting]
+    return [messages.drift(layers, memory.blocks, measurement)], replace(memory, told_drifting=len(drifting))
 
 
-def _judged(memory: Memory, measurement: Measurement, tokens: messages.Tokens) -> tuple[list[Event], Memory]:
-    """Combine the two witnesses. There is an event when the level rises, and one when the tokens have recovered."""
-    checks = (*memory.checks, tokens.coming)[-CHECKS:]
-    arrived = (*memory.arrived, tokens.arrived)[-CHECKS:]
-    memory = replace(memory, checks=checks, arrived=arrived)
-    level = _level(memory)
-    if level is not None and memory.told != level and memory.told != "alarm":
-        return [messages.collapse(level, memory.blocks, measurement, tokens)], replace(memory, told=level)
-    if memory.told is not None and not any(checks):
-        return [messages.relief(measurement, tokens)], replace(memory, told=None)
-    return [], memory
-
-
-def _level(memory: Memory) -> Level | None:
-    """Return the level that both witnesses together give; ``None`` for no event."""
-    sides = {block.stays for block in memory.blocks.values()}
-    coming, arrived = (sum(seen) >= CONFIRMATIONS for seen in (memory.checks, memory.arrived))
-    if (coming and -1 in sides) or (arrived and 1 in sides):
-        return "alarm"
-    return "warning" if arrived else None
+def _judged(rule: Rule, memory: Memory, measurement: Measurement) -> tuple[list[Event], Memory]:
+    """Ask one rule. There is an event when its sign is confirmed, and one when it has gone."""
+    sign = rule.look(memory, measurement)
+    if sign is None:
+        return [], memory
+    before = memory.rules.get(rule.name, RuleMemory())
+    seen = (*before.seen, sign.seen)[-CHECKS:]
+    since = (before.since if any(before.seen) else None) if sign.seen or any(seen) else None
+    now = RuleMemory(seen, measurement.step if since is None and sign.seen else since, before.told)
+    events: list[Event] = []
+    if not now.told and sum(seen) >= rule.confirmations and sign.seen and not memory.is_on(*rule.behind):
+        events = [messages.RULES[rule.name](rule.level, sign, now.since or 0, memory, measurement)]
+        now = replace(now, told=True)
+    elif now.told and not any(seen):
+        events = [messages.relief(rule.name, sign, measurement)]
+        now = replace(now, told=False)
+    return events, replace(memory, rules={**memory.rules, rule.name: now})

@@ -17,7 +17,7 @@ from lightning_spectral.monitor.strategies import check_strategy, will_shard
 from lightning_spectral.monitor.trainer_host import LightningHost
 from lightning_spectral.records import ResidualBlock
 from lightning_spectral.runs.series import Series
-from lightning_spectral.watch.options import Options
+from lightning_spectral.watch.options import OnAlarm, Options
 from lightning_spectral.watch.session import Session
 from lightning_spectral.watch.telling import inform
 
@@ -108,7 +108,7 @@ class SpectralMonitor(Callback):
         solver: SolverChoice = None,
         geometry: bool = True,
         per_layer: bool = False,
-        on_alarm: Literal["log", "stop"] | Callable[[Trainer, LightningModule, Event], object] = "log",
+        on_alarm: OnAlarm | Callable[[Trainer, LightningModule, Event], object] = "log",
         on_error: Literal["warn", "raise"] = "warn",
         prefix: str = "spectral",
     ) -> None:

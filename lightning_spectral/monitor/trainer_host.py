@@ -15,6 +15,7 @@ from lightning_spectral.alarms import Event
 from lightning_spectral.monitor.framework import log_to_bar
 from lightning_spectral.monitor.strategies import outermost, will_shard
 from lightning_spectral.pages import send_figure
+from lightning_spectral.runs.durable import link
 from lightning_spectral.runs.series import Series
 from lightning_spectral.watch.options import Options
 from lightning_spectral.watch.outlets import Outlet
@@ -118,12 +119,28 @@ class LightningHost:
         metrics = _CallbackMetrics(self._trainer, self._module, self._options.prefix)
         return [metrics, *(_Logger(logger) for logger in self._trainer.loggers)]
 
-    def answer(self, alarm: Event) -> None:
+    def answer(self, failure: Event) -> None:
         """Stop the Trainer, or call the function of the user."""
         if callable(self._options.on_alarm):
-            self._options.on_alarm(self._trainer, self._module, alarm)
+            self._options.on_alarm(self._trainer, self._module, failure)
         elif self._options.on_alarm == "stop":
             self._trainer.should_stop = True
+
+    def save(self, path: Path) -> None:
+        """Save a checkpoint, and link those that the Trainer's callbacks have saved, and may delete, beside it."""
+        if self._trainer.is_global_zero:
+            for earlier in _saved(self._trainer):
+                link(earlier, path.with_name("earlier") / earlier.name)
+        self._trainer.save_checkpoint(path)
+
+
+def _saved(trainer: Trainer) -> list[Path]:
+    """Return the checkpoints on this machine that callbacks of a Trainer have saved and remember."""
+    paths: set[str] = set()
+    for callback in trainer.checkpoint_callbacks:
+        kept = getattr(callback, "best_k_models", {})
+        paths |= {*kept, *(getattr(callback, name, "") for name in ("best_model_path", "last_model_path"))}
+    return sorted(path for path in map(Path, filter(None, paths)) if path.exists())
 
 
 class _CallbackMetrics(Outlet):

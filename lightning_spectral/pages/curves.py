@@ -41,7 +41,7 @@ QUANTITIES = {
     "effective_rank": ("effective rank", "linear"),
 }
 # Levels of events, from the bottom up. Height, shape and colour all tell the level.
-LEVELS = {"info": ("circle", "#0072b2"), "warning": ("triangle", "#e69f00"), "alarm": ("square", "#d55e00")}
+LEVELS = {"note": ("circle", "#0072b2"), "warning": ("triangle", "#e69f00"), "failure": ("square", "#d55e00")}
 
 
 def run_charts(history: History) -> dict[str, figure]:

@@ -50,10 +50,12 @@ def _distance(layer: LayerMeasurement, zone: tuple[float, float]) -> float:
 
 def _summary(measurement: Measurement) -> str:
     values = measurement.summary()
-    if "ratio_median" not in values:
+    low, high = measurement.safe_zone
+    ratios = [layer.ratio for layer in measurement if layer.ratio is not None]
+    if not ratios:
         return "no block has a ratio"
-    measured = sum(layer.ratio is not None for layer in measurement)
+    measured, inside = len(ratios), sum(low < ratio < high for ratio in ratios)
     return (
         f"min {values['ratio_min']:.3g}, median {values['ratio_median']:.3g}, max {values['ratio_max']:.3g}; "
-        f"{round(values['in_zone'] * measured)} of {measured} blocks inside the zone; {values['seconds'] * 1e3:.0f} ms"
+        f"{inside} of {measured} blocks inside the zone; {values['seconds'] * 1e3:.0f} ms"
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lightning_spectral.alarms.rules import COLLAPSED
+from lightning_spectral.alarms.signs import COLLAPSED
 from lightning_spectral.records import LayerMeasurement, Measurement
 from lightning_spectral.runs.history import History
 
@@ -95,15 +95,12 @@ def _excess(layer: LayerMeasurement, zone: tuple[float, float]) -> float:
 
 def _announced(history: History) -> str:
     counts = Counter(event.level for event in history.events)
-    alarms = [event for event in history.events if event.level == "alarm"]
+    failures = [event for event in history.events if event.level == "failure"]
     warnings = _many(counts["warning"], "warning") if counts["warning"] else "no warning"
-    if not alarms:
-        return f"No alarm, {warnings}. Leaving the zone is information; an alarm needs the tokens as a second witness."
-    when = f"at step {alarms[0].step:,}" if len(alarms) == 1 else f"the first at step {alarms[0].step:,}"
-    return (
-        f"{_many(len(alarms), 'alarm')}, {when}; {warnings}. An alarm has two witnesses: a ratio that stays outside "
-        "the zone, and tokens that become one vector."
-    )
+    if not failures:
+        return f"No failure, {warnings}. Leaving the zone is information."
+    when = f"at step {failures[0].step:,}" if len(failures) == 1 else f"the first at step {failures[0].step:,}"
+    return f"{_many(len(failures), 'failure')}, {when}; {warnings}. {clear(failures[0].message, 2000)}"
 
 
 def _tokens(history: History) -> str:

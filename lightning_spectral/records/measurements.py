@@ -20,6 +20,9 @@ __all__ = ["FunctionalMeasurement", "LayerMeasurement", "Linearization", "Measur
 
 Linearization = Literal["circuit", "paper", "jacobian"]
 
+NOT_FINITE = "weights are not finite (NaN or Inf)"
+"""The reason of a branch without a norm whose weights are not numbers any more."""
+
 
 @dataclass(frozen=True, slots=True)
 class FunctionalMeasurement:
@@ -98,7 +101,8 @@ class LayerMeasurement:
         effective_rank: Effective rank of the block's output, on squared singular values, of a few sequences.
         sample_residual: ‖X − X̄‖_F / ‖X‖_F of the block's output without massive activations, X̄ the mean over a few
             samples; 0 where all samples have become one.
-        stream_rms: Root mean square of the block's output; infinite where it is not finite.
+        stream_rms: Root mean square of the block's output.
+        stream_finite: Whether every number of the block's output is finite.
     """
 
     index: int
@@ -118,6 +122,7 @@ class LayerMeasurement:
     effective_rank: float | None = None
     sample_residual: float | None = None
     stream_rms: float | None = None
+    stream_finite: bool = True
 
     @property
     def ratio(self) -> float | None:
@@ -145,6 +150,17 @@ class LayerMeasurement:
         update = plain.pop("functional") or FunctionalMeasurement()
         first = {"index": self.index, "name": self.name, "ratio": self.ratio}
         return {**first, **plain, "reason": self.reason, **asdict(update)}
+
+    @property
+    def broken_branch(self) -> str | None:
+        """The branch whose weights are not finite, ``"attention"`` or ``"mlp"``, the first of them; else ``None``."""
+        broken = {"attention": self.attention_reason, "mlp": self.mlp_reason}
+        return next((branch for branch, reason in broken.items() if reason == NOT_FINITE), None)
+
+    @property
+    def finite(self) -> bool:
+        """Whether the weights of the block are finite and, where a batch was looked at, its output."""
+        return self.broken_branch is None and self.stream_finite
 
     @property
     def reason(self) -> str | None:
@@ -217,9 +233,23 @@ class Measurement(Tabular):
     def summary(self) -> dict[str, float]:
         """Return the summary values of the measurement, by the names they are logged under.
 
-        Values that do not exist (a model without a single measurable ratio, a linearization without a zone) are absent,
-        never NaN.
+        Values that do not exist (a model without a single measurable ratio, a linearization without a zone) are absent.
+        Where weights or the stream are not finite, values of them are NaN: what is left would look healthy.
         """
+        values = self._of_ratios()
+        for branch in ("mlp", "attention"):
+            norms = [norm for layer in self.layers if (norm := getattr(layer, f"{branch}_norm")) is not None]
+            if norms:
+                values[f"{branch}_norm_max"] = max(norms)
+            if any(getattr(layer, f"{branch}_reason") == NOT_FINITE for layer in self):
+                values[f"{branch}_norm_max"] = math.nan
+        values |= self._of_batch()
+        reasons = [reason for layer in self.layers for reason in (layer.mlp_reason, layer.attention_reason)]
+        values["unmeasured"] = float(sum(reason is not None for reason in reasons))
+        values["seconds"] = self.seconds
+        return values
+
+    def _of_ratios(self) -> dict[str, float]:
         ratios = {layer.index: layer.log_ratio for layer in self.layers if layer.log_ratio is not None}
         values: dict[str, float] = {}
         if ratios:
@@ -231,22 +261,24 @@ class Measurement(Tabular):
             excess = {index: max(low - value, value - high) for index, value in ratios.items()}
             values["in_zone"] = sum(distance < 0 for distance in excess.values()) / len(ratios)
             values["worst_layer"] = float(max(excess, key=excess.__getitem__))
-        for branch in ("mlp", "attention"):
-            norms = [norm for layer in self.layers if (norm := getattr(layer, f"{branch}_norm")) is not None]
-            if norms:
-                values[f"{branch}_norm_max"] = max(norms)
+        if any(layer.broken_branch is not None for layer in self):
+            zone = ("in_zone", "worst_layer") if self.has_zone else ()
+            values |= dict.fromkeys(("ratio_min", "ratio_median", "ratio_max", *zone), math.nan)
+        return values
+
+    def _of_batch(self) -> dict[str, float]:
+        values = {}
         for quantity in ("token_residual", "effective_rank", "sample_residual"):
             seen = [value for layer in self.layers if (value := getattr(layer, quantity)) is not None]
             if seen:
                 values[f"{quantity}_min"] = min(seen)
+            if not all(layer.stream_finite for layer in self):
+                values[f"{quantity}_min"] = math.nan
         logits = [layer.functional.attention_logit for layer in self.layers if layer.functional is not None]
         if seen := [logit for logit in logits if logit is not None]:
             values["attention_logit_max"] = max(seen)
         if self.output is not None and self.output.sample_residual is not None:
             values["output_residual"] = self.output.sample_residual
-        reasons = [reason for layer in self.layers for reason in (layer.mlp_reason, layer.attention_reason)]
-        values["unmeasured"] = float(sum(reason is not None for reason in reasons))
-        values["seconds"] = self.seconds
         return values
 
     def to_dataframe(self) -> DataFrame:

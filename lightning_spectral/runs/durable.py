@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
-__all__ = ["append", "replace", "set_aside"]
+__all__ = ["append", "link", "replace", "set_aside"]
 
 # Errors of file systems that do not support fsync.
 _NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
@@ -44,6 +45,32 @@ def append(path: Path, data: bytes, *, head: bytes = b"") -> None:
             with suppress(OSError):
                 file.truncate(end)
             raise
+
+
+def link(source: Path, path: Path) -> None:
+    """Give a file, or every file of a folder, a second name: it stays when the first name is deleted.
+
+    Where the file system has no links, the content is copied.
+
+    Args:
+        source: The file or folder.
+        path: The second name, which must not exist.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, path, copy_function=_link)
+    else:
+        _link(str(source), str(path))
+
+
+def _link(source: str, path: str) -> None:
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copy2(source, path)
 
 
 def replace(path: Path, data: bytes, *, new: bool = False) -> None:

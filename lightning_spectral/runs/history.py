@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 
 from lightning_spectral.display import heatmap_figure
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.records import Event, Forecast, FunctionalMeasurement, LayerMeasurement, Measurement
+from lightning_spectral.records import (
+    Event,
+    Forecast,
+    FunctionalMeasurement,
+    LayerMeasurement,
+    Measurement,
+    OutputMeasurement,
+)
 from lightning_spectral.records.events import Level
 from lightning_spectral.records.frames import dataframe
 from lightning_spectral.records.values import listed, number, one_of, text, whole
@@ -183,6 +190,9 @@ def in_order(measurements: Sequence[Measurement]) -> tuple[Measurement, ...]:
     return tuple(by_step[step] for step in sorted(by_step))
 
 
+_EARLIER_LEVELS = {"info": "note", "alarm": "failure"}  # as they were called at first
+
+
 def _measurement(entry: Mapping[str, Any]) -> Measurement:
     """Rebuild a measurement from the values of :meth:`Measurement.to_dict`."""
     low, high = map(_size, listed(entry["safe_zone"]))
@@ -192,7 +202,13 @@ def _measurement(entry: Mapping[str, Any]) -> Measurement:
     step, seconds = _count(entry["step"]), _optional(_size)(entry["seconds"]) or 0.0
     linearization: Any = text(entry["linearization"])
     adapters: Any = text(entry.get("adapters", "sum"))
-    return Measurement(step, linearization, layers, (low, high), seconds, adapters)
+    output = None if entry.get("output") is None else _output(entry["output"])
+    return Measurement(step, linearization, layers, (low, high), seconds, adapters, output=output)
+
+
+def _output(entry: Mapping[str, Any]) -> OutputMeasurement:
+    few, batch = (_optional(number)(entry.get(name)) for name in ("sample_residual", "batch_residual"))
+    return OutputMeasurement(few, batch, bool(entry.get("per_token", True)), bool(entry.get("finite", True)))
 
 
 def _layer(entry: Mapping[str, Any]) -> LayerMeasurement:
@@ -210,11 +226,25 @@ def _functional(entry: Mapping[str, Any]) -> FunctionalMeasurement:
 
 
 def _event(entry: Mapping[str, Any]) -> Event:
-    level = one_of(entry["level"], get_args(Level))
+    named = _EARLIER_LEVELS.get(entry["level"], entry["level"])
+    level = one_of(named, get_args(Level))
     blocks, coming = tuple(map(_count, listed(entry["blocks"]))), entry.get("forecast")
     forecast = None if coming is None else Forecast(**{name: _moment(value) for name, value in coming.items()})
     since, message = _count(entry["since"]), text(entry["message"])
-    return Event(level, _count(entry["step"]), since, blocks, message, forecast)
+    branch, advice = entry.get("branch"), tuple(map(text, listed(entry.get("advice", ()))))
+    values = {text(name): number(value) for name, value in dict(entry.get("values") or {}).items() if value is not None}
+    return Event(
+        level,
+        _count(entry["step"]),
+        since,
+        blocks,
+        message,
+        forecast,
+        name=text(entry.get("name", "")),
+        branch=None if branch is None else text(branch),
+        values=values,
+        advice=advice,
+    )
 
 
 def _action(entry: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -269,6 +299,9 @@ _LAYER: Mapping[str, Callable[[Any], Any]] = {
     "token_residual": _optional(_size),
     "typical_token_residual": _optional(_size),
     "effective_rank": _optional(_size),
+    "sample_residual": _optional(_size),
+    "stream_rms": _optional(_size),
+    "stream_finite": bool,
 }
 _ACTION: Mapping[str, Callable[[Any], Any]] = {
     "step": _count,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from lightning_spectral.alarms import Memory, observe
+from lightning_spectral.alarms import FAILURES, Memory, observe
 from lightning_spectral.records import Event, Forecast, LayerMeasurement, Linearization, Measurement
 
 __all__ = ["Series", "logged_values"]
@@ -68,7 +68,7 @@ class Series:
         """Add a measurement and return its events."""
         self.measured_step = measurement.step
         events, self.memory = observe(self.memory, measurement)
-        self.unanswered += [asdict(event) for event in events if event.level == "alarm"]
+        self.unanswered += [asdict(event) for event in events if event.level == "failure"]
         return events
 
     def take_alarms(self) -> list[Event]:
@@ -97,7 +97,8 @@ class Series:
 def _event(values: Mapping[str, Any]) -> Event:
     coming = values["forecast"]
     forecast = None if coming is None else Forecast(**coming)
-    return Event(**{**values, "blocks": tuple(values["blocks"]), "forecast": forecast})
+    tuples = {name: tuple(values[name]) for name in ("blocks", "advice") if name in values}
+    return Event(**{**values, **tuples, "forecast": forecast})
 
 
 def logged_values(
@@ -118,7 +119,7 @@ def logged_values(
         smallest and the largest residual scale at the time of the measurement, and with ``per_layer`` every scale.
     """
     values = {f"{prefix}/{name}": value for name, value in measurement.summary().items()}
-    values |= {f"{prefix}/drifting": float(len(memory.drifting)), f"{prefix}/alarm": float(memory.told == "alarm")}
+    values |= {f"{prefix}/drifting": float(len(memory.drifting)), f"{prefix}/alarm": float(memory.is_on(*FAILURES))}
     if rescaled is not None:
         scales = [scale for layer in measurement for scale in (layer.mlp_scale, layer.attention_scale)]
         values |= {f"{prefix}/scale_min": min(scales), f"{prefix}/scale_max": max(scales)}

@@ -201,7 +201,8 @@ def _layer(
             typical_token_residual=seen.typical_token_residual,
             effective_rank=seen.effective_rank,
             sample_residual=seen.sample_residual,
-            stream_rms=seen.rms if math.isfinite(seen.rms) else math.inf,
+            stream_rms=seen.rms if math.isfinite(seen.rms) else None,
+            stream_finite=math.isfinite(seen.rms),
         )
     if update is None and logit is None:
         return layer

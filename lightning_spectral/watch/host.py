@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -74,5 +75,8 @@ class Host(Protocol):
     def outlets(self) -> Sequence[Outlet]:
         """Return the places where values go, beside the console and the journal."""
 
-    def answer(self, alarm: Event) -> None:
-        """Do at an alarm what the user has asked for."""
+    def answer(self, failure: Event) -> None:
+        """Do at a failure what the user has asked for."""
+
+    def save(self, path: Path) -> None:
+        """Save the run as it is now, in all processes together, and keep what was saved before beside it."""

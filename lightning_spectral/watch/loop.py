@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -23,7 +24,7 @@ from lightning_spectral.linalg.sharding.presence import is_dtensor
 from lightning_spectral.linalg.solvers import SolverChoice
 from lightning_spectral.records import ResidualBlock
 from lightning_spectral.runs.series import Series
-from lightning_spectral.watch.options import AutoRescale, Options, Wanted
+from lightning_spectral.watch.options import AutoRescale, OnAlarm, Options, Wanted
 from lightning_spectral.watch.outlets import Folder, Outlet
 from lightning_spectral.watch.search import blocks_of, trained_parameters
 from lightning_spectral.watch.session import Session
@@ -66,13 +67,13 @@ class Watch:
         solver: How spectral norms are computed.
         geometry: Whether to measure tokens and updates too.
         per_layer: Whether values are given for every block, besides the summary.
-        on_alarm: What to do at an alarm beyond telling it: nothing, ``"stop"``, which sets ``should_stop``, or call
-            ``on_alarm(event)``.
+        on_alarm: What to do at a failure beyond telling it: nothing, ``"checkpoint"``, which saves model and optimizers
+            in a folder of their own, ``"stop"``, which sets ``should_stop``, or call ``on_alarm(event)``.
         on_error: What to do when a measurement fails.
         prefix: First part of every key and file name.
 
     Attributes:
-        should_stop: Whether an alarm has asked for the end of the run.
+        should_stop: Whether a failure has asked for the end of the run.
 
     Raises:
         ConfigurationError: An argument cannot be used, or a scale would not be trained.
@@ -102,7 +103,7 @@ class Watch:
         solver: SolverChoice = None,
         geometry: bool = True,
         per_layer: bool = False,
-        on_alarm: Literal["log", "stop"] | Callable[[Event], object] = "log",
+        on_alarm: OnAlarm | Callable[[Event], object] = "log",
         on_error: Literal["warn", "raise"] = "warn",
         prefix: str = "spectral",
     ) -> None:
@@ -347,12 +348,21 @@ class _LoopHost:
     def outlets(self) -> Sequence[Outlet]:
         return self._outlets
 
-    def answer(self, alarm: Event) -> None:
+    def answer(self, failure: Event) -> None:
         on_alarm = self._watch.options.on_alarm
         if callable(on_alarm):
-            on_alarm(alarm)
+            on_alarm(failure)
         elif on_alarm == "stop":
             self._watch.should_stop = True
+
+    def save(self, path: Path) -> None:
+        if self.shards:
+            raise ConfigurationError(
+                "sharded weights are not saved from here: pass on_alarm=function, which saves them"
+            )
+        if self.processes[0] == 0:
+            states = {"model": self.model.state_dict(), "optimizers": [item.state_dict() for item in self.optimizers]}
+            torch.save({**states, "watch": self._watch.state_dict(), "step": self.steps}, path)
 
     def take(self) -> Mapping[str, float]:
         """Return the values of a measurement that has become complete, once."""

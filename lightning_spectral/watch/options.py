@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning_spectral import _checks
 from lightning_spectral.control import GainCeiling, ResidualRescaler
@@ -14,9 +14,10 @@ from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.solvers import SolverChoice, solver_named
 from lightning_spectral.records import ResidualBlock
 
-__all__ = ["AutoRescale", "Options", "Wanted"]
+__all__ = ["AutoRescale", "OnAlarm", "Options", "Wanted"]
 
 AutoRescale = bool | GainCeiling | ResidualRescaler
+OnAlarm = Literal["log", "checkpoint", "stop"]
 Wanted = Sequence[ResidualBlock] | Mapping[str, Any] | None
 """Blocks, hints for finding them, or nothing."""
 
@@ -37,7 +38,7 @@ class Options:
     solver: SolverChoice = None
     geometry: bool = True
     per_layer: bool = False
-    on_alarm: Literal["log", "stop"] | Callable[..., object] = "log"
+    on_alarm: OnAlarm | Callable[..., object] = "log"
     on_error: Literal["warn", "raise"] = "warn"
     prefix: str = "spectral"
 
@@ -56,15 +57,10 @@ class Options:
             "prefix": _checks.name("prefix", self.prefix),
         }
         if not callable(self.on_alarm):
-            checked["on_alarm"] = _checks.choice("on_alarm", self.on_alarm, ("log", "stop"))
+            checked["on_alarm"] = _checks.choice("on_alarm", self.on_alarm, get_args(OnAlarm))
         checked["geometry"] = _checks.flag("geometry", self.geometry)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        if self.on_alarm != "log" and not self.geometry:
-            raise ConfigurationError(
-                f"on_alarm={self.on_alarm!r} with geometry=False: an alarm needs the tokens as its second witness, so "
-                "none can come; leave geometry out"
-            )
         if self.law is not None:
             self.law.check(self.safe_zone)
 

@@ -14,6 +14,8 @@ from lightning_spectral.weights.paths import compiled_entries
 
 __all__ = ["Call", "OutermostCalls"]
 
+_GOLDEN = (5**0.5 - 1) / 2
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -34,7 +36,10 @@ class Call:
         return next((len(tensor) for tensor in self.tensors if tensor.dim()), None)
 
     def shortened(self, samples: int) -> Call:
-        """Return the call on some evenly spaced samples, as copies. Tensors of another length stay as they are.
+        """Return the call on some samples from all over the batch, as copies. Tensors of another length stay whole.
+
+        The places are multiples of the golden ratio: evenly spaced ones would all be of one class in a batch that goes
+        through the classes in turn.
 
         Args:
             samples: How many to keep.
@@ -42,7 +47,8 @@ class Call:
         whole = self.samples
         if whole is None or whole <= samples:
             return self
-        kept = [place * whole // samples for place in range(samples)]
+        order = sorted(range(whole), key=lambda place: place * _GOLDEN % 1)
+        kept = sorted(order[:samples])
 
         def some(tensor: Tensor) -> Tensor:
             return tensor[kept] if tensor.dim() and len(tensor) == whole else tensor

@@ -7,6 +7,7 @@ Each of them fails alone: it is told once, and the others get what is theirs. No
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -109,7 +110,7 @@ class Outlets:
             self._try(f"publishing to {place.name}", place.publish, series.values)
             # A copy: a logger may change it.
             self._try(f"logging to {place.name}", place.log, dict(series.values), series.batches)
-        self._untold += [(event.message, event.level != "info") for event in events]
+        self._untold += [(f"{self.speaker}, {event.message}", event.level != "note") for event in events]
         self._tell()
 
     def publish(self, values: Mapping[str, float]) -> None:
@@ -117,6 +118,20 @@ class Outlets:
         for place in self._places():
             self._try(f"publishing to {place.name}", place.publish, values)
         self._tell()
+
+    def rescue(self, failure: Event, index: int) -> Path | None:
+        """Make a folder for what is kept of a run that fails, with its journal so far; ``None`` where there is none.
+
+        Args:
+            failure: What has failed; ``failure.json`` gets it.
+            index: How many batches the run has had.
+        """
+        if self._journal is None or self._journal.path is None:
+            return None
+        folder = self._journal.path.parent / f"{self.prefix}-failure-{failure.step}"
+        self._try("keeping what has failed", _keep, folder, self._journal, failure, index)
+        self._tell()
+        return folder
 
     def show(self, values: Mapping[str, float]) -> None:
         """Show new values between batches."""
@@ -187,6 +202,13 @@ class Outlets:
 def _append(journal: Journal, measurement: Measurement, events: Sequence[Event], actions: Sequence[Action]) -> None:
     told = [asdict(event) for event in events]
     journal.append(measurement, told + [described_action(action, measurement) for action in actions])
+
+
+def _keep(folder: Path, journal: Journal, failure: Event, index: int) -> None:
+    assert journal.path is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / journal.path.name).write_bytes(b"".join(line.raw for line in journal.lines()))
+    (folder / "failure.json").write_text(json.dumps({**asdict(failure), "batch": index}, indent=2), encoding="utf-8")
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -124,7 +124,7 @@ def _averaged(layer: LayerMeasurement) -> Sequence[float]:
 def _largest(layer: LayerMeasurement) -> Sequence[float]:
     """Return what every process has of a block, from its own batch, and whose largest counts."""
     update = layer.functional or FunctionalMeasurement()
-    return _number(layer.stream_rms), _number(update.attention_logit)
+    return _number(layer.stream_rms) if layer.stream_finite else math.inf, _number(update.attention_logit)
 
 
 def _layer(
@@ -152,7 +152,8 @@ def _layer(
         mlp_scale=scales[0],
         attention_scale=scales[1],
         **tokens,
-        stream_rms=_value(rms),
+        stream_rms=None if math.isinf(rms) else _value(rms),
+        stream_finite=not math.isinf(rms),
         functional=None if heard == FunctionalMeasurement() else heard,
     )
 

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lightning_spectral.alarms import Event, Memory, falling_tokens, observe
@@ -181,7 +182,7 @@ class Session:
             if self._guard("writing", self._write, look, memory, events):
                 self.series.measured_step = look.measurement.step
             if callable(self._options.on_alarm):
-                self._answer([event for event in events if event.level == "alarm"])
+                self._answer([event for event in events if event.level == "failure"])
         self.outlets.draw(self.series.batches)
         if self._latest is not None:
             self.outlets.print(self._latest)
@@ -394,7 +395,19 @@ class Session:
     def _answer(self, alarms: Sequence[Event]) -> None:
         """Do at an alarm what the user asked for; what the user's own function raises is no telemetry that failed."""
         for event in alarms:
-            self._host.answer(event)
+            if self._options.on_alarm == "checkpoint":
+                self._rescue(event)
+            else:
+                self._host.answer(event)
+
+    def _rescue(self, failure: Event) -> None:
+        """Save the run in a folder of its own, with the measurements so far."""
+        made = self.outlets.rescue(failure, self._host.index())
+        folder = self.peers.same("" if made is None else str(made))
+        if not folder:
+            warn(f"{self._host.name}: no checkpoint at step {failure.step}, because the run has no folder")
+        elif self._guard("saving a checkpoint", self._host.save, Path(folder, "failed.ckpt")):
+            warn(f"{self._host.name} saved this run in {folder}; `lightning-spectral report {folder}` shows it")
 
     # Failures.
 

@@ -1,0 +1,34 @@
+"""What to try after a failure, in the order in which it helped in the benchmark's register of failures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+__all__ = ["ADVICE", "WORDS", "tried"]
+
+WORDS: Mapping[str, str] = {
+    "go_back": "go back to the last good checkpoint",
+    "warm_up": "warm the learning rate up over more steps",
+    "lower_rate": "lower the learning rate to a tenth",
+    "pre_norm": "put the norms in front of the branches (norm_first=True)",
+    "check_data": "look at the batches just before",
+    "check_mask": "look for rows whose tokens are all masked",
+    "stop_gradient": "stop the gradient of one view, or add a term that keeps outputs apart",
+    "lower_attention": "start attention weaker (balance_init_)",
+    "qk_norm": "normalize queries and keys",
+}
+"""A sentence for every piece of advice, by its name."""
+
+ADVICE: Mapping[str, tuple[str, ...]] = {
+    "not_finite": ("go_back", "lower_rate", "check_mask", "check_data", "qk_norm"),
+    "tokens_collapsed": ("warm_up", "lower_rate", "pre_norm"),
+    "samples_collapsed": ("lower_rate", "warm_up", "stop_gradient"),
+    "tokens_collapsing": ("warm_up", "lower_rate", "pre_norm", "lower_attention"),
+}
+"""What to try after an event, by the name of its rule."""
+
+
+def tried(advice: Sequence[str]) -> str:
+    """Return a sentence of what to try first, and what then."""
+    first, *others = (WORDS[name] for name in advice)
+    return f"Try this first: {first}" + (f"; if it does not help: {'; '.join(others)}" if others else "")

@@ -1,0 +1,180 @@
+"""The signs that rules look for, each a pure function of a measurement and of what came before it.
+
+A sign answers ``None`` where the measurement cannot show it: without tokens, nothing is known of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lightning_spectral.alarms.memory import Memory, Point, line_through
+from lightning_spectral.alarms.trends import forecast
+from lightning_spectral.records import Forecast, LayerMeasurement, Measurement
+
+__all__ = [
+    "COLLAPSED",
+    "Look",
+    "Sign",
+    "log_residual",
+    "not_finite",
+    "samples_collapsed",
+    "tokens_collapsed",
+    "tokens_collapsing",
+]
+
+COLLAPSED = 0.01  # below this residual, tokens or samples are one to within 1 % of their size
+# A few samples of one class may be alike to within 1 % in a healthy model. They are one below the first number, or if
+# the outputs of the whole batch are alike too, to within the second number, which leaves room for dropout.
+_THE_SAME, _ALIKE_IN_BATCH = 1e-4, 0.3
+TOWARD = 0.1  # a fall over depth counts only if it ends below this token residual
+RISING = math.log(1.2)  # a residual rises if it has grown by this, in ln r, since the measurement before
+_LEAST = 1e-12  # a residual of 0 counts as this, because trends are fitted to ln r
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """What a rule sees in one measurement.
+
+    Attributes:
+        seen: Whether its sign is there.
+        layers: The blocks that show it.
+        branch: The branch that shows it, where it is one.
+        values: Numbers for the message and the event, by name.
+        forecast: When it will have come to the worst.
+    """
+
+    seen: bool
+    layers: Sequence[LayerMeasurement] = ()
+    branch: str | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
+    forecast: Forecast | None = None
+
+
+Look = Callable[[Memory, Measurement], Sign | None]
+
+
+def log_residual(layer: LayerMeasurement) -> float | None:
+    """Return ln r without massive activations, which can hide a collapse of the other tokens or look like one."""
+    residual = layer.typical_token_residual
+    return None if residual is None else math.log(max(residual, _LEAST))
+
+
+def not_finite(memory: Memory, measurement: Measurement) -> Sign:
+    """See whether weights, the stream or the output have a number that is not finite."""
+    layers = [layer for layer in measurement if not layer.finite]
+    output = measurement.output is None or measurement.output.finite
+    branch = None
+    if layers and layers[0].broken_branch is not None:
+        branch = layers[0].broken_branch
+    return Sign(bool(layers) or not output, layers[:1], branch, {"blocks_not_finite": float(len(layers))})
+
+
+def tokens_collapsed(memory: Memory, measurement: Measurement) -> Sign | None:
+    """See whether all tokens behind the last block of a stack are one vector.
+
+    Where the model has one output for a sample, its tokens may rightly agree at the end: then samples have to agree
+    too. A residual that rises is a collapse that ends.
+    """
+    ends = [layer for layer in _ends(measurement) if layer.typical_token_residual is not None]
+    if not ends:
+        return None
+    alike = [
+        layer
+        for layer in ends
+        if _below(layer.typical_token_residual)
+        and not _rises(memory.blocks[layer.index].residuals)
+        and (not _pooled(measurement) or _alike(layer.sample_residual, measurement))
+    ]
+    worst = min(alike or ends, key=lambda layer: layer.typical_token_residual or 0.0)
+    return Sign(bool(alike), [worst], values=_over_time("token_residual", memory.blocks[worst.index].residuals))
+
+
+def samples_collapsed(memory: Memory, measurement: Measurement) -> Sign | None:
+    """See whether the stream, or the one output that a model has for a sample, is the same for all samples.
+
+    Outputs for every token are left out. They may rightly be nearly the same for all samples: a language model begins
+    with the frequencies of its tokens, and the queries of a detector differ more than pictures do.
+    """
+    ends = [layer for layer in _ends(measurement) if layer.sample_residual is not None]
+    output = measurement.output
+    known = output is not None and _pooled(measurement) and output.sample_residual is not None
+    if not ends and not known:
+        return None
+    alike = [layer for layer in ends if _alike(layer.sample_residual, measurement)]
+    outputs = known and output is not None and _alike(output.sample_residual, measurement)
+    values = {}
+    if known and output is not None and output.sample_residual is not None:
+        values["output_residual"] = output.sample_residual
+    if ends:
+        values["sample_residual"] = min(layer.sample_residual or 0.0 for layer in ends)
+    return Sign(bool(alike) or outputs, alike[:1], values=values)
+
+
+def tokens_collapsing(memory: Memory, measurement: Measurement) -> Sign | None:
+    """See whether tokens are on their way to one vector, over depth or over training, where attention dominates.
+
+    A healthy run may begin with tokens that are nearly alike. Where they go on, attention outweighs the MLP in some
+    block: attention averages tokens. A model with one output for a sample may make its tokens alike.
+
+    Over training: a robust trend of the last block's residual reaches collapse within as many steps as it has been seen
+    for. Over depth: the residual falls from block to block to less than 0.1.
+    """
+    depth = [(layer.index, r) for layer in measurement if (r := log_residual(layer)) is not None]
+    if not depth:
+        return None
+    last = next(layer for layer in measurement if layer.index == depth[-1][0])
+    dominated = any(block.stays < 0 for block in memory.blocks.values())
+    history = memory.blocks[last.index].residuals
+    line, fall = line_through(history), line_through(depth)
+    coming = forecast(line, math.log(COLLAPSED)) if line is not None and line.falls else None
+    soon = coming is not None and coming.at - history[-1][0] <= history[-1][0] - history[0][0]
+    over_depth = fall is not None and fall.falls and fall.level < math.log(TOWARD)
+    values = {"first_token_residual": math.exp(depth[0][1])} | _over_time("token_residual", history)
+    seen = (over_depth or soon) and dominated and not _pooled(measurement) and not _rises(history)
+    return Sign(seen, [last], values=values, forecast=coming if soon else None)
+
+
+def _below(residual: float | None) -> bool:
+    return residual is not None and residual < COLLAPSED
+
+
+def _pooled(measurement: Measurement) -> bool:
+    """Whether the model has one output for a sample, and not one for every token."""
+    return measurement.output is not None and not measurement.output.per_token
+
+
+def _alike(residual: float | None, measurement: Measurement) -> bool:
+    """Whether a residual of a few samples says that all samples are one."""
+    if residual is None or residual >= COLLAPSED:
+        return False
+    batch = None if measurement.output is None else measurement.output.batch_residual
+    return residual < _THE_SAME or batch is None or batch < _ALIKE_IN_BATCH
+
+
+def _rises(history: Sequence[Point]) -> bool:
+    return len(history) > 1 and history[-1][1] - history[-2][1] > RISING and history[-1][1] > math.log(COLLAPSED / 10)
+
+
+def _over_time(name: str, history: Sequence[Point]) -> dict[str, float]:
+    """Return the last and the first number of a series that the window still has."""
+    if not history:
+        return {}
+    (step, first), (_, last) = history[0], history[-1]
+    return {name: math.exp(last), f"{name}_before": math.exp(first), "step_before": float(step)}
+
+
+def _ends(measurement: Measurement) -> list[LayerMeasurement]:
+    """Return the last block with measured tokens of every stack: blocks whose names differ by a number."""
+    ends: dict[str, LayerMeasurement] = {}
+    for layer in measurement:
+        if layer.stream_rms is not None or not layer.stream_finite:
+            ends[_stack(layer.name)] = layer
+    return list(ends.values())
+
+
+def _stack(name: str) -> str:
+    parts = name.partition(" + ")[0].split(".")
+    numbered = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbered[-1]]) if numbered else ""
