@@ -24,6 +24,7 @@ from lightning_spectral.records.measurements import (
     LayerMeasurement,
     Linearization,
     Measurement,
+    WeightSignals,
 )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Measurement",
     "Path",
     "ResidualBlock",
+    "WeightSignals",
     "alternatives",
     "compare",
 ]

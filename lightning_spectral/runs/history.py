@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 
 from lightning_spectral.display import heatmap_figure
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.records import Event, Forecast, FunctionalMeasurement, LayerMeasurement, Measurement
+from lightning_spectral.records import (
+    Event,
+    Forecast,
+    FunctionalMeasurement,
+    LayerMeasurement,
+    Measurement,
+    WeightSignals,
+)
 from lightning_spectral.records.events import Level
 from lightning_spectral.records.frames import dataframe
 from lightning_spectral.records.values import listed, number, one_of, text, whole
@@ -209,6 +216,12 @@ def _functional(entry: Mapping[str, Any]) -> FunctionalMeasurement:
     return FunctionalMeasurement(**numbers, finite_differences=finite_differences)
 
 
+def _weights(entry: Mapping[str, Any]) -> WeightSignals:
+    values = {item.name: entry[item.name] for item in fields(WeightSignals) if entry.get(item.name) is not None}
+    read = {name: bool(value) if name.endswith("_moved") else _optional(_size)(value) for name, value in values.items()}
+    return WeightSignals(**read)
+
+
 def _event(entry: Mapping[str, Any]) -> Event:
     level = one_of(entry["level"], get_args(Level))
     blocks, coming = tuple(map(_count, listed(entry["blocks"]))), entry.get("forecast")
@@ -269,6 +282,7 @@ _LAYER: Mapping[str, Callable[[Any], Any]] = {
     "token_residual": _optional(_size),
     "typical_token_residual": _optional(_size),
     "effective_rank": _optional(_size),
+    "weights": _optional(_weights),
 }
 _ACTION: Mapping[str, Callable[[Any], Any]] = {
     "step": _count,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -65,6 +65,7 @@ class Watch:
             dict of keyword arguments. Without one, a run that is only watched finds them in its first forward pass.
         solver: How spectral norms are computed.
         geometry: Whether to measure tokens and updates too.
+        signals: What else to ask of the weights.
         per_layer: Whether values are given for every block, besides the summary.
         on_alarm: What to do at an alarm beyond telling it: nothing, ``"stop"``, which sets ``should_stop``, or call
             ``on_alarm(event)``.
@@ -101,6 +102,7 @@ class Watch:
         batch: Any = None,
         solver: SolverChoice = None,
         geometry: bool | None = None,
+        signals: Collection[str] = (),
         per_layer: bool = False,
         on_alarm: Literal["log", "stop"] | Callable[[Event], object] = "log",
         on_error: Literal["warn", "raise"] = "warn",
@@ -116,6 +118,7 @@ class Watch:
             blocks=blocks,
             solver=solver,
             geometry=geometry,
+            signals=signals,
             per_layer=per_layer,
             on_alarm=on_alarm,
             on_error=on_error,

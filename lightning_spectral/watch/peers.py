@@ -16,13 +16,14 @@ from torch import distributed, nn
 
 from lightning_spectral.linalg.norms.solution import NOT_FINITE, OUT_OF_RANGE
 from lightning_spectral.measuring.meter import EMPTY_NORM
-from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement
+from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement, WeightSignals
 
 __all__ = ["Peers"]
 
 # What only the process that measured a branch can know, as a number.
 _REASONS = (None, NOT_FINITE, OUT_OF_RANGE, EMPTY_NORM)
-_OWN, _ALL = 6, 5  # numbers per block: of the one process that measured it, and of every process
+_SIGNALS = ("mlp_change", "attention_change", "mlp_stable_rank", "attention_stable_rank", "alignment")
+_OWN, _ALL = 6 + len(_SIGNALS), 7  # numbers per block: of the one process that measured it, and of every process
 
 
 class Peers:
@@ -58,7 +59,7 @@ class Peers:
 
         Norms come from the process that measured the block (:meth:`Meter.measure` says which does). What belongs to the
         batch of a process is averaged over the processes: the token residuals and ranks, the logarithm of the update
-        ratio, its cosine.
+        ratio, its cosine. A branch has moved if it has in one process: each may hold another part of it.
 
         Args:
             measurement: What this process has measured.
@@ -93,18 +94,21 @@ def _own(layer: LayerMeasurement) -> Sequence[float]:
         float(layer.mlp_expert or 0) if expert is None else expert,
         _code(layer.mlp_reason),
         _code(layer.attention_reason),
+        *(_number(getattr(layer.weights, name, None)) for name in _SIGNALS),
     )
 
 
 def _shared(layer: LayerMeasurement) -> Sequence[float]:
     """Return what every process has of a block, from its own batch."""
-    update = layer.functional or FunctionalMeasurement()
+    update, weights = layer.functional or FunctionalMeasurement(), layer.weights or WeightSignals()
     return (
         _number(layer.token_residual),
         _number(layer.typical_token_residual),
         _number(layer.effective_rank),
         math.nan if update.update_ratio is None else math.log(update.update_ratio),
         _number(update.update_cosine),
+        _number(weights.mlp_moved),
+        _number(weights.attention_moved),
     )
 
 
@@ -112,8 +116,8 @@ def _layer(
     layer: LayerMeasurement, own: Sequence[float], mean: Sequence[float], scales: Sequence[float]
 ) -> LayerMeasurement:
     """Return a layer that is the same in all processes; structural reasons each of them knows by itself."""
-    mlp_norm, attention_norm, bound, expert, mlp_code, attention_code = own
-    residual, typical, rank, update, cosine = mean
+    mlp_norm, attention_norm, bound, expert, mlp_code, attention_code, *signals = own
+    residual, typical, rank, update, cosine, *moved = mean
     heard = not (math.isnan(update) and math.isnan(cosine))
     return replace(
         layer,
@@ -133,7 +137,15 @@ def _layer(
         )
         if heard
         else None,
+        weights=_signals(signals, moved),
     )
+
+
+def _signals(numbers: Sequence[float], moved: Sequence[float]) -> WeightSignals | None:
+    mlp, attention = (None if math.isnan(share) else share > 0 for share in moved)
+    values = dict(zip(_SIGNALS, map(_value, numbers), strict=True))
+    weights = WeightSignals(**values, mlp_moved=mlp, attention_moved=attention)
+    return None if weights == WeightSignals() else weights
 
 
 def _number(value: float | None) -> float:
