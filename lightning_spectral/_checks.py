@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from typing import Any
 
 from lightning_spectral.errors import ConfigurationError
 
-__all__ = ["choice", "flag", "interval", "name", "number", "steps"]
+__all__ = ["choice", "choices", "flag", "interval", "name", "number", "steps"]
 
 
 def steps(argument: str, value: Any, *, least: int = 1) -> int:
@@ -40,6 +41,15 @@ def choice(argument: str, value: Any, choices: tuple[Any, ...]) -> Any:
     if not any(value is known or (isinstance(value, str) and value == known) for known in choices):
         raise ConfigurationError(f"{argument}={value!r}: expected {' or '.join(map(repr, choices))} in this version")
     return value
+
+
+def choices(argument: str, value: Any, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Return some of the choices, each once, in the order of the choices."""
+    asked = value if isinstance(value, Collection) and not isinstance(value, str) else [value]
+    if wrong := [item for item in asked if item not in known]:
+        names = ", ".join(map(repr, known))
+        raise ConfigurationError(f"{argument}={value!r}: {wrong[0]!r} is none of {names}; expected a tuple of some")
+    return tuple(item for item in known if item in asked)
 
 
 def interval(argument: str, value: Any) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -32,6 +32,7 @@ from lightning_spectral.measuring.linearize import (
     WeightLinearization,
     linearize_kind,
 )
+from lightning_spectral.measuring.signals import NOTHING, SIGNALS, Signals, alignment, neighbours, signals_of
 from lightning_spectral.records import (
     Alternative,
     Blocks,
@@ -41,6 +42,7 @@ from lightning_spectral.records import (
     Measurement,
     Path,
     ResidualBlock,
+    WeightSignals,
 )
 from lightning_spectral.weights.model import ModelWeights
 from lightning_spectral.weights.protocol import Weights
@@ -59,12 +61,13 @@ Kind = tuple[Branch, ...]  # the branches of one kind in one block, which are ad
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """The norm of a branch: its value and bound, the expert that has it, or why there is none."""
+    """The norm of a branch: its value and bound, the expert that has it and its signals, or why there is none."""
 
     norm: float | None = None
     bound: float | None = None
     expert: int | str | None = None
     reason: str | None = None
+    signals: Signals = NOTHING
 
 
 def _kinds(block: ResidualBlock) -> list[Kind]:
@@ -82,10 +85,11 @@ class Meter:
         adapters: What is measured of branches with adapters; see :func:`measure`.
         solver: How spectral norms are computed, :class:`RandomizedSVD` by default.
         safe_zone: Passed on to the measurements.
+        signals: What else to ask of the weights, names among :data:`~lightning_spectral.measuring.signals.SIGNALS`.
         among: All blocks of the model, where ``blocks`` are some of them: with these they may share branches.
 
     Raises:
-        ConfigurationError: The linearization is unknown.
+        ConfigurationError: The linearization or a signal is unknown.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class Meter:
         adapters: Adapters = "sum",
         solver: SolverChoice = None,
         safe_zone: tuple[float, float] = (0.5, 2.0),
+        signals: Collection[str] = (),
         among: Sequence[ResidualBlock] | None = None,
     ) -> None:
         self.weights = weights
@@ -109,6 +114,7 @@ class Meter:
         self.adapters: Adapters = _checks.choice("adapters", adapters, get_args(Adapters))
         self.solver = solver_named(solver)
         self.safe_zone = safe_zone
+        self.signals = _checks.choices("signals", signals, SIGNALS)
         self.notes = blocks.notes if isinstance(blocks, Blocks) else ()
         self._shared = _shared(blocks if among is None else among)
         self._reasons: dict[Kind, str | None] = {}
@@ -132,20 +138,29 @@ class Meter:
         kinds = [kind for block in self.blocks for kind in _kinds(block)]
         weights, cut = self.weights.gathered(path for kind in kinds for branch in kind for path in branch.paths)
         first, stride = share if cut is None else (0, 1)
-        mine = {kind for block in self.blocks[first::stride] for kind in _kinds(block)}
+        own = {kind for block in self.blocks[first::stride] for kind in _kinds(block)}
+        pairs = self._pairs(first, stride)
+        mine = own | {kind for pair in pairs.values() for kind in pair}
         built = {kind: self._linearized(kind, weights) if kind in mine else self._reason(kind) for kind in kinds}
         parts = [part for found in built.values() if isinstance(found, list) for part in found]
         mesh = largest_mesh(item.operator for _, item in parts)
         keys = tuple(_key(chosen.paths) for chosen, _ in parts)
-        norms = iter(_agreed(self._solve([item for _, item in parts], keys), mesh))
+        norms, signals = self._solve([item for _, item in parts], keys)
+        solved = iter(zip(_agreed(norms, mesh), signals, strict=True))
         values = {
-            kind: _largest([(chosen.expert, next(norms)) for chosen, _ in found])
+            kind: _largest([(chosen.expert, *next(solved)) for chosen, _ in found])
             if isinstance(found, list)
             else _Value(reason=found)
             for kind, found in built.items()
         }
         scales = _read_scales(self.weights, self._scales, mesh)
-        layers = tuple(_layer(block, values, scales, self._shared) for block in self.blocks)
+        aligned = {
+            index: alignment(values[one].signals.output, values[other].signals.input)
+            for index, (one, other) in pairs.items()
+        }
+        for kind in {kind for block in self.blocks for kind in _kinds(block)} - own:
+            values[kind] = _Value(reason=self._reason(kind))
+        layers = tuple(_layer(block, values, scales, self._shared, aligned.get(block.index)) for block in self.blocks)
         seconds = time.perf_counter() - start
         return Measurement(step, self.linearization, layers, self.safe_zone, seconds, self.adapters, self.notes)
 
@@ -159,15 +174,40 @@ class Meter:
     def _linearized(self, kind: Kind, weights: Weights) -> list[tuple[Alternative, Linearized]] | str:
         return linearize_kind(weights, kind, self.linearization, adapters=self.adapters)
 
-    def _solve(self, items: Sequence[Linearized], keys: tuple[str, ...]) -> list[SpectralNorm]:
+    def _pairs(self, first: int, stride: int) -> dict[int, tuple[Kind, Kind]]:
+        """Return, for each block of a share, which branches of it write last and which of the next block read first."""
+        if "alignment" not in self.signals or self.linearization != "circuit":
+            return {}
+        mine = {block.index for block in self.blocks[first::stride]}
+        pairs = {
+            one.index: (self._kind(one, "mlp", "attention"), self._kind(other, "attention", "mlp"))
+            for one, other in neighbours(self.blocks)
+            if one.index in mine
+        }
+        return {index: kinds for index, kinds in pairs.items() if all(kinds)}
+
+    def _kind(self, block: ResidualBlock, *words: str) -> Kind:
+        """Return the branches of the first of some kinds that a block runs, though they may be listed in another."""
+        for word in words:
+            owner = self._shared.get((block.name, word), block.name)
+            named = (other for other in self.blocks if other.name == owner)
+            found = (other.mlp_branches if word == "mlp" else other.attention_branches for other in named)
+            if kind := next(found, ()):
+                return kind
+        return ()
+
+    def _solve(self, items: Sequence[Linearized], keys: tuple[str, ...]) -> tuple[list[SpectralNorm], list[Signals]]:
         """Return the spectral norms of the normalized operators, warm-started if they are the ones of last time."""
         operators = [item.operator for item in items]
-        if self._state is None or keys != self._keys:
-            self._state = self.solver.init(operators)
-        norms, self._state = self.solver.compute(operators, self._state)
+        before = self._state
+        if before is None or keys != self._keys:
+            before = self.solver.init(operators)
+        before = replace(before, keeps_images="change" in self.signals)
+        norms, self._state = self.solver.compute(operators, before)
         self._keys = keys
-        subspaces = self._state.subspaces
-        return [_normalized(norm, item, subspace) for norm, item, subspace in zip(norms, items, subspaces, strict=True)]
+        normalized = list(map(_normalized, norms, items, self._state.subspaces))
+        known = (operators, norms, before.memories, self._state.memories)
+        return normalized, [signals_of(self.signals, *found) for found in zip(*known, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the warm start as plain values and tensors."""
@@ -190,6 +230,7 @@ def measure(
     solver: SolverChoice = None,
     safe_zone: tuple[float, float] = (0.5, 2.0),
     adapters: Adapters = "sum",
+    signals: Collection[str] = (),
 ) -> Measurement:
     """Measure every residual block of a model once.
 
@@ -214,6 +255,9 @@ def measure(
         safe_zone: The interval of ratios that counts as balanced.
         batch: Example input, if none can be guessed: a tensor, a tuple of positional arguments or a dict of keyword
             arguments. The blocks are found on it, and Jacobians measured; guessed tokens are random ones.
+        signals: What else to ask of the weights, for ``layers[i].weights``
+            (:class:`~lightning_spectral.records.WeightSignals`): ``"stable_rank"`` and ``"alignment"``. A single
+            measurement knows no ``"change"``.
 
     Returns:
         The measurement; ``print`` shows it as a table.
@@ -236,6 +280,8 @@ def measure(
     elif _checks.choice("adapters", adapters, get_args(Adapters)) != "sum":
         raise ConfigurationError(f"adapters={adapters!r}: Jacobians are those of the model as it runs, expected 'sum'")
     zone = _checks.interval("safe_zone", safe_zone)
+    if _checks.choices("signals", signals, SIGNALS) and linearization == "jacobian":
+        raise ConfigurationError(f"signals={signals!r}: Jacobians have none, expected linearization='circuit'")
     check_blocks(blocks, "measure(model, find_blocks(model))")
     weights: Weights
     if isinstance(model, Mapping):
@@ -252,8 +298,8 @@ def measure(
             chosen = None if solver is None else solver_named(solver)
             return replace(measure_functions(model, blocks, args, kwargs, solver=chosen), safe_zone=zone)
         weights = ModelWeights(model)
-    meter = Meter(weights, blocks, linearization=linearization, adapters=adapters, solver=solver, safe_zone=zone)
-    return meter.measure()
+    settings: dict[str, Any] = {"linearization": linearization, "adapters": adapters, "solver": solver}
+    return Meter(weights, blocks, **settings, safe_zone=zone, signals=signals).measure()
 
 
 def _key(paths: Iterable[Path]) -> str:
@@ -282,13 +328,13 @@ def _normalized(norm: SpectralNorm, item: Linearized, subspace: Tensor | None) -
     return SpectralNorm(value, (norm.error_bound or 0.0) + _DEVIATIONS * deviation, None, norm.iterations)
 
 
-def _largest(norms: Sequence[tuple[int | str | None, SpectralNorm]]) -> _Value:
+def _largest(norms: Sequence[tuple[int | str | None, SpectralNorm, Signals]]) -> _Value:
     """Return the largest norm of a kind (over the experts of a mixture)."""
-    failed = next((norm.reason for _, norm in norms if norm.value is None), None)
+    failed = next((norm.reason for _, norm, _ in norms if norm.value is None), None)
     if failed is not None:
         return _Value(reason=failed)
-    expert, norm = max(norms, key=lambda item: item[1].value or 0.0)
-    return _Value(norm.value, norm.error_bound, expert)
+    expert, norm, signals = max(norms, key=lambda item: item[1].value or 0.0)
+    return _Value(norm.value, norm.error_bound, expert, None, signals)
 
 
 def _agreed(norms: Sequence[SpectralNorm], mesh: DeviceMesh | None) -> list[SpectralNorm]:
@@ -343,6 +389,7 @@ def _layer(
     values: Mapping[Kind, _Value],
     scales: Mapping[Branch, float],
     shared: Mapping[tuple[str, str], str],
+    aligned: float | None,
 ) -> LayerMeasurement:
     def value(word: str, kind: Kind) -> _Value:
         if kind:
@@ -354,6 +401,13 @@ def _layer(
 
     attention, mlp = value("attention", block.attention_branches), value("mlp", block.mlp_branches)
     bounds = [value.bound for value in (attention, mlp) if value.bound is not None]
+    weights = WeightSignals(
+        mlp_change=mlp.signals.change,
+        attention_change=attention.signals.change,
+        mlp_stable_rank=mlp.signals.stable_rank,
+        attention_stable_rank=attention.signals.stable_rank,
+        alignment=aligned,
+    )
     return LayerMeasurement(
         index=block.index,
         name=block.name,
@@ -366,4 +420,5 @@ def _layer(
         attention_reason=attention.reason,
         error_bound=max(bounds, default=None),
         doubt=block.doubt,
+        weights=None if weights == WeightSignals() else weights,
     )

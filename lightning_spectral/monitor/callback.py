@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,6 +81,10 @@ class SpectralMonitor(Callback):
         geometry: Whether to measure the tokens at every block's output too, and the updates that both branches make,
             on the training batch of measured steps. By default in runs that are steered or that an alarm shall act on.
             Nothing is added to other steps, and nothing to compiled blocks.
+        signals: What else to ask of the weights: ``"change"`` since the last measurement, ``"stable_rank"`` and
+            ``"alignment"`` of neighbouring blocks (:class:`~lightning_spectral.records.WeightSignals`). ``"change"``
+            costs no product; ``"alignment"`` one by a vector, and in several processes up to half of the measurement
+            more, because each then measures a branch of the next block too; ``"stable_rank"`` one by 64 vectors.
         per_layer: Whether to log every block, besides the summary.
         on_alarm: What to do at an alarm beyond logging it: nothing, ``"stop"`` the run as early stopping does, or call
             ``on_alarm(trainer, pl_module, event)`` (:class:`~lightning_spectral.records.Event`), whose exceptions are
@@ -107,6 +111,7 @@ class SpectralMonitor(Callback):
         blocks: Sequence[ResidualBlock] | Mapping[str, Any] | None = None,
         solver: SolverChoice = None,
         geometry: bool = True,
+        signals: Collection[str] = (),
         per_layer: bool = False,
         on_alarm: OnAlarm | Callable[[Trainer, LightningModule, Event], object] = "log",
         on_error: Literal["warn", "raise"] = "warn",
@@ -121,6 +126,7 @@ class SpectralMonitor(Callback):
             blocks=blocks,
             solver=solver,
             geometry=geometry,
+            signals=signals,
             per_layer=per_layer,
             on_alarm=on_alarm,
             on_error=on_error,

@@ -25,6 +25,7 @@ from lightning_spectral.records.measurements import (
     Linearization,
     Measurement,
     OutputMeasurement,
+    WeightSignals,
 )
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "OutputMeasurement",
     "Path",
     "ResidualBlock",
+    "WeightSignals",
     "alternatives",
     "compare",
 ]

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-__all__ = ["FunctionalMeasurement", "LayerMeasurement", "Linearization", "Measurement", "OutputMeasurement"]
+__all__ = [
+    "FunctionalMeasurement",
+    "LayerMeasurement",
+    "Linearization",
+    "Measurement",
+    "OutputMeasurement",
+    "WeightSignals",
+]
 
 Linearization = Literal["circuit", "paper", "jacobian"]
 
@@ -77,6 +84,36 @@ class OutputMeasurement:
     finite: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class WeightSignals:
+    """What becomes of the weights of a block. ``None`` where it was not asked for, or is not known.
+
+    A is the operator whose spectral norm was measured; in a mixture of experts, that of the expert with the largest
+    norm. What a norm layer behind a matrix divides by is left out of A.
+
+    Attributes:
+        mlp_change: ‖A′ − A‖_F / ‖A‖_F of the MLP branch, A′ now and A at the last measurement; an estimate from random
+            probes. ``None`` in the first measurement.
+        attention_change: The same of the attention branch.
+        mlp_moved: Whether any parameter of the MLP branch that a measurement reads differs from what it was at the
+            first measurement of the run.
+        attention_moved: The same of the attention branch, whose queries and keys a measurement does not read.
+        mlp_stable_rank: ‖A‖_F² / ‖A‖₂² of the MLP branch, between 1 and its rank.
+        attention_stable_rank: The same of the attention branch.
+        alignment: |⟨u, v⟩|, u the dominant left singular vector of this block's MLP branch and v the dominant right
+            singular vector of the next block's attention branch (of the other branch, where a block has one only).
+            ``None`` for the last block, and between blocks of different widths or stacks.
+    """
+
+    mlp_change: float | None = None
+    attention_change: float | None = None
+    mlp_moved: bool | None = None
+    attention_moved: bool | None = None
+    mlp_stable_rank: float | None = None
+    attention_stable_rank: float | None = None
+    alignment: float | None = None
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class LayerMeasurement:
     """The spectral norms of one block. A quantity that does not exist or cannot be computed is ``None``, never 0.
@@ -103,6 +140,7 @@ class LayerMeasurement:
             samples; 0 where all samples have become one.
         stream_rms: Root mean square of the block's output.
         stream_finite: Whether every number of the block's output is finite.
+        weights: What becomes of the weights, ``None`` where nothing of it is known.
     """
 
     index: int
@@ -123,6 +161,7 @@ class LayerMeasurement:
     sample_residual: float | None = None
     stream_rms: float | None = None
     stream_finite: bool = True
+    weights: WeightSignals | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -148,8 +187,9 @@ class LayerMeasurement:
         """Return the numbers by name, the ratio among them: a row of a table."""
         plain = {item.name: getattr(self, item.name) for item in fields(self)}
         update = plain.pop("functional") or FunctionalMeasurement()
+        weights = plain.pop("weights") or WeightSignals()
         first = {"index": self.index, "name": self.name, "ratio": self.ratio}
-        return {**first, **plain, "reason": self.reason, **asdict(update)}
+        return {**first, **plain, "reason": self.reason, **asdict(update), **asdict(weights)}
 
     @property
     def broken_branch(self) -> str | None:
@@ -218,7 +258,7 @@ class Measurement(Tabular):
 
         All of it is JSON by the standard, which has no NaN and no infinity: such a number is ``None``.
         """
-        layers = [asdict(layer) | {"ratio": layer.ratio, "reason": layer.reason} for layer in self.layers]
+        layers = [_plain(layer) for layer in self.layers]
         values: dict[str, Any] = {
             "step": self.step,
             "linearization": self.linearization,
@@ -347,6 +387,13 @@ def _why_missing(norm: float | None, scale: float) -> str | None:
     if _is_positive(norm):
         return None
     return "its norm is zero" if norm == 0 else f"its norm is {norm}"
+
+
+def _plain(layer: LayerMeasurement) -> dict[str, Any]:
+    """Return the values of a layer. Signals of weights that are not known take no place in a file."""
+    values = asdict(layer) | {"ratio": layer.ratio, "reason": layer.reason}
+    known = {name: value for name, value in (values.pop("weights") or {}).items() if value is not None}
+    return values | ({"weights": known} if known else {})
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

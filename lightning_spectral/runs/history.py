@@ -26,6 +26,7 @@ from lightning_spectral.records import (
     LayerMeasurement,
     Measurement,
     OutputMeasurement,
+    WeightSignals,
 )
 from lightning_spectral.records.events import Level
 from lightning_spectral.records.frames import dataframe
@@ -225,6 +226,12 @@ def _functional(entry: Mapping[str, Any]) -> FunctionalMeasurement:
     return FunctionalMeasurement(**numbers, finite_differences=finite_differences)
 
 
+def _weights(entry: Mapping[str, Any]) -> WeightSignals:
+    values = {item.name: entry[item.name] for item in fields(WeightSignals) if entry.get(item.name) is not None}
+    read = {name: bool(value) if name.endswith("_moved") else _optional(_size)(value) for name, value in values.items()}
+    return WeightSignals(**read)
+
+
 def _event(entry: Mapping[str, Any]) -> Event:
     named = _EARLIER_LEVELS.get(entry["level"], entry["level"])
     level = one_of(named, get_args(Level))
@@ -302,6 +309,7 @@ _LAYER: Mapping[str, Callable[[Any], Any]] = {
     "sample_residual": _optional(_size),
     "stream_rms": _optional(_size),
     "stream_finite": bool,
+    "weights": _optional(_weights),
 }
 _ACTION: Mapping[str, Callable[[Any], Any]] = {
     "step": _count,

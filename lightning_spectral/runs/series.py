@@ -136,6 +136,8 @@ def _numbers(layer: LayerMeasurement, *, steered: bool) -> list[tuple[str, float
     numbers = [("ratio", layer.ratio), ("mlp_norm", layer.mlp_norm), ("attention_norm", layer.attention_norm)]
     numbers += [("token_residual", layer.token_residual), ("effective_rank", layer.effective_rank)]
     numbers += [("update_ratio", None if layer.functional is None else layer.functional.update_ratio)]
+    if layer.weights is not None:
+        numbers += [(name, value) for name, value in asdict(layer.weights).items() if not name.endswith("_moved")]
     if steered:
         numbers += [("mlp_scale", layer.mlp_scale), ("attention_scale", layer.attention_scale)]
     return [(name, value) for name, value in numbers if value is not None]

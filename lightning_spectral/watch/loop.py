@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -66,6 +66,7 @@ class Watch:
             dict of keyword arguments. Without one, a run that is only watched finds them in its first forward pass.
         solver: How spectral norms are computed.
         geometry: Whether to measure tokens and updates too.
+        signals: What else to ask of the weights.
         per_layer: Whether values are given for every block, besides the summary.
         on_alarm: What to do at a failure beyond telling it: nothing, ``"checkpoint"``, which saves model and optimizers
             in a folder of their own, ``"stop"``, which sets ``should_stop``, or call ``on_alarm(event)``.
@@ -102,6 +103,7 @@ class Watch:
         batch: Any = None,
         solver: SolverChoice = None,
         geometry: bool = True,
+        signals: Collection[str] = (),
         per_layer: bool = False,
         on_alarm: OnAlarm | Callable[[Event], object] = "log",
         on_error: Literal["warn", "raise"] = "warn",
@@ -117,6 +119,7 @@ class Watch:
             blocks=blocks,
             solver=solver,
             geometry=geometry,
+            signals=signals,
             per_layer=per_layer,
             on_alarm=on_alarm,
             on_error=on_error,

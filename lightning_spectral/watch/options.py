@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -12,6 +12,7 @@ from lightning_spectral.control.law import Law
 from lightning_spectral.discovery.asked import check_blocks, check_hints
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.solvers import SolverChoice, solver_named
+from lightning_spectral.measuring.signals import SIGNALS
 from lightning_spectral.records import ResidualBlock
 
 __all__ = ["AutoRescale", "OnAlarm", "Options", "Wanted"]
@@ -37,6 +38,7 @@ class Options:
     blocks: Wanted = None
     solver: SolverChoice = None
     geometry: bool = True
+    signals: Collection[str] = ()
     per_layer: bool = False
     on_alarm: OnAlarm | Callable[..., object] = "log"
     on_error: Literal["warn", "raise"] = "warn"
@@ -52,6 +54,7 @@ class Options:
             "every_n_steps": _checks.steps("every_n_steps", self.every_n_steps),
             "linearization": _checks.choice("linearization", self.linearization, ("circuit", "paper")),
             "safe_zone": _checks.interval("safe_zone", self.safe_zone),
+            "signals": _checks.choices("signals", self.signals, SIGNALS),
             "per_layer": _checks.flag("per_layer", self.per_layer),
             "on_error": _checks.choice("on_error", self.on_error, ("warn", "raise")),
             "prefix": _checks.name("prefix", self.prefix),

@@ -17,13 +17,21 @@ from torch import distributed, nn
 
 from lightning_spectral.linalg.norms.solution import NOT_FINITE, OUT_OF_RANGE
 from lightning_spectral.measuring.meter import EMPTY_NORM
-from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement, OutputMeasurement
+from lightning_spectral.records import (
+    FunctionalMeasurement,
+    LayerMeasurement,
+    Measurement,
+    OutputMeasurement,
+    WeightSignals,
+)
 
 __all__ = ["Peers"]
 
 # What only the process that measured a branch can know, as a number.
 _REASONS = (None, NOT_FINITE, OUT_OF_RANGE, EMPTY_NORM)
-_OWN = 6  # numbers per block of the one process that measured it
+_SIGNALS = ("mlp_change", "attention_change", "mlp_stable_rank", "attention_stable_rank", "alignment")
+_OWN = 6 + len(_SIGNALS)  # numbers per block of the one process that measured it
+_LARGEST = 4  # numbers per block of every process, whose largest counts
 _OUTPUT = 4  # numbers of the output of the model
 
 
@@ -60,7 +68,8 @@ class Peers:
 
         Norms come from the process that measured the block (:meth:`Meter.measure` says which does). What belongs to the
         batch of a process is averaged over the processes: the token residuals and ranks, the logarithm of the update
-        ratio, its cosine. Of attention logits and of the size of the stream, the largest counts.
+        ratio, its cosine. Of attention logits and of the size of the stream, the largest counts. A branch has moved if
+        it has in one process: each may hold another part of it.
 
         Args:
             measurement: What this process has measured.
@@ -84,7 +93,7 @@ class Peers:
         rows = owned.view(self.count, width, _OWN).transpose(0, 1).flatten(0, 1).tolist()  # block r + w·i is row i of r
         mean, output = torch.split(averaged.nanmean(0), [len(means) - _OUTPUT, _OUTPUT])
         greatest = greatest.nan_to_num(-math.inf, math.inf).amax(0)
-        peaks = greatest.where(greatest > -math.inf, math.nan).view(-1, 2).tolist()
+        peaks = greatest.where(greatest > -math.inf, math.nan).view(-1, _LARGEST).tolist()
         pairs = scaled[0].view(-1, 2).tolist()
         count = len(measurement.layers)
         layers = tuple(map(_layer, measurement, rows, mean.view(count, -1).tolist(), peaks, pairs))
@@ -103,6 +112,7 @@ def _own(layer: LayerMeasurement) -> Sequence[float]:
         float(layer.mlp_expert or 0) if expert is None else expert,
         _code(layer.mlp_reason),
         _code(layer.attention_reason),
+        *(_number(getattr(layer.weights, name, None)) for name in _SIGNALS),
     )
 
 
@@ -122,9 +132,10 @@ def _averaged(layer: LayerMeasurement) -> Sequence[float]:
 
 
 def _largest(layer: LayerMeasurement) -> Sequence[float]:
-    """Return what every process has of a block, from its own batch, and whose largest counts."""
-    update = layer.functional or FunctionalMeasurement()
-    return _number(layer.stream_rms) if layer.stream_finite else math.inf, _number(update.attention_logit)
+    """Return what every process has of a block, and whose largest counts."""
+    update, weights = layer.functional or FunctionalMeasurement(), layer.weights or WeightSignals()
+    rms = _number(layer.stream_rms) if layer.stream_finite else math.inf
+    return rms, _number(update.attention_logit), _number(weights.mlp_moved), _number(weights.attention_moved)
 
 
 def _layer(
@@ -135,9 +146,9 @@ def _layer(
     scales: Sequence[float],
 ) -> LayerMeasurement:
     """Return a layer that is the same in all processes; structural reasons each of them knows by itself."""
-    mlp_norm, attention_norm, bound, expert, mlp_code, attention_code = own
+    mlp_norm, attention_norm, bound, expert, mlp_code, attention_code, *signals = own
     *logs, cosine = mean[len(_MEANS) :]
-    rms, logit = largest
+    rms, logit, *moved = largest
     update: dict[str, Any] = {name: _value(math.exp(value)) for name, value in zip(_LOG_MEANS, logs, strict=True)}
     tokens: dict[str, Any] = {name: _value(value) for name, value in zip(_MEANS, mean, strict=False)}
     heard = FunctionalMeasurement(**update, update_cosine=_value(cosine), attention_logit=_value(logit))
@@ -155,6 +166,7 @@ def _layer(
         stream_rms=None if math.isinf(rms) else _value(rms),
         stream_finite=not math.isinf(rms),
         functional=None if heard == FunctionalMeasurement() else heard,
+        weights=_signals(signals, moved),
     )
 
 
@@ -169,6 +181,13 @@ def _read_output(few: float, batch: float, per_token: float, finite: float) -> O
     if math.isnan(per_token):
         return None
     return OutputMeasurement(_value(few), _value(batch), per_token == 1.0, finite == 1.0)
+
+
+def _signals(numbers: Sequence[float], moved: Sequence[float]) -> WeightSignals | None:
+    mlp, attention = (None if math.isnan(any_moved) else any_moved > 0 for any_moved in moved)
+    values = dict(zip(_SIGNALS, map(_value, numbers), strict=True))
+    weights = WeightSignals(**values, mlp_moved=mlp, attention_moved=attention)
+    return None if weights == WeightSignals() else weights
 
 
 def _number(value: float | None) -> float:

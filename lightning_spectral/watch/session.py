@@ -242,6 +242,7 @@ class Session:
             linearization=options.linearization,
             solver=options.solver,
             safe_zone=options.safe_zone,
+            signals=options.signals,
         )
         self.series.blocks = to_plain(blocks)
         for note in (*getattr(blocks, "notes", ()), *_doubts(blocks)):

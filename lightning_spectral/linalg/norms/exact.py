@@ -7,12 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from lightning_spectral.linalg.norms.solution import NOT_FINITE, OUT_OF_RANGE, Memory, SolverState, SpectralNorm
+from lightning_spectral.linalg.norms.solution import (
+    NOT_FINITE,
+    OUT_OF_RANGE,
+    Memory,
+    SolverState,
+    SpectralNorm,
+    random_rows,
+)
 from lightning_spectral.linalg.operators import LinearOperator
 from lightning_spectral.linalg.sharding.sharded import balanced
 
 __all__ = ["ExactSVD", "largest_singular"]
+
+# Probes whose images are kept, where they are asked for.
+_PROBES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +54,22 @@ class ExactSVD:
         memories: list[Memory | None] = []
         for operator in operators:
             with torch.no_grad(), torch.autocast(operator.device.type, enabled=False):
-                norm, memory = largest_singular(operator, self.n_components)
+                probes = random_rows(state.seed, _PROBES, operator.shape[1]) if state.keeps_images else None
+                norm, memory = largest_singular(operator, self.n_components, probes)
             norms.append(norm)
             memories.append(memory)
         return tuple(norms), SolverState(state.seed, tuple(memories))
 
 
-def largest_singular(operator: LinearOperator, count: int) -> tuple[SpectralNorm, Memory | None]:
+def largest_singular(
+    operator: LinearOperator, count: int, probes: Tensor | None = None
+) -> tuple[SpectralNorm, Memory | None]:
     """Solve one operator densely.
 
     Args:
         operator: The operator, ``(m, n)``.
         count: Right singular vectors wanted.
+        probes: ``(k, n)``, vectors whose images the memory shall keep.
 
     Returns:
         The norm, and the memory with a subspace ``(n, min(m, n, count))``.
@@ -65,7 +80,8 @@ def largest_singular(operator: LinearOperator, count: int) -> tuple[SpectralNorm
     A, exponent = scaled[0].dense(), scaled[1]
     _, sigma, Vh = torch.linalg.svd(A, full_matrices=False)
     subspace = Vh[:count].mT.to(operator.device, operator.dtype)
-    memory = Memory(subspace, subspace.new_zeros(0, operator.shape[0]), float(sigma[0]), exponent)
+    latest = None if probes is None else (probes.double() @ A.mT).to(subspace)
+    memory = Memory(subspace, subspace.new_zeros(0, operator.shape[0]), float(sigma[0]), exponent, latest)
     try:
         value = math.ldexp(float(sigma[0]), exponent)
     except OverflowError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,14 @@ from lightning_spectral.linalg.norms.certificate import normal_quantile, spectra
 from lightning_spectral.linalg.norms.exact import largest_singular
 from lightning_spectral.linalg.norms.iteration import Outcome, iterate
 from lightning_spectral.linalg.norms.krylov import BlockKrylov, Ritz
-from lightning_spectral.linalg.norms.solution import NOT_FINITE, OUT_OF_RANGE, Memory, SolverState, SpectralNorm
+from lightning_spectral.linalg.norms.solution import (
+    NOT_FINITE,
+    OUT_OF_RANGE,
+    Memory,
+    SolverState,
+    SpectralNorm,
+    random_rows,
+)
 from lightning_spectral.linalg.operators import LinearOperator
 from lightning_spectral.linalg.sharding.sharded import balanced
 from lightning_spectral.linalg.sharding.stacked import Stacked
@@ -115,7 +122,8 @@ class RandomizedSVD:
         for indices in _batches(operators, memories):
             batch = Stacked([operators[i] for i in indices])
             with torch.no_grad(), torch.autocast(batch.device.type, enabled=False):
-                solved = _Batch(self, state.seed, batch, [memory for i in indices if (memory := memories[i])]).solve()
+                warm = [memory for i in indices if (memory := memories[i])]
+                solved = _Batch(self, state.seed, batch, warm, keeps_images=state.keeps_images).solve()
             for i, (norm, memory) in zip(indices, solved, strict=True):
                 norms[i], memories[i] = norm, memory
         return tuple(norms), SolverState(state.seed, tuple(memories))
@@ -151,6 +159,7 @@ class _Batch:
         operators: The batch.
         memories: One per operator; empty for a cold start.
         exponent: The exponent of the power of two that was taken out; ``None`` if the operators are not balanced.
+        keeps_images: Whether the memories shall keep the images of the probes.
     """
 
     solver: RandomizedSVD
@@ -158,12 +167,15 @@ class _Batch:
     operators: Stacked
     memories: list[Memory]
     exponent: int | None = None
+    keeps_images: bool = False
 
     def solve(self) -> list[Solved]:
         """Solve all operators: together, but one by one where the arithmetic leaves the range of the dtype."""
         columns = self.solver.n_components + self.solver.n_oversamples
         if min(self.operators.shape) <= max(_DENSE, 2 * columns):
-            return [largest_singular(operator, self.solver.n_components) for operator in self.operators.operators]
+            n, s = self.operators.shape[1], self.solver.n_oversamples
+            X = random_rows(self.seed, s, n) if self.keeps_images else None
+            return [largest_singular(operator, self.solver.n_components, X) for operator in self.operators.operators]
         start = self._start()
         images = self.operators.matmat(start)
         healthy = self._in_range(images)
@@ -171,20 +183,31 @@ class _Batch:
         if healthy:
             part = self if len(healthy) == len(solved) else self._select(healthy)
             for i, result in zip(healthy, part._measure(start[healthy], images[healthy]), strict=True):
-                solved[i] = result
+                solved[i] = self._with_images(result, images[i])
         return [self._rescue(i, images[i]) if result is None else result for i, result in enumerate(solved)]
 
     def _start(self) -> Tensor:
         """Return the blocks [V X] as rows, ``(batch, p + s, n)``; for a cold start all of them are random."""
-        generator = torch.Generator().manual_seed(self.seed)
         n, s = self.operators.shape[1], self.solver.n_oversamples
         # One X for all operators of a width. Each bound holds by itself, and the result of an operator does not depend
         # on the rest of its batch.
-        X = torch.randn(self.solver.n_components + s, n, generator=generator, device=generator.device)
+        X = random_rows(self.seed, self.solver.n_components + s, n)
         rows = X.to(self.operators.device, self.operators.dtype).expand(len(self.operators), -1, n)
         if not self.memories:
             return rows
         return torch.cat([torch.stack([memory.subspace.mT for memory in self.memories]), rows[:, :s]], dim=1)
+
+    def _with_images(self, solved: Solved | None, images: Tensor) -> Solved | None:
+        """Keep the images of the first s rows of X, which are multiplied in every measurement, cold or warm."""
+        if not self.keeps_images or solved is None:
+            return solved
+        norm, memory = solved
+        if memory is None:
+            return solved
+        first = self.solver.n_components if self.memories else 0
+        latest = images[first : first + self.solver.n_oversamples]
+        # An operator that was solved densely in the end has been balanced for it.
+        return norm, replace(memory, latest=latest * 2.0 ** ((self.exponent or 0) - memory.exponent))
 
     def _in_range(self, images: Tensor) -> list[int]:
         """Return the operators whose products by AᵀA will neither overflow nor underflow, with one transfer."""
@@ -201,12 +224,12 @@ class _Batch:
         scaled = balanced(self.operators.operators[i])
         if scaled is None:
             return SpectralNorm(None, None, NOT_FINITE), None
-        single = _Batch(self.solver, self.seed, Stacked([scaled[0]]), self.memories[i : i + 1], scaled[1])
+        single = replace(self, operators=Stacked([scaled[0]]), memories=self.memories[i : i + 1], exponent=scaled[1])
         return single.solve()[0]
 
     def _select(self, indices: Sequence[int]) -> _Batch:
         memories = [self.memories[i] for i in indices] if self.memories else []
-        return _Batch(self.solver, self.seed, self.operators.select(indices), memories, self.exponent)
+        return replace(self, operators=self.operators.select(indices), memories=memories)
 
     def _measure(self, start: Tensor, images: Tensor) -> list[Solved | None]:
         """Refine the operators whose carried bound is tight enough, certify the others."""

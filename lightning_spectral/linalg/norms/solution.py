@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.operators import LinearOperator
 from lightning_spectral.records.measurements import NOT_FINITE
 
-__all__ = ["NOT_FINITE", "OUT_OF_RANGE", "Memory", "Solver", "SolverState", "SpectralNorm"]
+__all__ = ["NOT_FINITE", "OUT_OF_RANGE", "Memory", "Solver", "SolverState", "SpectralNorm", "random_rows"]
 
 OUT_OF_RANGE = "the spectral norm is outside the range of a float"
 
@@ -44,12 +45,15 @@ class Memory:
         images: ``(s, m)``, the images Ãx of the random probes x as rows, at the time of the last certificate.
         upper: The upper bound of ‖Ã‖₂ in that certificate.
         exponent: The exponent of the power of two that was taken out.
+        latest: ``(k, m)``, the images Ãx of k Gaussian probes at the time of this measurement. The probes are the same
+            in all measurements. ``None`` unless they were asked for (:attr:`SolverState.keeps_images`).
     """
 
     subspace: Tensor
     images: Tensor
     upper: float
     exponent: int = 0
+    latest: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,10 +63,13 @@ class SolverState:
     Attributes:
         seed: Seed of the random probes. All randomness of a solver comes from it, so a resumed run is exact.
         memories: One entry per operator; ``None`` for an operator that has not been solved.
+        keeps_images: Whether the next call of :meth:`Solver.compute` shall keep the images of its probes. A solver that
+            has none may ignore it. Not part of :meth:`state_dict`.
     """
 
     seed: int
     memories: tuple[Memory | None, ...]
+    keeps_images: bool = False
 
     @property
     def subspaces(self) -> tuple[Tensor | None, ...]:
@@ -74,7 +81,7 @@ class SolverState:
         memories = [
             None
             if memory is None
-            else {name: getattr(memory, name) for name in ("subspace", "images", "upper", "exponent")}
+            else {item.name: value for item in fields(Memory) if (value := getattr(memory, item.name)) is not None}
             for memory in self.memories
         ]
         return {"seed": self.seed, "memories": memories}
@@ -96,6 +103,12 @@ class SolverState:
             raise ConfigurationError(
                 f"Not the state of a solver: expected the keys 'seed' and 'memories', got {sorted(state)}."
             ) from error
+
+
+def random_rows(seed: int, count: int, n: int) -> Tensor:
+    """Return ``(count, n)`` standard normal numbers, the same ones for the same arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, n, generator=generator, device=generator.device)
 
 
 class Solver(Protocol):
