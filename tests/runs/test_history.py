@@ -47,7 +47,7 @@ def test_a_history_is_what_the_run_wrote(tmp_path: Path):
     path = tmp_path / "spectral.jsonl"
     journal = Journal(path, HEADER)
     journal.append(measurement(0))
-    event = {"level": "alarm", "step": 5, "since": 0, "blocks": [0, 1], "message": EVENT.message}
+    event = {"level": "failure", "step": 5, "since": 0, "blocks": [0, 1], "message": EVENT.message}
     event["forecast"] = {"at": 9.0, "earliest": 7.0, "latest": math.inf}
     journal.append(measurement(5, 3.0), [event, ACTION])
     history = History.read(path)
@@ -139,9 +139,9 @@ def test_what_no_run_writes_is_left_out_and_told_in_one_line(tmp_path: Path, whe
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"level": "alarm", "step": 3}, "blocks"),
-        ({"level": "doom", "step": 3}, "found 'doom', expected one of alarm, info, warning"),
-        ({"level": "info", "step": 3, "since": 3, "blocks": [], "message": 4}, "found 4, expected text"),
+        ({"level": "failure", "step": 3}, "blocks"),
+        ({"level": "doom", "step": 3}, "found 'doom', expected one of failure, note, warning"),
+        ({"level": "note", "step": 3, "since": 3, "blocks": [], "message": 4}, "found 4, expected text"),
         (ACTION | {"mlp_log_change": None}, "found None, expected a number"),
         ({"action": "rescale", "step": 3}, "block"),
     ],
