@@ -55,7 +55,6 @@ def desk(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         yield tmp_path
 
 
-@pytest.mark.filterwarnings("ignore:spectral WARNING")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_blocks_of_a_page_run(name: str, desk: Path):
     """One after the other, in one namespace; what stands directly below a block is what it prints."""
@@ -71,7 +70,6 @@ def test_the_blocks_of_a_page_run(name: str, desk: Path):
             check_yaml(yaml.safe_load(block.text))
 
 
-@pytest.mark.filterwarnings("ignore:spectral WARNING")
 @pytest.mark.parametrize("name", lightning_spectral.__all__)
 def test_the_example_of_a_name_prints_what_it_says(name: str, desk: Path):
     """In the documentation of every public name, with what a reader brings along."""

@@ -85,7 +85,7 @@ def test_hover_shows_a_value_that_has_no_neighbours_in_time(opened: Page):
 
 
 def test_hover_shows_what_was_said_and_done(opened: Page):
-    assert opened.hover("events", 60, "alarm") == "step 60 tokens become one vector"
+    assert opened.hover("events", 60, "failure") == "step 60 tokens become one vector"
     assert opened.hover("actions", 40, 0.5) == "step 40 blocks moved 1 blocks held 1"
 
 
@@ -94,7 +94,7 @@ def test_what_hover_shows_stays_in_the_window_and_stands_out(page: Page, folder:
     run = steered_run(folder / "talk.jsonl")
     run.write_text(run.read_text().replace("is above the zone at 1.9", "is above the zone at 1.9; " * 20))
     page.open(report(run), scheme=scheme, width=900)
-    assert "1.9; is above" in page.hover("events", 20, "info")
+    assert "1.9; is above" in page.hover("events", 20, "note")
     left, right, paper, ink = page.run("""
     const [tip] = deep(document).filter((el) => el.classList.contains("bk-Tooltip") && el.checkVisibility());
     const box = tip.getBoundingClientRect(), style = getComputedStyle(tip);

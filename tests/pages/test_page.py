@@ -285,7 +285,7 @@ def test_every_table_has_the_numbers_of_the_run(tmp_path: Path):
     extremes = next(row for row in page.rows if row[:2] == ["0", "model.blocks.0"] and len(row) == 6 and row[2] == "1")
     wanted = [1.0, ratio(0, 6), 1.0, ratio(0, 6)]
     assert [float(cell) for cell in extremes[2:]] == pytest.approx(wanted, rel=1e-3)
-    assert ["60", "alarm", "tokens become one vector"] in page.rows
+    assert ["60", "failure", "tokens become one vector"] in page.rows
     assert ["4", "model.blocks.4", "2", "0", "0.9048", "1.105", "above the zone"] in page.rows
     assert ["rescaler.gain", "0.3"] in page.rows
     assert ["rescaler.dry_run", "no"] in page.rows
@@ -293,7 +293,7 @@ def test_every_table_has_the_numbers_of_the_run(tmp_path: Path):
 
 
 def test_a_list_of_events_that_is_cut_says_so():
-    events = tuple(Event("info", step, step, (0,), "crossed") for step in range(2001))
+    events = tuple(Event("note", step, step, (0,), "crossed") for step in range(2001))
     table = event_table(History({}, tuple(measurements(("a",))), events))
     assert (table.title, len(table.rows), table.rows[0][0]) == ("Events, the last 2,000 of 2,001", 2000, "2,000")
 
@@ -363,12 +363,12 @@ def test_hostile_headers_do_no_harm(tmp_path: Path):
 
 def test_the_story_of_a_run_in_words():
     items = measurements(tuple("abcde"))
-    events = [Event("alarm", 60, 20, (0,), "x"), Event("warning", 40, 20, (4,), "y")]
+    events = [Event("failure", 60, 20, (0,), "x"), Event("warning", 40, 20, (4,), "y")]
     text = told(items, events, rescaler={"gain": 1})
     assert "7 measurements of 5 blocks from step 0 to step 80, by the “circuit” linearization." in text
     assert "Inside the safe zone (0.5, 2): 5 of 5 blocks at the start, 1 of 5 blocks at the end." in text
     assert f"Farthest below: block 0 (a) at ρ = {ratio(0, 6):.4g}." in text
-    assert "1 alarm, at step 60; 1 warning." in text
+    assert "1 failure, at step 60; 1 warning. x" in text
     assert "The controller was on and moved no scale." in text
 
 
@@ -376,7 +376,7 @@ def test_the_witness_of_the_tokens_is_told():
     text = told(measurements(("a", "b")))
     smallest = 0.5 * math.exp(-5 - 0.1)
     assert f"Token residual behind block 1: 0.17 at step 10, {smallest:.2g} at step 60; smallest {smallest:.2g}" in text
-    assert "below 0.02: that happened." in text
+    assert "below 0.01: that happened." in text
     assert "that did not happen" in told(measurements(("a", "b"))[:3])
     assert "Tokens were not measured (geometry=True)" in told(measurements(("a",), tokens=False))
 
@@ -386,7 +386,7 @@ def test_what_did_not_happen_is_told_as_well():
     assert "1 measurement of 3 blocks at step 0" in text
     assert "Inside the safe zone (0.5, 2): 3 of 3 blocks." in text
     assert "Farthest" not in text
-    assert "No alarm, no warning." in text
+    assert "No failure, no warning." in text
     assert "The run was watched, not steered." in text
 
 

@@ -21,7 +21,7 @@ from lightning_spectral.runs.history import _LAYER, History, _measurement, in_or
 from lightning_spectral.runs.journal import Journal
 
 HEADER = {"linearization": "circuit"}
-EVENT = Event("alarm", 5, 0, (0, 1), "tokens become one vector", Forecast(9.0, 7.0, math.inf))
+EVENT = Event("failure", 5, 0, (0, 1), "tokens become one vector", Forecast(9.0, 7.0, math.inf))
 ACTION = {"step": 5, "action": "rescale", "block": 0, "name": "a", "ratio": 2.0, "smoothed_ratio": 2.0}
 ACTION |= {"mlp_scale": 1.0, "attention_scale": 1.0, "mlp_log_change": -0.1, "attention_log_change": 0.1}
 ACTION |= {"reason": "above the zone"}

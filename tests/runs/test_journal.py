@@ -23,7 +23,7 @@ from lightning_spectral.runs.history import History, history_of
 from lightning_spectral.runs.journal import Journal
 
 HEADER = {"linearization": "circuit"}
-EVENT = {"level": "info", "step": 5, "since": 5, "blocks": [0], "message": "block 0 leaves", "forecast": None}
+EVENT = {"level": "note", "step": 5, "since": 5, "blocks": [0], "message": "block 0 leaves", "forecast": None}
 ACTION = {"step": 5, "action": "hold", "block": 0, "ratio": 2.0, "mlp_log_change": 0.0, "attention_log_change": 0.0}
 ACTION |= {"reason": "at its bound"}
 

@@ -286,20 +286,20 @@ def collapsing(tmp_path: Path, **options: Any) -> Run:
     return run
 
 
-def test_an_alarm_can_stop_the_run(shell: Shell, tmp_path: Path):
+def test_a_failure_can_stop_the_run(shell: Shell, tmp_path: Path):
     run = collapsing(tmp_path, on_alarm="stop")
     told(lambda: shell(run))
     history = History.read(run.journal)
-    assert [event for event in history.events if event.level == "alarm"]
+    assert [event for event in history.events if event.level == "failure"]
     assert history.steps[-1] < 30
 
 
-def test_an_alarm_calls_a_function(shell: Shell, tmp_path: Path):
+def test_a_failure_calls_a_function(shell: Shell, tmp_path: Path):
     seen: list[Any] = []
     told(lambda: shell(collapsing(tmp_path, on_alarm=lambda *args: seen.append(args[-1]))))
     assert seen
     assert isinstance(seen[0], Event)
-    assert seen[0].level == "alarm"
+    assert seen[0].level == "failure"
 
 
 # Which blocks.

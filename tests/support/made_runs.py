@@ -68,13 +68,13 @@ def steered_run(path: Path, names: tuple[str, ...] = tuple(f"model.blocks.{index
     for item in measurements(names):
         said: list[dict[str, Any]] = []
         if item.step == 20:
-            said.append(asdict(Event("info", 20, 20, (4,), f"block 4 ({names[4]}) is above the zone at 1.9")))
+            said.append(asdict(Event("note", 20, 20, (4,), f"block 4 ({names[4]}) is above the zone at 1.9")))
         if item.step == 40:
             said.append(asdict(Event("warning", 40, 20, (4,), "block 4 drifts away")))
             said += [action(40, 4), action(40, 3, "hold")]
         if item.step == 60:
             coming = Forecast(100.0, 90.0, math.inf)
-            said.append(asdict(Event("alarm", 60, 20, (0,), "tokens become one vector", coming)))
+            said.append(asdict(Event("failure", 60, 20, (0,), "tokens become one vector", coming)))
             said += [action(60, 4), action(60, 3)]
         journal.append(item, said)
     return path
