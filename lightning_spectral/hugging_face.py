@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ from transformers import (
 )
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
+from lightning_spectral.alarms import Event
 from lightning_spectral.control import GainCeiling, ResidualRescaler
 from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.pages import send_alert
 from lightning_spectral.scales import attach_scales, fuse_scales
 from lightning_spectral.watch import Watch
 from lightning_spectral.watch.options import AutoRescale, Options
+from lightning_spectral.watch.outlets import Outlet
 from lightning_spectral.watch.search import blocks_of
 from lightning_spectral.watch.telling import inform, warn
 
@@ -111,6 +114,7 @@ class SpectralCallback(TrainerCallback, ExportableState):
         if self._watch is not None:  # of a run that failed, of which callbacks hear nothing
             self._watch.abandon()
         self._watch = _Watch(model, args.output_dir, optimizers=[optimizer], batch=self._batch, **self._options)
+        self._watch.add_outlet(_Alerts(self._reporters))
         known = _saved(args, state, self._checked.prefix) or self._state
         if known is not None and state.global_step:
             self._watch.load_state_dict({**known, "step": state.global_step})
@@ -190,9 +194,14 @@ class SpectralCallback(TrainerCallback, ExportableState):
         then = copy.copy(state)  # the step whose weights were measured
         then.global_step = step
         state.log_history.append({**values, "step": step})
-        for reporter in () if self._handler is None else self._handler.callbacks:
-            if reporter is not self and not isinstance(reporter, PrinterCallback | ProgressCallback):
-                reporter.on_log(args, then, control, logs=dict(values), model=model)
+        for reporter in self._reporters():
+            reporter.on_log(args, then, control, logs=dict(values), model=model)
+
+    def _reporters(self) -> list[TrainerCallback]:
+        """Return the other callbacks, without those that would print values among the losses."""
+        callbacks: Sequence[TrainerCallback] = () if self._handler is None else self._handler.callbacks
+        quiet = [item for item in callbacks if not isinstance(item, PrinterCallback | ProgressCallback)]
+        return [item for item in quiet if item is not self]
 
 
 def _law(settings: Mapping[str, Any]) -> GainCeiling | ResidualRescaler:
@@ -212,10 +221,26 @@ def _is_plain(value: object) -> bool:
     return True
 
 
+class _Alerts(Outlet):
+    """The services behind the Trainer's reporters that tell people of alerts."""
+
+    def __init__(self, reporters: Callable[[], Sequence[TrainerCallback]]) -> None:
+        self._reporters = reporters
+
+    def announce(self, event: Event, key: str, index: int) -> None:
+        for reporter in self._reporters():
+            for name in ("_wandb", "_trackio"):
+                send_alert(getattr(reporter, name, None), event)
+
+
 class _Watch(Watch):
     """A watch that speaks in the name of the callback."""
 
     speaker = "SpectralCallback"
+
+    def add_outlet(self, outlet: Outlet) -> None:
+        """Have another place take values and events."""
+        self._host.add_outlet(outlet)
 
 
 def _caller() -> CallbackHandler | None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_spectral.alarms import Event
 from lightning_spectral.monitor.framework import log_to_bar
 from lightning_spectral.monitor.strategies import outermost, will_shard
-from lightning_spectral.pages import send_figure
+from lightning_spectral.pages import send_event, send_figure
 from lightning_spectral.runs.durable import link
 from lightning_spectral.runs.series import Series
 from lightning_spectral.watch.options import Options
@@ -184,6 +184,9 @@ class _Logger(Outlet):
 
     def log(self, values: dict[str, float], index: int) -> None:
         self._logger.log_metrics(values, step=index)
+
+    def announce(self, event: Event, key: str, index: int) -> None:
+        send_event(self._logger, event, key, index)
 
     def picture(self, figure: Figure, key: str, index: int) -> None:
         send_figure(self._logger, figure, key, index)

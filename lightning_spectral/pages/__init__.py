@@ -4,9 +4,17 @@ Figures need the extra ``plot`` and pages the extra ``report``. Importing this p
 """
 
 from lightning_spectral.pages.checkpoint import write_checkpoint_page
-from lightning_spectral.pages.loggers import send_figure
+from lightning_spectral.pages.loggers import send_alert, send_event, send_figure
 from lightning_spectral.pages.page import check_installed
 from lightning_spectral.pages.run import report
 from lightning_spectral.pages.screen import one_screen
 
-__all__ = ["check_installed", "one_screen", "report", "send_figure", "write_checkpoint_page"]
+__all__ = [
+    "check_installed",
+    "one_screen",
+    "report",
+    "send_alert",
+    "send_event",
+    "send_figure",
+    "write_checkpoint_page",
+]

@@ -1,13 +1,17 @@
-"""Send a figure to a logger that takes pictures. The methods of the logger decide, not the name of its class."""
+"""Send figures and events to loggers that take them. The methods of the logger decide, not the name of its class."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_spectral.records import Event
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["send_figure"]
+__all__ = ["send_alert", "send_event", "send_figure"]
+
+_LEVELS = {"note": "INFO", "warning": "WARN", "failure": "ERROR"}
 
 
 def send_figure(logger: Any, figure: Figure, tag: str, step: int) -> bool:
@@ -36,3 +40,43 @@ def send_figure(logger: Any, figure: Figure, tag: str, step: int) -> bool:
             log_figure(figure_name=tag, figure=figure, step=step)
         return True
     return False
+
+
+def send_event(logger: Any, event: Event, tag: str, step: int) -> bool:
+    """Send an event once.
+
+    Args:
+        logger: A Lightning logger, or an object with its methods.
+        event: The event.
+        tag: Name of its text, such as ``"spectral/events"``.
+        step: Index on the logger's axis.
+
+    Returns:
+        Whether the logger takes events.
+    """
+    experiment = getattr(logger, "experiment", None)
+    if send_alert(experiment, event):
+        return True
+    if callable(add_text := getattr(experiment, "add_text", None)):  # TensorBoard
+        add_text(tag, event.message, global_step=step)
+        return True
+    return False
+
+
+def send_alert(service: Any, event: Event) -> bool:
+    """Send an event as an alert to a service that tells people of alerts.
+
+    Args:
+        service: A run of Weights & Biases, or the module of that package or of Trackio.
+        event: The event.
+
+    Returns:
+        Whether the service has alerts.
+    """
+    if not callable(alert := getattr(service, "alert", None)):
+        return False
+    levels = getattr(service, "AlertLevel", None)
+    level = _LEVELS[event.level]
+    title = f"{event.level} at step {event.step}: {event.name.replace('_', ' ')}"
+    alert(title=title, text=event.message, level=level if levels is None else levels[level])
+    return True

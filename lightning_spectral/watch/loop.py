@@ -351,6 +351,9 @@ class _LoopHost:
     def outlets(self) -> Sequence[Outlet]:
         return self._outlets
 
+    def add_outlet(self, outlet: Outlet) -> None:
+        self._outlets.append(outlet)
+
     def answer(self, failure: Event) -> None:
         on_alarm = self._watch.options.on_alarm
         if callable(on_alarm):

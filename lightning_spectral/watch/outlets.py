@@ -54,6 +54,9 @@ class Outlet:
     def show(self, values: Mapping[str, float]) -> None:
         """Take what is new at the end of a batch."""
 
+    def announce(self, event: Event, key: str, index: int) -> None:
+        """Take a warning or a failure."""
+
     def picture(self, figure: Figure, key: str, index: int) -> None:
         """Take the picture of the run."""
 
@@ -110,6 +113,10 @@ class Outlets:
             self._try(f"publishing to {place.name}", place.publish, series.values)
             # A copy: a logger may change it.
             self._try(f"logging to {place.name}", place.log, dict(series.values), series.batches)
+            for event in events:
+                if event.level != "note" and is_first_process():
+                    what = f"sending events to {place.name}"
+                    self._try(what, place.announce, event, f"{self.prefix}/events", series.batches)
         self._untold += [(f"{self.speaker}, {event.message}", event.level != "note") for event in events]
         self._tell()
 
