@@ -35,6 +35,7 @@ class Series:
         warm_start: State of the meter.
         law: State of the control law, one entry per block; empty in a run without a law.
         memory: Memory of the alarms.
+        first_weights: Fingerprint of the weights at the first measurement, by parameter.
         unanswered: Alarms that the run has not acted on yet, as plain values.
     """
 
@@ -49,6 +50,7 @@ class Series:
     warm_start: dict[str, Any] = field(default_factory=dict)
     law: list[dict[str, Any]] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)
+    first_weights: dict[str, tuple[bool, int]] = field(default_factory=dict)
     unanswered: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -83,7 +85,8 @@ class Series:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore an earlier state.
 
-        Unknown keys are ignored, and missing keys keep their value. A state of another linearization is ignored as a
+        Unknown keys are ignored, and missing keys keep their value. Fingerprints of shards are left out: the state is
+        that of one process, and another one holds other shards. A state of another linearization is ignored as a
         whole, because numbers of two linearizations do not belong into one series.
         """
         if state.get("linearization", self.linearization) != self.linearization:
@@ -92,6 +95,7 @@ class Series:
             if known.name in state:
                 value = copy.deepcopy(state[known.name])
                 setattr(self, known.name, Memory.from_dict(value) if known.name == "memory" else value)
+        self.first_weights = {name: (whole, total) for name, (whole, total) in self.first_weights.items() if whole}
 
 
 def _event(values: Mapping[str, Any]) -> Event:

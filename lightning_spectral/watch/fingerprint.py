@@ -15,7 +15,7 @@ from lightning_spectral.records import ResidualBlock
 from lightning_spectral.weights.names import parameters_of
 from lightning_spectral.weights.protocol import Weights
 
-__all__ = ["fingerprint", "same_weights"]
+__all__ = ["bits", "fingerprint", "held", "same_weights"]
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WIDEST = 8  # entries of one byte in the widest integer
@@ -39,8 +39,8 @@ def fingerprint(weights: Weights, blocks: Iterable[ResidualBlock]) -> dict[str, 
         # Unreadable weights are skipped here; their reasons are in the measurement.
         unreadable = suppress(AttributeError, ConfigurationError, RuntimeError, TypeError, ValueError)
         with unreadable, torch.no_grad(), weights.read(name) as tensor:
-            held = _held(tensor)
-            found[name] = held is tensor, _sum(held)
+            part = held(tensor)
+            found[name] = part is tensor, _sum(part)
     if not found:
         return {}
     first = next(total for _, total in found.values())
@@ -59,16 +59,22 @@ def same_weights(before: Mapping[str, tuple[bool, int]], after: Mapping[str, tup
     )
 
 
-def _held(tensor: Tensor | FlatShard) -> Tensor:
+def held(tensor: Tensor | FlatShard) -> Tensor:
+    """Return what this process holds of a weight."""
     if isinstance(tensor, FlatShard):
         return tensor.entries
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def _sum(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
+    """Return the entries of a tensor as a vector of integers with the same bits."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    words = tensor.contiguous().view(_WORDS[tensor.element_size()]).flatten()
+    return tensor.contiguous().view(_WORDS[tensor.element_size()]).flatten()
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    words = bits(tensor)
     if words.storage_offset() * words.element_size() % _WIDEST:
         return words.sum(dtype=torch.int64)
     # Read as the widest integers, which are added without being converted; sums wrap around, in any order alike.

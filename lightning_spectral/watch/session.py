@@ -31,6 +31,7 @@ from lightning_spectral.watch.batch import BatchWatch
 from lightning_spectral.watch.fingerprint import fingerprint, same_weights
 from lightning_spectral.watch.first_forward import FirstForward
 from lightning_spectral.watch.host import Host
+from lightning_spectral.watch.moved import with_moved
 from lightning_spectral.watch.options import Options
 from lightning_spectral.watch.outermost import Call
 from lightning_spectral.watch.outlets import Outlets
@@ -321,6 +322,8 @@ class Session:
         """Measure the share of this process."""
         self._share = meter.measure(step, (self.peers.rank, self.peers.count))
         self._mark(meter)
+        first = self.series.first_weights or self._weights
+        self._share = with_moved(self._share, meter.blocks, first, self._weights)
 
     # What follows from a measurement.
 
@@ -333,6 +336,7 @@ class Session:
             look = replace(look, measurement=self._with_tokens(self._batch_watch, look.measurement))
         first, self.series.scheduled_step = self.series.scheduled_step is None, look.measurement.step
         self.series.warm_start = self.meter.state_dict()
+        self.series.first_weights = self.series.first_weights or self._weights
         if self._guard("writing", self._note, look, not first):  # nothing is steered before the first step
             self._failures = 0
 

@@ -45,6 +45,7 @@ MONITOR = {
     "blocks": {"model.blocks.*": {"attention": "attention", "mlp": "mlp"}},
     "solver": {"class_path": "lightning_spectral.RandomizedSVD", "init_args": {"n_components": 4, "seed": 3}},
     "geometry": True,
+    "signals": ["change", "stable_rank"],
     "per_layer": True,
     "on_alarm": "answers.answer",
     "on_error": "raise",
@@ -98,6 +99,7 @@ def test_a_file_names_every_argument_and_the_run_obeys(tmp_path: Path):
     assert monitor.auto_rescale == ResidualRescaler(**pairs)
     assert monitor.solver == RandomizedSVD(n_components=4, seed=3)
     assert monitor.on_alarm is answer
+    assert monitor.signals == ("change", "stable_rank")
     plain = ("every_n_steps", "linearization", "blocks", "geometry", "per_layer", "on_error", "prefix")
     assert {name: getattr(monitor, name) for name in plain} == {name: MONITOR[name] for name in plain}
     folder = Path(cli.trainer.log_dir)
