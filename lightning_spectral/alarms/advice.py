@@ -15,6 +15,9 @@ WORDS: Mapping[str, str] = {
     "check_mask": "look for rows whose tokens are all masked",
     "stop_gradient": "stop the gradient of one view, or add a term that keeps outputs apart",
     "lower_attention": "start attention weaker (balance_init_)",
+    "give_to_optimizer": "give the optimizer the parameters that shall learn, after they are made",
+    "check_rate": "look at the learning rate that the optimizer has now",
+    "check_gradients": "look for gradients that are None or zero",
     "qk_norm": "normalize queries and keys",
 }
 """A sentence for every piece of advice, by its name."""
@@ -23,6 +26,7 @@ ADVICE: Mapping[str, tuple[str, ...]] = {
     "not_finite": ("go_back", "lower_rate", "check_mask", "check_data", "qk_norm"),
     "tokens_collapsed": ("warm_up", "lower_rate", "pre_norm"),
     "samples_collapsed": ("lower_rate", "warm_up", "stop_gradient"),
+    "nothing_moves": ("give_to_optimizer", "check_rate", "check_gradients"),
     "tokens_collapsing": ("warm_up", "lower_rate", "pre_norm", "lower_attention"),
 }
 """What to try after an event, by the name of its rule."""

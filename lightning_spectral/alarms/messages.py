@@ -27,6 +27,7 @@ _CALM = {
     "not_finite": "everything is finite again",
     "tokens_collapsed": "the tokens are apart again",
     "samples_collapsed": "different samples give different outputs again",
+    "nothing_moves": "the blocks have moved",
     "tokens_collapsing": "the tokens are no longer on their way to one vector",
 }
 
@@ -101,6 +102,15 @@ def _samples_collapsed(level: Level, sign: Sign, since: int, memory: Memory, mea
     return _told(level, "samples_collapsed", sign, since, measurement, text)
 
 
+def _nothing_moves(level: Level, sign: Sign, since: int, memory: Memory, measurement: Measurement) -> Event:
+    text = (
+        "the network does not learn: its blocks stay as they were. All "
+        f"{sign.values['branches']:.0f} branches that the optimizer should train have the weights of step {sign.values['step_before']:.0f}, bit for bit"
+        f"{sureness('nothing_moves')}"
+    )
+    return _told(level, "nothing_moves", sign, memory.began or 0, measurement, text)
+
+
 def _tokens_collapsing(level: Level, sign: Sign, since: int, memory: Memory, measurement: Measurement) -> Event:
     layer, coming = sign.layers[0], ""
     if sign.forecast is not None:
@@ -118,6 +128,7 @@ RULES: Mapping[str, Callable[[Level, Sign, int, Memory, Measurement], Event]] = 
     "not_finite": _not_finite,
     "tokens_collapsed": _tokens_collapsed,
     "samples_collapsed": _samples_collapsed,
+    "nothing_moves": _nothing_moves,
     "tokens_collapsing": _tokens_collapsing,
 }
 

@@ -19,6 +19,7 @@ __all__ = [
     "Sign",
     "log_residual",
     "not_finite",
+    "nothing_moves",
     "samples_collapsed",
     "tokens_collapsed",
     "tokens_collapsing",
@@ -134,6 +135,20 @@ def tokens_collapsing(memory: Memory, measurement: Measurement) -> Sign | None:
     values = {"first_token_residual": math.exp(depth[0][1])} | _over_time("token_residual", history)
     seen = (over_depth or soon) and dominated and not _pooled(measurement) and not _rises(history)
     return Sign(seen, [last], values=values, forecast=coming if soon else None)
+
+
+def nothing_moves(memory: Memory, measurement: Measurement) -> Sign | None:
+    """See whether no branch that the run trains has moved since the first measurement."""
+    flags = [
+        flag
+        for layer in measurement
+        if layer.weights is not None
+        for flag in (layer.weights.mlp_moved, layer.weights.attention_moved)
+        if flag is not None
+    ]
+    if not flags or measurement.step == memory.began:
+        return None
+    return Sign(not any(flags), values={"branches": float(len(flags)), "step_before": float(memory.began or 0)})
 
 
 def _below(residual: float | None) -> bool:

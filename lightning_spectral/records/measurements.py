@@ -95,8 +95,8 @@ class WeightSignals:
         mlp_change: ‖A′ − A‖_F / ‖A‖_F of the MLP branch, A′ now and A at the last measurement; an estimate from random
             probes. ``None`` in the first measurement.
         attention_change: The same of the attention branch.
-        mlp_moved: Whether any parameter of the MLP branch that a measurement reads differs from what it was at the
-            first measurement of the run.
+        mlp_moved: Whether any parameter of the MLP branch that a measurement reads and the run trains differs from what
+            it was at the first measurement of the run. ``None`` where the run trains none.
         attention_moved: The same of the attention branch, whose queries and keys a measurement does not read.
         mlp_stable_rank: ‖A‖_F² / ‖A‖₂² of the MLP branch, between 1 and its rank.
         attention_stable_rank: The same of the attention branch.

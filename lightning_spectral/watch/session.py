@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from lightning_spectral.alarms import Event, Memory, falling_tokens, observe
 from lightning_spectral.control.actions import news
 from lightning_spectral.control.law import Action
@@ -31,7 +33,7 @@ from lightning_spectral.watch.batch import BatchWatch
 from lightning_spectral.watch.fingerprint import fingerprint, same_weights
 from lightning_spectral.watch.first_forward import FirstForward
 from lightning_spectral.watch.host import Host
-from lightning_spectral.watch.moved import with_moved
+from lightning_spectral.watch.moved import copied_blocks, with_moved
 from lightning_spectral.watch.options import Options
 from lightning_spectral.watch.outermost import Call
 from lightning_spectral.watch.outlets import Outlets
@@ -39,6 +41,8 @@ from lightning_spectral.watch.peers import Peers
 from lightning_spectral.watch.search import guessed_blocks, shown_blocks
 from lightning_spectral.watch.telling import inform, warn, warn_here
 from lightning_spectral.weights.model import ModelWeights
+from lightning_spectral.weights.names import parameters_of
+from lightning_spectral.weights.paths import resolve
 
 __all__ = ["Session"]
 
@@ -100,6 +104,7 @@ class Session:
         self._look: _Look | None = None
         self._latest: Measurement | None = None  # of all processes
         self._weights: dict[str, tuple[bool, int]] = {}  # fingerprint of those that were measured last
+        self._trained: frozenset[str] = frozenset()  # parameters of blocks that the run trains
         self._weights_step = 0  # and what the loop had counted then
         self._unseen = False  # whether weights may have been changed up to the forward pass of this batch
         self._failures = 0  # in a row
@@ -245,8 +250,10 @@ class Session:
             safe_zone=options.safe_zone,
             signals=options.signals,
         )
+        self._trained = _trained_names(model, self.meter.blocks, self._host.trained())
         self.series.blocks = to_plain(blocks)
-        for note in (*getattr(blocks, "notes", ()), *_doubts(blocks)):
+        copies = copied_blocks(self.meter.weights, self.meter.blocks) or ()
+        for note in (*getattr(blocks, "notes", ()), *_doubts(blocks), *map(_copied, copies)):
             inform(f"{self._host.name}: {note}")
         if options.geometry:
             self._batch_watch = BatchWatch(model, blocks, calls)
@@ -323,7 +330,8 @@ class Session:
         self._share = meter.measure(step, (self.peers.rank, self.peers.count))
         self._mark(meter)
         first = self.series.first_weights or self._weights
-        self._share = with_moved(self._share, meter.blocks, first, self._weights)
+        trained = {name: bits for name, bits in first.items() if name in self._trained}
+        self._share = with_moved(self._share, meter.blocks, trained, self._weights)
 
     # What follows from a measurement.
 
@@ -452,6 +460,26 @@ def _doubts(blocks: Sequence[ResidualBlock]) -> Iterator[str]:
     if doubtful:
         first = f"{doubtful[0].name}: {doubtful[0].doubt}"
         yield f"{len(doubtful)} of {len(blocks)} blocks are not verified, so their numbers may be wrong ({first})"
+
+
+def _copied(indices: Sequence[int]) -> str:
+    """Say which blocks begin as copies: ``nn.TransformerEncoder`` copies the one layer that it is given."""
+    named = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
+    return f"blocks {named} have the same weights, bit for bit; draw them anew where they shall begin as different ones"
+
+
+def _trained_names(model: nn.Module, blocks: Sequence[ResidualBlock], trained: Sequence[Tensor]) -> frozenset[str]:
+    """Return the paths of the parameters of blocks that a run trains."""
+    held = set(map(id, trained))
+    names = parameters_of(blocks)
+    return frozenset(name for name in names if id(_parameter(model, name)) in held)
+
+
+def _parameter(model: nn.Module, name: str) -> object:
+    try:
+        return resolve(model, name)
+    except AttributeError:
+        return None
 
 
 def _error_of(action: Callable[..., None], *args: Any) -> Exception | None:

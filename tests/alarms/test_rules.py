@@ -15,7 +15,13 @@ from lightning_spectral.alarms.advice import ADVICE, WORDS
 from lightning_spectral.alarms.quality import sureness
 from lightning_spectral.alarms.rules import FAILURES, RULES
 from lightning_spectral.alarms.signs import COLLAPSED
-from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, Measurement, OutputMeasurement
+from lightning_spectral.records import (
+    FunctionalMeasurement,
+    LayerMeasurement,
+    Measurement,
+    OutputMeasurement,
+    WeightSignals,
+)
 from lightning_spectral.records.measurements import NOT_FINITE
 
 HEALTHY = [0.9, 0.8, 0.75, 0.7, 0.68, 0.66]  # token residual over depth
@@ -433,6 +439,37 @@ def test_the_first_measurement_may_be_the_one_that_is_not_finite():
     assert failure.branch == "attention"
     assert "the attention of block 0 (b.0) is the first that is not finite" in failure.message
     assert "everything was finite" not in failure.message
+
+
+# What does not move
+
+
+def still(step: int, *, moved: bool | None, other: bool | None = None) -> Measurement:
+    signals = WeightSignals(mlp_moved=moved, attention_moved=other)
+    return broken(measured(step, [1.0] * 3), 1, weights=signals)
+
+
+def test_weights_that_stay_as_they_were_are_told_after_three_measurements():
+    run = Watched()
+    for step in (0, 10, 20, 30):
+        assert run.names() == []
+        run.take(still(step, moved=False, other=False))
+    (failure,) = run.events
+    assert (failure.level, failure.name, failure.step, failure.since) == ("failure", "nothing_moves", 30, 0)
+    assert failure.message == (
+        "FAILURE at step 30: the network does not learn: its blocks stay as they were. All 2 branches that the "
+        f"optimizer should train have the weights of step 0, bit for bit{sureness('nothing_moves')}. Try this first: "
+        "give the optimizer the parameters that shall learn, after they are made; if it does not help: look at the "
+        "learning rate that the optimizer has now; look for gradients that are None or zero (docs/monitor.md#nothing-moves)"
+    )
+
+
+@pytest.mark.parametrize(("moved", "other"), [(True, False), (False, True), (None, None)])
+def test_one_branch_that_moves_is_enough_and_frozen_ones_need_not(moved: bool | None, other: bool | None):
+    run = Watched()
+    for step in range(0, 100, 10):
+        run.take(still(step, moved=moved and step > 0, other=other and step > 0))
+    assert run.events == []
 
 
 # All of them
