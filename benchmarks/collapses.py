@@ -47,7 +47,10 @@ def run(task: tuple[str, str, int]) -> str:
     from failures_check import judge
     from torch import nn
 
-    from lightning_spectral import Watch
+    from lightning_spectral import Watch, find_blocks
+    from lightning_spectral.measuring.meter import Meter
+    from lightning_spectral.measuring.signals import SIGNALS
+    from lightning_spectral.weights.model import ModelWeights
 
     logging.getLogger("lightning_spectral").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -59,13 +62,20 @@ def run(task: tuple[str, str, int]) -> str:
     model, folder = training.model, folder_of(name, twin, seed)
     losses: list[float] = []
     gradients: list[float] = []
+    by_paper: list[list[Any]] = []  # step, smallest and largest ratio of the linearization "paper"
     truth: list[list[Any]] = []  # step, token residual, spread of the outputs, largest logit, all finite
 
     def look(step: int) -> None:
         truth.append([step, *judge(training), all(bool(item.isfinite().all()) for item in model.parameters())])
         model.train()
+        ratios = [layer.ratio for layer in paper.measure(step) if layer.ratio is not None]
+        by_paper.append([step, min(ratios, default=None), max(ratios, default=None)])
 
-    with Watch(model, folder, every_n_steps=EVERY_N_STEPS, optimizers=training.optimizer) as watch:
+    options: dict[str, Any] = {"every_n_steps": EVERY_N_STEPS, "signals": SIGNALS}
+    paper = Meter(
+        ModelWeights(model), find_blocks(model, batch=training.inputs(training.held_out)), linearization="paper"
+    )
+    with Watch(model, folder, optimizers=training.optimizer, **options) as watch:
         look(0)
         for step in range(training.steps):
             training.schedule(step)
@@ -82,7 +92,7 @@ def run(task: tuple[str, str, int]) -> str:
             if (step + 1) % EVERY_N_STEPS == 0:
                 look(step + 1)
     values = {"case": name, "twin": twin, "seed": seed, "fails_by": case.fails_by, "chance": case.chance}
-    values |= {"losses": losses, "gradients": gradients, "truth": truth}
+    values |= {"losses": losses, "gradients": gradients, "truth": truth, "paper": by_paper}
     (folder / "training.json").write_text(json.dumps(values))
     return f"{name} {twin} {seed}: loss {losses[0]:.3g} -> {losses[-1]:.3g}, residual {truth[-1][1]:.2g}"
 

@@ -103,9 +103,10 @@ def _samples_collapsed(level: Level, sign: Sign, since: int, memory: Memory, mea
 
 
 def _nothing_moves(level: Level, sign: Sign, since: int, memory: Memory, measurement: Measurement) -> Event:
+    branches, step = sign.values["branches"], sign.values["step_before"]
     text = (
-        "the network does not learn: its blocks stay as they were. All "
-        f"{sign.values['branches']:.0f} branches that the optimizer should train have the weights of step {sign.values['step_before']:.0f}, bit for bit"
+        "the network does not learn: its blocks stay as they were. "
+        f"All {branches:.0f} branches that the optimizer should train have the weights of step {step:.0f}, bit for bit"
         f"{sureness('nothing_moves')}"
     )
     return _told(level, "nothing_moves", sign, memory.began or 0, measurement, text)

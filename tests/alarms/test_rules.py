@@ -458,9 +458,10 @@ def test_weights_that_stay_as_they_were_are_told_after_three_measurements():
     assert (failure.level, failure.name, failure.step, failure.since) == ("failure", "nothing_moves", 30, 0)
     assert failure.message == (
         "FAILURE at step 30: the network does not learn: its blocks stay as they were. All 2 branches that the "
-        f"optimizer should train have the weights of step 0, bit for bit{sureness('nothing_moves')}. Try this first: "
-        "give the optimizer the parameters that shall learn, after they are made; if it does not help: look at the "
-        "learning rate that the optimizer has now; look for gradients that are None or zero (docs/monitor.md#nothing-moves)"
+        "optimizer should train have the weights of step 0, bit for bit"
+        f"{sureness('nothing_moves')}. Try this first: give the optimizer the parameters that shall learn, after they "
+        "are made; if it does not help: look at the learning rate that the optimizer has now; look for gradients that "
+        "are None or zero (docs/monitor.md#nothing-moves)"
     )
 
 
