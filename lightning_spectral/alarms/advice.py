@@ -26,6 +26,7 @@ ADVICE: Mapping[str, tuple[str, ...]] = {
     "not_finite": ("go_back", "lower_rate", "check_mask", "check_data", "qk_norm"),
     "tokens_collapsed": ("warm_up", "lower_rate", "pre_norm"),
     "samples_collapsed": ("lower_rate", "warm_up", "stop_gradient"),
+    "logits_exploding": ("qk_norm", "lower_rate", "warm_up"),
     "nothing_moves": ("give_to_optimizer", "check_rate", "check_gradients"),
     "tokens_collapsing": ("warm_up", "lower_rate", "pre_norm", "lower_attention"),
 }

@@ -28,6 +28,7 @@ _CALM = {
     "tokens_collapsed": "the tokens are apart again",
     "samples_collapsed": "different samples give different outputs again",
     "nothing_moves": "the blocks have moved",
+    "logits_exploding": "no attention logit is above 100 any more",
     "tokens_collapsing": "the tokens are no longer on their way to one vector",
 }
 
@@ -112,6 +113,18 @@ def _nothing_moves(level: Level, sign: Sign, since: int, memory: Memory, measure
     return _told(level, "nothing_moves", sign, memory.began or 0, measurement, text)
 
 
+def _logits_exploding(level: Level, sign: Sign, since: int, memory: Memory, measurement: Measurement) -> Event:
+    layer, values = sign.layers[0], sign.values
+    before = f", {values['attention_logit_before']:.3g} at step {values['step_before']:.0f}"
+    earlier = before if values["step_before"] < measurement.step else ""
+    text = (
+        f"some attention looks at single tokens and cannot learn to look elsewhere. In block {layer.index} "
+        f"({layer.name}) the largest attention logit has been above 100 since step {since} (now "
+        f"{values['attention_logit']:.3g}{earlier}){sureness('logits_exploding')}"
+    )
+    return _told(level, "logits_exploding", sign, since, measurement, text)
+
+
 def _tokens_collapsing(level: Level, sign: Sign, since: int, memory: Memory, measurement: Measurement) -> Event:
     layer, coming = sign.layers[0], ""
     if sign.forecast is not None:
@@ -130,6 +143,7 @@ RULES: Mapping[str, Callable[[Level, Sign, int, Memory, Measurement], Event]] = 
     "tokens_collapsed": _tokens_collapsed,
     "samples_collapsed": _samples_collapsed,
     "nothing_moves": _nothing_moves,
+    "logits_exploding": _logits_exploding,
     "tokens_collapsing": _tokens_collapsing,
 }
 

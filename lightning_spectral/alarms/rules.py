@@ -50,6 +50,7 @@ RULES = (
     Rule("tokens_collapsed", "failure", signs.tokens_collapsed, behind=("not_finite",)),
     Rule("samples_collapsed", "failure", signs.samples_collapsed, behind=("not_finite", "tokens_collapsed")),
     Rule("nothing_moves", "failure", signs.nothing_moves, confirmations=3, behind=("not_finite",)),
+    Rule("logits_exploding", "warning", signs.logits_exploding, behind=("not_finite",)),
     Rule("tokens_collapsing", "warning", signs.tokens_collapsing, behind=("not_finite", "tokens_collapsed")),
 )
 """The worst first, in the order in which they are asked."""

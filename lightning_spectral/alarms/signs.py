@@ -18,6 +18,7 @@ __all__ = [
     "Look",
     "Sign",
     "log_residual",
+    "logits_exploding",
     "not_finite",
     "nothing_moves",
     "samples_collapsed",
@@ -29,6 +30,7 @@ COLLAPSED = 0.01  # below this residual, tokens or samples are one to within 1 %
 # A few samples of one class may be alike to within 1 % in a healthy model. They are one below the first number, or if
 # the outputs of the whole batch are alike too, to within the second number, which leaves room for dropout.
 _THE_SAME, _ALIKE_IN_BATCH = 1e-4, 0.3
+LARGE_LOGIT = 100.0
 TOWARD = 0.1  # a fall over depth counts only if it ends below this token residual
 RISING = math.log(1.2)  # a residual rises if it has grown by this, in ln r, since the measurement before
 _LEAST = 1e-12  # a residual of 0 counts as this, because trends are fitted to ln r
@@ -149,6 +151,18 @@ def nothing_moves(memory: Memory, measurement: Measurement) -> Sign | None:
     if not flags or measurement.step == memory.began:
         return None
     return Sign(not any(flags), values={"branches": float(len(flags)), "step_before": float(memory.began or 0)})
+
+
+def logits_exploding(memory: Memory, measurement: Measurement) -> Sign | None:
+    """See whether some attention has logits above 100, at which QK-Clip acts too (Kimi Team, arXiv:2507.20534)."""
+    known = [(layer.functional.attention_logit, layer) for layer in measurement if layer.functional is not None]
+    logits = [(logit, layer) for logit, layer in known if logit is not None]
+    if not logits:
+        return None
+    logit, worst = max(logits, key=lambda item: item[0])
+    series = memory.blocks[worst.index].sizes["logit"]
+    before = {"attention_logit_before": series[0][1], "step_before": float(series[0][0])}
+    return Sign(logit > LARGE_LOGIT, [worst], "attention", {"attention_logit": logit, **before})
 
 
 def _below(residual: float | None) -> bool:

@@ -473,6 +473,42 @@ def test_one_branch_that_moves_is_enough_and_frozen_ones_need_not(moved: bool | 
     assert run.events == []
 
 
+# Attention logits
+
+
+def attending(step: int, *logits: float | None) -> Measurement:
+    layers = [
+        replace(layer, functional=None if logit is None else FunctionalMeasurement(attention_logit=logit))
+        for layer, logit in zip(measured(step, [1.0] * len(logits)), logits, strict=True)
+    ]
+    return Measurement(step, "circuit", tuple(layers))
+
+
+def test_logits_in_the_hundreds_are_a_warning_once():
+    run = Watched()
+    for logit in (2.0, 60.0, 99.0, 150.0, 300.0, 9000.0):
+        run.take(attending(run.step, 3.0, logit, None))
+    (warning,) = run.events
+    assert (warning.level, warning.name, warning.step, warning.since) == ("warning", "logits_exploding", 40, 30)
+    assert (warning.blocks, warning.branch) == ((1,), "attention")
+    assert warning.message == (
+        "WARNING at step 40: some attention looks at single tokens and cannot learn to look elsewhere. In block 1 "
+        "(b.1) the largest attention logit has been above 100 since step 30 (now 300, 99 at step 20)"
+        f"{sureness('logits_exploding')}. Try this first: normalize queries and keys; if it does not help: lower the "
+        "learning rate to a tenth; warm the learning rate up over more steps (docs/monitor.md#logits-exploding)"
+    )
+    for _ in range(3):
+        run.take(attending(run.step, 3.0, 50.0, None))
+    assert run.events[-1].message == "step 80: no attention logit is above 100 any more"
+
+
+def test_logits_that_no_kernel_shows_are_no_news():
+    run = Watched()
+    for _ in range(5):
+        run.take(attending(run.step, None, None))
+    assert run.events == []
+
+
 # All of them
 
 
