@@ -65,13 +65,13 @@ def windows(context: int) -> Draw:
 
 
 def topics(length: int) -> Draw:
-    """Draw (samples, length) words of which half belong to the topic, and the topics. No word is padding."""
+    """Draw (samples, length) words of which three in four belong to the topic, and the topics. No word is padding."""
 
     def draw(generator: Generator, samples: int) -> Batch:
         labels = torch.randint(TOPICS, (samples,), generator=generator)
         own = torch.randint(WORDS_OF_TOPIC, (samples, length), generator=generator) + WORDS_OF_TOPIC * labels[:, None]
         other = torch.randint(WORDS - 1, (samples, length), generator=generator)
-        is_own = torch.rand(samples, length, generator=generator) < 0.5
+        is_own = torch.rand(samples, length, generator=generator) < 0.75
         return (1 + torch.where(is_own, own, other),), labels
 
     return draw

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from .data import BYTES, TOPICS, WORDS, cross_entropy, topics, windows
 from .parts import LowRank
-from .register import Training, batches, case, generator, supervised
+from .register import Training, batches, case, generator, supervised, warm_up
 
 WIDTH, LAYERS, LENGTH, CONTEXT = 48, 6, 24, 24
 MASK = 0
@@ -50,18 +50,22 @@ def bert_config(dropout: float) -> BertConfig:
 
 
 @cache
-def pretrained_bert(seed: int, steps: int = 100) -> dict[str, Tensor]:
-    """Pretrain on masked words for a few seconds, and return the state of the encoder."""
+def pretrained_bert(seed: int, steps: int = 200) -> dict[str, Tensor]:
+    """Pretrain for a few seconds, and return the state of the encoder.
+
+    Hidden words are guessed, the others repeated: without these, every token would need the topic and nothing else.
+    """
     torch.manual_seed(seed)
     model = BertForMaskedLM(bert_config(0.1)).train()
     optimizer = AdamW(model.parameters(), lr=2e-3)
     for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 2e-3 * warm_up(40)(step)
         numbers = generator(seed, 500_000 + step)
         (ids,), _ = topic_words(numbers, 16)
-        hidden = torch.rand(ids.shape, generator=numbers) < 0.15
+        hidden = torch.rand(ids.shape, generator=numbers) < 0.3
         logits = model(ids.masked_fill(hidden, MASK)).logits
         optimizer.zero_grad()
-        cross_entropy(logits[hidden], ids[hidden]).backward()
+        cross_entropy(logits, ids).backward()
         optimizer.step()
     return model.bert.state_dict()
 
@@ -102,13 +106,14 @@ def dropout_fine_tuning(seed: int, sick: bool) -> Training:
 @case("still", math.log(TOPICS))
 def still_lora(seed: int, sick: bool) -> Training:
     """Adapters of low rank that never move: the optimizer was made before they were added."""
-    model = bert_classifier(seed).requires_grad_(False)
-    before = list(model.parameters())
-    for layer in model.inner.bert.encoder.layer:
+    model = bert_classifier(seed)
+    encoder, head = model.inner.bert.requires_grad_(False), model.inner.classifier
+    frozen = list(encoder.parameters())
+    for layer in encoder.encoder.layer:
         attention = layer.attention.self
         attention.query, attention.value = LowRank(attention.query), LowRank(attention.value)
-    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = AdamW(before if sick else adapters, lr=1e-2)
+    adapters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    optimizer = AdamW(frozen if sick else [*adapters, *head.parameters()], lr=5e-3)
     return supervised(seed, model, optimizer, topic_words, cross_entropy, steps=120)
 
 
