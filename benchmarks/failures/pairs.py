@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 
@@ -18,9 +18,8 @@ WIDTH, FEATURES, MARGIN = 48, 16, 1.0
 
 def encoder(layers: int) -> Transformer:
     """Return a model from images to features."""
-    return Transformer(
-        nn.Linear(PIXELS, WIDTH), Blocks(layers, WIDTH), nn.Linear(WIDTH, FEATURES), width=WIDTH, length=PATCHES, read="mean"
-    )
+    embed, head = nn.Linear(PIXELS, WIDTH), nn.Linear(WIDTH, FEATURES)
+    return Transformer(embed, Blocks(layers, WIDTH), head, width=WIDTH, length=PATCHES, read="mean")
 
 
 def spread_loss(features: Tensor) -> Tensor:
@@ -33,7 +32,10 @@ def spread_loss(features: Tensor) -> Tensor:
 
 @case("samples", None)
 def self_distillation(seed: int, sick: bool) -> Training:
-    """Student follows an averaged teacher on another view, with nothing that keeps the outputs apart."""
+    """Student follows an averaged teacher on another view, with nothing that keeps the outputs apart.
+
+    Seen: loss 1e-4 or less, spread 0.01 to 0.03. Healthy with a loss that asks for variance: spread 0.3 to 0.6.
+    """
     model = encoder(4)
     teacher = deepcopy(model).requires_grad_(False)
     batch, held_out = batches(views, seed, 16)
@@ -70,7 +72,11 @@ def hardest_triplets(features: Tensor, labels: Tensor) -> Tensor:
 
 @case("samples", MARGIN)
 def triplet_margin(seed: int, sick: bool) -> Training:
-    """Triplet loss of the hardest triplets that stays at its margin; healthy with all triplets."""
+    """Triplet loss of the hardest triplets that stays at its margin; healthy with all triplets.
+
+    Seen: loss 1.00, spread 0.004 to 0.006. Healthy with all triplets at the same rate: 0.17 to 0.23, spread 0.7 to
+    0.9.
+    """
     model = encoder(4)
     optimizer = AdamW(model.parameters(), lr=2e-3)
     return supervised(seed, model, optimizer, shapes, hardest_triplets if sick else triplets, steps=160, size=16)

@@ -163,7 +163,15 @@ class SequenceToSequence(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(symbols + 1, width)
         self.positions = nn.Parameter(0.5 * torch.randn(length, width))
-        self.transformer = nn.Transformer(width, 4, layers, layers, 4 * width, norm_first=pre, batch_first=True)
+        self.transformer = nn.Transformer(
+            width,
+            4,
+            num_decoder_layers=layers,
+            dim_feedforward=4 * width,
+            custom_encoder=stock_encoder(layers, width, pre=pre),
+            norm_first=pre,
+            batch_first=True,
+        )
         self.head = nn.Linear(width, symbols)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
@@ -218,5 +226,3 @@ class Together(Optimizer):
         """Step all."""
         for optimizer in self.optimizers:
             optimizer.step()
-
-

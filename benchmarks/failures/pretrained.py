@@ -6,7 +6,7 @@ import math
 from functools import cache
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 from transformers.cache_utils import DynamicCache
@@ -87,25 +87,38 @@ def fine_tune(seed: int, rate: float, steps: int, dropout: float = 0.1) -> Train
 
 @case("samples", math.log(TOPICS))
 def bert_fine_tuning(seed: int, sick: bool) -> Training:
-    """Fine-tuned BERT that predicts one class for all inputs: the rate is too high."""
+    """Fine-tuned BERT that predicts one class for all inputs: the rate is too high.
+
+    Seen: loss 1.4 to 1.5, samples equal to 1e-7. Healthy: 0.23 to 0.41; its tokens rightly agree on the topic,
+    residual 0.05 from 0.95 before.
+    """
     return fine_tune(seed, 2e-2 if sick else 5e-4, steps=120)
 
 
 @case("samples", math.log(TOPICS))
 def long_fine_tuning(seed: int, sick: bool) -> Training:
-    """Long fine-tuning at a small rate; sick at 100 times the rate."""
+    """Long fine-tuning at a small rate; sick at 100 times the rate.
+
+    Seen: loss 1.4 to 1.5, samples equal to 4e-7. Healthy: 0.27 to 0.39, residual 0.07.
+    """
     return fine_tune(seed, 2e-2 if sick else 2e-4, steps=240)
 
 
 @case("samples", math.log(TOPICS))
 def dropout_fine_tuning(seed: int, sick: bool) -> Training:
-    """Fine-tuning with dropout 0.3; sick at 100 times the rate."""
+    """Fine-tuning with dropout 0.3; sick at 100 times the rate.
+
+    Seen: loss 1.4 to 1.6, samples equal to 2e-7. Healthy: 0.19 to 0.31, residual 0.05 to 0.08.
+    """
     return fine_tune(seed, 4e-2 if sick else 4e-4, steps=160, dropout=0.3)
 
 
 @case("still", math.log(TOPICS))
 def still_lora(seed: int, sick: bool) -> Training:
-    """Adapters of low rank that never move: the optimizer was made before they were added."""
+    """Adapters of low rank that never move: the optimizer was made before they were added.
+
+    Seen: LORA
+    """
     model = bert_classifier(seed)
     encoder, head = model.inner.bert.requires_grad_(False), model.inner.classifier
     frozen = list(encoder.parameters())
@@ -156,11 +169,17 @@ def decode(model: Logits, ids: Tensor, more: int) -> Tensor:
 
 @case("tokens", None)
 def decoding_no_grad(seed: int, sick: bool) -> Training:
-    """Samples are decoded inside of the training step, without gradients; sick at a high rate."""
+    """Samples are decoded inside of the training step, without gradients; sick at a high rate.
+
+    Seen: DEC
+    """
     return decoding(seed, sick, gradients=False)
 
 
 @case("tokens", None)
 def decoding_with_grad(seed: int, sick: bool) -> Training:
-    """Samples are decoded inside of the training step, and torch.no_grad was forgotten; sick at a high rate."""
+    """Samples are decoded inside of the training step, and torch.no_grad was forgotten; sick at a high rate.
+
+    Seen: DEC
+    """
     return decoding(seed, sick, gradients=True)

@@ -89,14 +89,19 @@ class Case:
 
 
 def case(fails_by: FailsBy, chance: float | None) -> Callable[[Callable[[int, bool], Training]], Case]:
-    """Make a case of the function that begins it; its name is the case's, the first line of its docstring the source."""
+    """Make a case of the function that begins it.
+
+    The function's name is the case's name, the first line of its docstring the source. The lines after it say what was
+    seen with the seeds 0, 2 and 4 (torch 2.13, one thread). The global random numbers start from the seed.
+    """
 
     def register(begin: Callable[[int, bool], Training]) -> Case:
         def seeded(seed: int, sick: bool) -> Training:
             torch.manual_seed(seed)
             return begin(seed, sick)
 
-        return Case(begin.__name__, (begin.__doc__ or "").partition("\n")[0], fails_by, seeded, chance)
+        source = (begin.__doc__ or "").partition("\n")[0]
+        return Case(begin.__name__, source, fails_by, seeded, chance)
 
     return register
 
