@@ -28,7 +28,7 @@ ADVICE: Mapping[str, tuple[str, ...]] = {
     "samples_collapsed": ("lower_rate", "warm_up", "stop_gradient"),
     "logits_exploding": ("qk_norm", "lower_rate", "warm_up"),
     "nothing_moves": ("give_to_optimizer", "check_rate", "check_gradients"),
-    "tokens_collapsing": ("warm_up", "lower_rate", "pre_norm", "lower_attention"),
+    "tokens_collapsing": ("lower_attention", "warm_up", "lower_rate", "pre_norm"),
 }
 """What to try after an event, by the name of its rule."""
 

@@ -233,7 +233,7 @@ def test_a_collapse_is_told_at_the_second_measurement_with_what_came_before_and_
         "sample have been one vector since step 10 (token residual 0.005, 0.66 at step 0)"
         f"{sureness('tokens_collapsed')}"
         ". Try this first: warm the learning rate up over more steps; if it does not help: lower the learning rate to "
-        "a tenth; put the norms in front of the branches (norm_first=True) (docs/monitor.md#tokens-collapsed)"
+        "a tenth; put the norms in front of the branches (norm_first=True) (docs/monitor.md#tokens_collapsed)"
     )
     assert failure.values == pytest.approx({"token_residual": 0.005, "token_residual_before": 0.66, "step_before": 0.0})
     assert failure.advice == ("warm_up", "lower_rate", "pre_norm")
@@ -361,7 +361,7 @@ def test_samples_that_are_one_are_a_failure_though_tokens_differ():
         f"one at the output (sample residual 0.5, spread of the outputs 0.004){sureness('samples_collapsed')}. Try "
         "this first: lower the learning rate to a tenth; if it does not help: warm the learning rate up over more "
         "steps; stop the gradient of one view, or add a term that keeps outputs apart "
-        "(docs/monitor.md#samples-collapsed)"
+        "(docs/monitor.md#samples_collapsed)"
     )
 
 
@@ -461,7 +461,7 @@ def test_weights_that_stay_as_they_were_are_told_after_three_measurements():
         "optimizer should train have the weights of step 0, bit for bit"
         f"{sureness('nothing_moves')}. Try this first: give the optimizer the parameters that shall learn, after they "
         "are made; if it does not help: look at the learning rate that the optimizer has now; look for gradients that "
-        "are None or zero (docs/monitor.md#nothing-moves)"
+        "are None or zero (docs/monitor.md#nothing_moves)"
     )
 
 
@@ -495,7 +495,7 @@ def test_logits_in_the_hundreds_are_a_warning_once():
         "WARNING at step 40: some attention looks at single tokens and cannot learn to look elsewhere. In block 1 "
         "(b.1) the largest attention logit has been above 100 since step 30 (now 300, 99 at step 20)"
         f"{sureness('logits_exploding')}. Try this first: normalize queries and keys; if it does not help: lower the "
-        "learning rate to a tenth; warm the learning rate up over more steps (docs/monitor.md#logits-exploding)"
+        "learning rate to a tenth; warm the learning rate up over more steps (docs/monitor.md#logits_exploding)"
     )
     for _ in range(3):
         run.take(attending(run.step, 3.0, 50.0, None))
