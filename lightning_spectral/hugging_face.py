@@ -54,7 +54,8 @@ class SpectralCallback(TrainerCallback, ExportableState):
         auto_rescale: Whether to steer, as in :class:`~lightning_spectral.SpectralMonitor`.
         batch: Example input for finding the blocks to steer, if none can be guessed.
         fuse_at_end: Whether to fold the scales into the weights when training ends. The model computes what it did.
-        options: The other settings of :class:`~lightning_spectral.Watch`. ``on_alarm="stop"`` ends training.
+        options: The other settings of :class:`~lightning_spectral.Watch`. ``on_alarm="stop"`` ends
+            training.
 
     Raises:
         ConfigurationError: An argument cannot be used.

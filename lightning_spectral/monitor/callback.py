@@ -50,7 +50,7 @@ class SpectralMonitor(Callback):
     ``spectral/unmeasured``                   count  branches that exist but could not be measured
     ``spectral/seconds``                      s      wall time of the measurement
     ``spectral/drifting``                     count  blocks outside that drift away from where they had settled
-    ``spectral/alarm``                        1      1 while an alarm is on, else 0
+    ``spectral/alarm``                        1      1 while a failure is on, else 0
     ``spectral/scale_min, _max``              1      with ``auto_rescale``: the residual scales at the measurement
     ``spectral/rescaled``                     count  with ``auto_rescale``: blocks whose scales were moved after it
     ``spectral/token_residual_min``           1      with ``geometry``: smallest token residual of a block's output
@@ -63,10 +63,9 @@ class SpectralMonitor(Callback):
     block of every measurement and every action and, with matplotlib, ``spectral.png``, which loggers that take pictures
     get as well.
 
-    What is new is said on the console once, and written to ``spectral.jsonl``: a block that leaves the zone (info) or
-    that stays outside and drifts away from where this run had settled (warning), and an alarm when a second witness
-    agrees: the token residual of the last block falls toward collapse, over depth or over training. So alarms need
-    ``geometry``.
+    What is new is said once and written to ``spectral.jsonl`` (:class:`~lightning_spectral.records.Event`): failures
+    (something is not finite, all tokens or all samples are one, nothing moves), warnings (signals that came before
+    failures in this project's benchmark) and notes (a block that leaves the zone).
 
     Args:
         every_n_steps: Optimizer steps between two measurements.
@@ -86,7 +85,8 @@ class SpectralMonitor(Callback):
             costs no product; ``"alignment"`` one by a vector, and in several processes up to half of the measurement
             more, because each then measures a branch of the next block too; ``"stable_rank"`` one by 64 vectors.
         per_layer: Whether to log every block, besides the summary.
-        on_alarm: What to do at an alarm beyond logging it: nothing, ``"stop"`` the run as early stopping does, or call
+        on_alarm: What to do at a failure beyond telling it: nothing, ``"checkpoint"``, which saves the run in a folder of
+            its own, ``"stop"``, which ends the run as early stopping does, or call
             ``on_alarm(trainer, pl_module, event)`` (:class:`~lightning_spectral.records.Event`), whose exceptions are
             not caught.
         on_error: What to do when a measurement fails: warn and train on, or raise. What fails in writing, logging,

@@ -12,7 +12,7 @@ _HEATMAP = (
 )
 _RATIO = (
     "The spectral norm of the MLP over the spectral norm of attention, one line per block; the colour tells which. "
-    "Dashed: the edges of the safe zone. Leaving it is information, not an alarm. The numbers are in the table above."
+    "Dashed: the edges of the safe zone. Leaving it is information, not a failure. The numbers are in the table above."
 )
 _NORMS = "The largest singular value of each branch as a linear operator: which of the two moves a ratio."
 _SCALES = "The factor on each branch at the time of the measurement. 1: no change."
@@ -31,9 +31,9 @@ LINES = (
 """Title, caption and charts of every section that shows series."""
 
 EVENTS = (
-    "Circles: a block crossed an edge of the zone, or an alarm is over. Triangles: a warning. Squares: an alarm. An "
-    "alarm has two witnesses: a ratio that stays outside, and tokens that become one vector. The list begins with the "
-    "latest event."
+    "Circles: notes, such as a block that crossed an edge of the zone. Triangles: warnings. Squares: failures; "
+    "something is not finite, all tokens or all samples are one, or nothing moves. The list begins with the latest "
+    "event."
 )
 ACTIONS = (
     "Number of blocks whose scales were moved, or held by a bound, after each measurement. The table has totals by "

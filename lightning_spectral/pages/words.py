@@ -107,7 +107,7 @@ def _tokens(history: History) -> str:
     residuals = history.values("typical_token_residual")
     measured = np.flatnonzero(np.isfinite(residuals).any(axis=0))
     if measured.size == 0:
-        return "Tokens were not measured (geometry=True), so there was no second witness."
+        return "Tokens were not measured (geometry=True), so no collapse could be seen."
     row = np.flatnonzero(np.isfinite(residuals).any(axis=1))[-1]
     series = residuals[row]
     there = np.flatnonzero(np.isfinite(series))

@@ -1,7 +1,7 @@
 """The file of a run: ``spectral.jsonl``, one JSON object a line.
 
 The first line describes the run. Each further line is one measurement (:meth:`Measurement.to_dict`), one event (a block
-leaves the zone, a warning, an alarm) or one action of the controller. Lines are written in one piece and synced to the
+leaves the zone, a warning, a failure) or one action of the controller. Lines are written in one piece and synced to the
 disk, so that a crash costs at most the lines that are being written.
 """
 

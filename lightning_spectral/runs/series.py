@@ -34,9 +34,9 @@ class Series:
         blocks: The measured blocks as plain values, for an audit of the checkpoint.
         warm_start: State of the meter.
         law: State of the control law, one entry per block; empty in a run without a law.
-        memory: Memory of the alarms.
+        memory: Memory of the rules.
         first_weights: Fingerprint of the weights at the first measurement, by parameter.
-        unanswered: Alarms that the run has not acted on yet, as plain values.
+        unanswered: Failures that the run has not acted on yet, as plain values.
     """
 
     linearization: Linearization
@@ -73,10 +73,10 @@ class Series:
         self.unanswered += [asdict(event) for event in events if event.level == "failure"]
         return events
 
-    def take_alarms(self) -> list[Event]:
-        """Return the alarms that the run has not acted on yet, and forget them."""
-        alarms, self.unanswered = self.unanswered, []
-        return [_event(values) for values in alarms]
+    def take_failures(self) -> list[Event]:
+        """Return the failures that the run has not acted on yet, and forget them."""
+        failures, self.unanswered = self.unanswered, []
+        return [_event(values) for values in failures]
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of plain values and tensors."""
@@ -112,7 +112,7 @@ def logged_values(
 
     Args:
         measurement: The measurement.
-        memory: Memory of the alarms, this measurement included.
+        memory: Memory of the rules, this measurement included.
         prefix: First part of every key.
         per_layer: Whether to add the values of every block.
         rescaled: Number of blocks that were steered after this measurement; ``None`` in a run without steering.

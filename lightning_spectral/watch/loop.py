@@ -48,7 +48,7 @@ class Watch:
                 print(watch.step(step))
 
     The weights are measured before the first step, then after every ``every_n_steps`` steps, and at the end. What
-    follows from a measurement (tokens, alarms, moves of scales) follows within the next batch, behind its forward pass
+    follows from a measurement (tokens, events, moves of scales) follows within the next batch, behind its forward pass
     and before the optimizer steps. In several processes, every one of them has a watch and calls the same methods.
 
     Args:

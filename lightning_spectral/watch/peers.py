@@ -1,6 +1,6 @@
 """The processes of a run: each measures a share of the blocks, all of them know the same afterwards.
 
-Whatever is decided, by the law, by an alarm or by a failure, is decided from numbers that every process has from the
+Whatever is decided, by the law, by a rule or by an error, is decided from numbers that every process has from the
 same collective, bit by bit. Which collectives run, and in which order, depends on the optimizer step and on such
 numbers only, never on what one process alone has seen: that is what keeps a run from hanging.
 """

@@ -120,7 +120,7 @@ class Session:
         self._look_if_due(self._host.now())
         if self.meter is not None and self._look is None and self._host.by_hand:
             self._mark(self.meter)
-        self._answer(self.series.take_alarms())
+        self._answer(self.series.take_failures())
 
     def begin_batch(self, batch: Any) -> None:
         """Have measured the weights that the batch will use, and listen to how it uses them."""
@@ -152,7 +152,7 @@ class Session:
             self._conclude()
 
     def end_batch(self, *, announced: bool = True) -> None:
-        """Measure if it is due, and do what an alarm asks for.
+        """Measure if it is due, and do what a failure asks for.
 
         Args:
             announced: Whether the loop says when a forward pass comes. Otherwise the first one may still be to come.
@@ -165,7 +165,7 @@ class Session:
             self._search(self._find_late, self._first_forward)
             self._first_forward = None
         self._look_if_due(step, done=1)
-        self._answer(self.series.take_alarms())
+        self._answer(self.series.take_failures())
         self.outlets.show(self.series.values)
 
     def refresh(self) -> None:
@@ -405,9 +405,9 @@ class Session:
         prefix, per_layer = self._options.prefix, self._options.per_layer
         return logged_values(measurement, memory, prefix, per_layer=per_layer, rescaled=rescaled)
 
-    def _answer(self, alarms: Sequence[Event]) -> None:
-        """Do at an alarm what the user asked for; what the user's own function raises is no telemetry that failed."""
-        for event in alarms:
+    def _answer(self, failures: Sequence[Event]) -> None:
+        """Do at a failure what the user asked for; what the user's own function raises is no telemetry that failed."""
+        for event in failures:
             if self._options.on_alarm == "checkpoint":
                 self._rescue(event)
             else:
