@@ -85,8 +85,8 @@ class SpectralMonitor(Callback):
             costs no product; ``"alignment"`` one by a vector, and in several processes up to half of the measurement
             more, because each then measures a branch of the next block too; ``"stable_rank"`` one by 64 vectors.
         per_layer: Whether to log every block, besides the summary.
-        on_alarm: What to do at a failure beyond telling it: nothing, ``"checkpoint"``, which saves the run in a folder of
-            its own, ``"stop"``, which ends the run as early stopping does, or call
+        on_alarm: What to do at a failure beyond telling it: nothing, ``"checkpoint"``, which saves the run in a folder
+            of its own, ``"stop"``, which ends the run as early stopping does, or call
             ``on_alarm(trainer, pl_module, event)`` (:class:`~lightning_spectral.records.Event`), whose exceptions are
             not caught.
         on_error: What to do when a measurement fails: warn and train on, or raise. What fails in writing, logging,
