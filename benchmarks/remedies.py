@@ -63,11 +63,8 @@ def normalized_queries_and_keys(training: Training) -> None:
     if not layers or not isinstance(layers[0].q_norm, nn.Identity):
         raise NotImplementedError
     for layer in layers:
-        width = layer.qkv.out_features // 3 // layer.heads
-        layer.q_norm, layer.k_norm = (
-            nn.RMSNorm(width, elementwise_affine=False),
-            nn.RMSNorm(width, elementwise_affine=False),
-        )
+        width = layer.q.out_features // layer.heads
+        layer.q_norm, layer.k_norm = (nn.RMSNorm(width, elementwise_affine=False) for _ in range(2))
 
 
 def balanced_start(training: Training) -> None:

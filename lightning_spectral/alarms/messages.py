@@ -215,18 +215,18 @@ def _balance(memory: Memory, measurement: Measurement) -> str:
 def _grew(memory: Memory, measurement: Measurement) -> str:
     """Say what grew most between the last two finite measurements, of all norms, streams and logits."""
     words = {"mlp": "norm of the MLP", "attention": "norm of the attention", "stream": "stream", "logit": "logits"}
-    grown = [
-        (series[-1][1] / series[-2][1], index, name, series)
-        for index, block in memory.blocks.items()
-        for name, series in block.sizes.items()
-        if len(series) > 1 and series[-2][1] > 0 and series[-1][0] < measurement.step
-    ]
+    grown = []
+    for index, block in memory.blocks.items():
+        for name, series in block.sizes.items():
+            before = [point for point in series if point[0] < measurement.step][-2:]
+            if len(before) == 2 and before[0][1] > 0:
+                grown.append((before[1][1] / before[0][1], index, name, before[0][0]))
     if not grown:
         return ""
-    factor, index, name, series = max(grown, key=lambda item: item[0])
+    factor, index, name, step = max(grown)
     if factor < 1.5:
         return ", and nothing had grown much before"
-    return f", and the {words[name]} of block {index} had grown {factor:.3g} times from step {series[-2][0]}"
+    return f", and the {words[name]} of block {index} had grown {factor:.3g} times from step {step}"
 
 
 def _branch(word: str) -> str:

@@ -147,8 +147,8 @@ def _judged(rule: Rule, memory: Memory, measurement: Measurement) -> tuple[list[
         return [], memory
     before = memory.rules.get(rule.name, RuleMemory())
     seen = (*before.seen, sign.seen)[-CHECKS:]
-    since = (before.since if any(before.seen) else None) if sign.seen or any(seen) else None
-    now = RuleMemory(seen, measurement.step if since is None and sign.seen else since, before.told)
+    since = before.since if any(seen) else None
+    now = RuleMemory(seen, measurement.step if sign.seen and since is None else since, before.told)
     events: list[Event] = []
     if not now.told and sum(seen) >= rule.confirmations and sign.seen and not memory.is_on(*rule.behind):
         events = [messages.RULES[rule.name](rule.level, sign, now.since or 0, memory, measurement)]
