@@ -314,6 +314,7 @@ def picture(runs: Sequence[Run]) -> Figure:
         axes.set_xlabel("step", color=INK)
         axes.set_ylabel(title, color=INK)
         plain(axes)
+    losses.set_ylim(top=10.0)  # a loss on its way to infinity leaves the picture
     figure.legend(*tokens.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     return figure
 
