@@ -43,6 +43,8 @@ WAYS = {
     "tokens_collapsed": "tokens",
     "tokens_collapsing": "tokens",
     "samples_collapsed": "samples",
+    "nothing_moves": "still",
+    "logits_exploding": "logits",
 }
 """The way of failing that a rule is about."""
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 Run = Mapping[str, Any]
 WINDOW, STALLED = 50, 0.99  # steps in a mean of losses; what the mean has to come to, of the mean before
 COLLAPSED = 0.01  # of a token residual or of a spread over samples
+LARGE_LOGIT = 100.0
 MARGIN = 1.1
 RULES, SEEDS, CASES = "for rules", "held-out seeds", "held-out cases"
 
@@ -43,16 +44,17 @@ def happening(truth: Sequence[Sequence[Any]], way: str | None = None) -> int | N
 
     Args:
         truth: Step, token residual, spread over samples, largest attention logit and whether all is finite.
-        way: ``"tokens"``, ``"samples"`` or ``"weights"`` (not finite); any of the three by default. The truth does not
-            show other ways.
+        way: ``"tokens"``, ``"samples"``, ``"weights"`` (not finite) or ``"logits"``; by default any of the first three.
+            The truth does not show other ways.
     """
-    for step, residual, spread, _, finite in truth:
+    for step, residual, spread, logit, finite in truth:
         there = {
             "tokens": residual is not None and residual < COLLAPSED,
             "samples": spread is not None and spread < COLLAPSED,
             "weights": not finite,
+            "logits": logit is not None and logit > LARGE_LOGIT,
         }
-        if there.get(way, False) if way is not None else any(there.values()):
+        if any(there.get(name, False) for name in ((way,) if way else ("tokens", "samples", "weights"))):
             return int(step)
     return None
 

@@ -76,8 +76,9 @@ def test_it_happens_at_the_first_look_that_shows_it():
     truth = [[0, 0.5, 0.5, None, True], [10, 0.009, 0.5, None, True], [20, 0.5, 0.005, 3.0, True]]
     truth += [[30, None, None, None, False]]
     assert statistics.happening(truth) == 10
-    ways = ("tokens", "samples", "weights", "logits")
-    assert [statistics.happening(truth, way) for way in ways] == [10, 20, 30, None]
+    ways = ("tokens", "samples", "weights", "logits", "still")
+    assert [statistics.happening(truth, way) for way in ways] == [10, 20, 30, None, None]
+    assert statistics.happening([[0, 0.5, 0.5, 101.0, True]], "logits") == 0
     assert statistics.happening(truth[:1]) is None
 
 
@@ -162,6 +163,20 @@ def test_labels(values, expected):
 def test_what_is_held_out():
     parts = [SPLIT.part(run(case, seed=seed)) for case, seed in (("one", 0), ("one", 1), ("three", 0))]
     assert parts == ["for rules", "held-out seeds", "held-out cases"]
+
+
+@pytest.mark.parametrize(
+    ("last", "losses", "expected"),
+    [
+        ([0.5, 0.5, math.nan, True], [1.5, 1.0], ""),
+        ([0.04, 0.5, math.nan, True], [1.5, 1.0], "tokens"),
+        ([math.nan, math.nan, math.nan, False], [1.5, math.nan], "weights loss"),
+        ([0.6, 0.6, math.nan, True], [1.5, 1.5], "still loss"),  # as at the start, to the bit
+    ],
+)
+def test_the_verdict_is_that_of_the_register(last, losses, expected):
+    values = {"case": "vit_high_rate", "losses": losses, "truth": [[0, 0.6, 0.6, math.nan, True], [10, *last]]}
+    assert signals.verdict_of(values) == expected
 
 
 # Signals.
