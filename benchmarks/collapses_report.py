@@ -291,9 +291,8 @@ def quality(runs: Sequence[Run], split: Split) -> str:
         found, more = (
             telling(held, by(*names), WAYS[rule.name]) for names in ((rule.name,), (rule.name, *rule.behind))
         )
-        counts = (count(found.fails), len(found.fails), count(found.healthy), len(found.healthy))
-        line = f'    "{rule.name}": Quality({", ".join(map(str, counts))}),'
-        lines.append(f"{line}  # {count(more.fails)} with rules that say more" if rule.behind else line)
+        counts = (count(more.fails), len(found.fails), count(found.healthy), len(found.healthy))
+        lines.append(f'    "{rule.name}": Quality({", ".join(map(str, counts))}),')
     return "\n".join(["QUALITY: Mapping[str, Quality] = {", *lines, "}"])
 
 

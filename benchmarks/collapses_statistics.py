@@ -159,12 +159,13 @@ class Split:
 def label_of(run: Run) -> str:
     """Return ``"fails"``, ``"healthy"``, ``"control"`` for a sick run that only its loss tells of, or ``"left out"``.
 
-    A sick twin that did not fail and a healthy twin that did are left out.
+    A sick twin that did not fail is left out, and a healthy twin that did not learn. A healthy twin that learns is
+    healthy, whatever its tokens do: a pooled classifier may make them alike.
     """
-    if (run["twin"] == "sick") != bool(run["verdict"]):
-        return "left out"
     if run["twin"] == "healthy":
-        return "healthy"
+        return "left out" if {"loss", "weights", "still"} & set(run["verdict"].split()) else "healthy"
+    if not run["verdict"]:
+        return "left out"
     return "control" if run["fails_by"] == "loss" else "fails"
 
 

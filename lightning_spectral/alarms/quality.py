@@ -13,9 +13,9 @@ class Quality:
     """What came of a rule in the benchmark.
 
     Attributes:
-        told: Events in runs that failed in the way that the rule is about.
+        told: Runs with its event, or with that of a rule that says more, among those that failed in its way.
         failing: Such runs.
-        false: Events in healthy runs.
+        false: Healthy runs with its event.
         healthy: Healthy runs.
     """
 

@@ -295,6 +295,16 @@ def test_a_failure_can_stop_the_run(shell: Shell, tmp_path: Path):
     assert history.steps[-1] < 30
 
 
+def test_a_failure_can_save_the_run(shell: Shell, tmp_path: Path):
+    run = collapsing(tmp_path, on_alarm="checkpoint")
+    told(lambda: shell(run))
+    journal = min(tmp_path.rglob("spectral.jsonl"), key=lambda path: len(path.parts))
+    failure = next(event for event in History.read(journal).events if event.level == "failure")
+    folder = journal.parent / f"spectral-failure-{failure.step}"
+    assert torch.load(folder / "failed.ckpt", weights_only=True)
+    assert History.read(folder / "spectral.jsonl").steps[-1] == failure.step
+
+
 def test_a_failure_calls_a_function(shell: Shell, tmp_path: Path):
     seen: list[Any] = []
     told(lambda: shell(collapsing(tmp_path, on_alarm=lambda *args: seen.append(args[-1]))))
