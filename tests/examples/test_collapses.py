@@ -153,7 +153,8 @@ def test_a_median_resamples_cases():
         ({"fails_by": "loss", "verdict": "loss"}, "control"),
         ({"verdict": ""}, "left out"),
         ({"twin": "healthy"}, "healthy"),
-        ({"twin": "healthy", "verdict": "tokens"}, "left out"),
+        ({"twin": "healthy", "verdict": "tokens"}, "healthy"),
+        ({"twin": "healthy", "verdict": "loss tokens"}, "left out"),
     ],
 )
 def test_labels(values, expected):
