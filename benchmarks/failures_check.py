@@ -6,7 +6,7 @@
 A line is one run. Loss: the first, and the mean of the last 20 steps. On the held-out batch, in evaluation mode: the
 token residual of the last layer's output, the spread of the model's output over the samples (the deviation from their
 mean, relative to the output), and the largest attention logit of the register's own blocks. "failed" is what `verdict`
-says; what counts is whether it has the case's own label. A healthy classifier's tokens may agree.
+says; what counts is whether it has the case's label. A healthy classifier's tokens may agree.
 """
 
 from __future__ import annotations

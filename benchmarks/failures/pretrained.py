@@ -11,7 +11,7 @@ from torch.optim import AdamW
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 from transformers.cache_utils import DynamicCache
 
-from .data import BYTES, TOPICS, WORDS, cross_entropy, topics, windows
+from .data import BYTES, TOPICS, WORDS, cross_entropy, text_entropy, topics, windows
 from .parts import LowRank
 from .register import Training, batches, case, generator, supervised, warm_up
 
@@ -117,7 +117,8 @@ def dropout_fine_tuning(seed: int, sick: bool) -> Training:
 def still_lora(seed: int, sick: bool) -> Training:
     """Adapters of low rank that never move: the optimizer was made before they were added.
 
-    Seen: LORA
+    Seen: no trainable weight moves, loss 1.39, residual 0.95. Healthy with an optimizer of the adapters and the
+    head: 0.19 to 0.36, residual 0.12 to 0.18.
     """
     model = bert_classifier(seed)
     encoder, head = model.inner.bert.requires_grad_(False), model.inner.classifier
@@ -154,8 +155,8 @@ def decoding(seed: int, sick: bool, *, gradients: bool) -> Training:
                 decode(model, ids[:2, :4], 8)
         return cross_entropy(model(ids), targets)
 
-    rate = 1e-1 if sick else 3e-3
-    return Training(model, AdamW(model.parameters(), lr=rate), 120, held_out, batch, loss)
+    rate = 1e-1 if sick else 1e-3
+    return Training(model, AdamW(model.parameters(), lr=rate), 160, held_out, batch, loss)
 
 
 def decode(model: Logits, ids: Tensor, more: int) -> Tensor:
@@ -167,19 +168,19 @@ def decode(model: Logits, ids: Tensor, more: int) -> Tensor:
     return ids
 
 
-@case("tokens", None)
+@case("tokens", text_entropy())
 def decoding_no_grad(seed: int, sick: bool) -> Training:
     """Samples are decoded inside of the training step, without gradients; sick at a high rate.
 
-    Seen: DEC
+    Seen: loss 3.2, residual 0.01. Healthy: 2.8, residual 0.5.
     """
     return decoding(seed, sick, gradients=False)
 
 
-@case("tokens", None)
+@case("tokens", text_entropy())
 def decoding_with_grad(seed: int, sick: bool) -> Training:
     """Samples are decoded inside of the training step, and torch.no_grad was forgotten; sick at a high rate.
 
-    Seen: DEC
+    Seen: loss 3.2, residual 0.01. Healthy: 2.8, residual 0.5.
     """
     return decoding(seed, sick, gradients=True)

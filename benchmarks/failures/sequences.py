@@ -48,7 +48,8 @@ def post_norm_class_token(seed: int, sick: bool) -> Training:
 def post_norm_seq2seq(seed: int, sick: bool) -> Training:
     """nn.Transformer with its default post-norm that is to reverse its input, without warm-up.
 
-    Seen: SEQ
+    Seen: loss 1.5 to 1.9, the decoder's tokens equal to 1e-3, while samples stay apart. Healthy with pre-norm:
+    0.97, residual 0.1: it knows which symbols occur, not yet their order.
     """
     model = SequenceToSequence(5, WIDTH, SYMBOLS, 10, pre=not sick)
     optimizer = AdamW(model.parameters(), lr=5e-3)
@@ -110,7 +111,7 @@ def padded(generator: Generator, samples: int) -> Batch:
 def bad_batch(seed: int, sick: bool) -> Training:
     """One batch in raw units, 10,000 times too large, in the middle of a good regression without clipping.
 
-    Seen: not finite. Healthy without that batch: 0.5.
+    Seen: not finite. Healthy without that batch: 0.52.
     """
     model = forecaster(Blocks(4, WIDTH))
     training = supervised(seed, model, SGD(model.parameters(), lr=2e-2, momentum=0.9), waves, F.mse_loss, steps=160)
