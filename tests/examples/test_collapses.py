@@ -241,7 +241,7 @@ def runs():
         run(twin="healthy", seed=1, token=0.4, events=event),
         run("three", token=0.5),
         run("three", "healthy", token=0.001),
-        run("three", "healthy", seed=2, verdict="samples"),
+        run("three", "healthy", seed=2, verdict="loss"),
         run("four", fails_by="loss", verdict="loss", token=0.2),
     ]
 
@@ -282,7 +282,7 @@ def test_everything_is_written_from_the_condensed_runs(runs, tmp_path):
     path.write_text("\n".join(map(json.dumps, runs)))
     read = report.read(path, lambda run: True)
     written = report.tables(read, SPLIT, 20)
-    assert "Left out: three healthy 2 (samples)." in written["collapses, runs"]
+    assert "Left out: three healthy 2 (loss)." in written["collapses, runs"]
     assert row(written["collapses, areas"], "token residual, last blocks")[1:3] == ["low", "8"]
     assert "token residual, last blocks (1 of 2)" in written["collapses, negative"]
     page = report.PAGE.read_text(encoding="utf-8")
