@@ -11,11 +11,12 @@ It is not read but run, on made-up content X of the product that is the same at 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_spectral.discovery.chains.factors import Chain, chains_of
 from lightning_spectral.discovery.chains.linear import LinearPart
@@ -23,6 +24,7 @@ from lightning_spectral.discovery.chains.multipliers import multiplier_factors
 from lightning_spectral.discovery.chains.products import weight_product
 from lightning_spectral.discovery.trace.operands import UnmeasurableError
 from lightning_spectral.discovery.trace.operations import (
+    Divisor,
     is_attention,
     is_contraction,
     is_fused_attention,
@@ -42,7 +44,11 @@ from lightning_spectral.records import Projection, Scores
 __all__ = ["scores_of"]
 
 _TOLERANCE = 1e-6
-_EPSILON = 1e-3  # what a norm adds to a variance keeps f(2X) from being f(X)
+_LARGE = 1e3  # X is so large that what a norm adds to a variance does not matter
+
+
+_NOTHING: Mapping[int, Tensor] = MappingProxyType({})
+_Run = Callable[[Tensor, Mapping[int, Tensor]], Tensor]
 
 
 class _Heads(NamedTuple):
@@ -61,26 +67,28 @@ class _Heads(NamedTuple):
     turned: bool
 
 
-def scores_of(linear: LinearPart, prober: Prober) -> tuple[Scores, ...]:
+def scores_of(linear: LinearPart, prober: Prober, modules: Mapping[str, nn.Module]) -> tuple[Scores, ...]:
     """Return how the logits of every attention product of a branch are made; none where one of them is not understood.
 
     Args:
         linear: The linear part of the branch.
         prober: Answers numerical questions.
+        modules: The modules of the model by path: they tell buffers from parameters.
     """
     tape = linear.tape
-    operations = {tape.producers[value]: tape.producer(value) for value in linear.region.values[1:]}
-    attention = [operation for operation in operations.values() if operation is not None and is_attention(operation)]
+    producers = {tape.producers[value]: tape.producer(value) for value in linear.region.values[1:]}
+    attention = [operation for operation in producers.values() if operation is not None and is_attention(operation)]
     try:
-        return tuple(_scores(linear, prober, operation) for operation in attention)
+        return tuple(_scores(linear, prober, modules, operation) for operation in attention)
     except (UnmeasurableError, *SURPRISES):
         return ()
 
 
-def _scores(linear: LinearPart, prober: Prober, attention: Operation) -> Scores:
+def _scores(linear: LinearPart, prober: Prober, modules: Mapping[str, nn.Module], attention: Operation) -> Scores:
     query, key, scale, across = _operands(linear.tape, attention)
     width = linear.tape.shape(query)[-1]
-    q, k = _heads(linear, prober, query, False), _heads(linear, prober, key, across)
+    q = _heads(linear, prober, modules, query, across=False)
+    k = _heads(linear, prober, modules, key, across=across)
     if is_fused_attention(attention):
         heads, groups = linear.tape.shape(query)[-3], linear.tape.shape(key)[-3]
         k = k._replace(starts=[start for start in k.starts for _ in range(heads // groups)])
@@ -136,12 +144,15 @@ def _sources(tape: Tape, value: int, *, contractions: bool) -> set[int]:
     return found
 
 
-def _heads(linear: LinearPart, prober: Prober, target: int, across: bool) -> _Heads:
+def _heads(
+    linear: LinearPart, prober: Prober, modules: Mapping[str, nn.Module], target: int, *, across: bool
+) -> _Heads:
     """Return what one side of ⟨q, k⟩ is made of.
 
     Args:
         linear: The linear part of the branch.
         prober: Answers numerical questions.
+        modules: The modules of the model by path.
         target: The operand, ``(…, tokens, width)``.
         across: Whether it is ``(…, width, tokens)``.
 
@@ -157,18 +168,21 @@ def _heads(linear: LinearPart, prober: Prober, target: int, across: bool) -> _He
     channels, count = like.shape[read.channel], like.dim()
     shape = [channels if place == read.channel % count else 1 for place in range(count)]
 
-    def run(row: Tensor, more: dict[int, Tensor] | None = None) -> Tensor:
-        content = (like.new_zeros(()) + row.view(shape)).expand(like.shape).contiguous()
-        result = replay(tape, {product: content, **(more or {})}, target)
+    def run(row: Tensor, more: Mapping[int, Tensor] = _NOTHING) -> Tensor:
+        content = row.view(shape).expand(like.shape).contiguous()
+        result = replay(tape, {product: content, **more}, target)
         result = result.mT if across else result
         return result.reshape(-1, *result.shape[-2:])
 
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(3, channels, generator=generator, dtype=torch.float64, device=generator.device).to(like)
+    noise = _LARGE * torch.randn(3, channels, generator=generator, dtype=torch.float64, device=generator.device).to(
+        like
+    )
     nothing = run(noise[0] * 0)
     once, twice = run(noise[0]) - nothing, run(2 * noise[0]) - nothing
-    if _close(once, twice, _EPSILON):
-        return _normed(tape, product, target, [run, noise, shape, read.channel])
+    if _close(once, twice, _TOLERANCE):
+        gains = dict.fromkeys(_gains(tape, modules, product, target))
+        return _normed(tape, product, list(gains), run, noise)
     rows = torch.arange(1, channels + 1, dtype=torch.float64, device=like.device)
     width = once.shape[-1]
     sizes = [(run(row) - nothing).square().sum(-1) for row in (rows**0, rows.sqrt(), noise[1])]
@@ -187,26 +201,23 @@ def _heads(linear: LinearPart, prober: Prober, target: int, across: bool) -> _He
     return _Heads(Projection(_in_front(chain)), places, number, turned)
 
 
-def _normed(tape: Tape, product: int, target: int, probes: list) -> _Heads:
+def _normed(tape: Tape, product: int, gains: list[int], run: _Run, noise: Tensor) -> _Heads:
     """Return what one side of ⟨q, k⟩ is where a norm stands behind its matrix: of a size that no matrix changes."""
-    run, noise, shape, channel = probes
-    gains = dict.fromkeys(_gains(tape, product, target))
     if len(gains) > 1:
         raise UnmeasurableError("several gains stand behind the matrix")
     ones = {gain: torch.ones_like(tape.wide(gain)) for gain in gains}
     nothing = run(noise[0] * 0, ones)
-    sizes = torch.stack([(run(row, ones) - nothing).square().sum(-1) for row in noise])
-    largest = float(sizes.max())
-    if float(sizes.min()) < (1 - 10 * _EPSILON) * largest:  # one norm over all heads: one of them may have all of it
-        totals = sizes.sum(1) / tape.shape(product)[0]
-        largest = float(totals.max())
-        if len(shape) != 3 or float(totals.min()) < (1 - 10 * _EPSILON) * largest:
+    made = torch.stack([run(row, ones) - nothing for row in noise])
+    sizes = made.square().sum(-1)  # (contents, heads, tokens)
+    if not _close(sizes, sizes.amax().expand_as(sizes), _TOLERANCE):  # one norm over all heads: one may have all of it
+        sizes = sizes.mean(1) * (noise.shape[1] // made.shape[-1])
+        if not _close(sizes, sizes.amax().expand_as(sizes), _TOLERANCE):
             raise UnmeasurableError("the norm behind the matrix is not understood")
-    factors = tuple(multiplier_factors(tape, list(gains), by_head=True))
-    return _Heads(Projection(factors, math.sqrt(largest)), [0] * sizes.shape[1], 1.0, True)
+    factors = tuple(multiplier_factors(tape, gains, by_head=True))
+    return _Heads(Projection(factors, math.sqrt(float(sizes.max()))), [0] * made.shape[1], 1.0, True)
 
 
-def _gains(tape: Tape, product: int, target: int) -> Iterator[int]:
+def _gains(tape: Tape, modules: Mapping[str, nn.Module], product: int, target: int) -> Iterator[int]:
     """Yield the values made of parameters that multiply what lies between a product and a target."""
     for value in tape.between(product, target)[1:]:
         operation = tape.producer(value)
@@ -217,8 +228,19 @@ def _gains(tape: Tape, product: int, target: int) -> Iterator[int]:
                 yield gain
             continue
         multiplied = multiplied_input(tape, operation)
-        if multiplied is not None and isinstance(multiplied[1], int) and tape.made_of_parameters(multiplied[1]):
-            yield multiplied[1]
+        if multiplied is None or isinstance(multiplied[1], float):
+            continue
+        multiplier = multiplied[1].value if isinstance(multiplied[1], Divisor) else multiplied[1]
+        # The cosines and sines of rotary position codes are made of a buffer, and stay as they are.
+        if any(_is_learned(modules, tape.names[parent]) for parent in tape.parents_with_names(multiplier)):
+            if isinstance(multiplied[1], Divisor):
+                raise UnmeasurableError("it is divided by a gain")
+            yield multiplier
+
+
+def _is_learned(modules: Mapping[str, nn.Module], name: str) -> bool:
+    owner, _, attribute = name.rpartition(".")
+    return owner not in modules or attribute not in modules[owner]._buffers
 
 
 def _in_front(chain: Chain) -> Chain:

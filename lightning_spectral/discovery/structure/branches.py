@@ -272,7 +272,7 @@ def finished(
         return (replace(record, reason=surprise("its product could not be read", error)),)
     paths = tuple(replace(path, factors=merged((*outer, *path.factors))) for path in paths)
     if kind == "attention":
-        record = replace(record, scores=scores_of(linear, prober))
+        record = replace(record, scores=scores_of(linear, prober, modules))
     if len(set(kinds)) == 1:
         return (replace(record, paths=paths),)
     pairs = tuple(zip(kinds, paths, strict=True))
