@@ -18,7 +18,7 @@ from zoo.reasons import CROSS, expected_reasons, has_ratio
 
 from lightning_spectral import Measurement, SpectralMonitor
 from lightning_spectral.alarms import Memory
-from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement
+from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, WeightSignals
 from lightning_spectral.runs.series import logged_values
 
 if TYPE_CHECKING:
@@ -188,6 +188,9 @@ def logged(*, geometry: bool = False, rescaled: int | None = None, per_layer: bo
     seen: dict[str, Any] = {}
     if geometry:
         seen = {"token_residual": 0.5, "effective_rank": 4.0, "functional": FunctionalMeasurement(update_ratio=1.0)}
+    if per_layer:
+        names = [item.name for item in fields(WeightSignals) if not item.name.endswith("_moved")]
+        seen["weights"] = WeightSignals(**dict.fromkeys(names, 1.0))
     layer = LayerMeasurement(7, "blocks.7", 1.0, 1.0, **seen)
     measurement = Measurement(0, "circuit", (layer,))
     return set(logged_values(measurement, Memory(), "spectral", per_layer=per_layer, rescaled=rescaled))
@@ -210,7 +213,7 @@ def meaning_of_layer(name: str) -> str:
     described = getattr(LayerMeasurement, name, None)
     if isinstance(described, property):
         return first_sentence(described.__doc__ or "")
-    for record in (LayerMeasurement, FunctionalMeasurement):
+    for record in (LayerMeasurement, FunctionalMeasurement, WeightSignals):
         if name in {field.name for field in fields(record)}:
             entry = re.search(rf"^    {name}: (.+(?:\n        .+)*)", inspect.getdoc(record) or "", re.MULTILINE)
             if entry:
@@ -225,5 +228,6 @@ def first_sentence(text: str) -> str:
 
 def in_order(key: str) -> int:
     """The order of the quantities in the records."""
-    names = ["ratio", *(field.name for field in (*fields(LayerMeasurement), *fields(FunctionalMeasurement)))]
+    records = (LayerMeasurement, FunctionalMeasurement, WeightSignals)
+    names = ["ratio", *(field.name for record in records for field in fields(record))]
     return names.index(key.split("/")[1])

@@ -32,6 +32,7 @@ from lightning_spectral.measuring.linearize import (
     WeightLinearization,
     linearize_kind,
 )
+from lightning_spectral.measuring.logit_bounds import logit_bound
 from lightning_spectral.measuring.signals import NOTHING, SIGNALS, Signals, alignment, neighbours, signals_of
 from lightning_spectral.records import (
     Alternative,
@@ -160,7 +161,14 @@ class Meter:
         }
         for kind in {kind for block in self.blocks for kind in _kinds(block)} - own:
             values[kind] = _Value(reason=self._reason(kind))
-        layers = tuple(_layer(block, values, scales, self._shared, aligned.get(block.index)) for block in self.blocks)
+        bounds: dict[int, float | None] = {}
+        if "logit_bound" in self.signals:
+            found = self.blocks[first::stride]
+            bounds = {block.index: logit_bound(weights, block.attention_branches) for block in found}
+        layers = tuple(
+            _layer(block, values, scales, self._shared, aligned.get(block.index), bounds.get(block.index))
+            for block in self.blocks
+        )
         seconds = time.perf_counter() - start
         return Measurement(step, self.linearization, layers, self.safe_zone, seconds, self.adapters, self.notes)
 
@@ -256,8 +264,8 @@ def measure(
         batch: Example input, if none can be guessed: a tensor, a tuple of positional arguments or a dict of keyword
             arguments. The blocks are found on it, and Jacobians measured; guessed tokens are random ones.
         signals: What else to ask of the weights, for ``layers[i].weights``
-            (:class:`~lightning_spectral.records.WeightSignals`): ``"stable_rank"`` and ``"alignment"``. A single
-            measurement knows no ``"change"``.
+            (:class:`~lightning_spectral.records.WeightSignals`): ``"stable_rank"``, ``"alignment"`` and
+            ``"logit_bound"``. A single measurement knows no ``"change"``.
 
     Returns:
         The measurement; ``print`` shows it as a table.
@@ -390,6 +398,7 @@ def _layer(
     scales: Mapping[Branch, float],
     shared: Mapping[tuple[str, str], str],
     aligned: float | None,
+    bound: float | None,
 ) -> LayerMeasurement:
     def value(word: str, kind: Kind) -> _Value:
         if kind:
@@ -407,6 +416,7 @@ def _layer(
         mlp_stable_rank=mlp.signals.stable_rank,
         attention_stable_rank=attention.signals.stable_rank,
         alignment=aligned,
+        logit_bound=bound,
     )
     return LayerMeasurement(
         index=block.index,

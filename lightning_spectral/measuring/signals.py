@@ -27,7 +27,7 @@ __all__ = [
     "stable_rank",
 ]
 
-SIGNALS = ("change", "stable_rank", "alignment")
+SIGNALS = ("change", "stable_rank", "alignment", "logit_bound")
 """What can be asked for."""
 
 

@@ -80,10 +80,12 @@ class SpectralMonitor(Callback):
         geometry: Whether to measure the tokens at every block's output too, and the updates that both branches make,
             on the training batch of measured steps. By default in runs that are steered or that an alarm shall act on.
             Nothing is added to other steps, and nothing to compiled blocks.
-        signals: What else to ask of the weights: ``"change"`` since the last measurement, ``"stable_rank"`` and
-            ``"alignment"`` of neighbouring blocks (:class:`~lightning_spectral.records.WeightSignals`). ``"change"``
-            costs no product; ``"alignment"`` one by a vector, and in several processes up to half of the measurement
-            more, because each then measures a branch of the next block too; ``"stable_rank"`` one by 64 vectors.
+        signals: What else to ask of the weights: ``"change"`` since the last measurement, ``"stable_rank"``,
+            ``"alignment"`` of neighbouring blocks, ``"logit_bound"`` of the attention
+            (:class:`~lightning_spectral.records.WeightSignals`). ``"change"`` costs no product; ``"stable_rank"`` one
+            by 64 vectors; ``"logit_bound"`` the products W_q W_qᵀ and W_k W_kᵀ of every head; ``"alignment"`` one by a
+            vector, and in several processes up to half of the measurement more, because each of them then measures a
+            branch of the next block too.
         per_layer: Whether to log every block, besides the summary.
         on_alarm: What to do at a failure beyond telling it: nothing, ``"checkpoint"``, which saves the run in a folder
             of its own, ``"stop"``, which ends the run as early stopping does, or call

@@ -14,7 +14,9 @@ from lightning_spectral.records.blocks import (
     Factor,
     FactorRole,
     Path,
+    Projection,
     ResidualBlock,
+    Scores,
     alternatives,
 )
 from lightning_spectral.records.comparison import Comparison, compare
@@ -45,7 +47,9 @@ __all__ = [
     "Measurement",
     "OutputMeasurement",
     "Path",
+    "Projection",
     "ResidualBlock",
+    "Scores",
     "WeightSignals",
     "alternatives",
     "compare",

@@ -18,7 +18,9 @@ __all__ = [
     "Factor",
     "FactorRole",
     "Path",
+    "Projection",
     "ResidualBlock",
+    "Scores",
     "alternatives",
 ]
 
@@ -81,6 +83,41 @@ class Path:
 
 
 @dataclass(frozen=True, slots=True)
+class Projection:
+    """How the queries, or the keys, of attention are made of the stream.
+
+    Attributes:
+        factors: The matrix, and the multipliers and gains in front of it up to the last norm; the gain alone where a
+            norm stands behind the matrix (QK-norm), nothing where that norm has no gain.
+        size: ‖q‖₂ of one head per unit of the gain, where a norm stands behind the matrix; else ``None``.
+    """
+
+    factors: tuple[Factor, ...]
+    size: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How the logits of attention are made: scale · ⟨q, k⟩ of every head, its positions turned where it has rotations.
+
+    Attributes:
+        query: How the queries are made.
+        key: How the keys are made.
+        heads: The first row of each head in the matrix of the queries, and in that of the keys; each pair once.
+        width: Rows of a head.
+        scale: The number that multiplies ⟨q, k⟩.
+        rotated: Whether something that preserves norms, such as rotary position codes, stands behind a matrix.
+    """
+
+    query: Projection
+    key: Projection
+    heads: tuple[tuple[int, int], ...]
+    width: int
+    scale: float
+    rotated: bool
+
+
+@dataclass(frozen=True, slots=True)
 class End:
     """A parameter at the end of a branch. All ends of a branch together carry its size.
 
@@ -109,6 +146,7 @@ class Branch:
         ends: The parameters (weights and biases, or gain and bias of a norm behind them) that have to be scaled to
             scale the branch: its output is homogeneous of degree one in them together, and nothing else uses them.
         ends_reason: Why there are no such parameters, ``None`` where there are.
+        scores: How the logits of attention are made; empty where it is not known. Not part of the plain values.
         aliases: Further paths of the module at the site. A module that several blocks share is one branch, listed in
             the first block that runs it; what scales it there scales it in all of them.
     """
@@ -121,6 +159,7 @@ class Branch:
     ends: tuple[End, ...] = ()
     ends_reason: str | None = None
     aliases: tuple[str, ...] = ()
+    scores: tuple[Scores, ...] = field(default=(), compare=False)
 
     @property
     def factors(self) -> tuple[Factor, ...]:

@@ -103,6 +103,9 @@ class WeightSignals:
         alignment: |⟨u, v⟩|, u the dominant left singular vector of this block's MLP branch and v the dominant right
             singular vector of the next block's attention branch (of the other branch, where a block has one only).
             ``None`` for the last block, and between blocks of different widths or stacks.
+        logit_bound: What no logit of the attention exceeds in magnitude, the largest of all heads, for inputs that the
+            norm in front has normalized, and without biases. ``None`` where the logits are not understood, such as
+            those of latent attention. :func:`~lightning_spectral.measuring.logit_bounds.logit_bound` has the formulas.
     """
 
     mlp_change: float | None = None
@@ -112,6 +115,7 @@ class WeightSignals:
     mlp_stable_rank: float | None = None
     attention_stable_rank: float | None = None
     alignment: float | None = None
+    logit_bound: float | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)

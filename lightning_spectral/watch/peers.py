@@ -29,7 +29,7 @@ __all__ = ["Peers"]
 
 # What only the process that measured a branch can know, as a number.
 _REASONS = (None, NOT_FINITE, OUT_OF_RANGE, EMPTY_NORM)
-_SIGNALS = ("mlp_change", "attention_change", "mlp_stable_rank", "attention_stable_rank", "alignment")
+_SIGNALS = ("mlp_change", "attention_change", "mlp_stable_rank", "attention_stable_rank", "alignment", "logit_bound")
 _OWN = 6 + len(_SIGNALS)  # numbers per block of the one process that measured it
 _LARGEST = 4  # numbers per block of every process, whose largest counts
 _OUTPUT = 4  # numbers of the output of the model

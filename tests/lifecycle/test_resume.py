@@ -52,7 +52,7 @@ class Resumable:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "watch": {"geometry": True},
-    "signals": {"signals": ("change", "stable_rank", "alignment")},
+    "signals": {"signals": ("change", "stable_rank", "alignment", "logit_bound")},
     "steer": {"auto_rescale": ResidualRescaler(patience=2, warmup_steps=2)},
     "steer alone": {"auto_rescale": ResidualRescaler(patience=2, learnable=False)},
 }

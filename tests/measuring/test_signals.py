@@ -293,7 +293,7 @@ def test_weights_that_are_not_finite_have_no_signals():
 
 @pytest.mark.parametrize("signals", ["chance", ("change", "chance"), 3, [None]])
 def test_an_unknown_signal_is_told(signals: Any):
-    with pytest.raises(ConfigurationError, match=r"signals=.* is none of 'change', 'stable_rank', 'alignment'"):
+    with pytest.raises(ConfigurationError, match=r"signals=.* is none of 'change', 'stable_rank', 'alignment', 'logit"):
         measure(*wide(), signals=signals)
 
 
@@ -314,7 +314,7 @@ def test_a_measurement_with_signals_prints_and_makes_rows():
     assert "weights" not in row
     assert row["mlp_stable_rank"] == measurement.layers[0].weights.mlp_stable_rank
     known = measurement.to_dict()["layers"][0]["weights"]
-    assert sorted(known) == ["alignment", "attention_stable_rank", "mlp_stable_rank"]
+    assert sorted(known) == ["alignment", "attention_stable_rank", "logit_bound", "mlp_stable_rank"]
     assert "weights" not in measure(*wide()).to_dict()["layers"][0]
 
 

@@ -35,7 +35,7 @@ Shell = Callable[[Run], Any]
 OPTIONS: dict[str, dict[str, Any]] = {
     "watched": {"every_n_steps": 2},
     "tokens": {"every_n_steps": 2, "geometry": True},
-    "signals": {"every_n_steps": 2, "signals": ("change", "stable_rank", "alignment")},
+    "signals": {"every_n_steps": 2, "signals": ("change", "stable_rank", "alignment", "logit_bound")},
     "ceiling": {"every_n_steps": 2, "auto_rescale": True},
     "learned": {"every_n_steps": 2, "auto_rescale": GainCeiling(learnable=True)},
     "band": {"every_n_steps": 2, "auto_rescale": ResidualRescaler(patience=1, inner_zone=(0.99, 1.01))},

@@ -31,7 +31,7 @@ from lightning_spectral.discovery.trace.probe import Prober, Region
 from lightning_spectral.discovery.trace.tape import Operation, Tape
 from lightning_spectral.records import BranchKind, Factor, FactorRole
 
-__all__ = ["Chain", "FoundChain", "chains", "kind_of", "merged"]
+__all__ = ["Chain", "FoundChain", "chains", "chains_of", "kind_of", "merged"]
 
 Chain = tuple[Factor, ...]
 _MAX_CHAINS = 4096
@@ -79,6 +79,22 @@ def chains(linear: LinearPart, prober: Prober, kind: BranchKind) -> tuple[FoundC
     if not found:
         raise UnmeasurableError("no weight matrix lies on a linear path through the branch")
     return tuple(found)
+
+
+def chains_of(linear: LinearPart, prober: Prober, value: int, channel: int) -> Iterator[Chain]:
+    """Yield the chains of factors from the stream to a value inside a branch, with roles that are still open.
+
+    Args:
+        linear: The linear part of the branch.
+        prober: Answers numerical questions.
+        value: The value.
+        channel: The dimension of its channels.
+
+    Raises:
+        UnmeasurableError: As :func:`chains` raises it.
+    """
+    walker = _Walker(linear.tape, linear.region, prober, linear, Router(linear.steps))
+    yield from (inner.factors for inner in walker.chains_to(value, Reader(value, channel)))
 
 
 def kind_of(chain: FoundChain | _Inner, kind: BranchKind) -> BranchKind:

@@ -14,6 +14,7 @@ from lightning_spectral.discovery.chains.factors import FoundChain, chains, kind
 from lightning_spectral.discovery.chains.linear import LinearPart
 from lightning_spectral.discovery.chains.multipliers import multiplier_factors
 from lightning_spectral.discovery.chains.recipes import attribute_path
+from lightning_spectral.discovery.chains.scores import scores_of
 from lightning_spectral.discovery.chains.steps import Steps
 from lightning_spectral.discovery.structure.residual import Refusal, ResidualAdd, Term, goes_on
 from lightning_spectral.discovery.structure.sites import Site, choose_site, usable_modules
@@ -270,6 +271,8 @@ def finished(
     except SURPRISES as error:
         return (replace(record, reason=surprise("its product could not be read", error)),)
     paths = tuple(replace(path, factors=merged((*outer, *path.factors))) for path in paths)
+    if kind == "attention":
+        record = replace(record, scores=scores_of(linear, prober, modules))
     if len(set(kinds)) == 1:
         return (replace(record, paths=paths),)
     pairs = tuple(zip(kinds, paths, strict=True))
