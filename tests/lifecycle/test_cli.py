@@ -46,6 +46,7 @@ MONITOR = {
     "blocks": {"model.blocks.*": {"attention": "attention", "mlp": "mlp"}},
     "solver": {"class_path": "lightning_spectral.RandomizedSVD", "init_args": {"n_components": 4, "seed": 3}},
     "geometry": True,
+    "signals": [],
     "per_layer": True,
     "on_alarm": "answers.answer",
     "on_error": "raise",
@@ -123,20 +124,20 @@ def without_seed(path: Path) -> Path:
     return path
 
 
-@pytest.mark.filterwarnings("ignore:spectral ALARM")
+@pytest.mark.filterwarnings("ignore:SpectralMonitor, (FAILURE|WARNING)")
 def test_an_alarm_calls_the_function_that_a_file_names(tmp_path: Path):
     HEARD.clear()
     given = configuration(tmp_path, {"every_n_steps": 1, "on_alarm": "answers.answer"})
     command(tmp_path, given, "--model.depth=48", run=True)
     ((step, level),) = HEARD
     assert 2 <= step <= 6
-    assert level == "alarm"
+    assert level == "failure"
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["every_n_steps=20"], {"every_n_steps": 20, "auto_rescale": False, "geometry": False}),
+        (["every_n_steps=20"], {"every_n_steps": 20, "auto_rescale": False, "geometry": True}),
         (["auto_rescale=true", "on_alarm=stop"], {"auto_rescale": True, "on_alarm": "stop", "geometry": True}),
         (["auto_rescale.gain=0.3"], {"auto_rescale": ResidualRescaler(gain=0.3)}),
         (["auto_rescale.ceiling=3"], {"auto_rescale": GainCeiling(ceiling=3.0)}),
