@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lightning_spectral.linalg.sharding.presence import is_dtensor
 from lightning_spectral.passes.listen import Listener, listen, stop_listening
@@ -40,6 +41,8 @@ class AttentionLogits(TorchDispatchMode):  # type: ignore[no-untyped-call]
         numbers: The largest logit of a block, by its index.
     """
 
+    supports_higher_order_operators = True  # flex_attention, which shows nothing
+
     def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._model, self._blocks = model, blocks
@@ -66,15 +69,10 @@ class AttentionLogits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the arguments of an attention, then run the operation."""
         kwargs = kwargs or {}
-        name = func._schema.name if hasattr(func, "_schema") else ""
-        if name.startswith(_ATTENTION):
-            given = dict(zip((item.name for item in func._schema.arguments), args, strict=False)) | kwargs
-            mask = next((given[word] for word in ("attn_mask", "attn_bias") if given.get(word) is not None), None)
-            query, key = _local(given["query"]), _local(given["key"])
-            causal, scale = bool(given.get("is_causal")), given.get("scale")
-            self._pending.append(largest_logit(query, key, _local(mask), is_causal=causal, scale=scale))
-        elif name in _SOFTMAX and args[0].dim() >= 3:
-            self._pending.append(_largest(_local(args[0])))
+        shown = _shown_by(func)
+        if shown is not None:
+            with _disable_current_modes():
+                self._pending += shown(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _ends(self, index: int | None) -> Callable[..., Any]:
@@ -87,6 +85,27 @@ class AttentionLogits(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
 
         return hear
+
+
+@cache
+def _shown_by(func: Any) -> Callable[..., list[Tensor]] | None:
+    """Return what reads the largest logit off the arguments of an operation, ``None`` where it is no attention."""
+    name = func._schema.name if hasattr(func, "_schema") else ""
+    if name in _SOFTMAX:
+        return _of_softmax
+    return _of_kernel if name.startswith(_ATTENTION) else None
+
+
+def _of_softmax(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return [_largest(_local(args[0]))] if args[0].dim() >= 3 else []
+
+
+def _of_kernel(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    given = dict(zip((item.name for item in func._schema.arguments), args, strict=False)) | dict(kwargs)
+    mask = next((given[word] for word in ("attn_mask", "attn_bias") if given.get(word) is not None), None)
+    query, key = _local(given["query"]), _local(given["key"])
+    causal, scale = bool(given.get("is_causal")), given.get("scale")
+    return [largest_logit(query, key, _local(mask), is_causal=causal, scale=scale)]
 
 
 def largest_logit(
@@ -110,21 +129,24 @@ def largest_logit(
         A scalar in float32, of at most 2 samples and 256 queries; −∞ if every pair is masked.
     """
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    places = torch.arange(0, query.shape[-2], math.ceil(query.shape[-2] / _QUERIES), device=query.device)
-    query, key = query.detach()[..., places, :].float(), key.detach().float()
-    if query.shape[-3] != key.shape[-3]:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    stride = math.ceil(query.shape[-2] / _QUERIES)
+    query, key = query.detach()[..., ::stride, :], key.detach()
     if query.dim() > 3:
-        stride = math.ceil(len(query) / _SAMPLES)
-        query, key = query[::stride], key[::stride]
-        mask = mask[::stride] if mask is not None and mask.dim() == query.dim() and len(mask) > 1 else mask
+        step = math.ceil(len(query) / _SAMPLES)
+        query, key = query[::step], key[::step]
+        mask = mask[::step] if mask is not None and mask.dim() == query.dim() and len(mask) > 1 else mask
+    # The heads that a key head serves are neighbours: as more queries of this head, they need no copies of the key.
+    heads = (key.shape[-3], query.shape[-3] // key.shape[-3])
+    grouped = (query.float() * factor).unflatten(-3, heads).flatten(-3, -2)
     with torch.autocast(query.device.type, enabled=False):
-        logits = query @ key.mT * factor
+        logits = (grouped @ key.float().mT).unflatten(-2, (heads[1], -1)).flatten(-4, -3)
     if mask is not None:
-        rows = mask[..., places, :] if mask.shape[-2] > 1 else mask
-        logits = logits.masked_fill(~rows, -math.inf) if rows.dtype == torch.bool else logits + rows.float()
+        rows = mask[..., ::stride, :] if mask.shape[-2] > 1 else mask
+        logits = logits.masked_fill_(~rows, -math.inf) if rows.dtype == torch.bool else logits.add_(rows)
     if is_causal:
-        logits = logits.masked_fill(torch.arange(logits.shape[-1], device=places.device) > places[:, None], -math.inf)
+        places = torch.arange(0, query.shape[-2] * stride, stride, device=query.device)
+        later = torch.arange(logits.shape[-1], device=query.device) > places[:, None]
+        logits.masked_fill_(later, -math.inf)
     return _largest(logits)
 
 

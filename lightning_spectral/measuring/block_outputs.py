@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from lightning_spectral.passes.listen import Listener, listen, stop_listening
 from lightning_spectral.records import ResidualBlock
-from lightning_spectral.tokens import effective_rank, massive_activations, sample_residual, token_residual
+from lightning_spectral.tokens import effective_rank, token_residual
+from lightning_spectral.tokens.selection import select
 from lightning_spectral.weights.paths import module_at
 
 __all__ = ["MASSIVE", "BlockOutputs", "Geometry", "as_sequences"]
@@ -124,7 +126,8 @@ class _Outputs:
         try:
             for leaf in tree_leaves(output):
                 if _is_stream(leaf, self._token_dims):
-                    self._outputs.numbers[self._index] = _geometry(leaf.detach(), self._token_dims)
+                    with _disable_current_modes():  # nothing of it concerns them, and each costs time at every step
+                        self._outputs.numbers[self._index] = _geometry(leaf.detach(), self._token_dims)
                     break
         except Exception as error:
             self._outputs.error = error
@@ -141,19 +144,20 @@ def _geometry(stream: Tensor, token_dims: Sequence[int]) -> Tensor:
         raise TypeError("the stream is a nested tensor, whose tokens have no regular layout")
     with torch.autocast(stream.device.type, enabled=False):
         X = as_sequences(stream, token_dims)
-        norm = torch.linalg.vector_norm(X, dtype=torch.promote_types(X.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(X, dtype=torch.float32 if X.device.type == "mps" else torch.float64)
         sizes = [norm, norm / math.sqrt(X.numel())]
         X = X[:: math.ceil(len(X) / _SEQUENCES)]
+        X = X.to(torch.float32 if X.device.type == "mps" else torch.float64)  # once for all that follows
         nan = torch.full((), math.nan, device=X.device)
-        between = sample_residual(X, massive=MASSIVE) if len(X) > 1 else nan
+        typical, valid = select(X, massive=MASSIVE)
+        between = token_residual(typical.flatten(1)) if len(X) > 1 else nan  # the sample residual without massive ones
         if X.shape[1] < 2:  # a single token is always one vector
             return torch.stack([nan, nan, nan, between, *sizes])
         stride = math.ceil(X.shape[1] / _RANK_TOKENS)
         rank = effective_rank(X[:_RANK_SEQUENCES, ::stride], power=2)
-        typical = token_residual(X, massive=MASSIVE)
+        typical = token_residual(typical, valid)
         if X.shape[1] < 4:  # without its massive tokens, a sequence this short may have one token left
-            left = X.shape[1] - massive_activations(X, multiple=MASSIVE)[0].sum(-1)
-            typical = torch.where(left > 1, typical, math.nan)
+            typical = torch.where(valid.sum(-1) > 1, typical, math.nan)
         return torch.stack([token_residual(X).nanmean(), typical.nanmean(), rank.nanmean(), between, *sizes])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_spectral.passes.listen import Listener, listen, stop_listening
 from lightning_spectral.records import Branch, ResidualBlock
@@ -134,7 +135,7 @@ class _Site:
 
     def _note(self, part: Tensor) -> None:
         kinds = self._block.mlp_branches, self._block.attention_branches
-        with torch.no_grad():
+        with torch.no_grad(), _disable_current_modes():
             # A copy: the model may add the stream to this very tensor before the other branches have run.
             self._held[self._branch] = part * self._watch.behind[self._branch]
             if len(self._held) == sum(map(len, kinds)):

@@ -37,10 +37,10 @@ def select(X: Tensor, mask: Tensor | None = None, *, massive: float | None = Non
         )
     X = X.to(torch.float32 if X.device.type == "mps" else torch.float64)
     valid = X.new_ones(X.shape[:-1], dtype=torch.bool) if mask is None else mask.to(X.device, torch.bool)
-    X = X.masked_fill(~valid[..., None], 0.0)
+    if mask is not None:
+        X = X.masked_fill(~valid[..., None], 0.0)
     if massive is not None:
-        multiple = number("massive", massive, 1.0, math.inf, above=True)
-        tokens, dimensions = massive_activations(X, valid, multiple=multiple)
+        tokens, dimensions = _massive(X, number("massive", massive, 1.0, math.inf, above=True))
         valid = valid & ~tokens
         X = X.masked_fill(tokens[..., None] | dimensions[..., None, :], 0.0)
     return X, valid
@@ -72,7 +72,11 @@ def massive_activations(X: Tensor, mask: Tensor | None = None, *, multiple: floa
         ConfigurationError: The shapes do not fit, or the multiple is not a number above 1.
     """
     multiple = number("multiple", multiple, 1.0, math.inf, above=True)
-    size = select(X, mask)[0].detach().abs()
+    return _massive(select(X, mask)[0], multiple)
+
+
+def _massive(X: Tensor, multiple: float) -> tuple[Tensor, Tensor]:
+    size = X.detach().abs()
     return _outliers(size.amax(-1), multiple), _outliers(size.amax(-2), multiple)
 
 
@@ -95,9 +99,10 @@ def centred_tokens(X: Tensor, valid: Tensor) -> Tensor:
         ``(..., tokens, width)``.
     """
     first = valid.to(torch.uint8).argmax(-1, keepdim=True)[..., None].expand(*X.shape[:-2], 1, X.shape[-1])
-    X = (X - X.gather(-2, first)).masked_fill(~valid[..., None], 0.0)
+    absent = ~valid[..., None]
+    X = (X - X.gather(-2, first)).masked_fill_(absent, 0.0)
     count = valid.sum(-1)[..., None, None].clamp(min=1)
-    return (X - X.sum(-2, keepdim=True) / count).masked_fill(~valid[..., None], 0.0)
+    return (X - X.sum(-2, keepdim=True) / count).masked_fill_(absent, 0.0)
 
 
 def unit_scaled(X: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,4 +119,4 @@ def unit_scaled(X: Tensor) -> tuple[Tensor, Tensor]:
     size = X.detach().abs().amax((-2, -1))
     measurable = (size > 0) & size.isfinite()
     scale = torch.where(measurable, size, 1.0)[..., None, None]
-    return torch.where(measurable[..., None, None], X, 0.0) / scale, measurable
+    return (X / scale).masked_fill_(~measurable[..., None, None], 0.0), measurable

@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from lightning_spectral.errors import ExampleInputError
+from lightning_spectral.linalg.sharding.presence import is_dtensor, is_wrapped_by_fsdp
 from lightning_spectral.measuring.attention_logits import AttentionLogits
 from lightning_spectral.measuring.block_outputs import BlockOutputs, Geometry
 from lightning_spectral.measuring.jacobians import watch_updates
@@ -65,6 +67,7 @@ class BatchWatch:
         self._logits = AttentionLogits(model, blocks)
         # In a stream of (tokens, batch, width) nobody knows which dimension of the arguments the samples are in.
         self._samples_first = not any(block.token_dims == (0,) for block in blocks)
+        self._sharded = False
         self._outermost: OutermostCalls | None = None
         self._within: dict[nn.Module, frozenset[int]] = {}  # blocks in a module, by index
         self._unseen: set[int] = set()
@@ -91,6 +94,7 @@ class BatchWatch:
         if self._outermost is not None:
             return
         self._unseen = {block.index for block in self._blocks}
+        self._sharded = _is_sharded(self._model)
         self._within, self._sizes, self._spreads, self._error = _within(self._model, self._blocks), {}, {}, None
         for watch in (self._outputs, self._logits, self._updates):
             if watch is not None:
@@ -132,13 +136,19 @@ class BatchWatch:
             self._unseen -= self._within[call.module]
         result = make()
         if looks and self._error is None:
-            self._note("batch", result, call.samples)
+            try:
+                self._note("batch", result, call.samples)
+            except Exception as error:
+                self._error = error
         return result
 
     def _shows_more(self, call: Call) -> bool:
         size = sum(tensor.numel() for tensor in call.tensors)
         known = self._sizes.get(call.module)
-        shows = size >= 2 * known if known else bool(self._unseen & self._within[call.module])
+        if known is None:
+            shows = bool(self._unseen & self._within[call.module])
+        else:  # sizes differ between processes, and a pass through sharded weights needs all of them
+            shows = size >= 2 * known and not self._sharded
         if shows:
             self._sizes[call.module] = size
         return shows
@@ -150,6 +160,8 @@ class BatchWatch:
             few = call.shortened(min(_MOST, max(_FEWEST, call.samples // 4)))
         try:
             self._run(few)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:
             if few is call:
                 raise
@@ -170,10 +182,10 @@ class BatchWatch:
         """Note how far the output is from being the same for all samples; of several calls, the last counts."""
         leaves = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point())
         output = next((leaf for leaf in leaves if leaf.dim() > 1 and leaf.shape[0] == samples), None)
-        if output is None or not self._samples_first or samples is None or samples < 2:
+        if output is None or not self._samples_first or samples is None or samples < 2 or not output.numel():
             return
         flat = output.detach().flatten(1)
-        with torch.autocast(flat.device.type, enabled=False):
+        with torch.autocast(flat.device.type, enabled=False), _disable_current_modes():
             spread = token_residual(flat[:, :: math.ceil(flat.shape[1] / _NUMBERS)])
         self._spreads[what] = torch.stack([spread, flat.isfinite().all().to(spread.dtype)]), output.dim() > 2
 
@@ -184,6 +196,10 @@ class BatchWatch:
         few, batch = (numbers.get(what, (math.nan, 1.0)) for what in ("few", "batch"))
         per_token = next(iter(self._spreads.values()))[1]
         return OutputMeasurement(_known(few[0]), _known(batch[0]), per_token, bool(few[1] and batch[1]))
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(map(is_wrapped_by_fsdp, model.modules())) or any(map(is_dtensor, model.parameters()))
 
 
 def _known(number: float) -> float | None:

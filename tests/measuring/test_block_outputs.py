@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from tiny_run import TinyGPT
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import example, examples
 
 from lightning_spectral import find_blocks
@@ -55,9 +57,12 @@ def test_every_block_of_every_architecture_is_heard(name: str):
     outputs.stop()
     found = outputs.values()
     assert len(found) == len(blocks) - WITHOUT.get(name, 0)
-    known = [values for values in found.values() if None not in values]
+    known = [values for values in found.values() if None not in values[:3]]
     assert len(known) == len(found) - ONE_TOKEN.get(name, 0)
-    assert all(0 < r <= 1 and 0 < typical <= 1 and rank >= 1 for r, typical, rank in known)
+    assert all(0 < values.token_residual <= 1 and 0 < values.typical_token_residual <= 1 for values in known)
+    assert all(values.effective_rank >= 1 for values in known)
+    assert all(0 < values.rms < values.norm < math.inf for values in found.values())
+    assert all(values.sample_residual is None or 0 <= values.sample_residual <= 1 for values in found.values())
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -70,11 +75,14 @@ def test_the_values_are_those_of_the_stream(generator: torch.Generator):
     model(ids)
     outputs.stop()
     x = model.tokens(ids)
-    for block, (residual, typical, rank) in zip(model.blocks, outputs.values().values(), strict=True):
-        x = block(x)
-        twin = [float((s - s.mean(0)).norm() / s.norm()) for s in x.detach()]
-        assert typical == residual == pytest.approx(sum(twin) / 3, rel=1e-5)
-        assert rank == pytest.approx(float(effective_rank(x[:2].detach(), power=2).mean()), rel=1e-5)
+    for block, found in zip(model.blocks, outputs.values().values(), strict=True):
+        x = block(x).detach()
+        twin = [float((s - s.mean(0)).norm() / s.norm()) for s in x]
+        assert found.typical_token_residual == found.token_residual == pytest.approx(sum(twin) / 3, rel=1e-5)
+        assert found.effective_rank == pytest.approx(float(effective_rank(x[:2], power=2).mean()), rel=1e-5)
+        assert found.sample_residual == pytest.approx(float((x - x.mean(0)).norm() / x.norm()), rel=1e-5)
+        assert found.norm == pytest.approx(float(x.norm()), rel=1e-5)
+        assert found.rms == pytest.approx(float(x.square().mean().sqrt()), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +119,11 @@ def test_what_is_not_finite_is_not_measurable_and_costs_no_other_sequence():
         outputs.start()
         model["block"](given)
         outputs.stop()
-        ((residual, _, rank),) = outputs.values().values()
-        assert (residual is not None) is (rank is not None) is expected
+        (found,) = outputs.values().values()
+        assert (found.token_residual is not None) is (found.effective_rank is not None) is expected
+        assert not math.isfinite(found.norm)
+        assert not math.isfinite(found.rms)
+        assert found.sample_residual is None  # the mean over samples has the bad one in it
 
 
 def test_a_massive_token_does_not_hide_that_the_others_are_one_vector(generator: torch.Generator):
@@ -122,9 +133,43 @@ def test_a_massive_token_does_not_hide_that_the_others_are_one_vector(generator:
     outputs = BlockOutputs(model, [block_of("block")])
     outputs.start()
     model["block"](X)
-    ((residual, typical, _),) = outputs.values().values()
-    assert residual > 0.9
-    assert typical < 2e-3
+    (found,) = outputs.values().values()
+    assert found.token_residual > 0.9
+    assert found.typical_token_residual < 2e-3
+    assert found.sample_residual < 2e-3
+
+
+def test_numbers_whose_squares_overflow_are_finite():
+    model = nn.ModuleDict({"block": nn.Identity()})
+    outputs = BlockOutputs(model, [block_of("block")])
+    outputs.start()
+    model["block"](torch.full((2, 6, 4), 1e30))
+    (found,) = outputs.values().values()
+    assert found.rms == pytest.approx(1e30)
+    assert found.token_residual == found.sample_residual == 0
+
+
+def test_the_modes_around_a_pass_see_nothing_of_the_measuring():
+    """Every operation that a mode sees costs it time."""
+
+    class Counting(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    model = TinyGPT().eval()
+    outputs, ids, counts = BlockOutputs(model, find_blocks(model)), torch.zeros(2, 8, dtype=torch.long), []
+    for measured in (False, True):
+        if measured:
+            outputs.start()
+        with torch.no_grad(), Counting() as mode:
+            model(ids)
+        counts.append(mode.count)
+    outputs.stop()
+    assert counts[0] == counts[1]
+    assert len(outputs.values()) == 3
 
 
 def block_of(name: str, **settings: Any) -> Any:
