@@ -66,6 +66,13 @@ class AttentionLogits(TorchDispatchMode):  # type: ignore[no-untyped-call]
         stop_listening(self._listeners)
         self._pending.clear()
 
+    def values(self) -> dict[int, float]:
+        """Return the largest logit of every block that has shown one, by its index. One transfer from the device."""
+        if not self.numbers:
+            return {}
+        logits = torch.stack([*self.numbers.values()]).tolist()
+        return dict(zip(self.numbers, logits, strict=True))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the arguments of an attention, then run the operation."""
         kwargs = kwargs or {}

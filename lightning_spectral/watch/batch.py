@@ -117,7 +117,7 @@ class BatchWatch:
         error, self._error = self._error or (self._updates.error if self._updates else None), None
         geometry = self._outputs.values()
         updates = {} if self._updates is None else self._updates.updates
-        logits = {index: float(number) for index, number in self._logits.numbers.items()}
+        logits = self._logits.values()
         if error is not None:
             raise error
         layers = [

@@ -60,7 +60,6 @@ class Call:
         args, kwargs = tree_map_only(Tensor, some, (self.args, self.kwargs))
         return Call(self.module, args, kwargs)
 
-
     def _may_point_at_samples(self, whole: int) -> bool:
         integers = (item for item in self.tensors if item.dim() and item.dtype in (torch.int32, torch.int64))
         return any(len(item) not in (1, whole) for item in integers)
