@@ -13,7 +13,7 @@ averages tokens, and an MLP does not (Dong, Cordonnier and Loukas, arXiv:2103.03
 """
 
 from lightning_spectral.alarms.memory import Memory
-from lightning_spectral.alarms.rules import FAILURES, falling_tokens, observe
+from lightning_spectral.alarms.rules import falling_tokens, observe
 from lightning_spectral.records import Event
 
-__all__ = ["FAILURES", "Event", "Memory", "falling_tokens", "observe"]
+__all__ = ["Event", "Memory", "falling_tokens", "observe"]

@@ -17,7 +17,7 @@ from lightning_spectral.tokens import effective_rank, token_residual
 from lightning_spectral.tokens.selection import select
 from lightning_spectral.weights.paths import module_at
 
-__all__ = ["MASSIVE", "BlockOutputs", "Geometry", "as_sequences"]
+__all__ = ["BlockOutputs", "Geometry", "as_sequences"]
 
 MASSIVE = 100.0  # an activation is massive above this multiple of the median
 # The effective rank needs the eigenvalues of a Gram matrix, so it is computed from 2 sequences, with at most 256 evenly

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from lightning_spectral.alarms import FAILURES, Memory, observe
+from lightning_spectral.alarms import Memory, observe
+from lightning_spectral.alarms.rules import FAILURES
 from lightning_spectral.records import Event, Forecast, LayerMeasurement, Linearization, Measurement
 
 __all__ = ["Series", "logged_values"]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from lightning_spectral.linalg.norms.solution import NOT_FINITE, OUT_OF_RANGE
+from lightning_spectral.linalg.norms.solution import OUT_OF_RANGE
 from lightning_spectral.measuring.meter import EMPTY_NORM
 from lightning_spectral.records import (
     FunctionalMeasurement,
@@ -24,6 +24,7 @@ from lightning_spectral.records import (
     OutputMeasurement,
     WeightSignals,
 )
+from lightning_spectral.records.measurements import NOT_FINITE
 
 __all__ = ["Peers"]
 

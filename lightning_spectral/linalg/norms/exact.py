@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.linalg.norms.solution import (
-    NOT_FINITE,
     OUT_OF_RANGE,
     Memory,
     SolverState,
@@ -19,6 +18,7 @@ from lightning_spectral.linalg.norms.solution import (
 )
 from lightning_spectral.linalg.operators import LinearOperator
 from lightning_spectral.linalg.sharding.sharded import balanced
+from lightning_spectral.records.measurements import NOT_FINITE
 
 __all__ = ["ExactSVD", "largest_singular"]
 

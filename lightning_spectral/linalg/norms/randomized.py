@@ -15,7 +15,6 @@ from lightning_spectral.linalg.norms.exact import largest_singular
 from lightning_spectral.linalg.norms.iteration import Outcome, iterate
 from lightning_spectral.linalg.norms.krylov import BlockKrylov, Ritz
 from lightning_spectral.linalg.norms.solution import (
-    NOT_FINITE,
     OUT_OF_RANGE,
     Memory,
     SolverState,
@@ -25,6 +24,7 @@ from lightning_spectral.linalg.norms.solution import (
 from lightning_spectral.linalg.operators import LinearOperator
 from lightning_spectral.linalg.sharding.sharded import balanced
 from lightning_spectral.linalg.sharding.stacked import Stacked
+from lightning_spectral.records.measurements import NOT_FINITE
 
 __all__ = ["RandomizedSVD"]
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.operators import LinearOperator
-from lightning_spectral.records.measurements import NOT_FINITE
 
-__all__ = ["NOT_FINITE", "OUT_OF_RANGE", "Memory", "Solver", "SolverState", "SpectralNorm", "random_rows"]
+__all__ = ["Memory", "Solver", "SolverState", "SpectralNorm", "random_rows"]
 
 OUT_OF_RANGE = "the spectral norm is outside the range of a float"
 
