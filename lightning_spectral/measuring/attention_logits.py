@@ -144,7 +144,7 @@ def largest_logit(
         mask = mask[::step] if mask is not None and mask.dim() == query.dim() and len(mask) > 1 else mask
     # The heads that a key head serves are neighbours: as more queries of this head, they need no copies of the key.
     heads = (key.shape[-3], query.shape[-3] // key.shape[-3])
-    grouped = (query.float() * factor).unflatten(-3, heads).flatten(-3, -2)
+    grouped = (query.float() * factor).unflatten(-3, heads).flatten(-3, -2)  # type: ignore[no-untyped-call]
     with torch.autocast(query.device.type, enabled=False):
         logits = (grouped @ key.float().mT).unflatten(-2, (heads[1], -1)).flatten(-4, -3)
     if mask is not None:
