@@ -36,7 +36,8 @@ class Listener:
         self._module, self._hear = module, hear
         self.behind: Any = vars(module).get(_DOOR)  # compiled code, or another listener
         self.stopped = False
-        setattr(module, _DOOR, self)
+        # Not by setattr: what `torch.compile` makes of a module passes attributes on to the module inside.
+        vars(module)[_DOOR] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
@@ -56,9 +57,9 @@ class Listener:
         front = vars(self._module).get(_DOOR)
         while isinstance(front, Listener) and front.stopped:
             front = front.behind
-            setattr(self._module, _DOOR, front)
-        if front is None and _DOOR in vars(self._module):
-            delattr(self._module, _DOOR)
+            vars(self._module)[_DOOR] = front
+        if front is None:
+            vars(self._module).pop(_DOOR, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Return ``None``: no listener stands in front of a copy."""

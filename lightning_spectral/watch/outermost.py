@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_spectral.passes.listen import Listener, listen, stop_listening
-from lightning_spectral.weights.paths import compiled_entries
+from lightning_spectral.weights.paths import compiled_entries, is_compiled
 
 __all__ = ["Call", "OutermostCalls"]
 
@@ -100,7 +100,8 @@ class OutermostCalls:
 
     def _is_training_step(self, args: tuple[Any, ...]) -> bool:
         # A strategy that wraps the module puts the training step into the place of its forward for one call.
-        own = getattr(self._root.forward, "__func__", None) is type(self._root).forward
+        forward = getattr(self._root.forward, "__func__", None)
+        own = forward is type(self._root).forward or is_compiled(self._root, "")  # which has a forward of its own
         return not own or (len(args) > 1 and args[0] is self._batch)
 
     def stop(self) -> None:
