@@ -6,6 +6,7 @@ the matrix product, so in the order of the walk: [output, value, pre_norm] is ou
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -256,7 +257,8 @@ class _Walker:
         # A norm divides by a size that all channels share. So it must be read as a whole, each channel equally often;
         # repeated channels are heads that several query heads read.
         order = self.linear.channels((route.anchor, channel), reader.target)
-        if order is None or any(order.count(place) != order.count(0) for place in range(size)):
+        times = Counter(order)
+        if order is None or any(times[place] != times[0] for place in range(size)):
             raise UnmeasurableError("a norm is read in part, or its channels are mixed afterwards")
         groups = norm_groups(operation) if is_norm(operation) else 1
         if order != tuple(range(size)) * (len(order) // size):
