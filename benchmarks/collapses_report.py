@@ -30,7 +30,7 @@ from evidence_report import cell, fill, markdown
 from evidence_statistics import Array, configurations
 from matplotlib.figure import Figure
 
-from lightning_spectral.alarms import FAILURES, rules
+from lightning_spectral.alarms import rules
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -237,7 +237,7 @@ def rules_table(runs: Sequence[Run], split: Split, draws: int) -> str:
     asked: dict[str, tuple[StepOf, StepOf, str | None]] = {
         rule.name: (by(rule.name), by(rule.name, *rule.behind), WAYS[rule.name]) for rule in rules.RULES
     }
-    asked["any failure"] = (by(*FAILURES), by(*FAILURES), None)
+    asked["any failure"] = (by(*rules.FAILURES), by(*rules.FAILURES), None)
     rows = []
     for name, (own, more, way) in asked.items():
         for part in PARTS:

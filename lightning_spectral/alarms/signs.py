@@ -30,6 +30,9 @@ COLLAPSED = 0.01  # below this residual, tokens or samples are one to within 1 %
 # A few samples of one class may be alike to within 1 % in a healthy model. They are one below the first number, or if
 # the outputs of the whole batch are alike too, to within the second number, which leaves room for dropout.
 _THE_SAME, _ALIKE_IN_BATCH = 1e-4, 0.3
+# An output of this many numbers for a sample is an embedding. Embeddings of a few samples and those of the whole batch,
+# dropout included, are one below this residual.
+_EMBEDDING, _EMBEDDINGS_ALIKE = 8, 0.05
 LARGE_LOGIT = 100.0
 TOWARD = 0.1  # a fall over depth counts only if it ends below this token residual
 RISING = math.log(1.2)  # a residual rises if it has grown by this, in ln r, since the measurement before
@@ -95,24 +98,21 @@ def tokens_collapsed(memory: Memory, measurement: Measurement) -> Sign | None:
 
 
 def samples_collapsed(memory: Memory, measurement: Measurement) -> Sign | None:
-    """See whether the stream, or the one output that a model has for a sample, is the same for all samples.
+    """See whether the stream, or the embedding that a model makes of a sample, is the same for all samples.
 
-    Outputs for every token are left out. They may rightly be nearly the same for all samples: a language model begins
-    with the frequencies of its tokens, and the queries of a detector differ more than pictures do.
+    Other outputs are left out, because they may rightly be nearly the same. A language model begins with the
+    frequencies of its tokens, the queries of a detector differ more than pictures do, and a number to be predicted may
+    have a mean that is large beside its deviations.
     """
     ends = [layer for layer in _ends(measurement) if layer.sample_residual is not None]
-    output = measurement.output
-    known = output is not None and _pooled(measurement) and output.sample_residual is not None
-    if not ends and not known:
+    spread = _spread_of_embeddings(measurement)
+    if not ends and spread is None:
         return None
-    alike = [layer for layer in ends if _alike(layer.sample_residual, measurement)]
-    outputs = known and output is not None and _alike(output.sample_residual, measurement)
-    values = {}
-    if known and output is not None and output.sample_residual is not None:
-        values["output_residual"] = output.sample_residual
+    values = {} if spread is None else {"output_residual": spread}
     if ends:
         values["sample_residual"] = min(layer.sample_residual or 0.0 for layer in ends)
-    return Sign(bool(alike) or outputs, alike[:1], values=values)
+    alike = [layer for layer in ends if _alike(layer.sample_residual, measurement)]
+    return Sign(bool(alike) or (spread is not None and spread < _EMBEDDINGS_ALIKE), alike[:1], values=values)
 
 
 def tokens_collapsing(memory: Memory, measurement: Measurement) -> Sign | None:
@@ -172,6 +172,14 @@ def _below(residual: float | None) -> bool:
 def _pooled(measurement: Measurement) -> bool:
     """Whether the model has one output for a sample, and not one for every token."""
     return measurement.output is not None and not measurement.output.per_token
+
+
+def _spread_of_embeddings(measurement: Measurement) -> float | None:
+    """Return the residual of embeddings over samples, of a few samples or of the batch, whichever is larger."""
+    output = measurement.output
+    if output is None or output.per_token or output.width < _EMBEDDING or output.sample_residual is None:
+        return None
+    return max(output.sample_residual, output.batch_residual or 0.0)
 
 
 def _alike(residual: float | None, measurement: Measurement) -> bool:

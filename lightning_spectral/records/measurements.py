@@ -75,12 +75,14 @@ class OutputMeasurement:
             the model gives the same for all of them.
         batch_residual: The same of the whole batch, as the training pass has it, dropout included.
         per_token: Whether the output has a vector for every token or query, and not one for a sample.
+        width: Numbers in a vector.
         finite: Whether every number of it is finite, in both.
     """
 
     sample_residual: float | None
     batch_residual: float | None = None
     per_token: bool = True
+    width: int = 0
     finite: bool = True
 
 

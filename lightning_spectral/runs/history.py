@@ -209,7 +209,8 @@ def _measurement(entry: Mapping[str, Any]) -> Measurement:
 
 def _output(entry: Mapping[str, Any]) -> OutputMeasurement:
     few, batch = (_optional(number)(entry.get(name)) for name in ("sample_residual", "batch_residual"))
-    return OutputMeasurement(few, batch, bool(entry.get("per_token", True)), bool(entry.get("finite", True)))
+    per_token, finite = (bool(entry.get(name, True)) for name in ("per_token", "finite"))
+    return OutputMeasurement(few, batch, per_token, _count(entry.get("width", 0)), finite)
 
 
 def _layer(entry: Mapping[str, Any]) -> LayerMeasurement:

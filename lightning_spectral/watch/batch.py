@@ -72,7 +72,7 @@ class BatchWatch:
         self._within: dict[nn.Module, frozenset[int]] = {}  # blocks in a module, by index
         self._unseen: set[int] = set()
         self._sizes: dict[nn.Module, int] = {}  # numbers in the arguments of the calls that were looked at
-        self._spreads: dict[str, tuple[Tensor, bool]] = {}
+        self._spreads: dict[str, tuple[Tensor, bool, int]] = {}
         self._error: Exception | None = None
 
     @property
@@ -187,15 +187,19 @@ class BatchWatch:
         flat = output.detach().flatten(1)
         with torch.autocast(flat.device.type, enabled=False), _disable_current_modes():
             spread = token_residual(flat[:, :: math.ceil(flat.shape[1] / _NUMBERS)])
-        self._spreads[what] = torch.stack([spread, flat.isfinite().all().to(spread.dtype)]), output.dim() > 2
+        self._spreads[what] = (
+            torch.stack([spread, flat.isfinite().all().to(spread.dtype)]),
+            output.dim() > 2,
+            output.shape[-1],
+        )
 
     def _output(self) -> OutputMeasurement | None:
         if not self._spreads:
             return None
-        numbers = {what: spread.tolist() for what, (spread, _) in self._spreads.items()}
+        numbers = {what: spread.tolist() for what, (spread, *_) in self._spreads.items()}
         few, batch = (numbers.get(what, (math.nan, 1.0)) for what in ("few", "batch"))
-        per_token = next(iter(self._spreads.values()))[1]
-        return OutputMeasurement(_known(few[0]), _known(batch[0]), per_token, bool(few[1] and batch[1]))
+        _, per_token, width = next(iter(self._spreads.values()))
+        return OutputMeasurement(_known(few[0]), _known(batch[0]), per_token, width, bool(few[1] and batch[1]))
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -353,12 +353,12 @@ def test_tokens_of_a_model_with_one_output_for_a_sample_may_agree():
 def test_samples_that_are_one_are_a_failure_though_tokens_differ():
     run = Watched()
     run.see([1.0] * 6, HEALTHY, times=2, samples=0.5, output=POOLED)
-    run.see([1.0] * 6, HEALTHY, times=2, samples=0.5, output=OutputMeasurement(0.004, 0.1, per_token=False))
+    run.see([1.0] * 6, HEALTHY, times=2, samples=0.5, output=OutputMeasurement(0.004, 0.03, per_token=False, width=8))
     (failure,) = run.events
     assert (failure.name, failure.step, failure.since, failure.blocks) == ("samples_collapsed", 30, 20, ())
     assert failure.message == (
         "FAILURE at step 30: the network gives every input the same answer. Since step 20 all samples of a batch are "
-        f"one at the output (sample residual 0.5, spread of the outputs 0.004){sureness('samples_collapsed')}. Try "
+        f"one at the output (sample residual 0.5, spread of the outputs 0.03){sureness('samples_collapsed')}. Try "
         "this first: lower the learning rate to a tenth; if it does not help: warm the learning rate up over more "
         "steps; stop the gradient of one view, or add a term that keeps outputs apart "
         "(docs/monitor.md#samples_collapsed)"
@@ -370,7 +370,9 @@ def test_samples_that_are_one_are_a_failure_though_tokens_differ():
     [
         (0.5, OutputMeasurement(0.004, 0.1, per_token=True)),  # a language model that has learned frequencies
         (0.005, OutputMeasurement(0.004, 0.9, per_token=False)),  # a few samples of one class, and others in the batch
-        (0.5, OutputMeasurement(None, None, per_token=False)),
+        (0.5, OutputMeasurement(0.004, 0.06, per_token=False, width=64)),  # a few embeddings of one class
+        (0.5, OutputMeasurement(0.004, 0.004, per_token=False, width=1)),  # a number whose mean is large
+        (0.5, OutputMeasurement(None, None, per_token=False, width=64)),
         (None, None),
     ],
 )

@@ -62,6 +62,7 @@ def watched(way: str) -> tuple[list[Mapping[str, float]], int]:
     return values, counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "not"])
 def test_a_compiled_model_shows_its_tokens_and_is_compiled_once(way: str):
     expected, _ = watched("not")
