@@ -288,9 +288,7 @@ def quality(runs: Sequence[Run], split: Split) -> str:
     """Return the lines of `lightning_spectral/alarms/quality.py`, on held-out runs."""
     held, lines = in_part(runs, split, "held out"), []
     for rule in rules.RULES:
-        found, more = (
-            telling(held, by(*names), WAYS[rule.name]) for names in ((rule.name,), (rule.name, *rule.behind))
-        )
+        found, more = (telling(held, step_of, WAYS[rule.name]) for step_of in (by(rule.name), covered(rule)))
         counts = (count(more.fails), len(found.fails), count(found.healthy), len(found.healthy))
         lines.append(f'    "{rule.name}": Quality({", ".join(map(str, counts))}),')
     return "\n".join(["QUALITY: Mapping[str, Quality] = {", *lines, "}"])

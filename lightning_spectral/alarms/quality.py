@@ -13,7 +13,8 @@ class Quality:
     """What came of a rule in the benchmark.
 
     Attributes:
-        told: Runs with its event, or with that of a rule that says more, among those that failed in its way.
+        told: Runs with its event, among those that failed in its way; for a failure also with that of a rule that says
+            more. A warning has to come by itself.
         failing: Such runs.
         false: Healthy runs with its event.
         healthy: Healthy runs.
