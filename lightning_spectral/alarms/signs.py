@@ -81,7 +81,8 @@ def tokens_collapsed(memory: Memory, measurement: Measurement) -> Sign | None:
     """See whether all tokens behind the last block of a stack are one vector.
 
     Where the model has one output for a sample, its tokens may rightly agree at the end: then samples have to agree
-    too. A residual that rises is a collapse that ends.
+    too. So they have where it returns the stream, which the training step may pool. A residual that rises is a collapse
+    that ends.
     """
     ends = [layer for layer in _ends(measurement) if layer.typical_token_residual is not None]
     if not ends:
@@ -91,7 +92,7 @@ def tokens_collapsed(memory: Memory, measurement: Measurement) -> Sign | None:
         for layer in ends
         if _below(layer.typical_token_residual)
         and not _rises(memory.blocks[layer.index].residuals)
-        and (not _pooled(measurement) or _alike(layer.sample_residual, measurement))
+        and (_keeps_tokens_apart(measurement) or _alike(layer.sample_residual, measurement))
     ]
     worst = min(alike or ends, key=lambda layer: layer.typical_token_residual or 0.0)
     return Sign(bool(alike), [worst], values=_over_time("token_residual", memory.blocks[worst.index].residuals))
@@ -135,7 +136,7 @@ def tokens_collapsing(memory: Memory, measurement: Measurement) -> Sign | None:
     soon = coming is not None and coming.at - history[-1][0] <= history[-1][0] - history[0][0]
     over_depth = fall is not None and fall.falls and fall.level < math.log(TOWARD)
     values = {"first_token_residual": math.exp(depth[0][1])} | _over_time("token_residual", history)
-    seen = (over_depth or soon) and dominated and not _pooled(measurement) and not _rises(history)
+    seen = (over_depth or soon) and dominated and _keeps_tokens_apart(measurement) and not _rises(history)
     return Sign(seen, [last], values=values, forecast=coming if soon else None)
 
 
@@ -169,15 +170,15 @@ def _below(residual: float | None) -> bool:
     return residual is not None and residual < COLLAPSED
 
 
-def _pooled(measurement: Measurement) -> bool:
-    """Whether the model has one output for a sample, and not one for every token."""
-    return measurement.output is not None and not measurement.output.per_token
+def _keeps_tokens_apart(measurement: Measurement) -> bool:
+    """Whether the model has an output for every token, as far as one can see, and no training step that pools them."""
+    return measurement.output is None or measurement.output.kind == "token"
 
 
 def _spread_of_embeddings(measurement: Measurement) -> float | None:
     """Return the residual of embeddings over samples, of a few samples or of the batch, whichever is larger."""
     output = measurement.output
-    if output is None or output.per_token or output.width < _EMBEDDING or output.sample_residual is None:
+    if output is None or output.kind != "sample" or output.width < _EMBEDDING or output.sample_residual is None:
         return None
     return max(output.sample_residual, output.batch_residual or 0.0)
 

@@ -56,6 +56,7 @@ class BlockOutputs:
         blocks: The blocks. A block that is missing in the model is skipped.
 
     Attributes:
+        widths: Widths of the streams that were heard.
         error: The exception that occurred while listening, ``None`` for none.
     """
 
@@ -65,6 +66,7 @@ class BlockOutputs:
         self._blocks = [(block.index, _end(block), block.token_dims or shared) for block in blocks]
         self._listeners: list[Listener] = []
         self.numbers: dict[int, Tensor] = {}
+        self.widths: set[int] = set()
         self.error: Exception | None = None
 
     def start(self) -> None:
@@ -125,7 +127,9 @@ class _Outputs:
         output = call()
         try:
             for leaf in tree_leaves(output):
-                if _is_stream(leaf, self._token_dims):
+                channel = _channel_of(leaf, self._token_dims)
+                if channel is not None:
+                    self._outputs.widths.add(leaf.shape[channel])
                     with _disable_current_modes():  # nothing of it concerns them, and each costs time at every step
                         self._outputs.numbers[self._index] = _geometry(leaf.detach(), self._token_dims)
                     break
@@ -134,8 +138,9 @@ class _Outputs:
         return output
 
 
-def _is_stream(leaf: Any, token_dims: tuple[int, ...]) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point() and _channel(leaf, token_dims) is not None
+def _channel_of(leaf: Any, token_dims: tuple[int, ...]) -> int | None:
+    """Return the dimension of the channels of a stream, ``None`` for all else."""
+    return _channel(leaf, token_dims) if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
 
 
 @torch.no_grad()

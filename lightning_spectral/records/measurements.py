@@ -21,11 +21,14 @@ __all__ = [
     "LayerMeasurement",
     "Linearization",
     "Measurement",
+    "OutputKind",
     "OutputMeasurement",
     "WeightSignals",
 ]
 
 Linearization = Literal["circuit", "paper", "jacobian"]
+
+OutputKind = Literal["sample", "stream", "token"]
 
 NOT_FINITE = "weights are not finite (NaN or Inf)"
 """The reason of a branch without a norm whose weights are not numbers any more."""
@@ -74,14 +77,15 @@ class OutputMeasurement:
         sample_residual: ‖O − Ō‖_F / ‖O‖_F, of a few samples, in evaluation mode; Ō is the mean over samples. 0 where
             the model gives the same for all of them.
         batch_residual: The same of the whole batch, as the training pass has it, dropout included.
-        per_token: Whether the output has a vector for every token or query, and not one for a sample.
+        kind: What the output has a vector for: ``"sample"``, ``"token"`` (or query), or ``"stream"``: for every token
+            one of the width of the stream, which may be the stream itself, and may be pooled behind the model.
         width: Numbers in a vector.
         finite: Whether every number of it is finite, in both.
     """
 
     sample_residual: float | None
     batch_residual: float | None = None
-    per_token: bool = True
+    kind: OutputKind = "token"
     width: int = 0
     finite: bool = True
 

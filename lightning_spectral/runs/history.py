@@ -30,6 +30,7 @@ from lightning_spectral.records import (
 )
 from lightning_spectral.records.events import Level
 from lightning_spectral.records.frames import dataframe
+from lightning_spectral.records.measurements import OutputKind
 from lightning_spectral.records.values import listed, number, one_of, text, whole
 from lightning_spectral.runs.entries import Line, entries
 
@@ -209,8 +210,8 @@ def _measurement(entry: Mapping[str, Any]) -> Measurement:
 
 def _output(entry: Mapping[str, Any]) -> OutputMeasurement:
     few, batch = (_optional(number)(entry.get(name)) for name in ("sample_residual", "batch_residual"))
-    per_token, finite = (bool(entry.get(name, True)) for name in ("per_token", "finite"))
-    return OutputMeasurement(few, batch, per_token, _count(entry.get("width", 0)), finite)
+    kind: OutputKind = one_of(entry["kind"], get_args(OutputKind))
+    return OutputMeasurement(few, batch, kind, _count(entry["width"]), bool(entry["finite"]))
 
 
 def _layer(entry: Mapping[str, Any]) -> LayerMeasurement:

@@ -35,6 +35,7 @@ from lightning_spectral.records import (
     OutputMeasurement,
     ResidualBlock,
 )
+from lightning_spectral.records.measurements import OutputKind
 from lightning_spectral.tokens import token_residual
 from lightning_spectral.watch.outermost import Call, OutermostCalls
 from lightning_spectral.weights.paths import module_at
@@ -198,8 +199,10 @@ class BatchWatch:
             return None
         numbers = {what: spread.tolist() for what, (spread, *_) in self._spreads.items()}
         few, batch = (numbers.get(what, (math.nan, 1.0)) for what in ("few", "batch"))
-        _, per_token, width = next(iter(self._spreads.values()))
-        return OutputMeasurement(_known(few[0]), _known(batch[0]), per_token, width, bool(few[1] and batch[1]))
+        _, for_tokens, width = next(iter(self._spreads.values()))
+        of_stream = width in self._outputs.widths
+        kind: OutputKind = "sample" if not for_tokens else "stream" if of_stream else "token"
+        return OutputMeasurement(_known(few[0]), _known(batch[0]), kind, width, bool(few[1] and batch[1]))
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import distributed, nn
@@ -24,7 +24,7 @@ from lightning_spectral.records import (
     OutputMeasurement,
     WeightSignals,
 )
-from lightning_spectral.records.measurements import NOT_FINITE
+from lightning_spectral.records.measurements import NOT_FINITE, OutputKind
 
 __all__ = ["Peers"]
 
@@ -33,6 +33,7 @@ _REASONS = (None, NOT_FINITE, OUT_OF_RANGE, EMPTY_NORM)
 _SIGNALS = ("mlp_change", "attention_change", "mlp_stable_rank", "attention_stable_rank", "alignment", "logit_bound")
 _OWN = 6 + len(_SIGNALS)  # numbers per block of the one process that measured it
 _LARGEST = 4  # numbers per block of every process, whose largest counts
+_KINDS: tuple[OutputKind, ...] = get_args(OutputKind)
 _OUTPUT = 5  # numbers of the output of the model
 
 
@@ -175,13 +176,13 @@ def _output(output: OutputMeasurement | None) -> list[float]:
     if output is None:
         return [math.nan] * _OUTPUT
     residuals = _number(output.sample_residual), _number(output.batch_residual)
-    return [*residuals, float(output.per_token), float(output.width), float(output.finite)]
+    return [*residuals, float(_KINDS.index(output.kind)), float(output.width), float(output.finite)]
 
 
-def _read_output(few: float, batch: float, per_token: float, width: float, finite: float) -> OutputMeasurement | None:
-    if math.isnan(per_token):
+def _read_output(few: float, batch: float, kind: float, width: float, finite: float) -> OutputMeasurement | None:
+    if math.isnan(kind):
         return None
-    return OutputMeasurement(_value(few), _value(batch), per_token == 1.0, int(width), finite == 1.0)
+    return OutputMeasurement(_value(few), _value(batch), _KINDS[int(kind)], int(width), finite == 1.0)
 
 
 def _signals(numbers: Sequence[float], moved: Sequence[float]) -> WeightSignals | None:

@@ -22,7 +22,7 @@ from lightning_spectral.records import (
     OutputMeasurement,
     WeightSignals,
 )
-from lightning_spectral.records.measurements import NOT_FINITE
+from lightning_spectral.records.measurements import NOT_FINITE, OutputKind
 
 HEALTHY = [0.9, 0.8, 0.75, 0.7, 0.68, 0.66]  # token residual over depth
 COLLAPSING = [0.4, 0.2, 0.12, 0.08, 0.05, 0.03]
@@ -337,15 +337,16 @@ def test_the_last_block_of_every_stack_is_looked_at():
 # Samples
 
 
-POOLED = OutputMeasurement(0.8, 0.9, per_token=False)
+POOLED = OutputMeasurement(0.8, 0.9, kind="sample")
 
 
-def test_tokens_of_a_model_with_one_output_for_a_sample_may_agree():
-    run = Watched()
-    run.see([1.0] * 6, GONE, times=5, samples=0.7, output=POOLED)
-    run.see([0.1] * 6, COLLAPSING, times=5, samples=0.7, output=POOLED)
+@pytest.mark.parametrize("kind", ["sample", "stream"])
+def test_tokens_that_are_or_may_be_pooled_may_agree(kind: OutputKind):
+    pooled, run = OutputMeasurement(0.8, 0.9, kind), Watched()
+    run.see([1.0] * 6, GONE, times=5, samples=0.7, output=pooled)
+    run.see([0.1] * 6, COLLAPSING, times=5, samples=0.7, output=pooled)
     assert set(run.levels()) == {"note"}
-    run.see([1.0] * 6, GONE, times=2, samples=1e-5, output=replace(POOLED, sample_residual=1e-5))
+    run.see([1.0] * 6, GONE, times=2, samples=1e-5, output=replace(pooled, sample_residual=1e-5))
     assert run.names()[-1] == "tokens_collapsed"
     assert ", and different samples give the same output" in run.events[-1].message
 
@@ -353,7 +354,7 @@ def test_tokens_of_a_model_with_one_output_for_a_sample_may_agree():
 def test_samples_that_are_one_are_a_failure_though_tokens_differ():
     run = Watched()
     run.see([1.0] * 6, HEALTHY, times=2, samples=0.5, output=POOLED)
-    run.see([1.0] * 6, HEALTHY, times=2, samples=0.5, output=OutputMeasurement(0.004, 0.03, per_token=False, width=8))
+    run.see([1.0] * 6, HEALTHY, times=2, samples=0.5, output=OutputMeasurement(0.004, 0.03, kind="sample", width=8))
     (failure,) = run.events
     assert (failure.name, failure.step, failure.since, failure.blocks) == ("samples_collapsed", 30, 20, ())
     assert failure.message == (
@@ -368,11 +369,11 @@ def test_samples_that_are_one_are_a_failure_though_tokens_differ():
 @pytest.mark.parametrize(
     ("samples", "output"),
     [
-        (0.5, OutputMeasurement(0.004, 0.1, per_token=True)),  # a language model that has learned frequencies
-        (0.005, OutputMeasurement(0.004, 0.9, per_token=False)),  # a few samples of one class, and others in the batch
-        (0.5, OutputMeasurement(0.004, 0.06, per_token=False, width=64)),  # a few embeddings of one class
-        (0.5, OutputMeasurement(0.004, 0.004, per_token=False, width=1)),  # a number whose mean is large
-        (0.5, OutputMeasurement(None, None, per_token=False, width=64)),
+        (0.5, OutputMeasurement(0.004, 0.1, kind="token")),  # a language model that has learned frequencies
+        (0.005, OutputMeasurement(0.004, 0.9, kind="sample")),  # a few samples of one class, and others in the batch
+        (0.5, OutputMeasurement(0.004, 0.06, kind="sample", width=64)),  # a few embeddings of one class
+        (0.5, OutputMeasurement(0.004, 0.004, kind="sample", width=1)),  # a number whose mean is large
+        (0.5, OutputMeasurement(None, None, kind="sample", width=64)),
         (None, None),
     ],
 )
@@ -384,7 +385,7 @@ def test_samples_that_are_alike_for_a_reason_are_no_failure(samples: float | Non
 
 def test_a_stream_that_is_the_same_for_all_samples_is_a_failure_of_every_model():
     run = Watched()
-    run.see([1.0] * 6, HEALTHY, times=2, samples=1e-6, output=OutputMeasurement(0.5, 0.9, per_token=True))
+    run.see([1.0] * 6, HEALTHY, times=2, samples=1e-6, output=OutputMeasurement(0.5, 0.9, kind="token"))
     assert [(event.name, event.blocks) for event in run.events] == [("samples_collapsed", (5,))]
     assert "all samples of a batch are one behind block 5 (b.5)" in run.events[0].message
 

@@ -24,7 +24,7 @@ def examples() -> dict[str, Event]:
     runs = {
         "not_finite": _run(_broken),
         "tokens_collapsed": _run(_one_vector),
-        "samples_collapsed": _run(_healthy, OutputMeasurement(0.003, 0.01, per_token=False, width=128)),
+        "samples_collapsed": _run(_healthy, OutputMeasurement(0.003, 0.01, kind="sample", width=128)),
         "nothing_moves": _run(_still),
         "logits_exploding": _run(_large_logits),
         "tokens_collapsing": _run(_dominated),
