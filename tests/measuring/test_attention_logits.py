@@ -79,9 +79,7 @@ def test_half_precision_does_not_overflow():
 
 
 @pytest.mark.parametrize(("samples", "queries"), [(5, 600), (2, 257)])
-def test_of_long_sequences_and_many_samples_some_are_looked_at(
-    samples: int, queries: int, generator: torch.Generator
-):
+def test_of_long_sequences_and_many_samples_some_are_looked_at(samples: int, queries: int, generator: torch.Generator):
     """256 queries at most and 2 samples at most, and the masks of these."""
     query, key = (torch.randn(samples, 1, queries, 2, generator=generator) for _ in range(2))
     mask = torch.rand(samples, 1, queries, queries, generator=generator) > 0.5
@@ -134,7 +132,11 @@ class Padded(nn.Module):
 
     def __init__(self, *, weights: bool) -> None:
         super().__init__()
-        self.norm, self.attention, self.weights = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True), weights
+        self.norm, self.attention, self.weights = (
+            nn.LayerNorm(8),
+            nn.MultiheadAttention(8, 2, batch_first=True),
+            weights,
+        )
         self.norm2, self.mlp = nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +148,10 @@ class Padded(nn.Module):
 @torch.no_grad()
 @pytest.mark.parametrize("weights", [True, False])
 def test_multihead_attention_with_padding(weights: bool, generator: torch.Generator):
-    model, x = nn.Sequential(Padded(weights=weights), Padded(weights=weights)).eval(), torch.randn(2, 5, 8, generator=generator)
+    model, x = (
+        nn.Sequential(Padded(weights=weights), Padded(weights=weights)).eval(),
+        torch.randn(2, 5, 8, generator=generator),
+    )
     found, expected = shown(model, x), []
     for block in model:
         attention = block.attention

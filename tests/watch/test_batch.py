@@ -92,7 +92,9 @@ def step_of(model: nn.Module, x: Tensor) -> Callable[[], list[Tensor]]:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", [lambda: TinyGPT(0.5), Odd], ids=["dropout", "odd"])
-def test_it_is_a_pass_in_evaluation_mode_and_nothing_is_left_of_it(kind: Any, autocast: bool, generator: torch.Generator):
+def test_it_is_a_pass_in_evaluation_mode_and_nothing_is_left_of_it(
+    kind: Any, autocast: bool, generator: torch.Generator
+):
     x, results = ids(generator), []
     for watched in (False, True):
         torch.manual_seed(0)
@@ -157,7 +159,9 @@ class Masked(nn.Module):
         self.model, self.places = TinyGPT(), nn.Embedding(CONTEXT, WIDTH)
         self.least = 0
 
-    def forward(self, ids: Tensor, *, mask: Tensor, positions: Tensor | None = None, word: str = "") -> dict[str, Tensor]:
+    def forward(
+        self, ids: Tensor, *, mask: Tensor, positions: Tensor | None = None, word: str = ""
+    ) -> dict[str, Tensor]:
         if len(ids) < self.least:
             raise ValueError("too few samples")
         x = self.model.tokens(ids) + self.places(torch.arange(CONTEXT) if positions is None else positions)
@@ -397,5 +401,3 @@ def test_replicas_of_another_thread_are_no_part_of_the_model(generator: torch.Ge
 
     _, measurement = looked(model, step)
     assert residuals(measurement) == [pytest.approx(pair, rel=1e-6) for pair in truth(model, kept(x))]
-
-
