@@ -77,9 +77,9 @@ class SpectralMonitor(Callback):
             ``spectral_blocks`` (a model that is sharded in ``configure_model`` finds them there, before), else those
             that are found in the model.
         solver: How spectral norms are computed; by default randomized, warm-started from measurement to measurement.
-        geometry: Whether to measure the tokens at every block's output too, and the updates that both branches make,
-            on the training batch of measured steps. By default in runs that are steered or that an alarm shall act on.
-            Nothing is added to other steps, and nothing to compiled blocks.
+        geometry: Whether to look at the batch of measured steps too: at tokens and samples behind every block, at the
+            updates of both branches, at attention logits and at the output. A few samples run in evaluation mode in
+            front of the real pass. Nothing is added to other steps.
         signals: What else to ask of the weights: ``"change"`` since the last measurement, ``"stable_rank"``,
             ``"alignment"`` of neighbouring blocks, ``"logit_bound"`` of the attention
             (:class:`~lightning_spectral.records.WeightSignals`). ``"change"`` costs no product; ``"stable_rank"`` one

@@ -154,6 +154,7 @@ class BatchWatch:
             self._sizes[call.module] = size
         return shows
 
+    @torch.no_grad()  # also to take the samples: activation checkpointing counts what is saved for a backward pass
     def _look(self, call: Call) -> None:
         """Run a few samples of a call aside, or all of them where the model does not take fewer."""
         few = call
@@ -169,7 +170,7 @@ class BatchWatch:
             self._run(call)
 
     def _run(self, call: Call) -> None:
-        with evaluated(self._model, call.args, call.kwargs), torch.no_grad(), ExitStack() as stack:
+        with evaluated(self._model, call.args, call.kwargs), ExitStack() as stack:
             for watch in (self._outputs, self._updates):
                 if watch is not None:
                     watch.start()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_spectral.passes.aside.stand_ins import LIGHTNING
 from lightning_spectral.passes.listen import Listener, listen, stop_listening
-from lightning_spectral.weights.paths import compiled_entries, is_compiled
+from lightning_spectral.weights.paths import compiled_entries
 
 __all__ = ["Call", "OutermostCalls"]
 
@@ -99,10 +100,12 @@ class OutermostCalls:
             self._depth -= 1
 
     def _is_training_step(self, args: tuple[Any, ...]) -> bool:
-        # A strategy that wraps the module puts the training step into the place of its forward for one call.
-        forward = getattr(self._root.forward, "__func__", None)
-        own = forward is type(self._root).forward or is_compiled(self._root, "")  # which has a forward of its own
-        return not own or (len(args) > 1 and args[0] is self._batch)
+        # A strategy that wraps the module puts the training step into the place of its forward for one call. Others,
+        # accelerate and torch.compile, put a wrapper around the forward itself there.
+        forward = self._root.forward
+        own = getattr(forward, "__func__", None) is type(self._root).forward
+        redirected = not own and str(getattr(forward, "__module__", None)).partition(".")[0] in LIGHTNING
+        return redirected or (len(args) > 1 and args[0] is self._batch)
 
     def stop(self) -> None:
         """Leave the model as it was."""
