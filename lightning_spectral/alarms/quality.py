@@ -26,7 +26,14 @@ class Quality:
     healthy: int
 
 
-QUALITY: Mapping[str, Quality] = {}
+QUALITY: Mapping[str, Quality] = {
+    "not_finite": Quality(9, 9, 0, 119),
+    "tokens_collapsed": Quality(59, 69, 0, 119),
+    "samples_collapsed": Quality(66, 75, 0, 119),
+    "nothing_moves": Quality(3, 3, 0, 119),
+    "logits_exploding": Quality(18, 18, 0, 119),
+    "tokens_collapsing": Quality(1, 69, 0, 119),
+}
 
 
 def sureness(name: str) -> str:
@@ -35,6 +42,6 @@ def sureness(name: str) -> str:
     if quality is None:
         return ""
     return (
-        f" (in tests, this came in {quality.told} of {quality.failing} runs that failed so and in {quality.false} of "
-        f"{quality.healthy} healthy ones)"
+        f"; in tests this came in {quality.told} of {quality.failing} runs that failed so and in {quality.false} of "
+        f"{quality.healthy} healthy ones"
     )

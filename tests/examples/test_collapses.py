@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from lightning_spectral import Measurement
 from lightning_spectral.alarms import rules
+from lightning_spectral.alarms.quality import QUALITY
 from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, OutputMeasurement, WeightSignals
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -289,3 +291,10 @@ def test_everything_is_written_from_the_condensed_runs(runs, tmp_path):
     assert all(f"<!-- begin: {name} -->\n" in page and f"<!-- end: {name} -->\n" in page for name in written)
     report.picture(read).savefig(tmp_path / "collapses.png")
     assert report.tables([], SPLIT, 20)["collapses, errors"].startswith("* `not_finite` missed: none. False: none.")
+
+
+def test_the_package_says_of_its_rules_what_the_runs_show():
+    runs = report.read(report.RESULTS / "collapses.jsonl", lambda run: True)
+    shown = report.quality(runs, report.read_split(report.RESULTS / "failures_split.json"))
+    lines = [f'"{name}": Quality{astuple(quality)},' for name, quality in QUALITY.items()]
+    assert [line.strip() for line in shown.splitlines()[1:-1]] == lines
