@@ -155,7 +155,7 @@ def main() -> None:
     print(describe())
     known = {(line["case"], line["remedy"], line["seed"]) for line in lines()}
     cases = {case.name: case for case in CASES}
-    for name, remedy, seed in product(NAMES, REMEDIES, SEEDS):
+    for seed, name, remedy in product(SEEDS, NAMES, REMEDIES):
         if (name, remedy, seed) not in known and (found := run(cases[name], remedy, seed)) is not None:
             with RESULTS.open("a") as file:
                 file.write(json.dumps(found) + "\n")
