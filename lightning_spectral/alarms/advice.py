@@ -1,4 +1,4 @@
-"""What to try after a failure, in the order in which it helped in the benchmark's register of failures."""
+"""What to try after a failure, in the order in which it helped in `benchmarks/remedies.py` where that was tried."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ WORDS: Mapping[str, str] = {
     "warm_up": "warm the learning rate up over more steps",
     "lower_rate": "lower the learning rate to a tenth",
     "pre_norm": "put the norms in front of the branches (norm_first=True)",
+    "ceiling": "let the ceiling law hold both branches down (auto_rescale=True)",
     "check_data": "look at the batches just before",
     "check_mask": "look for rows whose tokens are all masked",
     "stop_gradient": "stop the gradient of one view, or add a term that keeps outputs apart",
@@ -24,11 +25,11 @@ WORDS: Mapping[str, str] = {
 
 ADVICE: Mapping[str, tuple[str, ...]] = {
     "not_finite": ("go_back", "lower_rate", "check_mask", "check_data", "qk_norm"),
-    "tokens_collapsed": ("warm_up", "lower_rate", "pre_norm"),
-    "samples_collapsed": ("lower_rate", "warm_up", "stop_gradient"),
-    "logits_exploding": ("qk_norm", "lower_rate", "warm_up"),
+    "tokens_collapsed": ("pre_norm", "ceiling", "lower_rate", "warm_up"),
+    "samples_collapsed": ("lower_rate", "ceiling", "stop_gradient"),
+    "logits_exploding": ("qk_norm", "lower_rate"),
     "nothing_moves": ("give_to_optimizer", "check_rate", "check_gradients"),
-    "tokens_collapsing": ("lower_attention", "warm_up", "lower_rate", "pre_norm"),
+    "tokens_collapsing": ("ceiling", "lower_attention", "lower_rate"),
 }
 """What to try after an event, by the name of its rule."""
 

@@ -232,11 +232,12 @@ def test_a_collapse_is_told_at_the_second_measurement_with_what_came_before_and_
         "FAILURE at step 20: the network gives every token the same answer. Behind block 5 (b.5) all tokens of a "
         "sample have been one vector since step 10 (token residual 0.005, 0.66 at step 0)"
         f"{sureness('tokens_collapsed')}"
-        ". Try this first: warm the learning rate up over more steps; if it does not help: lower the learning rate to "
-        "a tenth; put the norms in front of the branches (norm_first=True) (docs/monitor.md#tokens_collapsed)"
+        ". Try this first: put the norms in front of the branches (norm_first=True); if it does not help: let the "
+        "ceiling law hold both branches down (auto_rescale=True); lower the learning rate to a tenth; warm the "
+        "learning rate up over more steps (docs/monitor.md#tokens_collapsed)"
     )
     assert failure.values == pytest.approx({"token_residual": 0.005, "token_residual_before": 0.66, "step_before": 0.0})
-    assert failure.advice == ("warm_up", "lower_rate", "pre_norm")
+    assert failure.advice == ("pre_norm", "ceiling", "lower_rate", "warm_up")
 
 
 def test_the_ratio_explains_where_attention_outweighs_the_mlp():
@@ -360,8 +361,8 @@ def test_samples_that_are_one_are_a_failure_though_tokens_differ():
     assert failure.message == (
         "FAILURE at step 30: the network gives every input the same answer. Since step 20 all samples of a batch are "
         f"one at the output (sample residual 0.5, spread of the outputs 0.03){sureness('samples_collapsed')}. Try "
-        "this first: lower the learning rate to a tenth; if it does not help: warm the learning rate up over more "
-        "steps; stop the gradient of one view, or add a term that keeps outputs apart "
+        "this first: lower the learning rate to a tenth; if it does not help: let the ceiling law hold both branches "
+        "down (auto_rescale=True); stop the gradient of one view, or add a term that keeps outputs apart "
         "(docs/monitor.md#samples_collapsed)"
     )
 
@@ -498,7 +499,7 @@ def test_logits_in_the_hundreds_are_a_warning_once():
         "WARNING at step 40: some attention looks at single tokens and cannot learn to look elsewhere. In block 1 "
         "(b.1) the largest attention logit has been above 100 since step 30 (now 300, 99 at step 20)"
         f"{sureness('logits_exploding')}. Try this first: normalize queries and keys; if it does not help: lower the "
-        "learning rate to a tenth; warm the learning rate up over more steps (docs/monitor.md#logits_exploding)"
+        "learning rate to a tenth (docs/monitor.md#logits_exploding)"
     )
     for _ in range(3):
         run.take(attending(run.step, 3.0, 50.0, None))

@@ -88,7 +88,7 @@ def test_a_collapse_is_announced_once_and_written_everywhere(tmp_path: Path):
     lines = (tmp_path / "spectral.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(read_journal(tmp_path / "spectral.jsonl")[1]) < len(lines) - 1  # events are no measurements
     (read,) = [event for event in History.read(tmp_path / "spectral.jsonl").events if event.level == "failure"]
-    assert (read.name, read.advice[0], read.values) == ("tokens_collapsed", "warm_up", failure["values"])
+    assert (read.name, read.advice[0], read.values) == ("tokens_collapsed", "pre_norm", failure["values"])
 
 
 @pytest.mark.parametrize("settings", [{}, {"geometry": False}, {"on_alarm": "stop"}, {"auto_rescale": True}])
