@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from answers import HEARD, answer
-from journals import read_journal
+from journals import read_events, read_journal
 from lightning.pytorch.cli import LightningCLI
 from tiny_run import LitGPT, loader
 
@@ -129,15 +129,17 @@ def test_a_failure_calls_the_function_that_a_file_names(tmp_path: Path):
     HEARD.clear()
     given = configuration(tmp_path, {"every_n_steps": 1, "on_alarm": "answers.answer"})
     command(tmp_path, given, "--model.collapsed=true", run=True)
-    ((step, level),) = HEARD
-    assert step == 2  # at the end of the batch behind the second measurement
-    assert level == "failure"
+    # At the end of the batch behind the second measurement the tokens are told to be one, later that nothing moves.
+    assert HEARD == [(2, "failure"), (4, "failure")]
+    (journal,) = tmp_path.rglob("spectral.jsonl")
+    names = [event["name"] for event in read_events(journal) if event["level"] == "failure"]
+    assert names == ["tokens_collapsed", "nothing_moves"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["every_n_steps=20"], {"every_n_steps": 20, "auto_rescale": False, "geometry": False}),
+        (["every_n_steps=20"], {"every_n_steps": 20, "auto_rescale": False, "geometry": True}),
         (["auto_rescale=true", "on_alarm=stop"], {"auto_rescale": True, "on_alarm": "stop", "geometry": True}),
         (["auto_rescale.gain=0.3"], {"auto_rescale": ResidualRescaler(gain=0.3)}),
         (["auto_rescale.ceiling=3"], {"auto_rescale": GainCeiling(ceiling=3.0)}),
