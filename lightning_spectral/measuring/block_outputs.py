@@ -129,9 +129,9 @@ class _Outputs:
             for leaf in tree_leaves(output):
                 channel = _channel_of(leaf, self._token_dims)
                 if channel is not None:
-                    self._outputs.widths.add(leaf.shape[channel])
                     with _disable_current_modes():  # nothing of it concerns them, and each costs time at every step
                         self._outputs.numbers[self._index] = _geometry(leaf.detach(), self._token_dims)
+                    self._outputs.widths.add(leaf.shape[channel])
                     break
         except Exception as error:
             self._outputs.error = error

@@ -84,7 +84,7 @@ def _side(weights: Weights, projection: Projection, starts: Sequence[int], width
     if projection.size is not None:
         gain = _gain(weights, projection.factors)
         largest = 1.0 if gain is None else float(gain.abs().max())
-        return _Side(torch.full((len(starts),), projection.size * largest, dtype=torch.float64), None)
+        return _Side(torch.full((len(starts),), projection.size * largest, dtype=torch.float64, device="cpu"), None)
     matrix, *front = projection.factors
     assert matrix.parameter is not None
     with torch.no_grad(), weights.read(matrix.parameter) as weight:
@@ -110,7 +110,7 @@ def _gain(weights: Weights, factors: Sequence[Factor]) -> Tensor | None:
     product: Tensor | None = None
     for factor in factors:
         if factor.parameter is None:
-            found = torch.tensor(factor.constant)
+            found = torch.tensor(factor.constant, device="cpu")
         else:
             diagonal = linearize(weights, Path((replace(factor, role="pre_norm"),)), "circuit").operator
             found = diagonal.matmat(torch.ones(diagonal.shape[1], 1, dtype=diagonal.dtype, device=diagonal.device))[

@@ -77,7 +77,9 @@ def copied_blocks(weights: Weights, blocks: Sequence[ResidualBlock]) -> tuple[tu
     ]
     found = [_equal(weights, zip(names[one], names[other], strict=True), sums) for one, other in pairs]
     # Along a pair: 1 for different, and 1 for not comparable, in any of the processes.
-    doubts = torch.tensor([[same is False, same is None] for same in found], dtype=torch.float64).view(-1, 2)
+    doubts = torch.tensor([[same is False, same is None] for same in found], dtype=torch.float64, device="cpu").view(
+        -1, 2
+    )
     mesh = _mesh(weights, [name for block in names for name in block if name in sums])
     if mesh is not None and pairs:
         (doubts,) = added([Share(doubts, mesh, tuple(range(mesh.ndim)))])

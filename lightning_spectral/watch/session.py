@@ -42,7 +42,6 @@ from lightning_spectral.watch.search import guessed_blocks, shown_blocks
 from lightning_spectral.watch.telling import inform, warn, warn_here
 from lightning_spectral.weights.model import ModelWeights
 from lightning_spectral.weights.names import parameters_of
-from lightning_spectral.weights.paths import resolve
 
 __all__ = ["Session"]
 
@@ -470,16 +469,12 @@ def _copied(indices: Sequence[int]) -> str:
 
 def _trained_names(model: nn.Module, blocks: Sequence[ResidualBlock], trained: Sequence[Tensor]) -> frozenset[str]:
     """Return the paths of the parameters of blocks that a run trains."""
-    held = set(map(id, trained))
-    names = parameters_of(blocks)
-    return frozenset(name for name in names if id(_parameter(model, name)) in held)
-
-
-def _parameter(model: nn.Module, name: str) -> object:
-    try:
-        return resolve(model, name)
-    except AttributeError:
-        return None
+    ids = set(map(id, trained))
+    held = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in ids}
+    # A weight that is computed from others is trained with them, and to read it would compute it.
+    sources = {name.partition(".parametrizations.")[::2] for name in held if ".parametrizations." in name}
+    computed = {f"{owner}.{rest.partition('.')[0]}" for owner, rest in sources}
+    return frozenset(name for name in parameters_of(blocks) if name in held or name in computed)
 
 
 def _error_of(action: Callable[..., None], *args: Any) -> Exception | None:

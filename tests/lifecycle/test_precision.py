@@ -223,6 +223,7 @@ def test_inside_autocast_the_numbers_are_those_outside():
     assert [layer.ratio for layer in found] == pytest.approx([layer.ratio for layer in outside], rel=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:SpectralMonitor, FAILURE at step")  # the stream of the largest overflows
 @pytest.mark.parametrize("exponent", [-20, 20])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_weights_of_any_size_have_the_ratio_of_their_quotient(tmp_path: Path, precision: str, exponent: int):

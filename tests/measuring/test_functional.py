@@ -32,7 +32,8 @@ from lightning_spectral.records import FunctionalMeasurement
 # Some members of the zoo are sharded.
 pytestmark = pytest.mark.usefixtures("process_group")
 
-NUMBERS = tuple(FunctionalMeasurement.__dataclass_fields__)[:-1]  # the last one is a flag
+SEEN = {"mlp_share", "attention_share", "attention_logit", "finite_differences"}  # of real passes; and a flag
+NUMBERS = tuple(name for name in FunctionalMeasurement.__dataclass_fields__ if name not in SEEN)
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -717,9 +718,10 @@ def test_a_watch_leaves_out_what_its_hooks_cannot_see(name: str) -> None:
 def test_an_update_of_nothing_has_no_ratio() -> None:
     """Nor one that is not finite; tensors of two shapes have no angle."""
     x = torch.ones(2, 3)
-    assert Update.of(0 * x, x) == Update()
-    assert Update.of(x, math.inf * x) == Update()
-    assert Update.of(x, math.nan * x) == Update()
+    size = pytest.approx(math.sqrt(6))
+    assert Update.of(0 * x, x) == Update(mlp_norm=0.0, attention_norm=size)
+    assert Update.of(x, math.inf * x) == Update(mlp_norm=size)
+    assert Update.of(x, math.nan * x) == Update(mlp_norm=size)
     assert Update.of(2 * x, x.flatten()).cosine is None
     opposite = Update.of(3 * x, -x)
     assert (opposite.ratio, opposite.cosine) == pytest.approx((3.0, -1.0), rel=1e-6)

@@ -252,7 +252,7 @@ def test_damaged_files_are_told_and_never_a_traceback(tmp_path: Path):
     places = [match.span() for match in re.finditer(rb'(?<=[:\[ ])(-?\d[\d.e-]*|null|"[^"]*")(?=[,}\]])', whole)]
     values = [b"null", b"-1", b"1e308", b"5e-324", b"NaN", b"-Infinity", b'""', b"[]", b"{}", b"true", b"0", b"1e999"]
     drawn = told = refused = longest = 0
-    for number in range(200):
+    for number in range(400):
         first, last = rng.choice(places)
         damaged = whole[:first] + rng.choice(values) + whole[last:]
         place = rng.randrange(len(damaged))
@@ -272,7 +272,7 @@ def test_damaged_files_are_told_and_never_a_traceback(tmp_path: Path):
             longest = max(longest, len(str(error)))
     assert min(drawn, told) > 60
     assert longest < 300 + len(str(run))
-    assert 0 < refused < 20  # another format, other linearizations
+    assert 0 < refused < 40  # another format, other linearizations
 
 
 # What stands in it.

@@ -258,7 +258,7 @@ def test_a_bad_setting_is_refused_before_anything_runs(shell: Shell, tmp_path: P
         ({"every_n_steps": 0}, r"every_n_steps=0: expected an integer of at least 1"),
         ({"safe_zone": (2, 1)}, r"safe_zone=\(2, 1\): expected two ratios"),
         ({"auto_rescale": "yes"}, r"auto_rescale='yes': expected True, False, a GainCeiling"),
-        ({"on_alarm": "stop", "geometry": False}, r"on_alarm='stop' with geometry=False"),
+        ({"on_alarm": "shout"}, r"on_alarm='shout': expected 'log' or 'checkpoint' or 'stop'"),
     ):
         with pytest.raises(ConfigurationError, match=match):
             shell(Run(tmp_path, options=options))
