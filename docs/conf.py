@@ -32,7 +32,10 @@ napoleon_use_ivar = True
 # Names of other projects are not looked up, because that would take a network, and inner rooms have no page.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|torchmetrics|lightning|matplotlib|numpy|collections|typing|pathlib|os)\..*"),
-    (r"py:.*", r"(Tensor|nn\.Module|Trainer|LightningModule|Figure|DataFrame|Event|Solver|SolverChoice)"),
+    (
+        r"py:.*",
+        r"(Tensor|nn\.Module|Trainer|LightningModule|Figure|DataFrame|Event|OnAlarm|OutputKind|Solver|SolverChoice)",
+    ),
     (r"py:.*", r"lightning_spectral\.(linalg|discovery|measuring|analysis\.covariance|scales\.fuse)(\..*)?"),
 ]
 

@@ -18,7 +18,7 @@ from zoo.reasons import CROSS, expected_reasons, has_ratio
 
 from lightning_spectral import Measurement, SpectralMonitor
 from lightning_spectral.alarms import Memory
-from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, WeightSignals
+from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, OutputMeasurement, WeightSignals
 from lightning_spectral.runs.series import logged_values
 
 if TYPE_CHECKING:
@@ -187,12 +187,14 @@ def logged(*, geometry: bool = False, rescaled: int | None = None, per_layer: bo
     """The keys that are logged of a block in which everything was measured."""
     seen: dict[str, Any] = {}
     if geometry:
-        seen = {"token_residual": 0.5, "effective_rank": 4.0, "functional": FunctionalMeasurement(update_ratio=1.0)}
+        update = FunctionalMeasurement(update_ratio=1.0, attention_logit=3.0)
+        seen = {"token_residual": 0.5, "effective_rank": 4.0, "sample_residual": 0.5, "functional": update}
     if per_layer:
         names = [item.name for item in fields(WeightSignals) if not item.name.endswith("_moved")]
         seen["weights"] = WeightSignals(**dict.fromkeys(names, 1.0))
     layer = LayerMeasurement(7, "blocks.7", 1.0, 1.0, **seen)
-    measurement = Measurement(0, "circuit", (layer,))
+    output = OutputMeasurement(0.5) if geometry else None
+    measurement = Measurement(0, "circuit", (layer,), output=output)
     return set(logged_values(measurement, Memory(), "spectral", per_layer=per_layer, rescaled=rescaled))
 
 

@@ -55,6 +55,9 @@ class SpectralMonitor(Callback):
     ``spectral/rescaled``                     count  with ``auto_rescale``: blocks whose scales were moved after it
     ``spectral/token_residual_min``           1      with ``geometry``: smallest token residual of a block's output
     ``spectral/effective_rank_min``           1      with ``geometry``: smallest effective rank (of σ²) of one
+    ``spectral/sample_residual_min``          1      with ``geometry``: smallest sample residual of one
+    ``spectral/attention_logit_max``          1      with ``geometry``: largest attention logit of a few samples
+    ``spectral/output_residual``              1      with ``geometry``: sample residual of the model's output
     ``spectral/ratio/07`` and so on           1      with ``per_layer``: all of these for every block
     ========================================  =====  ===================================================
 

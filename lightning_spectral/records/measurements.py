@@ -106,9 +106,9 @@ class WeightSignals:
         attention_moved: The same of the attention branch, whose queries and keys a measurement does not read.
         mlp_stable_rank: ‖A‖_F² / ‖A‖₂² of the MLP branch, between 1 and its rank.
         attention_stable_rank: The same of the attention branch.
-        alignment: |⟨u, v⟩|, u the dominant left singular vector of this block's MLP branch and v the dominant right
-            singular vector of the next block's attention branch (of the other branch, where a block has one only).
-            ``None`` for the last block, and between blocks of different widths or stacks.
+        alignment: Absolute value of ⟨u, v⟩, u the dominant left singular vector of this block's MLP branch and v the
+            dominant right singular vector of the next block's attention branch (of the other branch, where a block has
+            one only). ``None`` for the last block, and between blocks of different widths or stacks.
         logit_bound: What no logit of the attention exceeds in magnitude, the largest of all heads, for inputs that the
             norm in front has normalized, and without biases. ``None`` where the logits are not understood, such as
             those of latent attention. :func:`~lightning_spectral.measuring.logit_bounds.logit_bound` has the formulas.

@@ -32,7 +32,7 @@ def test_the_file_has_every_argument_and_says_where_it_is_not_the_default():
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     rescaler = {field.name: field.default for field in dataclasses.fields(GainCeiling)}
     for of, known, changed in (
-        ("monitor", defaults, {"every_n_steps", "solver", "geometry", "auto_rescale"}),
+        ("monitor", defaults, {"every_n_steps", "solver", "auto_rescale"}),
         ("rescaler", rescaler, {"dry_run"}),
     ):
         given = arguments(of)
@@ -41,7 +41,7 @@ def test_the_file_has_every_argument_and_says_where_it_is_not_the_default():
     lines = {line.split(":")[0].strip(): line for line in FILE.read_text().splitlines()}
     silent = [name for name in (*defaults, *rescaler) if " # " not in lines[name]]
     assert silent == []
-    assert all("default" in lines[name] for name in ("every_n_steps", "geometry", "auto_rescale", "dry_run"))
+    assert all("default" in lines[name] for name in ("every_n_steps", "auto_rescale", "dry_run"))
 
 
 @pytest.mark.slow
