@@ -158,8 +158,9 @@ def messages(shape: Shape, start: Start, iterations: Sequence[int]) -> Messages:
 
 def vector_length(layers: int, ranks: int) -> int:
     """Return the float64 numbers that each process contributes to the one all-gather of a measurement."""
-    seconds, own, of_batch, scales = 1, 6 * math.ceil(layers / ranks), 5 * layers, 2 * layers
-    return seconds + own + of_batch + scales
+    seconds, own, of_batch, largest, scales = 1, 12 * math.ceil(layers / ranks), 8 * layers, 4 * layers, 2 * layers
+    output = 5
+    return seconds + own + of_batch + output + largest + scales
 
 
 # The tables.

@@ -144,7 +144,7 @@ def trained(layers: int, folder: Path) -> list[tuple[str, str, int, int]]:
         devices=WORLD,
         strategy=DDPStrategy(process_group_backend="gloo"),
         max_steps=2,
-        callbacks=[SpectralMonitor(every_n_steps=1)],
+        callbacks=[SpectralMonitor(every_n_steps=1, geometry=False)],
         default_root_dir=folder,
         logger=False,
         use_distributed_sampler=False,

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from lightning_spectral.linalg.sharding.presence import is_fully_sharded
 from lightning_spectral.passes.aside.kinds import kind_of
 from lightning_spectral.passes.aside.memento import Memento
+from lightning_spectral.passes.aside.stand_ins import mute
 from lightning_spectral.passes.aside.streams import random_streams_kept
 from lightning_spectral.passes.aside.writes import Writes
 
-__all__ = ["evaluated", "kept", "undisturbed"]
+__all__ = ["evaluated", "kept", "kept_while_sharded", "undisturbed"]
 
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -60,8 +62,47 @@ def kept(*roots: Any) -> Iterator[set[torch.device]]:
 
 
 @contextmanager
+def kept_while_sharded(model: nn.Module) -> Iterator[set[torch.device]]:
+    """Put back, at the end, buffers, random streams and what a LightningModule logs. Meanwhile, warnings are off.
+
+    ``fully_shard`` frees and fills the memory of parameters in a pass, and remembers what it has done. To put its
+    parameters back as they were would crash it, so that only these are put back, and nothing else that a pass changes.
+
+    Args:
+        model: A model with parts that ``fully_shard`` was applied to.
+
+    Yields:
+        The devices of its parameters.
+    """
+    with ExitStack() as stack:
+        devices = {parameter.device for parameter in model.parameters()}
+        stack.enter_context(random_streams_kept(devices))
+        stack.enter_context(_settings_kept())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        for module in model.modules():
+            own = vars(module)
+            before = dict(own)
+            mute(type(module), own)
+            for name, value in own.items():
+                if name not in before:
+                    stack.callback(own.pop, name)
+                elif before[name] is not value:
+                    stack.callback(own.__setitem__, name, before[name])
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        try:
+            yield devices
+        finally:
+            with torch.no_grad():
+                for buffer, numbers in buffers:
+                    buffer.copy_(numbers)
+
+
+@contextmanager
 def evaluated(model: nn.Module, *inputs: Any) -> Iterator[set[torch.device]]:
     """Evaluation mode, no compilation, no fused layers. Afterwards everything is put back (:func:`kept`).
+
+    Of a model that ``fully_shard`` was applied to, less is put back (:func:`kept_while_sharded`).
 
     Args:
         model: The model.
@@ -71,7 +112,8 @@ def evaluated(model: nn.Module, *inputs: Any) -> Iterator[set[torch.device]]:
         The devices of the tensors that were reached.
     """
     with ExitStack() as stack:
-        devices = stack.enter_context(kept(model, *inputs))
+        sharded = any(map(is_fully_sharded, model.modules()))
+        devices = stack.enter_context(kept_while_sharded(model) if sharded else kept(model, *inputs))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
