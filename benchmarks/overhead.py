@@ -176,6 +176,8 @@ def main() -> None:
     alone = statistics.median(plain.steps)
     print("every_n_steps   step alone   step watched    weights     tokens   share of training time")
     for (interval, _), seconds in watched.items():
+        if not seconds.weights:  # the round was shorter than the interval
+            continue
         each, of_tokens = statistics.median(seconds.weights), statistics.median(seconds.tokens)
         print(
             f"{interval:>13}   {alone * 1e3:>7.1f} ms   {statistics.median(seconds.steps) * 1e3:>9.1f} ms   "
