@@ -112,7 +112,7 @@ def change_of_ratio(measurement: Measurement, so_far: SoFar) -> float | None:
 
 def last_tokens(measurement: Measurement, so_far: SoFar) -> float | None:
     """Return the smallest token residual behind the last block of a stack, massive activations left out."""
-    return min(known([layer.typical_token_residual for layer in signs._ends(measurement)]), default=None)
+    return min(known([layer.typical_token_residual for layer in signs.stack_ends(measurement)]), default=None)
 
 
 def output_residual(measurement: Measurement, so_far: SoFar) -> float | None:

@@ -1,7 +1,7 @@
 """Messages of events.
 
-The first sentence says what happened in plain words, the second one where, since when and how
-sure it is, with the numbers; then comes what to try.
+The first sentence says what happened in plain words, the second one where, since when and how sure it is, with the
+numbers; then comes what to try.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from dataclasses import astuple
 from statistics import median
 
 from lightning_spectral.alarms.advice import ADVICE, tried
-from lightning_spectral.alarms.memory import BlockMemory, Memory, Point, line_through
+from lightning_spectral.alarms.memory import BlockMemory, Memory, line_through
 from lightning_spectral.alarms.quality import sureness
-from lightning_spectral.alarms.signs import Sign
-from lightning_spectral.records import Event, Forecast, LayerMeasurement, Measurement
+from lightning_spectral.alarms.signs import Sign, samples_collapsed
+from lightning_spectral.records import Event, LayerMeasurement, Measurement
 from lightning_spectral.records.events import Level
 
-__all__ = ["RULES", "Series", "crossing", "drift", "relief"]
+__all__ = ["RULES", "crossing", "drift", "relief"]
 
-Series = Sequence[Point]
 TOLD_AT_ONCE = 4  # blocks named in one message
 _PAGE = "docs/monitor.md"
 _CALM = {
@@ -85,7 +84,8 @@ def _not_finite(level: Level, sign: Sign, since: int, memory: Memory, measuremen
 
 
 def _tokens_collapsed(level: Level, sign: Sign, since: int, memory: Memory, measurement: Measurement) -> Event:
-    layer, also = sign.layers[0], _samples_too(measurement)
+    layer, samples = sign.layers[0], samples_collapsed(memory, measurement)
+    also = ", and different samples give the same output" if samples is not None and samples.seen else ""
     text = (
         f"the network gives every token the same answer. Behind block {layer.index} ({layer.name}) all tokens of a "
         f"sample have been one vector since step {since} ({_numbers(sign.values)}){also}{_balance(memory, measurement)}"
@@ -166,7 +166,6 @@ def _event(
     advice: tuple[str, ...] = (),
 ) -> Event:
     sign = Sign(True) if sign is None else sign
-    forecast: Forecast | None = sign.forecast
     head = f"step {measurement.step}: " if level == "note" else f"{level.upper()} at step {measurement.step}: "
     blocks = tuple(layer.index for layer in layers)
     return Event(
@@ -175,7 +174,7 @@ def _event(
         since,
         blocks,
         head + text,
-        forecast,
+        sign.forecast,
         name=name,
         branch=sign.branch,
         values=dict(sign.values),
@@ -194,12 +193,6 @@ def _numbers(values: Mapping[str, float]) -> str:
         if name in values:
             parts.append(f"{word} {values[name]:.2g}")
     return ", ".join(parts)
-
-
-def _samples_too(measurement: Measurement) -> str:
-    output = measurement.output
-    alike = output is not None and output.sample_residual is not None and output.sample_residual < 0.02
-    return ", and different samples give the same output" if alike else ""
 
 
 def _balance(memory: Memory, measurement: Measurement) -> str:

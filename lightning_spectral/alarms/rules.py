@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_spectral.alarms import messages, signs
@@ -12,6 +12,7 @@ from lightning_spectral.alarms.memory import (
     WARMUP_STEPS,
     BlockMemory,
     Memory,
+    Point,
     RuleMemory,
     line_through,
 )
@@ -83,7 +84,7 @@ def observe(memory: Memory, measurement: Measurement) -> tuple[tuple[Event, ...]
         told, memory = _judged(rule, memory, measurement)
         news += told
     events += reversed(news)
-    if all(layer.finite for layer in measurement):
+    if not signs.not_finite(memory, measurement).seen:
         memory = replace(memory, finite=measurement.step)
     return tuple(events), memory
 
@@ -111,7 +112,7 @@ def _seen(block: BlockMemory, layer: LayerMeasurement, measurement: Measurement,
     return replace(block, warned=_warned(block, step))
 
 
-def _sizes(before: Mapping[str, messages.Series], layer: LayerMeasurement, step: int) -> dict[str, messages.Series]:
+def _sizes(before: Mapping[str, Sequence[Point]], layer: LayerMeasurement, step: int) -> dict[str, Sequence[Point]]:
     logit = None if layer.functional is None else layer.functional.attention_logit
     now = {"mlp": layer.mlp_norm, "attention": layer.attention_norm, "stream": layer.stream_rms, "logit": logit}
     return {

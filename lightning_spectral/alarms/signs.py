@@ -22,6 +22,7 @@ __all__ = [
     "not_finite",
     "nothing_moves",
     "samples_collapsed",
+    "stack_ends",
     "tokens_collapsed",
     "tokens_collapsing",
 ]
@@ -71,9 +72,7 @@ def not_finite(memory: Memory, measurement: Measurement) -> Sign:
     """See whether weights, the stream or the output have a number that is not finite."""
     layers = [layer for layer in measurement if not layer.finite]
     output = measurement.output is None or measurement.output.finite
-    branch = None
-    if layers and layers[0].broken_branch is not None:
-        branch = layers[0].broken_branch
+    branch = layers[0].broken_branch if layers else None
     return Sign(bool(layers) or not output, layers[:1], branch, {"blocks_not_finite": float(len(layers))})
 
 
@@ -84,7 +83,7 @@ def tokens_collapsed(memory: Memory, measurement: Measurement) -> Sign | None:
     too. So they have where it returns the stream, which the training step may pool. A residual that rises is a collapse
     that ends.
     """
-    ends = [layer for layer in _ends(measurement) if layer.typical_token_residual is not None]
+    ends = [layer for layer in stack_ends(measurement) if layer.typical_token_residual is not None]
     if not ends:
         return None
     alike = [
@@ -105,7 +104,7 @@ def samples_collapsed(memory: Memory, measurement: Measurement) -> Sign | None:
     frequencies of its tokens, the queries of a detector differ more than pictures do, and a number to be predicted may
     have a mean that is large beside its deviations.
     """
-    ends = [layer for layer in _ends(measurement) if layer.sample_residual is not None]
+    ends = [layer for layer in stack_ends(measurement) if layer.sample_residual is not None]
     spread = _spread_of_embeddings(measurement)
     if not ends and spread is None:
         return None
@@ -203,7 +202,7 @@ def _over_time(name: str, history: Sequence[Point]) -> dict[str, float]:
     return {name: math.exp(last), f"{name}_before": math.exp(first), "step_before": float(step)}
 
 
-def _ends(measurement: Measurement) -> list[LayerMeasurement]:
+def stack_ends(measurement: Measurement) -> list[LayerMeasurement]:
     """Return the last block with measured tokens of every stack: blocks whose names differ by a number."""
     ends: dict[str, LayerMeasurement] = {}
     for layer in measurement:

@@ -165,7 +165,7 @@ class BatchWatch:
         except torch.OutOfMemoryError:
             raise
         except Exception:
-            if few is call:
+            if few is call or self._sharded:  # another process may not fail, and would wait for a pass of this one
                 raise
             self._run(call)
 

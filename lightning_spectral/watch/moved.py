@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import combinations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_spectral.linalg.sharding.flattened import FlatShard
@@ -18,7 +18,7 @@ from lightning_spectral.watch.fingerprint import bits, fingerprint, held
 from lightning_spectral.weights.names import parameters_of
 from lightning_spectral.weights.protocol import Weights
 
-__all__ = ["copied_blocks", "with_moved"]
+__all__ = ["copied_blocks", "told_of_copies", "trained_names", "with_moved"]
 
 Fingerprint = Mapping[str, tuple[bool, int]]
 
@@ -93,6 +93,22 @@ def copied_blocks(weights: Weights, blocks: Sequence[ResidualBlock]) -> tuple[tu
             first[other] = one
             groups.setdefault(one, [one]).append(other)
     return tuple(tuple(blocks[place].index for place in group) for group in groups.values())
+
+
+def told_of_copies(indices: Sequence[int]) -> str:
+    """Say which blocks begin as copies: ``nn.TransformerEncoder`` copies the one layer that it is given."""
+    named = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
+    return f"blocks {named} have the same weights, bit for bit; draw them anew where they shall begin as different ones"
+
+
+def trained_names(model: nn.Module, blocks: Sequence[ResidualBlock], trained: Sequence[Tensor]) -> frozenset[str]:
+    """Return the paths of the parameters of blocks that a run trains."""
+    ids = set(map(id, trained))
+    held = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in ids}
+    # A weight that is computed from others is trained with them, and to read it would compute it.
+    sources = {name.partition(".parametrizations.")[::2] for name in held if ".parametrizations." in name}
+    computed = {f"{owner}.{rest.partition('.')[0]}" for owner, rest in sources}
+    return frozenset(name for name in parameters_of(blocks) if name in held or name in computed)
 
 
 def _equal(weights: Weights, pairs: Iterable[tuple[str, str]], sums: Fingerprint) -> bool | None:

@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from lightning_spectral.alarms import Event, Memory, falling_tokens, observe
 from lightning_spectral.control.actions import news
 from lightning_spectral.control.law import Action
@@ -33,7 +31,7 @@ from lightning_spectral.watch.batch import BatchWatch
 from lightning_spectral.watch.fingerprint import fingerprint, same_weights
 from lightning_spectral.watch.first_forward import FirstForward
 from lightning_spectral.watch.host import Host
-from lightning_spectral.watch.moved import copied_blocks, with_moved
+from lightning_spectral.watch.moved import copied_blocks, told_of_copies, trained_names, with_moved
 from lightning_spectral.watch.options import Options
 from lightning_spectral.watch.outermost import Call
 from lightning_spectral.watch.outlets import Outlets
@@ -41,7 +39,6 @@ from lightning_spectral.watch.peers import Peers
 from lightning_spectral.watch.search import guessed_blocks, shown_blocks
 from lightning_spectral.watch.telling import inform, warn, warn_here
 from lightning_spectral.weights.model import ModelWeights
-from lightning_spectral.weights.names import parameters_of
 
 __all__ = ["Session"]
 
@@ -249,10 +246,10 @@ class Session:
             safe_zone=options.safe_zone,
             signals=options.signals,
         )
-        self._trained = _trained_names(model, self.meter.blocks, self._host.trained())
+        self._trained = trained_names(model, self.meter.blocks, self._host.trained())
         self.series.blocks = to_plain(blocks)
         copies = copied_blocks(self.meter.weights, self.meter.blocks) or ()
-        for note in (*getattr(blocks, "notes", ()), *_doubts(blocks), *map(_copied, copies)):
+        for note in (*getattr(blocks, "notes", ()), *_doubts(blocks), *map(told_of_copies, copies)):
             inform(f"{self._host.name}: {note}")
         if options.geometry:
             self._batch_watch = BatchWatch(model, blocks, calls)
@@ -459,22 +456,6 @@ def _doubts(blocks: Sequence[ResidualBlock]) -> Iterator[str]:
     if doubtful:
         first = f"{doubtful[0].name}: {doubtful[0].doubt}"
         yield f"{len(doubtful)} of {len(blocks)} blocks are not verified, so their numbers may be wrong ({first})"
-
-
-def _copied(indices: Sequence[int]) -> str:
-    """Say which blocks begin as copies: ``nn.TransformerEncoder`` copies the one layer that it is given."""
-    named = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
-    return f"blocks {named} have the same weights, bit for bit; draw them anew where they shall begin as different ones"
-
-
-def _trained_names(model: nn.Module, blocks: Sequence[ResidualBlock], trained: Sequence[Tensor]) -> frozenset[str]:
-    """Return the paths of the parameters of blocks that a run trains."""
-    ids = set(map(id, trained))
-    held = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in ids}
-    # A weight that is computed from others is trained with them, and to read it would compute it.
-    sources = {name.partition(".parametrizations.")[::2] for name in held if ".parametrizations." in name}
-    computed = {f"{owner}.{rest.partition('.')[0]}" for owner, rest in sources}
-    return frozenset(name for name in parameters_of(blocks) if name in held or name in computed)
 
 
 def _error_of(action: Callable[..., None], *args: Any) -> Exception | None:
