@@ -2,9 +2,13 @@
 
     python benchmarks/collapses.py run                  # trains what is missing; about 2 hours of one core
     python benchmarks/collapses.py run post_norm_lm --seeds 0 --workers 2
+    python benchmarks/collapses.py jacobian --seeds 0 1  # the same runs again, for the ratio by "jacobian"
 
 Every case of `failures` is trained sick and healthy, with a `Watch` that measures every 10 steps. A run leaves its
 journal and `training.json` in a folder; a folder with both is not run again.
+
+"jacobian" repeats runs without a watch, measures that ratio on the held-out batch, and leaves `jacobian.json`. The
+losses of both must agree to the bit: watching changes nothing.
 """
 
 from __future__ import annotations
@@ -16,18 +20,20 @@ import math
 import multiprocessing
 import os
 import warnings
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 EVERY_N_STEPS = 10
+JACOBIAN_EVERY_N_STEPS = 40  # one measurement takes as long as 10 steps and more
 RUNS = Path(__file__).parent / "results" / "failures"
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["run"])
+    parser.add_argument("action", choices=["run", "jacobian"])
     parser.add_argument("names", nargs="*", help="cases, all by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 2, 4])
     parser.add_argument("--twins", nargs="+", default=["sick", "healthy"], choices=["sick", "healthy"])
@@ -97,18 +103,63 @@ def run(task: tuple[str, str, int]) -> str:
     return f"{name} {twin} {seed}: loss {losses[0]:.3g} -> {losses[-1]:.3g}, residual {truth[-1][1]:.2g}"
 
 
+def run_again(task: tuple[str, str, int]) -> str:
+    """Train one twin once more with the ratio by "jacobian", and return a line about it."""
+    import torch
+    from failures import CASES
+    from torch import nn
+
+    from lightning_spectral import find_blocks, measure
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.backends.mha.set_fastpath_enabled(False)
+    name, twin, seed = task
+    training = next(case for case in CASES if case.name == name).begin(seed, twin == "sick")
+    model, held_out = training.model, training.inputs(training.held_out)
+    blocks = find_blocks(model, batch=held_out)
+    losses: list[float] = []
+    ratios: list[list[Any]] = []  # step, smallest and largest ratio
+
+    def look(step: int) -> None:
+        found = measure(model, blocks, batch=held_out, linearization="jacobian")
+        known = [layer.ratio for layer in found if layer.ratio is not None]
+        ratios.append([step, min(known, default=None), max(known, default=None)])
+
+    look(0)
+    for step in range(training.steps):
+        training.schedule(step)
+        loss = training.loss(training.batch(step))
+        training.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), math.inf if training.clip is None else training.clip)
+        training.optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % JACOBIAN_EVERY_N_STEPS == 0:
+            look(step + 1)
+    watched = json.loads((folder_of(*task) / "training.json").read_text())["losses"]
+    same = repr(losses) == repr(watched)  # NaN is no number equal to itself
+    (folder_of(*task) / "jacobian.json").write_text(json.dumps({"ratios": ratios, "same_losses": same}))
+    return f"{name} {twin} {seed}: {ratios[-1]}{'' if same else '  OTHER LOSSES THAN WITH A WATCH'}"
+
+
+ACTIONS: dict[str, tuple[Callable[[tuple[str, str, int]], str], str]] = {
+    "run": (run, "training.json"),
+    "jacobian": (run_again, "jacobian.json"),
+}
+
+
 def main() -> None:
     """Train what is missing."""
     from failures import CASES
 
     args = parse()
     names = args.names or [case.name for case in CASES]
-    tasks = [
-        task for task in product(names, args.twins, args.seeds) if not (folder_of(*task) / "training.json").exists()
-    ]
+    action, left = ACTIONS[args.action]
+    tasks = [task for task in product(names, args.twins, args.seeds) if not (folder_of(*task) / left).exists()]
     os.environ["OMP_NUM_THREADS"] = "1"
     with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=8) as pool:
-        for line in pool.imap_unordered(run, tasks):
+        for line in pool.imap_unordered(action, tasks):
             print(line, flush=True)
 
 

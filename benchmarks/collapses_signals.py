@@ -33,14 +33,15 @@ class SoFar:
         losses: The loss of every step before the measurement.
         gradients: The norm of the gradient in every step before the measurement.
         chance: The loss of a model that knows nothing of its inputs, ``None`` where it has no meaning.
-        paper: The smallest and the largest ratio by ``"paper"`` at this step, ``None`` where it was not measured.
+        others: The smallest and the largest ratio at this step by another linearization, ``"paper"`` or
+            ``"jacobian"``, where it was measured.
     """
 
     measurements: Sequence[Measurement]
     losses: Sequence[float]
     gradients: Sequence[float]
     chance: float | None
-    paper: tuple[float | None, float | None] | None
+    others: Mapping[str, tuple[float | None, float | None]]
 
 
 Of = Callable[[Measurement, SoFar], float | None]
@@ -126,9 +127,9 @@ def operator_change(measurement: Measurement, so_far: SoFar) -> float | None:
     return max(known([weights(name)(layer) for layer in measurement for name in names]), default=None)
 
 
-def paper(place: Literal[0, 1]) -> Of:
-    """Return the smallest (0) or the largest (1) ratio by ``"paper"``."""
-    return lambda measurement, so_far: None if so_far.paper is None else so_far.paper[place]
+def ratio_by(linearization: str, place: Literal[0, 1]) -> Of:
+    """Return the smallest (0) or the largest (1) ratio by a linearization that the run's watch did not measure."""
+    return lambda measurement, so_far: so_far.others.get(linearization, (None, None))[place]
 
 
 def gradient(measurement: Measurement, so_far: SoFar) -> float | None:
@@ -151,8 +152,10 @@ SIGNALS = (
     Signal("circuit ρ, highest", "high", largest(lambda layer: layer.ratio)),
     Signal("circuit ρ, largest |ln ρ|", "high", largest(distance_from_one)),
     Signal("circuit ρ, change of ln ρ", "high", change_of_ratio),
-    Signal("paper ρ, lowest", "low", paper(0)),
-    Signal("paper ρ, highest", "high", paper(1)),
+    Signal("paper ρ, lowest", "low", ratio_by("paper", 0)),
+    Signal("paper ρ, highest", "high", ratio_by("paper", 1)),
+    Signal("jacobian ρ, lowest", "low", ratio_by("jacobian", 0)),
+    Signal("jacobian ρ, highest", "high", ratio_by("jacobian", 1)),
     Signal("update ratio, lowest", "low", smallest(functional("update_ratio"))),
     Signal("update ratio, highest", "high", largest(functional("update_ratio"))),
     Signal("token residual, last blocks", "low", last_tokens),
@@ -186,12 +189,15 @@ def three_digits(value: float | None) -> float | None:
 
 def signals_of(measurements: Sequence[Measurement], training: Mapping[str, Any]) -> dict[str, list[float | None]]:
     """Return the values of every signal, one per measurement; a signal that no measurement shows is left out."""
-    by_step = {step: (low, high) for step, low, high in training.get("paper") or ()}
+    by_step: dict[int, dict[str, tuple[float | None, float | None]]] = {}
+    for linearization in ("paper", "jacobian"):
+        for step, low, high in training.get(linearization) or ():
+            by_step.setdefault(step, {})[linearization] = (low, high)
     found: dict[str, list[float | None]] = {signal.name: [] for signal in SIGNALS}
     for number, measurement in enumerate(measurements):
         step = measurement.step
         past = (training["losses"][:step], training["gradients"][:step])
-        so_far = SoFar(measurements[: number + 1], *past, training["chance"], by_step.get(step))
+        so_far = SoFar(measurements[: number + 1], *past, training["chance"], by_step.get(step, {}))
         for signal in SIGNALS:
             found[signal.name].append(three_digits(signal.of(measurement, so_far)))
     return {name: values for name, values in found.items() if known(values)}
@@ -222,6 +228,8 @@ def verdict_of(training: Mapping[str, Any]) -> str:
 def condensed(folder: Path) -> dict[str, Any]:
     """Return one run as plain values: what it was, how it went, every signal, and the events of the rules."""
     training = json.loads((folder / "training.json").read_text())
+    if (folder / "jacobian.json").exists():
+        training["jacobian"] = json.loads((folder / "jacobian.json").read_text())["ratios"]
     measurements = History.read(folder / "spectral.jsonl").measurements
     return {
         **{name: training[name] for name in ("case", "twin", "seed", "fails_by")},

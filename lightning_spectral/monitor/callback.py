@@ -82,7 +82,8 @@ class SpectralMonitor(Callback):
         solver: How spectral norms are computed; by default randomized, warm-started from measurement to measurement.
         geometry: Whether to look at the batch of measured steps too: at tokens and samples behind every block, at the
             updates of both branches, at attention logits and at the output. A few samples run in evaluation mode in
-            front of the real pass. Nothing is added to other steps.
+            front of the real pass. Nothing is added to other steps. A tuple chooses among ``"tokens"`` (of
+            blocks and output, with the samples), ``"updates"`` and ``"logits"``.
         signals: What else to ask of the weights: ``"change"`` since the last measurement, ``"stable_rank"``,
             ``"alignment"`` of neighbouring blocks, ``"logit_bound"`` of the attention
             (:class:`~lightning_spectral.records.WeightSignals`). ``"change"`` costs no product; ``"stable_rank"`` one
@@ -115,7 +116,7 @@ class SpectralMonitor(Callback):
         safe_zone: tuple[float, float] = (0.5, 2.0),
         blocks: Sequence[ResidualBlock] | Mapping[str, Any] | None = None,
         solver: SolverChoice = None,
-        geometry: bool = True,
+        geometry: bool | Collection[str] = True,
         signals: Collection[str] = (),
         per_layer: bool = False,
         on_alarm: OnAlarm | Callable[[Trainer, LightningModule, Event], object] = "log",

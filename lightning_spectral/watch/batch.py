@@ -11,7 +11,7 @@ weights, in evaluation mode and without gradients, and everything that this pass
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -37,6 +37,7 @@ from lightning_spectral.records import (
 )
 from lightning_spectral.records.measurements import OutputKind
 from lightning_spectral.tokens import token_residual
+from lightning_spectral.watch.options import LOOKS
 from lightning_spectral.watch.outermost import Call, OutermostCalls
 from lightning_spectral.weights.paths import module_at
 
@@ -59,13 +60,22 @@ class BatchWatch:
         blocks: The blocks.
         calls: The calls of modules of the model that show the blocks; a call of the model is guessed where there are
             none. They are traced once, to see which constants follow the branches.
+        looks: What is looked at, among :data:`~lightning_spectral.watch.options.LOOKS`.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock], calls: Sequence[Call] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[ResidualBlock],
+        calls: Sequence[Call] = (),
+        *,
+        looks: Collection[str] = LOOKS,
+    ) -> None:
         self._model, self._blocks = model, blocks
-        self._outputs = BlockOutputs(model, blocks)
-        self._updates = _update_watch(model, blocks, calls)
-        self._logits = AttentionLogits(model, blocks)
+        self._sees_tokens = "tokens" in looks
+        self._outputs = BlockOutputs(model, blocks if self._sees_tokens else ())
+        self._updates = _update_watch(model, blocks, calls) if "updates" in looks else None
+        self._logits = AttentionLogits(model, blocks) if "logits" in looks else None
         # In a stream of (tokens, batch, width) nobody knows which dimension of the arguments the samples are in.
         self._samples_first = not any(block.token_dims == (0,) for block in blocks)
         self._sharded = False
@@ -118,7 +128,7 @@ class BatchWatch:
         error, self._error = self._error or (self._updates.error if self._updates else None), None
         geometry = self._outputs.values()
         updates = {} if self._updates is None else self._updates.updates
-        logits = self._logits.values()
+        logits = {} if self._logits is None else self._logits.values()
         if error is not None:
             raise error
         layers = [
@@ -175,16 +185,19 @@ class BatchWatch:
                 if watch is not None:
                     watch.start()
                     stack.callback(watch.stop)
-            stack.enter_context(self._logits)
+            if self._logits is not None:
+                stack.enter_context(self._logits)
             result = call.module(*call.args, **call.kwargs)
             self._note("few", result, call.samples)
 
     @torch.no_grad()
     def _note(self, what: str, result: Any, samples: int | None) -> None:
         """Note how far the output is from being the same for all samples; of several calls, the last counts."""
+        if not (self._sees_tokens and self._samples_first) or samples is None or samples < 2:
+            return
         leaves = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point())
         output = next((leaf for leaf in leaves if leaf.dim() > 1 and leaf.shape[0] == samples), None)
-        if output is None or not self._samples_first or samples is None or samples < 2 or not output.numel():
+        if output is None or not output.numel():
             return
         flat = output.detach().flatten(1)
         with torch.autocast(flat.device.type, enabled=False), _disable_current_modes():

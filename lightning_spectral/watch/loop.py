@@ -65,7 +65,7 @@ class Watch:
         batch: Example input for finding them, if none can be guessed: a tensor, a tuple of positional arguments or a
             dict of keyword arguments. Without one, a run that is only watched finds them in its first forward pass.
         solver: How spectral norms are computed.
-        geometry: Whether to look at a few samples of the batch too, in evaluation mode.
+        geometry: Whether to look at a few samples of the batch too, in evaluation mode, or at which of their parts.
         signals: What else to ask of the weights.
         per_layer: Whether values are given for every block, besides the summary.
         on_alarm: What to do at a failure beyond telling it: nothing, ``"checkpoint"``, which saves model and optimizers
@@ -102,7 +102,7 @@ class Watch:
         blocks: Wanted = None,
         batch: Any = None,
         solver: SolverChoice = None,
-        geometry: bool = True,
+        geometry: bool | Collection[str] = True,
         signals: Collection[str] = (),
         per_layer: bool = False,
         on_alarm: OnAlarm | Callable[[Event], object] = "log",

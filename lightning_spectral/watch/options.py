@@ -15,7 +15,10 @@ from lightning_spectral.linalg.solvers import SolverChoice, solver_named
 from lightning_spectral.measuring.signals import SIGNALS
 from lightning_spectral.records import ResidualBlock
 
-__all__ = ["AutoRescale", "OnAlarm", "Options", "Wanted"]
+__all__ = ["LOOKS", "AutoRescale", "OnAlarm", "Options", "Wanted"]
+
+LOOKS = ("tokens", "updates", "logits")
+"""What can be looked at in a batch: tokens and samples, updates of the branches, attention logits."""
 
 AutoRescale = bool | GainCeiling | ResidualRescaler
 OnAlarm = Literal["log", "checkpoint", "stop"]
@@ -37,7 +40,7 @@ class Options:
     safe_zone: tuple[float, float] = (0.5, 2.0)
     blocks: Wanted = None
     solver: SolverChoice = None
-    geometry: bool = True
+    geometry: bool | Collection[str] = True
     signals: Collection[str] = ()
     per_layer: bool = False
     on_alarm: OnAlarm | Callable[..., object] = "log"
@@ -61,7 +64,8 @@ class Options:
         }
         if not callable(self.on_alarm):
             checked["on_alarm"] = _checks.choice("on_alarm", self.on_alarm, get_args(OnAlarm))
-        checked["geometry"] = _checks.flag("geometry", self.geometry)
+        if not isinstance(self.geometry, bool):
+            checked["geometry"] = _checks.choices("geometry", self.geometry, LOOKS)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.law is not None:
@@ -75,6 +79,11 @@ class Options:
             name: value for name, value in values.items() if name == "every_n_steps" or value != getattr(usual, name)
         }
         return ", ".join(f"{name}={_brief(value)}" for name, value in kept.items())
+
+    @property
+    def looks(self) -> tuple[str, ...]:
+        """What is looked at in a batch, among :data:`LOOKS`."""
+        return tuple(self.geometry) if not isinstance(self.geometry, bool) else LOOKS if self.geometry else ()
 
     @property
     def law(self) -> Law | None:

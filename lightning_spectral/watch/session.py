@@ -251,8 +251,8 @@ class Session:
         copies = copied_blocks(self.meter.weights, self.meter.blocks) or ()
         for note in (*getattr(blocks, "notes", ()), *_doubts(blocks), *map(told_of_copies, copies)):
             inform(f"{self._host.name}: {note}")
-        if options.geometry:
-            self._batch_watch = BatchWatch(model, blocks, calls)
+        if options.looks:
+            self._batch_watch = BatchWatch(model, blocks, calls, looks=options.looks)
         if self.series.warm_start:
             self.meter.load_state_dict(self.series.warm_start)
         if not self._host.rehearses:

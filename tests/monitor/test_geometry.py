@@ -15,7 +15,7 @@ from lightning.pytorch import seed_everything
 from tiny_run import BLOCKS, LitGPT, fit
 from torch import Tensor
 
-from lightning_spectral import SpectralMonitor, find_blocks
+from lightning_spectral import History, SpectralMonitor, find_blocks
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.tokens import token_residual
 
@@ -64,8 +64,26 @@ def test_it_is_on_by_default():
     assert SpectralMonitor().geometry is True
     assert SpectralMonitor(auto_rescale=True).geometry is True
     assert SpectralMonitor(geometry=False).geometry is False
-    with pytest.raises(ConfigurationError, match="geometry='yes': expected True or False"):
+    with pytest.raises(ConfigurationError, match="geometry='yes': 'yes' is none of 'tokens', 'updates', 'logits'"):
         SpectralMonitor(geometry="yes")
+
+
+SHOWN = {
+    "tokens": ("token_residual", "effective_rank", "sample_residual", "stream_rms"),
+    "updates": ("update_ratio",),
+    "logits": ("attention_logit",),
+}
+
+
+@pytest.mark.parametrize("look", SHOWN)
+def test_each_look_is_measured_alone(tmp_path: Path, look: str):
+    fit(tmp_path, SpectralMonitor(2, geometry=(look,)), module=LitGPT())
+    last = History.read(tmp_path / "spectral.jsonl").measurements[-2]  # no pass uses the last weights
+    for name, quantities in SHOWN.items():
+        for quantity in quantities:
+            values = {getattr(layer.functional if name != "tokens" else layer, quantity, None) for layer in last}
+            assert (None not in values) if name == look else values == {None}
+    assert (last.output is not None) == (look == "tokens")
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
