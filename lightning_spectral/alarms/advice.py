@@ -1,30 +1,33 @@
-"""What to try after a failure, in the order in which it helped in `benchmarks/remedies.py` where that was tried."""
+"""What to try after a failure, in the order in which it helped in `benchmarks/remedies.py` where that was tried.
+
+A message names the first thing; the rest is in the event and in the documentation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-__all__ = ["ADVICE", "WORDS", "tried"]
+__all__ = ["ADVICE", "WORDS"]
 
 WORDS: Mapping[str, str] = {
-    "go_back": "go back to the last good checkpoint",
-    "warm_up": "warm the learning rate up over more steps",
+    "go_back": "go back to the last good checkpoint, and train on with a tenth of the learning rate",
+    "warm_up": "restart with a longer warm-up of the learning rate",
     "lower_rate": "lower the learning rate to a tenth",
-    "pre_norm": "put the norms in front of the branches (norm_first=True)",
-    "ceiling": "let the ceiling law hold both branches down (auto_rescale=True)",
+    "pre_norm": "restart with the norms in front of attention and MLP (norm_first=True in PyTorch's layers)",
+    "ceiling": "restart with auto_rescale=True, with which the monitor limits how strongly attention and MLP act",
     "check_data": "look at the batches just before",
-    "check_mask": "look for rows whose tokens are all masked",
-    "stop_gradient": "stop the gradient of one view, or add a term that keeps outputs apart",
-    "lower_attention": "start attention weaker (balance_init_)",
-    "give_to_optimizer": "give the optimizer the parameters that shall learn, after they are made",
-    "check_rate": "look at the learning rate that the optimizer has now",
+    "check_mask": "look for samples whose tokens are all masked",
+    "stop_gradient": "without labels, stop the gradient of one view or add a term to the loss that keeps outputs apart",
+    "lower_attention": "restart with weaker attention (balance_init_)",
+    "give_to_optimizer": "check that the optimizer was built from the parameters of the final model",
+    "check_rate": "check that the learning rate is not 0",
     "check_gradients": "look for gradients that are None or zero",
-    "qk_norm": "normalize queries and keys",
+    "qk_norm": "normalize queries and keys (QK-norm)",
 }
 """A sentence for every piece of advice, by its name."""
 
 ADVICE: Mapping[str, tuple[str, ...]] = {
-    "not_finite": ("go_back", "lower_rate", "check_mask", "check_data", "qk_norm"),
+    "not_finite": ("go_back", "check_mask", "check_data", "qk_norm"),
     "tokens_collapsed": ("pre_norm", "ceiling", "lower_rate", "warm_up"),
     "samples_collapsed": ("lower_rate", "ceiling", "stop_gradient"),
     "logits_exploding": ("qk_norm", "lower_rate"),
@@ -32,9 +35,3 @@ ADVICE: Mapping[str, tuple[str, ...]] = {
     "tokens_collapsing": ("ceiling", "lower_attention", "lower_rate"),
 }
 """What to try after an event, by the name of its rule."""
-
-
-def tried(advice: Sequence[str]) -> str:
-    """Return a sentence of what to try first, and what then."""
-    first, *others = (WORDS[name] for name in advice)
-    return f"Try this first: {first}" + (f"; if it does not help: {'; '.join(others)}" if others else "")

@@ -1,7 +1,7 @@
 """Messages of events.
 
 The first sentence says what happened in plain words, the second one where, since when and how sure it is, with the
-numbers; then comes what to try.
+numbers; then comes one thing to try.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from statistics import median
 
-from lightning_spectral.alarms.advice import ADVICE, tried
+from lightning_spectral.alarms.advice import ADVICE, WORDS
 from lightning_spectral.alarms.memory import BlockMemory, Memory, line_through
 from lightning_spectral.alarms.quality import sureness
 from lightning_spectral.alarms.signs import Sign, samples_collapsed
@@ -76,10 +76,7 @@ def _not_finite(level: Level, sign: Sign, since: int, memory: Memory, measuremen
         where = f"{part} {layer.index} ({layer.name}) is the first that is not finite"
     known = "" if memory.finite is None else f"; at step {memory.finite} everything was finite"
     grew = _grew(memory, measurement)
-    text = (
-        "the network computes with numbers that are not numbers any more (NaN or infinity). At step "
-        f"{measurement.step} {where}{known}{grew}{sureness('not_finite')}"
-    )
+    text = f"the network computes with NaN or infinity. At step {measurement.step} {where}{known}{grew}"
     return _told(level, "not_finite", sign, since, measurement, text)
 
 
@@ -87,18 +84,19 @@ def _tokens_collapsed(level: Level, sign: Sign, since: int, memory: Memory, meas
     layer, samples = sign.layers[0], samples_collapsed(memory, measurement)
     also = ", and different samples give the same output" if samples is not None and samples.seen else ""
     text = (
-        f"the network gives every token the same answer. Behind block {layer.index} ({layer.name}) all tokens of a "
-        f"sample have been one vector since step {since} ({_numbers(sign.values)}){also}{_balance(memory, measurement)}"
-        f"{sureness('tokens_collapsed')}"
+        f"the network gives every token the same answer. Behind block {layer.index} ({layer.name}) the tokens of a "
+        f"sample have been nearly identical since step {since}: they differ by {_tokens(sign.values)}{also}"
+        f"{_balance(memory, measurement)}"
     )
     return _told(level, "tokens_collapsed", sign, since, measurement, text)
 
 
 def _samples_collapsed(level: Level, sign: Sign, since: int, memory: Memory, measurement: Measurement) -> Event:
-    where = f"behind block {sign.layers[0].index} ({sign.layers[0].name})" if sign.layers else "at the output"
+    of, name = (sign.layers[0], "sample_residual") if sign.layers else (None, "output_residual")
+    where = "the outputs" if of is None else f"what leaves block {of.index} ({of.name})"
     text = (
-        f"the network gives every input the same answer. Since step {since} all samples of a batch are one {where} "
-        f"({_numbers(sign.values)}){sureness('samples_collapsed')}"
+        f"the network gives every input the same answer. Since step {since} {where} for different samples have been "
+        f"nearly identical: they differ by {sign.values[name]:.2g} of their size"
     )
     return _told(level, "samples_collapsed", sign, since, measurement, text)
 
@@ -106,9 +104,8 @@ def _samples_collapsed(level: Level, sign: Sign, since: int, memory: Memory, mea
 def _nothing_moves(level: Level, sign: Sign, since: int, memory: Memory, measurement: Measurement) -> Event:
     branches, step = sign.values["branches"], sign.values["step_before"]
     text = (
-        "the network does not learn: its blocks stay as they were. "
-        f"All {branches:.0f} branches that the optimizer should train have the weights of step {step:.0f}, bit for bit"
-        f"{sureness('nothing_moves')}"
+        f"the network does not learn. None of its {branches:.0f} trainable attention and MLP branches has changed "
+        f"since step {step:.0f}, not by one bit"
     )
     return _told(level, "nothing_moves", sign, memory.began or 0, measurement, text)
 
@@ -118,9 +115,9 @@ def _logits_exploding(level: Level, sign: Sign, since: int, memory: Memory, meas
     before = f", {values['attention_logit_before']:.3g} at step {values['step_before']:.0f}"
     earlier = before if values["step_before"] < measurement.step else ""
     text = (
-        f"some attention looks at single tokens and cannot learn to look elsewhere. In block {layer.index} "
+        f"attention begins to look at single tokens, and can hardly learn to look elsewhere. In block {layer.index} "
         f"({layer.name}) the largest attention logit has been above 100 since step {since} (now "
-        f"{values['attention_logit']:.3g}{earlier}){sureness('logits_exploding')}"
+        f"{values['attention_logit']:.3g}{earlier}), and a softmax of such logits is nearly one-hot"
     )
     return _told(level, "logits_exploding", sign, since, measurement, text)
 
@@ -129,11 +126,11 @@ def _tokens_collapsing(level: Level, sign: Sign, since: int, memory: Memory, mea
     layer, coming = sign.layers[0], ""
     if sign.forecast is not None:
         at, earliest, latest = (f"{step:.0f}" for step in astuple(sign.forecast))
-        coming = f"; if it goes on they are one vector by step {at} ({earliest} to {latest})"
+        between = "" if earliest == latest else f" ({earliest} to {latest})"
+        coming = f"; at this pace they are identical by step {at}{between}"
     text = (
         f"the network begins to give every token the same answer. Behind block {layer.index} ({layer.name}) the tokens "
-        f"of a sample are close to one vector ({_numbers(sign.values)}){coming}{_balance(memory, measurement)}"
-        f"{sureness('tokens_collapsing')}"
+        f"of a sample differ by only {_tokens(sign.values)}{coming}{_balance(memory, measurement)}"
     )
     return _told(level, "tokens_collapsing", sign, since, measurement, text)
 
@@ -151,7 +148,7 @@ RULES: Mapping[str, Callable[[Level, Sign, int, Memory, Measurement], Event]] = 
 def _told(level: Level, name: str, sign: Sign, since: int, measurement: Measurement, text: str) -> Event:
     """Add what to try, and where to read more."""
     advice = ADVICE[name]
-    text = f"{text}. {tried(advice)} ({_PAGE}#{name})"
+    text = f"{text}. Try: {WORDS[advice[0]]}. {sureness(name)}{_PAGE}#{name}"
     return _event(level, name, measurement, sign.layers, since, text, sign, advice)
 
 
@@ -182,17 +179,19 @@ def _event(
     )
 
 
+def _tokens(values: Mapping[str, float]) -> str:
+    """Say by how much of their size tokens differ, now and earlier."""
+    now = values["token_residual"]
+    earlier, step = values.get("token_residual_before", now), values.get("step_before", 0.0)
+    return f"{now:.2g} of their size" + ("" if earlier == now else f", by {earlier:.2g} at step {step:.0f}")
+
+
 def _numbers(values: Mapping[str, float]) -> str:
-    """Say the numbers of a sign: of residuals the one of now, and the earlier one."""
-    parts = []
-    if (now := values.get("token_residual")) is not None:
-        earlier, step = values.get("token_residual_before", now), values.get("step_before", 0.0)
-        before = "" if earlier == now else f", {earlier:.2g} at step {step:.0f}"
-        parts.append(f"token residual {now:.2g}{before}")
-    for name, word in (("sample_residual", "sample residual"), ("output_residual", "spread of the outputs")):
-        if name in values:
-            parts.append(f"{word} {values[name]:.2g}")
-    return ", ".join(parts)
+    """Say the residuals of a sign that has gone."""
+    if "token_residual" in values:
+        return f"they differ by {_tokens(values)}"
+    found = next((values[name] for name in ("output_residual", "sample_residual") if name in values), None)
+    return "" if found is None else f"they differ by {found:.2g} of their size"
 
 
 def _balance(memory: Memory, measurement: Measurement) -> str:
@@ -200,14 +199,17 @@ def _balance(memory: Memory, measurement: Measurement) -> str:
     below = [layer for layer in measurement if memory.blocks[layer.index].side < 0]
     if not below:
         return ""
-    return (
-        f"; in {len(below)} of {len(measurement.layers)} blocks attention outweighs the MLP, which makes tokens alike"
-    )
+    return f"; attention outweighs the MLP in {len(below)} of {len(measurement.layers)} blocks, and it averages tokens"
 
 
 def _grew(memory: Memory, measurement: Measurement) -> str:
     """Say what grew most between the last two finite measurements, of all norms, streams and logits."""
-    words = {"mlp": "norm of the MLP", "attention": "norm of the attention", "stream": "stream", "logit": "logits"}
+    words = {
+        "mlp": "norm of the MLP's weights",
+        "attention": "norm of the attention's weights",
+        "stream": "stream",
+        "logit": "largest attention logit",
+    }
     grown = []
     for index, block in memory.blocks.items():
         for name, series in block.sizes.items():
@@ -218,8 +220,8 @@ def _grew(memory: Memory, measurement: Measurement) -> str:
         return ""
     factor, index, name, step = max(grown)
     if factor < 1.5:
-        return ", and nothing had grown much before"
-    return f", and the {words[name]} of block {index} had grown {factor:.3g} times from step {step}"
+        return ", and nothing had grown much"
+    return f", and the {words[name]} in block {index} had grown by a factor of {factor:.3g} since step {step}"
 
 
 def _branch(word: str) -> str:

@@ -37,11 +37,11 @@ QUALITY: Mapping[str, Quality] = {
 
 
 def sureness(name: str) -> str:
-    """Return a clause on how often a rule was right, empty for a rule without figures."""
+    """Return a remark on how often a rule was right, which ends before the place to read more."""
     quality = QUALITY.get(name)
     if quality is None:
-        return ""
+        return "More: "
     return (
-        f"; in tests this came in {quality.told} of {quality.failing} runs that failed so and in {quality.false} of "
-        f"{quality.healthy} healthy ones"
+        f"How sure: this message came in {quality.told} of {quality.failing} such failures and in {quality.false} of "
+        f"{quality.healthy} healthy runs of the benchmark. More: "
     )

@@ -20,10 +20,10 @@ from lightning_spectral.weights.paths import module_at
 __all__ = ["BlockOutputs", "Geometry", "as_sequences"]
 
 MASSIVE = 100.0  # an activation is massive above this multiple of the median
-# The effective rank needs the eigenvalues of a Gram matrix, so it is computed from 2 sequences, with at most 256 evenly
-# spaced tokens each. The residuals are of at most 8 evenly spaced sequences.
+# The effective rank needs the eigenvalues of a Gram matrix, so it is computed from 1 sequence, with at most 256 evenly
+# spaced tokens. The residuals are of at most 8 evenly spaced sequences.
 _SEQUENCES = 8
-_RANK_TOKENS, _RANK_SEQUENCES = 256, 2
+_RANK_TOKENS, _RANK_SEQUENCES = 256, 1
 
 
 class Geometry(NamedTuple):

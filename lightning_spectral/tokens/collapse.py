@@ -34,7 +34,8 @@ def token_residual(X: Tensor, mask: Tensor | None = None, *, massive: float | No
     X, valid = select(X, mask, massive=massive)
     X, measurable = unit_scaled(X)
     size = torch.linalg.vector_norm(X, dim=(-2, -1))
-    residual = torch.linalg.vector_norm(centred_tokens(X, valid), dim=(-2, -1))
+    everything = mask is None and massive is None
+    residual = torch.linalg.vector_norm(centred_tokens(X, None if everything else valid), dim=(-2, -1))
     return torch.where(measurable, residual / torch.where(measurable, size, 1.0), math.nan)
 
 

@@ -85,7 +85,7 @@ def _outliers(peaks: Tensor, multiple: float) -> Tensor:
     return (peaks / multiple > median) & peaks.isfinite()
 
 
-def centred_tokens(X: Tensor, valid: Tensor) -> Tensor:
+def centred_tokens(X: Tensor, valid: Tensor | None = None) -> Tensor:
     """Return X minus the mean token, zero where a token does not count.
 
     The first token is subtracted before the mean is taken, so that equal tokens give exact zeros. Otherwise the
@@ -93,11 +93,14 @@ def centred_tokens(X: Tensor, valid: Tensor) -> Tensor:
 
     Args:
         X: ``(..., tokens, width)``, zero where a token does not count.
-        valid: ``(..., tokens)``, boolean.
+        valid: ``(..., tokens)``, boolean; all tokens count without it, which is cheaper.
 
     Returns:
         ``(..., tokens, width)``.
     """
+    if valid is None:
+        X = X - X[..., :1, :]
+        return X - X.mean(-2, keepdim=True)
     first = valid.to(torch.uint8).argmax(-1, keepdim=True)[..., None].expand(*X.shape[:-2], 1, X.shape[-1])
     absent = ~valid[..., None]
     X = (X - X.gather(-2, first)).masked_fill_(absent, 0.0)

@@ -229,12 +229,10 @@ def test_a_collapse_is_told_at_the_second_measurement_with_what_came_before_and_
     (failure,) = run.events
     assert (failure.level, failure.step, failure.since, failure.blocks) == ("failure", 20, 10, (5,))
     assert failure.message == (
-        "FAILURE at step 20: the network gives every token the same answer. Behind block 5 (b.5) all tokens of a "
-        "sample have been one vector since step 10 (token residual 0.005, 0.66 at step 0)"
-        f"{sureness('tokens_collapsed')}"
-        ". Try this first: put the norms in front of the branches (norm_first=True); if it does not help: let the "
-        "ceiling law hold both branches down (auto_rescale=True); lower the learning rate to a tenth; warm the "
-        "learning rate up over more steps (docs/monitor.md#tokens_collapsed)"
+        "FAILURE at step 20: the network gives every token the same answer. Behind block 5 (b.5) the tokens of a "
+        "sample have been nearly identical since step 10: they differ by 0.005 of their size, by 0.66 at step 0"
+        ". Try: restart with the norms in front of attention and MLP (norm_first=True in PyTorch's layers). "
+        f"{sureness('tokens_collapsed')}docs/monitor.md#tokens_collapsed"
     )
     assert failure.values == pytest.approx({"token_residual": 0.005, "token_residual_before": 0.66, "step_before": 0.0})
     assert failure.advice == ("pre_norm", "ceiling", "lower_rate", "warm_up")
@@ -243,7 +241,7 @@ def test_a_collapse_is_told_at_the_second_measurement_with_what_came_before_and_
 def test_the_ratio_explains_where_attention_outweighs_the_mlp():
     run = Watched()
     run.see([1.0, 0.1, 0.2, 1.0, 1.0, 1.0], GONE, times=2)
-    assert "; in 2 of 6 blocks attention outweighs the MLP, which makes tokens alike" in run.events[-1].message
+    assert "; attention outweighs the MLP in 2 of 6 blocks, and it averages tokens. Try: " in run.events[-1].message
     run = Watched()
     run.see([3.0] * 6, GONE, times=2)
     assert "outweighs" not in run.events[-1].message
@@ -259,7 +257,7 @@ def test_a_fall_over_training_is_forecast_and_told_before_it_arrives():
     assert warning.forecast is not None
     assert warning.forecast.at == pytest.approx(10 * math.log(COLLAPSED / 0.8) / math.log(0.8))
     assert warning.forecast.earliest <= warning.forecast.at + 1e-9
-    assert f"if it goes on they are one vector by step {warning.forecast.at:.0f} (" in warning.message
+    assert f"at this pace they are identical by step {warning.forecast.at:.0f}; " in warning.message
 
 
 def test_a_slow_fall_is_not_soon():
@@ -298,7 +296,8 @@ def test_a_failure_is_said_once_and_its_end_once():
     assert run.memory.is_on("tokens_collapsed")
     run.see([1.0] * 6, HEALTHY, times=10)
     assert run.names() == ["tokens_collapsed", "tokens_collapsed_over"]
-    assert run.events[-1].message == "step 120: the tokens are apart again (token residual 0.66, 0.005 at step 50)"
+    expected = "step 120: the tokens are apart again (they differ by 0.66 of their size, by 0.005 at step 50)"
+    assert run.events[-1].message == expected
     assert not run.memory.is_on("tokens_collapsed")
     run.see([1.0] * 6, GONE, times=3)
     assert run.names()[-1] == "tokens_collapsed"
@@ -359,11 +358,9 @@ def test_samples_that_are_one_are_a_failure_though_tokens_differ():
     (failure,) = run.events
     assert (failure.name, failure.step, failure.since, failure.blocks) == ("samples_collapsed", 30, 20, ())
     assert failure.message == (
-        "FAILURE at step 30: the network gives every input the same answer. Since step 20 all samples of a batch are "
-        f"one at the output (sample residual 0.5, spread of the outputs 0.03){sureness('samples_collapsed')}. Try "
-        "this first: lower the learning rate to a tenth; if it does not help: let the ceiling law hold both branches "
-        "down (auto_rescale=True); stop the gradient of one view, or add a term that keeps outputs apart "
-        "(docs/monitor.md#samples_collapsed)"
+        "FAILURE at step 30: the network gives every input the same answer. Since step 20 the outputs for "
+        f"different samples have been nearly identical: they differ by 0.03 of their size"
+        f". Try: lower the learning rate to a tenth. {sureness('samples_collapsed')}docs/monitor.md#samples_collapsed"
     )
 
 
@@ -388,7 +385,7 @@ def test_a_stream_that_is_the_same_for_all_samples_is_a_failure_of_every_model()
     run = Watched()
     run.see([1.0] * 6, HEALTHY, times=2, samples=1e-6, output=OutputMeasurement(0.5, 0.9, kind="token"))
     assert [(event.name, event.blocks) for event in run.events] == [("samples_collapsed", (5,))]
-    assert "all samples of a batch are one behind block 5 (b.5)" in run.events[0].message
+    assert "Since step 0 what leaves block 5 (b.5) for different samples" in run.events[0].message
 
 
 # What is not finite
@@ -413,9 +410,9 @@ def test_weights_that_are_not_finite_are_told_at_once_with_what_had_grown():
     assert failure.branch == "mlp"
     assert failure.values == {"blocks_not_finite": 2.0}
     assert failure.message.startswith(
-        "FAILURE at step 30: the network computes with numbers that are not numbers any more (NaN or infinity). At "
-        "step 30 the MLP of block 1 (b.1) is the first that is not finite; at step 20 everything was finite, and the "
-        "norm of the MLP of block 1 had grown 4 times from step 10"
+        "FAILURE at step 30: the network computes with NaN or infinity. At step 30 the MLP of block 1 (b.1) is the "
+        "first that is not finite; at step 20 everything was finite, and the norm of the MLP's weights in block 1 had "
+        "grown by a factor of 4 since step 10"
     )
 
 
@@ -425,7 +422,7 @@ def test_nothing_may_have_grown_before():
     run.take(broken(measured(run.step, [1.0] * 3, HEALTHY[:3]), 0, stream_finite=False, stream_rms=None))
     (failure,) = run.events
     assert "At step 30 what leaves block 0 (b.0) is the first that is not finite" in failure.message
-    assert "everything was finite, and nothing had grown much before" in failure.message
+    assert "everything was finite, and nothing had grown much. " in failure.message
 
 
 def test_an_output_that_is_not_finite_is_told_too_and_hides_other_failures():
@@ -461,11 +458,9 @@ def test_weights_that_stay_as_they_were_are_told_after_three_measurements():
     (failure,) = run.events
     assert (failure.level, failure.name, failure.step, failure.since) == ("failure", "nothing_moves", 30, 0)
     assert failure.message == (
-        "FAILURE at step 30: the network does not learn: its blocks stay as they were. All 2 branches that the "
-        "optimizer should train have the weights of step 0, bit for bit"
-        f"{sureness('nothing_moves')}. Try this first: give the optimizer the parameters that shall learn, after they "
-        "are made; if it does not help: look at the learning rate that the optimizer has now; look for gradients that "
-        "are None or zero (docs/monitor.md#nothing_moves)"
+        "FAILURE at step 30: the network does not learn. None of its 2 trainable attention and MLP branches has "
+        "changed since step 0, not by one bit. Try: check that the optimizer was built from the parameters of the "
+        f"final model. {sureness('nothing_moves')}docs/monitor.md#nothing_moves"
     )
 
 
@@ -496,10 +491,10 @@ def test_logits_in_the_hundreds_are_a_warning_once():
     assert (warning.level, warning.name, warning.step, warning.since) == ("warning", "logits_exploding", 40, 30)
     assert (warning.blocks, warning.branch) == ((1,), "attention")
     assert warning.message == (
-        "WARNING at step 40: some attention looks at single tokens and cannot learn to look elsewhere. In block 1 "
-        "(b.1) the largest attention logit has been above 100 since step 30 (now 300, 99 at step 20)"
-        f"{sureness('logits_exploding')}. Try this first: normalize queries and keys; if it does not help: lower the "
-        "learning rate to a tenth (docs/monitor.md#logits_exploding)"
+        "WARNING at step 40: attention begins to look at single tokens, and can hardly learn to look elsewhere. In "
+        "block 1 (b.1) the largest attention logit has been above 100 since step 30 (now 300, 99 at step 20), and a "
+        "softmax of such logits is nearly one-hot. Try: normalize queries and keys (QK-norm). "
+        f"{sureness('logits_exploding')}docs/monitor.md#logits_exploding"
     )
     for _ in range(3):
         run.take(attending(run.step, 3.0, 50.0, None))

@@ -18,7 +18,8 @@ def test_the_page_shows_the_message_of_every_rule_under_its_link(rule):
     event = examples()[rule.name]
     section = PAGE.partition(f"### {rule.name}\n")[2].partition("\n###")[0]
     assert f"> {event.message}" in section.splitlines()
-    assert event.message.endswith(f"(docs/monitor.md#{rule.name})")
+    assert event.message.endswith(f" More: docs/monitor.md#{rule.name}")
+    assert f"In this order: {'; '.join(WORDS[name] for name in event.advice)}." in section.splitlines()
     assert event.level == rule.level
 
 

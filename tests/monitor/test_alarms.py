@@ -105,7 +105,7 @@ def test_without_tokens_a_collapse_is_not_seen(tmp_path: Path):
 
 @pytest.mark.parametrize("geometry", [True, False])
 def test_weights_that_become_nan_are_told_at_the_next_measurement(tmp_path: Path, geometry: bool):
-    with pytest.warns(UserWarning, match="FAILURE at step 6: the network computes with numbers that are not numbers"):
+    with pytest.warns(UserWarning, match="FAILURE at step 6: the network computes with NaN or infinity"):
         trainer = fit(tmp_path, SpectralMonitor(2, geometry=geometry), module=Breaking(6))
     (failure,) = [event for event in read_events(tmp_path / "spectral.jsonl") if event["level"] == "failure"]
     assert (failure["name"], failure["blocks"], failure["branch"]) == ("not_finite", [1], "mlp")
