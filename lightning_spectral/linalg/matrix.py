@@ -87,12 +87,14 @@ class Matrix(LinearOperator):
 
     def _down(self, Y: Tensor) -> Tensor:
         """Multiply the transpose of the stored rows by a block: ``(q, k) -> (p, k)``."""
+        rows = Y.mT
         result: Tensor | None = None
         row = 0
         for piece in self._pieces(Y.dtype):
-            part = Y[row : row + len(piece)].mT
+            count = piece.shape[0]
+            part = rows if count == rows.shape[1] else rows[:, row : row + count]
             result = torch.mm(part, piece) if result is None else torch.addmm(result, part, piece)
-            row += len(piece)
+            row += count
         assert result is not None
         return result.mT
 
@@ -147,4 +149,6 @@ def _times(rows: Tensor, X: Tensor) -> Tensor:
     if k >= _COLUMNS or rows.device.type != "cpu":
         return torch.mm(rows, X)
     padded = F.pad(X.mT, (0, 0, 0, _COLUMNS - k)).mT
-    return torch.cat([torch.mm(part, padded) for part in rows.split(_ROWS)])[:, :k]
+    if rows.shape[0] <= _ROWS:
+        return torch.mm(rows, padded)[:, :k]
+    return torch.cat([torch.mm(part, padded) for part in torch.split(rows, _ROWS)])[:, :k]

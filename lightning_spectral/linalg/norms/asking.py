@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Asking", "answered"]
+__all__ = ["Asking", "answered", "sent"]
 
 T = TypeVar("T")
 
@@ -50,12 +50,19 @@ def answered(computations: Sequence[Asking[T]]) -> list[T]:
     return [results[i] for i in range(len(computations))]
 
 
+def sent(numbers: Tensor, like: Tensor) -> Tensor:
+    """Copy a tensor from the CPU to the device and dtype of another one, without waiting for the device."""
+    # From ordinary memory, CUDA takes its own copy before it returns: the source may be freed at once.
+    return numbers.to(like, non_blocking=True)
+
+
 def _on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copy tensors to the CPU in float64, with one transfer per device."""
     copies = [tensor.double() if tensor.device.type == "cpu" else tensor for tensor in tensors]
     for device in {tensor.device for tensor in copies if tensor.device.type != "cpu"}:
         members = [i for i, tensor in enumerate(tensors) if tensor.device == device]
         together = torch.cat([tensors[i].flatten() for i in members]).cpu().double()
-        for i, part in zip(members, together.split([tensors[i].numel() for i in members]), strict=True):
+        parts = torch.split(together, [tensors[i].numel() for i in members])
+        for i, part in zip(members, parts, strict=True):
             copies[i] = part.view(tensors[i].shape)
     return copies

@@ -24,14 +24,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_spectral.linalg.norms.asking import sent
 from lightning_spectral.linalg.norms.orthonormal import factored, orthonormalized
 from lightning_spectral.linalg.sharding.stacked import Stacked
 
 __all__ = ["BlockKrylov", "Ritz"]
 
 
-# Noise that is added to a block: one rounding error of float32, relative to the longest row.
-_NOISE = 2.0**-24
+# Noise that is added to a block, relative to its largest entry. It stands out of the rounding errors of float32, most
+# of which lie in the basis and are no new directions. Its square stands out of those of the Gram matrix in float64.
+_NOISE = {torch.float32: 2.0**-20, torch.float64: 2.0**-24}
+# Ritz values below are zero, relative to the largest one.
+_ZERO = 2.0**-20
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +123,16 @@ class BlockKrylov:
         """Project the product of the newest block onto the basis, orthonormalize the rest into the next block."""
         column = Z @ self.basis.mT
         rest = torch.baddbmm(Z, column, self.basis, alpha=-1)
-        length = torch.linalg.vector_norm(Z, dim=2).amax(1) * (_NOISE / Z.shape[2] ** 0.5)
-        Q, L = factored(torch.addcmul(rest, length[:, None, None], self._noise))
+        # Each step needs new noise: the old may be part of the basis by now. Rolled normal numbers are as good as new.
+        size = _NOISE[Z.dtype] * Z.abs().amax((1, 2), keepdim=True)
+        Q, L = factored(torch.addcmul(rest, size, self._noise.roll(self.steps, 1)))
         # The rest after one projection may be little more than its rounding error, and then not orthogonal to the
         # basis. Two projections are enough ("twice is enough", Kahan and Parlett), and so are two factorizations.
         again = Q @ self.basis.mT
         Q, L2 = factored(torch.baddbmm(Q, again, self.basis, alpha=-1))
-        # Z = column · basis + L·Q of the first pass, and that Q = again · basis + L2·Q of the second pass.
-        self._columns.append(torch.baddbmm(column, L, again))
+        # Z = column · basis + L·Q of the first pass, and that Q = again · basis + L2·Q of the second pass. The noise
+        # and rounding errors in L · again are left out of T, which is then exactly the projection.
+        self._columns.append(column)
         self._coupling = (L @ L2).mT  # (batch, b, b)
         self._next = Q
 
@@ -156,10 +162,11 @@ class BlockKrylov:
         """
         # Divided by θ, a row is a unit vector of the basis and a part outside of it: long enough to be orthonormalized.
         theta = ritz.theta[:, -count:].flip(1)
-        floor = _NOISE * theta[:, :1].clamp_min(torch.finfo(theta.dtype).tiny)
-        inside = ritz.vectors[:, :, -count:].flip(2).to(self.basis)
-        outside = (ritz.coupling[:, :, -count:].flip(2) / torch.maximum(theta, floor).unsqueeze(1)).to(self.basis)
-        return orthonormalized(inside.mT @ self.basis + outside.mT @ self._next)[0]
+        floor = _ZERO * theta[:, :1].clamp_min(torch.finfo(theta.dtype).tiny)
+        outside = ritz.coupling[:, :, -count:].flip(2) / torch.maximum(theta, floor).unsqueeze(1)
+        weights = sent(torch.cat([ritz.vectors[:, :, -count:].flip(2), outside], dim=1), like=self.basis).mT
+        k = self.basis.shape[1]
+        return orthonormalized(weights[:, :, :k] @ self.basis + weights[:, :, k:] @ self._next)[0]
 
     def select(self, indices: Sequence[int]) -> BlockKrylov:
         """Return the subspaces of the operators at the given positions, themselves if these are all."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg.norms.asking import Asking, answered
+from lightning_spectral.linalg.norms.asking import Asking, answered, sent
 from lightning_spectral.linalg.norms.certificate import grams, normal_quantile, spectral_norms, upper_bound
 from lightning_spectral.linalg.norms.exact import largest_singular
 from lightning_spectral.linalg.norms.iteration import Outcome, iterate
@@ -150,6 +150,11 @@ class RandomizedSVD:
         return Memory(subspace, images, memory.upper, memory.exponent)
 
 
+def _chosen(rows: Tensor, indices: Sequence[int]) -> Tensor:
+    """Return the blocks at the given positions, without a copy if these are all."""
+    return rows if len(indices) == len(rows) else rows[indices]
+
+
 def _side_by_side(operators: Sequence[LinearOperator], memories: Sequence[Memory | None]) -> Iterator[list[list[int]]]:
     """Group operators into batches of one shape, and batches of one kind of device into those that share transfers.
 
@@ -205,11 +210,9 @@ class _Batch:
         return solved
 
     def _random(self, count: int, seed: int) -> Tensor:
-        """Return ``(count, n)`` standard normal numbers on the device, without waiting for it."""
-        rows = random_rows(seed, count, self.operators.shape[1])
-        if self.operators.device.type == "cuda":
-            rows = rows.pin_memory()
-        return rows.to(self.operators.device, self.operators.dtype, non_blocking=True)
+        """Return ``(count, n)`` standard normal numbers on the device."""
+        like = torch.empty(0, dtype=self.operators.dtype, device=self.operators.device)
+        return sent(random_rows(seed, count, self.operators.shape[1]), like)
 
     def _start(self) -> Tensor:
         """Return the blocks [V X] as rows, ``(batch, p + s, n)``; for a cold start all of them are random."""
@@ -256,13 +259,15 @@ class _Batch:
 
     def _cold(self, start: Tensor, images: Tensor) -> Asking[list[Solved | None]]:
         """Certify the operators whose products stay in the range of the dtype."""
-        certifying = self._certifying(start[:1], self.operators.adjoint(images))
-        sizes, *looked = yield [images.abs().amax((1, 2)), *certifying[1:]]
+        krylov, R = self._certifying(start[:1], self.operators.adjoint(images))
+        sizes, R, projected = yield [images.abs().amax((1, 2)), R, krylov.projected()]
         healthy = [i for i, size in enumerate(self.operators.agreed(sizes).tolist()) if self._in_range(size)]
         solved: list[Solved | None] = [None] * len(self.operators)
         if healthy:
-            krylov, R, projected = certifying[0].select(healthy), looked[0], looked[1][healthy]
-            results = yield from self._select(healthy)._certified(krylov, R, projected, images[healthy])
+            part = self._select(healthy)
+            results = yield from part._certified(
+                krylov.select(healthy), R, projected[healthy], _chosen(images, healthy)
+            )
             for i, result in zip(healthy, results, strict=True):
                 solved[i] = result
         return solved
@@ -293,10 +298,11 @@ class _Batch:
                 solved[i] = result
         if drop:
             part = self._select(drop)
+            # AᵀAV is known by now.
             rest = part.operators.adjoint(images[drop, p:])
-            certifying = part._certifying(start[drop], torch.cat([products[drop], rest], dim=1))
-            looked = yield certifying[1:]
-            results = yield from part._certified(certifying[0], *looked, images[drop])
+            krylov, R = part._certifying(start[drop], torch.cat([products[drop], rest], dim=1))
+            R, projected = yield [R, krylov.projected()]
+            results = yield from part._certified(krylov, R, projected, images[drop])
             for i, result in zip(drop, results, strict=True):
                 solved[i] = result
         return solved
@@ -323,8 +329,8 @@ class _Batch:
             for outcome, ceiling, memory in zip(outcomes, ceilings, self.memories, strict=True)
         ]
 
-    def _certifying(self, start: Tensor, products: Tensor) -> tuple[BlockKrylov, Tensor, Tensor]:
-        """Return the subspaces of [V X] after the first steps, R of the start, and the projected problems.
+    def _certifying(self, start: Tensor, products: Tensor) -> tuple[BlockKrylov, Tensor]:
+        """Return the subspaces of [V X] after the first steps, and R of the start.
 
         Args:
             start: ``(batch, p + s, n)``, or one block for all operators.
@@ -337,7 +343,7 @@ class _Batch:
         krylov = BlockKrylov(self.operators, Q.expand(len(products), -1, -1), products, noise)
         while krylov.steps < min(_FIRST, self.solver.max_iter, krylov.capacity):
             krylov.expand()
-        return krylov, L.mT, krylov.projected()
+        return krylov, L.mT
 
     def _certified(
         self, krylov: BlockKrylov, R: Tensor, projected: Tensor, images: Tensor
