@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_spectral.linalg.halves import multiplied_in_parts, reads_halves
 from lightning_spectral.linalg.operators import LinearOperator, balanced_by_largest, check_weight, vector_dtype
 
 __all__ = ["Matrix"]
@@ -28,7 +29,8 @@ class Matrix(LinearOperator):
         weight: ``(m, n)`` with any strides, or ``(groups, rows, n)``, which is read as the ``(groups * rows, n)``
             matrix with the groups below each other. An example are the values in fused rows
             ``(heads, 3, head_dim, n)[:, 2]``. For groups of columns, take the :class:`Adjoint` of a Matrix. Weights of
-            16 bits are converted a few rows at a time.
+            16 bits are multiplied as they lie on CUDA (see :mod:`~lightning_spectral.linalg.halves`), and elsewhere
+            converted a few rows at a time.
 
     Raises:
         ConfigurationError: If the weight is on the meta device, quantized or integer, empty, or not 2-D or 3-D.
@@ -93,7 +95,11 @@ class Matrix(LinearOperator):
         for piece in self._pieces(Y.dtype):
             count = piece.shape[0]
             part = rows if count == rows.shape[1] else rows[:, row : row + count]
-            result = torch.mm(part, piece) if result is None else torch.addmm(result, part, piece)
+            if piece.dtype != Y.dtype:
+                product = multiplied_in_parts(part, piece)
+                result = product if result is None else result + product
+            else:
+                result = torch.mm(part, piece) if result is None else torch.addmm(result, part, piece)
             row += count
         assert result is not None
         return result.mT
@@ -102,13 +108,13 @@ class Matrix(LinearOperator):
         """Yield the stored rows in order, in pieces that torch can multiply.
 
         Args:
-            dtype: The dtype of the pieces. A weight of another dtype or of odd strides is converted a few rows at a
-                time.
+            dtype: The dtype of the block that multiplies. A weight of another dtype or of odd strides is converted a
+                few rows at a time, except where it can be multiplied as it lies.
             small: Whether every piece has to be small.
         """
         for block in self._rows if self._rows.ndim == 3 else (self._rows,):
             fits = block.dtype == dtype and block.stride(1) == 1
-            if fits and not small:
+            if not small and (fits or reads_halves(block, dtype)):
                 yield block
                 continue
             for part in block.split(max(1, _PIECE_SIZE // block.shape[1])):
@@ -144,6 +150,8 @@ def _times(rows: Tensor, X: Tensor) -> Tensor:
     12 to 16 columns take as long as 8 or little longer, and need fewer products.
     """
     k = X.shape[1]
+    if rows.dtype != X.dtype:
+        return multiplied_in_parts(X.mT, rows.mT).mT
     if k <= 8:
         return F.linear(X.mT, rows).mT
     if k >= _COLUMNS or rows.device.type != "cpu":
