@@ -69,7 +69,7 @@ class Flops(NamedTuple):
     Attributes:
         products: With the weights, which processes that hold shards divide among themselves.
         projections: Onto the Krylov basis, in every process.
-        factorizations: QR of tall blocks, in every process; of a block of c columns about 4dc².
+        factorizations: Of blocks of vectors, in every process: two triangular solves of dc² for a block of c columns.
     """
 
     products: float
@@ -106,22 +106,34 @@ def columns(start: Start) -> tuple[int, int]:
     return KEPT + RANDOM, KEPT if start == "warm" else KEPT + RANDOM
 
 
-def bytes_read(operator: Operator, iterations: int, word: int = WORD) -> float:
-    """Return the bytes of weights that are read: t iterations are t products and t transposed products."""
-    return 2 * iterations * operator.weights * word
+def padded(columns: int) -> int:
+    """Return the columns that a product by A takes on a CPU, where 14 take longer than 16."""
+    return 16 if 8 < columns < 16 else columns
+
+
+def bytes_read(operator: Operator, start: Start, iterations: int, word: int = WORD) -> float:
+    """Return the bytes of weights that are read: t iterations are t products and t transposed products.
+
+    Where a warm start is certified again, the first transposed product is taken in two parts, of V and of X.
+    """
+    return (2 * iterations + (start == "again")) * operator.weights * word
 
 
 def flops(operator: Operator, start: Start, iterations: int) -> Flops:
     """Return the operations of all products, projections and factorizations of one operator."""
     (first, k), t, d = columns(start), iterations, operator.width
-    products = 2 * operator.weights * (first + k * (2 * t - 1))
-    # Step i projects k columns onto i·k, twice, and takes the projection out, twice. In the end the basis is combined.
-    projections = 4 * k**2 * d * t * (t + 1) + 2 * KEPT * k * d * (t + 1)
+    products = 2 * operator.weights * (padded(first) + padded(k) * (t - 1) + k * t)
+    # Step i projects k columns onto i·k, twice, and takes the projection out, twice. Two Gram matrices make the rest
+    # orthonormal. In the end the basis is combined.
+    projections = 4 * k**2 * d * t * (t + 2) + 2 * KEPT * k * d * (t + 1) + 4 * KEPT**2 * d
+    factorizations = 2 * k**2 * d * t + 2 * KEPT**2 * d
     if start != "cold":
         projections += 2 * (KEPT**2 + RANDOM**2) * d  # Grams that bound the change of the operator
-    factorizations = 8 * k**2 * d * t + 4 * KEPT**2 * d
+    if start == "again":  # V has been iterated once by then, and [V X] is made orthonormal
+        projections += 12 * KEPT**2 * d + 4 * k**2 * d
+        factorizations += 2 * KEPT**2 * d + 2 * k**2 * d
     if start != "warm":
-        factorizations += 5 * k**2 * d  # of the first block, and its images made to fit
+        factorizations += k**2 * d  # the products of the start made to fit
     return Flops(products, projections, factorizations)
 
 
@@ -130,6 +142,11 @@ def summed(operator: Operator, start: Start, iterations: int) -> float:
     first, k = columns(start)
     rows = operator.forward * (first + k * (iterations - 1)) + operator.adjoint * k * iterations
     return WORD * rows
+
+
+def multiplied(start: Start, iterations: int) -> int:
+    """Return the number of products by single matrices, two for each product by A and for each by Aᵀ."""
+    return 4 * iterations + 2 * (start == "again")
 
 
 def messages(shape: Shape, start: Start, iterations: Sequence[int]) -> Messages:
@@ -142,17 +159,17 @@ def messages(shape: Shape, start: Start, iterations: Sequence[int]) -> Messages:
     """
     items = operators(shape)
     longest = [max(iterations[i : i + BATCH]) for i in range(0, len(items), BATCH)]
-    # The range and, if warm, the carried bounds; then the errors, after the first step or, if certified, the second.
-    before, skipped = (1 if start == "cold" else 2), (0 if start == "warm" else 1)
+    # The range with, if warm, the carried bounds; then the errors, after the first step or, if certified, the second.
+    known, skipped = (8 if start == "cold" else 24), (0 if start == "warm" else 1)
     looks = sum(t - skipped for t in iterations)
     gains = WORD * shape.width
     return Messages(
         summed=sum(summed(item, start, t) for item, t in zip(items, iterations, strict=True)),
         # Per operator: its gain, its range, its carried bound and value, four numbers a look, its norm and bound.
-        agreed=len(items) * (gains + WORD + 16 * (before - 1) + 16) + 32 * looks,
+        agreed=len(items) * (gains + known + 16) + 32 * looks,
         gathered=len(items) * gains,
         # The gains of all operators: gathered, and taken from the first process; their norms.
-        sums=sum(4 * t + before + t - skipped for t in longest) + 3,
+        sums=sum(multiplied(start, t) + 1 + t - skipped for t in longest) + 3,
     )
 
 
@@ -212,7 +229,7 @@ def replicated_cost(shape: Shape, ranks: int, start: Start) -> Cost:
     t = STARTS[start]
     vector, decision = 8 * vector_length(shape.layers, ranks), 8
     return Cost(
-        read=sum(bytes_read(item, t) for item in items),
+        read=sum(bytes_read(item, start, t) for item in items),
         flops=sum(sum(flops(item, start, t)) for item in items),
         contributed=vector + 3 * decision,
         collectives=4,  # one gather; each of three decisions adds up an integer
@@ -227,7 +244,7 @@ def sharded_cost(shape: Shape, ranks: int, start: Start) -> Cost:
     m, after = messages(shape, start, [t] * len(items)), replicated_cost(shape, ranks, start)
     around = 2 * (m.summed + m.agreed + m.gathered) * (ranks - 1) / ranks
     return Cost(
-        read=sum(bytes_read(item, t) for item in items) / ranks,
+        read=sum(bytes_read(item, start, t) for item in items) / ranks,
         flops=sum(item.products / ranks + item.projections + item.factorizations for item in each),
         contributed=m.summed + m.agreed + m.gathered + after.contributed,
         collectives=m.sums + after.collectives,

@@ -6,6 +6,7 @@
 
 Every row is the median over repetitions of measuring all operators of one model: per layer a product of two MLP weights
 (d, 4d) and (4d, d) and one of two attention weights (d, d), each with a norm gain. Errors are relative to float64.
+"Bare products" are the same products by the same blocks as ours takes, and nothing else.
 """
 
 from __future__ import annotations
@@ -138,22 +139,31 @@ def pairs(state: dict[str, Tensor]) -> Iterator[Branch]:
 Result = tuple[list[float], float]
 
 
-class Counted(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the bytes of weights that matrix products read."""
+class Noted(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes every matrix product with a weight: the operation, its arguments, and the bytes of weights it reads."""
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
+    def __init__(self, items: Sequence[Branch]) -> None:
         super().__init__()
-        self.storages = {weight.untyped_storage().data_ptr() for weight in weights}
+        self.storages = {weight.untyped_storage().data_ptr() for item in items for weight in (item.out, item.into)}
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
         self.bytes = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operation; if it multiplies, add the sizes of the weights among its arguments."""
+        """Run the operation; if it multiplies by a weight, note it."""
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
             tensors = [arg for arg in args if isinstance(arg, Tensor)]
-            self.bytes += sum(x.nbytes for x in tensors if x.untyped_storage().data_ptr() in self.storages)
+            read = sum(x.nbytes for x in tensors if x.untyped_storage().data_ptr() in self.storages)
+            self.bytes += read
+            if read:
+                self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
+
+    def again(self) -> None:
+        """Repeat the products, and nothing else."""
+        for func, args in self.calls:
+            func(*args)
 
 
 def solve(items: list[Branch], state: SolverState | None) -> tuple[list[float], SolverState]:
@@ -218,15 +228,20 @@ OTHERS: dict[str, Callable[[list[Branch]], list[float]]] = {
 # --- the tables ----------------------------------------------------------------------------------------------------
 
 
+def now() -> float:
+    """Return seconds; with one thread those of the processor, which other work on the machine disturbs less."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def timed(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Return the median times in seconds. All take turns, so that a noisy minute is noisy for all."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             function()  # warm caches: the contestant before has filled them with its own data
-            start = time.perf_counter()
+            start = now()
             function()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(now() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -243,17 +258,25 @@ def drifted(items: list[Branch]) -> None:
             weight += 1e-3 * weight.std() * torch.randn_like(weight)
 
 
-def traffic(items: list[Branch], state: SolverState | None) -> float:
-    """Return the bytes of weights that one measurement reads, over the bytes of the weights."""
-    with Counted([weight for item in items for weight in (item.out, item.into)]) as counted:
+def products(items: list[Branch], state: SolverState | None) -> tuple[Noted, float]:
+    """Return the products of one measurement, and the bytes of weights they read over the bytes of the weights."""
+    with Noted(items) as noted:
         solve(items, state)
-    return counted.bytes / (4 * sum(item.elements() for item in items))
+    return noted, noted.bytes / (4 * sum(item.elements() for item in items))
 
 
-def row(name: str, seconds: float, reference: float, worst: float, middle: float, reads: float | None = None) -> None:
+def row(
+    name: str,
+    seconds: float,
+    reference: float,
+    worst: float | None = None,
+    middle: float | None = None,
+    reads: float | None = None,
+) -> None:
     """Print one line of a table."""
+    seen = "" if worst is None or middle is None else f"{worst:>11.1e}{middle:>11.1e}"
     moved = "" if reads is None else f"  {reads:>6.1f}"
-    print(f"  {name:<34}{seconds * 1e3:>10.1f} ms{reference / seconds:>8.1f}x{worst:>11.1e}{middle:>11.1e}{moved}")
+    print(f"  {name:<34}{seconds * 1e3:>10.1f} ms{reference / seconds:>8.1f}x{seen}{moved}", flush=True)
 
 
 def compare(title: str, items: list[Branch], repeats: int) -> None:
@@ -262,34 +285,45 @@ def compare(title: str, items: list[Branch], repeats: int) -> None:
     print(f"  {'':<34}{'median time':>13}{'speed':>9}{'worst err':>11}{'median err':>11}  {'reads':>6}")
     exact = OTHERS["exact float64"](items)
     values, state = solve(items, None)
+    bare, reads = products(items, None)
     functions: dict[str, Callable[[], Any]] = {name: lambda f=f: f(items) for name, f in OTHERS.items()}  # type: ignore[misc]
-    seconds = timed({"ours, cold": lambda: solve(items, None), **functions}, repeats)
+    functions = {"ours, cold": lambda: solve(items, None), "its bare products": bare.again, **functions}
+    seconds = timed(functions, repeats)
     reference = seconds["exact float64"]
-    row("ours, cold", seconds["ours, cold"], reference, *errors(values, exact), traffic(items, None))
+    row("ours, cold", seconds["ours, cold"], reference, *errors(values, exact), reads)
+    row("its bare products", seconds["its bare products"], reference)
     for name, function in OTHERS.items():
         row(name, seconds[name], reference, *errors(function(items), exact))
     warm(items, state, repeats)
 
 
 def warm(items: list[Branch], state: SolverState, repeats: int) -> None:
-    """Print the line of warm starts: weights that change between measurements, the state carried along."""
-    times, references, reads, worst, middle = [], [], [], [], []
+    """Print the lines of warm starts: weights that change between measurements, the state carried along."""
+    names = ("ours, warm, weights moved by 1e-3", "its bare products", "exact float64")
+    times: dict[str, list[float]] = {name: [] for name in names}
+    reads, worst, middle = [], [], []
     for _ in range(max(4, repeats)):
         drifted(items)
-        solve(items, state)
-        reads.append(traffic(items, state))
-        start = time.perf_counter()
-        values, state = solve(items, state)
-        times.append(time.perf_counter() - start)
-        start = time.perf_counter()
+        bare, read = products(items, state)
         exact = OTHERS["exact float64"](items)
-        references.append(time.perf_counter() - start)
+        functions: dict[str, Callable[[], Any]] = dict(
+            zip(
+                names,
+                (lambda s=state: solve(items, s), bare.again, lambda: OTHERS["exact float64"](items)),
+                strict=True,
+            )
+        )
+        for name, seconds in timed(functions, 1).items():
+            times[name].append(seconds)
+        values, state = solve(items, state)
         errs = errors(values, exact)
+        reads.append(read)
         worst.append(errs[0])
         middle.append(errs[1])
     median = statistics.median
-    name = "ours, warm, weights moved by 1e-3"
-    row(name, median(times), median(references), max(worst), median(middle), median(reads))
+    ours, alone, reference = (median(times[name]) for name in names)
+    row(names[0], ours, reference, max(worst), median(middle), median(reads))
+    row(names[1], alone, reference)
 
 
 def growth(quick: bool) -> None:
@@ -325,13 +359,14 @@ def machine() -> str:
 def main() -> None:
     """Print all tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="widths 256 and 512 only, fewer repetitions")
-    parser.add_argument("--widths", type=int, nargs="+", help="model widths, 256 512 1024 2048 by default")
+    parser.add_argument("--quick", action="store_true", help="widths 384 and 512 only, fewer repetitions")
+    parser.add_argument("--widths", type=int, nargs="+", help="model widths, 384 512 576 1024 2048 by default")
     parser.add_argument("--layers", type=int, default=4, help="layers of the compared models")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--checkpoint", help="trained weights to measure, a file that torch.load reads safely")
+    parser.add_argument("--spectra", nargs="+", choices=SPECTRA, default=list(SPECTRA))
     arguments = parser.parse_args()
-    widths = arguments.widths or ([256, 512] if arguments.quick else [256, 512, 1024, 2048])
+    widths = arguments.widths or ([384, 512] if arguments.quick else [384, 512, 576, 1024, 2048])
     repeats = min(arguments.repeats, 3) if arguments.quick else arguments.repeats
     torch.manual_seed(0)
     print(machine())
@@ -339,7 +374,7 @@ def main() -> None:
         for name, items in trained(arguments.checkpoint):
             compare(f"trained weights of {name}", items, repeats)
         for d in widths:
-            for spectrum in SPECTRA:
+            for spectrum in arguments.spectra:
                 layers = arguments.layers if d < 2048 else 1
                 compare(f"{spectrum}, width {d}, {layers} layers", branches(spectrum, d, layers), repeats)
         growth(arguments.quick)

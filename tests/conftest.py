@@ -28,6 +28,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted = os.environ.get("SPECTRAL_ZOO", "fifth")
     if wanted not in ("fifth", "rest", "all"):
         raise pytest.UsageError(f"SPECTRAL_ZOO={wanted!r}: expected 'fifth', 'rest' or 'all'")
+    if not torch.cuda.is_available():
+        for item in (item for item in items if item.get_closest_marker("gpu")):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     named = any("::" in argument for argument in config.args)
     left = {
         item

@@ -9,12 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_spectral.linalg.halves import multiplied_in_parts, reads_halves
 from lightning_spectral.linalg.operators import LinearOperator, balanced_by_largest, check_weight, vector_dtype
 
 __all__ = ["Matrix"]
 
 # Elements that are converted at a time for a weight that torch cannot multiply in place (16 bits, odd strides).
 _PIECE_SIZE = 1 << 18
+# Columns and rows of a product that CPUs multiply fastest.
+_COLUMNS = 16
+_ROWS = 1024
 
 
 @final
@@ -25,7 +29,8 @@ class Matrix(LinearOperator):
         weight: ``(m, n)`` with any strides, or ``(groups, rows, n)``, which is read as the ``(groups * rows, n)``
             matrix with the groups below each other. An example are the values in fused rows
             ``(heads, 3, head_dim, n)[:, 2]``. For groups of columns, take the :class:`Adjoint` of a Matrix. Weights of
-            16 bits are converted a few rows at a time.
+            16 bits are multiplied as they lie on CUDA (see :mod:`~lightning_spectral.linalg.halves`), and elsewhere
+            converted a few rows at a time.
 
     Raises:
         ConfigurationError: If the weight is on the meta device, quantized or integer, empty, or not 2-D or 3-D.
@@ -84,12 +89,18 @@ class Matrix(LinearOperator):
 
     def _down(self, Y: Tensor) -> Tensor:
         """Multiply the transpose of the stored rows by a block: ``(q, k) -> (p, k)``."""
+        rows = Y.mT
         result: Tensor | None = None
         row = 0
         for piece in self._pieces(Y.dtype):
-            part = Y[row : row + len(piece)].mT
-            result = torch.mm(part, piece) if result is None else torch.addmm(result, part, piece)
-            row += len(piece)
+            count = piece.shape[0]
+            part = rows if count == rows.shape[1] else rows[:, row : row + count]
+            if piece.dtype != Y.dtype:
+                product = multiplied_in_parts(part, piece)
+                result = product if result is None else result + product
+            else:
+                result = torch.mm(part, piece) if result is None else torch.addmm(result, part, piece)
+            row += count
         assert result is not None
         return result.mT
 
@@ -97,13 +108,13 @@ class Matrix(LinearOperator):
         """Yield the stored rows in order, in pieces that torch can multiply.
 
         Args:
-            dtype: The dtype of the pieces. A weight of another dtype or of odd strides is converted a few rows at a
-                time.
+            dtype: The dtype of the block that multiplies. A weight of another dtype or of odd strides is converted a
+                few rows at a time, except where it can be multiplied as it lies.
             small: Whether every piece has to be small.
         """
         for block in self._rows if self._rows.ndim == 3 else (self._rows,):
             fits = block.dtype == dtype and block.stride(1) == 1
-            if fits and not small:
+            if not small and (fits or reads_halves(block, dtype)):
                 yield block
                 continue
             for part in block.split(max(1, _PIECE_SIZE // block.shape[1])):
@@ -124,10 +135,28 @@ def _times(rows: Tensor, X: Tensor) -> Tensor:
     (Yᵀ @ rows)ᵀ            44-60  29-41  30-38  24-34  17-22  10-13
     ======================  =====  =====  =====  =====  =====  =====
 
-    Hence ``linear`` up to 4 columns here, and always the last form in ``_down``. The solver takes blocks of 14 columns,
-    because 12 to 16 columns take as long as 8 and need fewer products. From 8 columns on, the layout of X does not
-    matter.
+    The same on one busy core of an EPYC, where 14 columns take longer than 16:
+
+    ======================  ========  ========  =========
+    columns                        6        14         16
+    ======================  ========  ========  =========
+    rows @ X                 3.2-8.4   2.5-3.3    4.0-5.4
+    rows @ X, 1024 at once                        4.5-5.6
+    linear(Xᵀ, rows)ᵀ        5.6-7.3   4.1-6.1    4.1-5.1
+    (Yᵀ @ rows)ᵀ             5.5-7.8   4.4-6.2    4.4-6.0
+    ======================  ========  ========  =========
+
+    Hence ``linear`` up to 8 columns here, 16 columns for the 14 of the solver, and always the last form in ``_down``.
+    12 to 16 columns take as long as 8 or little longer, and need fewer products.
     """
-    if X.shape[1] <= 4:
+    k = X.shape[1]
+    if rows.dtype != X.dtype:
+        return multiplied_in_parts(X.mT, rows.mT).mT
+    if k <= 8:
         return F.linear(X.mT, rows).mT
-    return torch.mm(rows, X)
+    if k >= _COLUMNS or rows.device.type != "cpu":
+        return torch.mm(rows, X)
+    padded = F.pad(X.mT, (0, 0, 0, _COLUMNS - k)).mT
+    if rows.shape[0] <= _ROWS:
+        return torch.mm(rows, padded)[:, :k]
+    return torch.cat([torch.mm(part, padded) for part in torch.split(rows, _ROWS)])[:, :k]

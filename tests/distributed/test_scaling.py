@@ -65,7 +65,7 @@ def solved(counted: dict[str, Any], start: str) -> list[int]:
 def expected(items: list[Any], start: str, iterations: list[int]) -> tuple[float, float, float]:
     """Return the bytes that are read, and the operations of products and of projections."""
     each = [formulas.flops(item, start, t) for item, t in zip(items, iterations, strict=True)]
-    read = sum(formulas.bytes_read(item, t) for item, t in zip(items, iterations, strict=True))
+    read = sum(formulas.bytes_read(item, start, t) for item, t in zip(items, iterations, strict=True))
     return read, sum(item.products for item in each), sum(item.projections for item in each)
 
 
@@ -118,7 +118,7 @@ def test_processes_that_hold_shards_send_what_the_formulas_say(seen: Seen, size:
         assert sent == pytest.approx(most, rel=0.05)
         assert sent <= most
         longest = [max(iterations[i : i + 8]) for i in range(0, len(iterations), 8)]
-        assert len(blocks) == 4 * sum(longest)
+        assert len(blocks) == sum(formulas.multiplied(start, t) for t in longest)
         # Every batch looks at least once, and at most after every step.
         most = told.sums - (not cut)
         assert most - sum(longest) + len(longest) <= len(all_reduces(counted)) <= most

@@ -38,7 +38,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["normal_quantile", "spectral_norms", "upper_bound"]
+__all__ = ["grams", "normal_quantile", "spectral_norms", "upper_bound"]
 
 _COARSE = 4.0 ** torch.arange(-7, 5, dtype=torch.float64, device="cpu")  # relative excess of t over θ₁: 6e-5 … 256
 _FINE = 4.0 ** torch.linspace(-1, 0, 17, dtype=torch.float64, device="cpu")[1:]
@@ -102,10 +102,19 @@ def _first_excluded(theta: Tensor, start: Tensor, coupling: Tensor, delta: float
     return padded.gather(1, last_allowed.unsqueeze(1)).squeeze(1)
 
 
-def spectral_norms(rows: Tensor) -> Tensor:
-    """Return the spectral norms of matrices of few rows by their Gram matrices: ``(batch, s, m) -> (batch,)``, CPU."""
+def grams(rows: Tensor) -> Tensor:
+    """Return what :func:`spectral_norms` needs of matrices of few rows: ``(batch, s, m) -> (batch, s + 1, s)``."""
     scale = rows.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     rows = rows / scale
-    gram = (rows @ rows.mT).cpu().double()
-    largest: Tensor = torch.linalg.eigvalsh(gram)[:, -1]
-    return largest.clamp_min(0).sqrt() * scale.flatten().cpu().double()
+    return torch.cat([rows @ rows.mT, scale.expand(-1, 1, rows.shape[1])], dim=1)
+
+
+def spectral_norms(grams: Tensor) -> Tensor:
+    """Return the spectral norms of matrices by their scaled Gram matrices, infinite where these are not finite.
+
+    Args:
+        grams: ``(batch, s + 1, s)``, on the CPU in float64.
+    """
+    finite = grams.isfinite().all(2).all(1)
+    largest = torch.linalg.eigvalsh(torch.where(finite[:, None, None], grams[:, :-1], 0.0))[:, -1]
+    return torch.where(finite, largest.clamp_min(0).sqrt() * grams[:, -1, 0], math.inf)

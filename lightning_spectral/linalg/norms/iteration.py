@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_spectral.linalg.norms.asking import Asking
 from lightning_spectral.linalg.norms.krylov import BlockKrylov, Ritz
 
 __all__ = ["Outcome", "iterate"]
@@ -33,19 +34,19 @@ class Outcome:
 
 def iterate(
     krylov: BlockKrylov,
+    projected: Tensor,
     judge: Callable[[Ritz, Sequence[int]], tuple[Tensor, Tensor]],
     *,
-    first: int,
     max_steps: int,
     count: int,
-) -> list[Outcome | None]:
+) -> Asking[list[Outcome | None]]:
     """Expand until every operator is good enough or out of steps.
 
     Args:
-        krylov: The subspaces before their first step.
+        krylov: The subspaces after their first steps.
+        projected: Their projected problems, on the CPU.
         judge: Maps Ritz pairs and the positions of their operators in the batch to the excess and the relative bound,
             ``(batch,)`` each. The excess is the error divided by the allowed error: an operator stops at 1 or less.
-        first: Step at which to judge for the first time.
         max_steps: Step at which all operators stop. A subspace also stops before it fills the whole space.
         count: Singular vectors wanted.
 
@@ -53,22 +54,18 @@ def iterate(
         One outcome per operator; ``None`` where the arithmetic overflowed.
     """
     max_steps = min(max_steps, krylov.capacity)
-    active = list(range(len(krylov.operators)))
-    outcomes: list[Outcome | None] = [None] * len(active)
-    paces = [_Pace(due=first) for _ in active]
-    while active:
-        krylov.expand()
-        # i counts the operators of the batch, j the operators that still run.
-        judged = [j for j, i in enumerate(active) if krylov.steps >= min(paces[i].due, max_steps)]
-        if not judged:
-            continue
-        part = krylov if len(judged) == len(active) else krylov.select(judged)
-        ritz = part.ritz()
+    outcomes: list[Outcome | None] = [None] * len(krylov.operators)
+    # i counts the operators of the batch, j the operators that still run.
+    active = judged = list(range(len(outcomes)))
+    paces = [_Pace(krylov.steps) for _ in active]
+    part = krylov
+    while True:
+        ritz = Ritz.of(projected)
         positions = [active[j] for j in judged]
         # Every process decides from the numbers of the first one (see `sharded`).
         judged_by = torch.stack([*judge(ritz, positions), ritz.theta[:, -1], ritz.finite.double()])
         excess, bounds, theta, finite = part.operators.agreed(judged_by.mT).mT.tolist()
-        stopped = [j for j, left in enumerate(excess) if krylov.steps == max_steps or left <= 1 or not finite[j]]
+        stopped = [j for j, left in enumerate(excess) if krylov.steps >= max_steps or left <= 1 or not finite[j]]
         if stopped:
             subspaces = part.dominant(ritz, count)
             for j in (j for j in stopped if finite[j]):
@@ -77,10 +74,15 @@ def iterate(
             paces[i] = paces[i].after(krylov.steps, left)
         gone = {positions[j] for j in stopped}
         going = [j for j, i in enumerate(active) if i not in gone]
-        if gone and going:
-            krylov = krylov.select(going)
+        if not going:
+            return outcomes
+        krylov = krylov.select(going)
         active = [active[j] for j in going]
-    return outcomes
+        while krylov.steps < min(max_steps, *(paces[i].due for i in active)):
+            krylov.expand()
+        judged = [j for j, i in enumerate(active) if krylov.steps >= min(paces[i].due, max_steps)]
+        part = krylov.select(judged)
+        (projected,) = yield [part.projected()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,14 +18,24 @@ All blocks are stored transposed, as rows: Q is ``(batch, k, n)`` with k = q · 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_spectral.linalg.norms.asking import sent
+from lightning_spectral.linalg.norms.orthonormal import factored, orthonormalized
 from lightning_spectral.linalg.sharding.stacked import Stacked
 
 __all__ = ["BlockKrylov", "Ritz"]
+
+
+# Noise that is added to a block, relative to its largest entry. It stands out of the rounding errors of float32, most
+# of which lie in the basis and are no new directions. Its square stands out of those of the Gram matrix in float64.
+_NOISE = {torch.float32: 2.0**-20, torch.float64: 2.0**-24}
+# Ritz values below are zero, relative to the largest one.
+_ZERO = 2.0**-20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,20 @@ class Ritz:
     vectors: Tensor
     coupling: Tensor
     finite: Tensor
+
+    @classmethod
+    def of(cls, projected: Tensor) -> Ritz:
+        """Solve the projected problems.
+
+        Args:
+            projected: ``(batch, k + b, k)``, what :meth:`BlockKrylov.projected` returned, on the CPU in float64.
+        """
+        k = projected.shape[2]
+        b = projected.shape[1] - k
+        finite = projected.isfinite().all(2).all(1)
+        projected = torch.where(finite[:, None, None], projected, projected.new_zeros(()))
+        theta, vectors = torch.linalg.eigh(projected[:, :k])
+        return cls(theta, vectors, projected[:, k:, :b] @ vectors[:, -b:], finite)
 
     def leak(self) -> Tensor:
         """Return an estimate of the relative error of √θ₁, to second order, ``(batch,)``.
@@ -68,16 +92,17 @@ class BlockKrylov:
     Args:
         operators: The batch.
         block: ``(batch, b, n)``, orthonormal rows, the transposed first block.
-        images: ``(batch, b, m)``, the images of the rows under the operators, so that they are not computed twice.
+        products: ``(batch, b, n)``, the products of the rows by AᵀA.
+        noise: ``(b, n)``, standard normal numbers. A block whose rows depend on each other, as where the rank of A is
+            smaller than b, is filled up from them; other blocks do not change by more than a rounding error.
     """
 
-    def __init__(self, operators: Stacked, block: Tensor, images: Tensor) -> None:
+    def __init__(self, operators: Stacked, block: Tensor, products: Tensor, noise: Tensor) -> None:
         self.operators = operators
         self.basis = block  # all finished blocks, (batch, k, n)
-        self._next = block  # the block that expand multiplies
-        self._images: Tensor | None = images
+        self._noise = noise
         self._columns: list[Tensor] = []  # of T: (batch, b, k) each
-        self._coupling = block.new_zeros(0)  # the last R, (batch, b, b)
+        self._absorb(products)
 
     @property
     def steps(self) -> int:
@@ -87,39 +112,41 @@ class BlockKrylov:
     @property
     def capacity(self) -> int:
         """Steps after which the next block would no longer fit into the space."""
-        return max(1, min(self.operators.shape) // self._next.shape[1] - 1)
+        return max(1, min(self.operators.shape) // len(self._noise) - 1)
 
     def expand(self) -> None:
-        """Multiply the newest block by AᵀA, project it onto the basis, orthonormalize the rest into the next block."""
-        # The first step is cheaper: the caller has the images A Q₁, so AᵀA Q₁ takes one product instead of two.
-        if self._images is None:
-            self.basis = torch.cat([self.basis, self._next], dim=1)
-            Z = self.operators.normal(self._next)
-        else:
-            Z = self.operators.adjoint(self._images)
-            self._images = None
-        column = Z @ self.basis.mT
-        Q, R = torch.linalg.qr(torch.baddbmm(Z, column, self.basis, alpha=-1).mT)
-        # The rest after one projection may be little more than its rounding error, and then not orthogonal to the
-        # basis. Two projections are enough ("twice is enough", Kahan and Parlett).
-        again = Q.mT @ self.basis.mT
-        Q, R2 = torch.linalg.qr(torch.baddbmm(Q.mT, again, self.basis, alpha=-1).mT)
-        # Z = basis · column + Q·R of the first pass, and that Q = basis · again + Q·R2 of the second pass.
-        self._columns.append(column + R.mT @ again)
-        self._coupling = R2 @ R
-        self._next = Q.mT.contiguous()
+        """Multiply the newest block by AᵀA."""
+        self.basis = torch.cat([self.basis, self._next], dim=1)
+        self._absorb(self.operators.normal(self._next))
 
-    def ritz(self) -> Ritz:
-        """Solve the projected problem, with one transfer to the CPU."""
+    def _absorb(self, Z: Tensor) -> None:
+        """Project the product of the newest block onto the basis, orthonormalize the rest into the next block."""
+        column = Z @ self.basis.mT
+        rest = torch.baddbmm(Z, column, self.basis, alpha=-1)
+        # Each step needs new noise: the old may be part of the basis by now. Rolled normal numbers are as good as new.
+        size = _NOISE[Z.dtype] * Z.abs().amax((1, 2), keepdim=True)
+        Q, L = factored(torch.addcmul(rest, size, self._noise.roll(self.steps, 1)))
+        # The rest after one projection may be little more than its rounding error, and then not orthogonal to the
+        # basis. Two projections are enough ("twice is enough", Kahan and Parlett), and so are two factorizations.
+        again = Q @ self.basis.mT
+        Q, L2 = factored(torch.baddbmm(Q, again, self.basis, alpha=-1))
+        # Z = column · basis + L·Q of the first pass, and that Q = again · basis + L2·Q of the second pass. The noise
+        # and rounding errors in L · again are left out of T, which is then exactly the projection.
+        self._columns.append(column)
+        self._coupling = (L @ L2).mT  # (batch, b, b)
+        self._next = Q
+
+    def projected(self) -> Tensor:
+        """Return T, of which only the lower triangle is filled in, and below it the coupling block B.
+
+        ``(batch, k + b, k)``: T in the first k rows, B in the first b columns of the others.
+        """
         batch, b, k = self._columns[-1].shape
-        T = self.basis.new_zeros(batch, k, k)
+        T = self.basis.new_zeros(batch, k + b, k)
         for i, column in enumerate(self._columns):
-            T[:, i * b : (i + 1) * b, : column.shape[2]] = column  # the lower triangle is all that eigh reads
-        parts = torch.cat([T, torch.nn.functional.pad(self._coupling, (0, k - b))], dim=1).cpu().double()
-        finite = parts.isfinite().all(2).all(1)
-        parts = torch.where(finite[:, None, None], parts, parts.new_zeros(()))
-        theta, vectors = torch.linalg.eigh(parts[:, :k])
-        return Ritz(theta, vectors, parts[:, k:, :b] @ vectors[:, -b:], finite)
+            T[:, i * b : (i + 1) * b, : column.shape[2]] = column
+        T[:, k:, :b] = self._coupling
+        return T
 
     def dominant(self, ritz: Ritz, count: int) -> Tensor:
         """Return the first Ritz vectors, improved by one power step that reads no weight.
@@ -127,24 +154,27 @@ class BlockKrylov:
         AᵀA Q s = θ Q s + Q_{q+1} B E_qᵀ s, and all terms on the right are known.
 
         Args:
-            ritz: What :meth:`ritz` returned for the present basis.
+            ritz: The solution for the present basis.
             count: Vectors wanted; fewer if the basis is smaller.
 
         Returns:
             ``(batch, count, n)``, orthonormal rows, the dominant one first.
         """
-        first = ritz.theta[:, -1:].clamp_min(torch.finfo(ritz.theta.dtype).tiny)
-        inside = (ritz.vectors * (ritz.theta / first).unsqueeze(1))[:, :, -count:].flip(2).to(self.basis)
-        outside = (ritz.coupling / first.unsqueeze(2))[:, :, -count:].flip(2).to(self.basis)
-        vectors: Tensor = torch.linalg.qr((inside.mT @ self.basis + outside.mT @ self._next).mT).Q
-        return vectors.mT
+        # Divided by θ, a row is a unit vector of the basis and a part outside of it: long enough to be orthonormalized.
+        theta = ritz.theta[:, -count:].flip(1)
+        floor = _ZERO * theta[:, :1].clamp_min(torch.finfo(theta.dtype).tiny)
+        outside = ritz.coupling[:, :, -count:].flip(2) / torch.maximum(theta, floor).unsqueeze(1)
+        weights = sent(torch.cat([ritz.vectors[:, :, -count:].flip(2), outside], dim=1), like=self.basis).mT
+        k = self.basis.shape[1]
+        return orthonormalized(weights[:, :, :k] @ self.basis + weights[:, :, k:] @ self._next)[0]
 
     def select(self, indices: Sequence[int]) -> BlockKrylov:
-        """Return the subspaces of the operators at the given positions."""
+        """Return the subspaces of the operators at the given positions, themselves if these are all."""
+        if len(indices) == len(self.operators):
+            return self
         chosen = torch.tensor(indices, device=self.basis.device)
-        part = BlockKrylov(self.operators.select(indices), self.basis[chosen], self.basis)
-        part._images = None
-        part._next = self._next[chosen]
+        part = copy(self)
+        part.operators, part.basis = self.operators.select(indices), self.basis[chosen]
+        part._next, part._coupling = self._next[chosen], self._coupling[chosen]
         part._columns = [column[chosen] for column in self._columns]
-        part._coupling = self._coupling[chosen]
         return part

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg.norms.certificate import normal_quantile, spectral_norms, upper_bound
+from lightning_spectral.linalg.norms.asking import Asking, answered, sent
+from lightning_spectral.linalg.norms.certificate import grams, normal_quantile, spectral_norms, upper_bound
 from lightning_spectral.linalg.norms.exact import largest_singular
 from lightning_spectral.linalg.norms.iteration import Outcome, iterate
 from lightning_spectral.linalg.norms.krylov import BlockKrylov, Ritz
+from lightning_spectral.linalg.norms.orthonormal import orthonormalized
+from lightning_spectral.linalg.norms.precision import full_precision
 from lightning_spectral.linalg.norms.solution import (
     OUT_OF_RANGE,
     Memory,
@@ -30,10 +33,14 @@ __all__ = ["RandomizedSVD"]
 
 # Operators solved side by side: enough to share small dense steps, few enough to keep the memory of their bases small.
 _BATCH = 8
+# Batches that share one transfer to the CPU, where transfers cost something: enough for 64 blocks of two branches.
+_BATCHES = 16
 # Up to this dimension a dense factorization is as cheap as iterating.
 _DENSE = 32
 # Products by AᵀA of a warm start at most. Each of them reads every weight twice.
 _WARM_STEPS = 3
+# Products by AᵀA before a certificate is looked at for the first time: one never suffices.
+_FIRST = 2
 # A carried bound may grow to 2.5 times ``max_bound`` before the operator is certified again. With less slack, weights
 # that move quickly would need a new certificate at every measurement.
 _SLACK = 2.5
@@ -119,13 +126,18 @@ class RandomizedSVD:
         old = state.memories if len(state.memories) == len(operators) else (None,) * len(operators)
         memories = [self._fitting(operator, memory) for operator, memory in zip(operators, old, strict=True)]
         norms: list[SpectralNorm] = [SpectralNorm(None, None)] * len(operators)
-        for indices in _batches(operators, memories):
-            batch = Stacked([operators[i] for i in indices])
-            with torch.no_grad(), torch.autocast(batch.device.type, enabled=False):
-                warm = [memory for i in indices if (memory := memories[i])]
-                solved = _Batch(self, state.seed, batch, warm, keeps_images=state.keeps_images).solve()
-            for i, (norm, memory) in zip(indices, solved, strict=True):
-                norms[i], memories[i] = norm, memory
+        for group in _side_by_side(operators, memories):
+            device = operators[group[0][0]].device
+            with torch.no_grad(), torch.autocast(device.type, enabled=False), full_precision():
+                batches = []
+                for indices in group:
+                    warm = [memory for i in indices if (memory := memories[i])]
+                    batch = Stacked([operators[i] for i in indices])
+                    batches.append(_Batch(self, state.seed, batch, warm, keeps_images=state.keeps_images))
+                results = answered([batch.solve() for batch in batches])
+            for indices, solved in zip(group, results, strict=True):
+                for i, (norm, memory) in zip(indices, solved, strict=True):
+                    norms[i], memories[i] = norm, memory
         return tuple(norms), SolverState(state.seed, tuple(memories))
 
     def _fitting(self, operator: LinearOperator, memory: Memory | None) -> Memory | None:
@@ -138,15 +150,27 @@ class RandomizedSVD:
         return Memory(subspace, images, memory.upper, memory.exponent)
 
 
-def _batches(operators: Sequence[LinearOperator], memories: Sequence[Memory | None]) -> Iterator[list[int]]:
-    """Group the operators that can be solved side by side."""
-    groups: dict[Hashable, list[int]] = {}
+def _chosen(rows: Tensor, indices: Sequence[int]) -> Tensor:
+    """Return the blocks at the given positions, without a copy if these are all."""
+    return rows if len(indices) == len(rows) else rows[indices]
+
+
+def _side_by_side(operators: Sequence[LinearOperator], memories: Sequence[Memory | None]) -> Iterator[list[list[int]]]:
+    """Group operators into batches of one shape, and batches of one kind of device into those that share transfers.
+
+    On the CPU nothing is transferred, and each batch goes by itself: less memory, and it stays in the cache.
+    """
+    shapes: dict[Hashable, list[int]] = {}
     for i, (operator, memory) in enumerate(zip(operators, memories, strict=True)):
         kind = (operator.shape, operator.dtype, operator.device, memory is None)
-        groups.setdefault(kind, []).append(i)
-    for group in groups.values():
-        for first in range(0, len(group), _BATCH):
-            yield group[first : first + _BATCH]
+        shapes.setdefault(kind, []).append(i)
+    devices: dict[str, list[list[int]]] = {}
+    for shape in shapes.values():
+        batches = [shape[first : first + _BATCH] for first in range(0, len(shape), _BATCH)]
+        devices.setdefault(operators[shape[0]].device.type, []).extend(batches)
+    for device, batches in devices.items():
+        size = 1 if device == "cpu" else _BATCHES
+        yield from (batches[first : first + size] for first in range(0, len(batches), size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +193,7 @@ class _Batch:
     exponent: int | None = None
     keeps_images: bool = False
 
-    def solve(self) -> list[Solved]:
+    def solve(self) -> Asking[list[Solved]]:
         """Solve all operators: together, but one by one where the arithmetic leaves the range of the dtype."""
         columns = self.solver.n_components + self.solver.n_oversamples
         if min(self.operators.shape) <= max(_DENSE, 2 * columns):
@@ -178,21 +202,24 @@ class _Batch:
             return [largest_singular(operator, self.solver.n_components, X) for operator in self.operators.operators]
         start = self._start()
         images = self.operators.matmat(start)
-        healthy = self._in_range(images)
-        solved: list[Solved | None] = [None] * len(self.operators)
-        if healthy:
-            part = self if len(healthy) == len(solved) else self._select(healthy)
-            for i, result in zip(healthy, part._measure(start[healthy], images[healthy]), strict=True):
-                solved[i] = self._with_images(result, images[i])
-        return [self._rescue(i, images[i]) if result is None else result for i, result in enumerate(solved)]
+        measured = yield from (self._warm(start, images) if self.memories else self._cold(start, images))
+        solved: list[Solved] = []
+        for i, result in enumerate(measured):
+            result = self._with_images(result, images[i])
+            solved.append((yield from self._rescue(i, images[i])) if result is None else result)
+        return solved
+
+    def _random(self, count: int, seed: int) -> Tensor:
+        """Return ``(count, n)`` standard normal numbers on the device."""
+        like = torch.empty(0, dtype=self.operators.dtype, device=self.operators.device)
+        return sent(random_rows(seed, count, self.operators.shape[1]), like)
 
     def _start(self) -> Tensor:
         """Return the blocks [V X] as rows, ``(batch, p + s, n)``; for a cold start all of them are random."""
-        n, s = self.operators.shape[1], self.solver.n_oversamples
+        p, s = self.solver.n_components, self.solver.n_oversamples
         # One X for all operators of a width. Each bound holds by itself, and the result of an operator does not depend
         # on the rest of its batch.
-        X = random_rows(self.seed, self.solver.n_components + s, n)
-        rows = X.to(self.operators.device, self.operators.dtype).expand(len(self.operators), -1, n)
+        rows = self._random(p + s, self.seed).expand(len(self.operators), -1, -1)
         if not self.memories:
             return rows
         return torch.cat([torch.stack([memory.subspace.mT for memory in self.memories]), rows[:, :s]], dim=1)
@@ -209,14 +236,7 @@ class _Batch:
         # An operator that was solved densely in the end has been balanced for it.
         return norm, replace(memory, latest=latest * 2.0 ** ((self.exponent or 0) - memory.exponent))
 
-    def _in_range(self, images: Tensor) -> list[int]:
-        """Return the operators whose products by AᵀA will neither overflow nor underflow, with one transfer."""
-        limits = torch.finfo(images.dtype)
-        low, high = (limits.tiny**0.4, limits.max**0.4) if self.exponent is None else (0.0, limits.max)
-        largest = self.operators.agreed(images.abs().amax((1, 2))).tolist()
-        return [i for i, size in enumerate(largest) if low < size < high]
-
-    def _rescue(self, i: int, images: Tensor) -> Solved:
+    def _rescue(self, i: int, images: Tensor) -> Asking[Solved]:
         """Take the power of two out of one operator and solve it again."""
         if self.exponent is not None:  # balanced, and still out of range
             zero = not images.any()
@@ -225,78 +245,125 @@ class _Batch:
         if scaled is None:
             return SpectralNorm(None, None, NOT_FINITE), None
         single = replace(self, operators=Stacked([scaled[0]]), memories=self.memories[i : i + 1], exponent=scaled[1])
-        return single.solve()[0]
+        return (yield from single.solve())[0]
 
     def _select(self, indices: Sequence[int]) -> _Batch:
         memories = [self.memories[i] for i in indices] if self.memories else []
         return replace(self, operators=self.operators.select(indices), memories=memories)
 
-    def _measure(self, start: Tensor, images: Tensor) -> list[Solved | None]:
-        """Refine the operators whose carried bound is tight enough, certify the others."""
-        if not self.memories:
-            return self._certify(start, images)
-        carried = torch.stack([self._ceilings(images), spectral_norms(images[:, : self.solver.n_components])])
-        ceilings, values = self.operators.agreed(carried.mT).mT.tolist()
-        slack = 1 + _SLACK * self.solver.max_bound
-        keep = [i for i, (ceiling, value) in enumerate(zip(ceilings, values, strict=True)) if ceiling <= slack * value]
-        drop = [i for i in range(len(self.operators)) if i not in keep]
+    def _in_range(self, size: float) -> bool:
+        """Whether products by AᵀA neither overflow nor underflow, for images with this largest entry."""
+        limits = torch.finfo(self.operators.dtype)
+        low, high = (limits.tiny**0.4, limits.max**0.4) if self.exponent is None else (0.0, limits.max)
+        return low < size < high
+
+    def _cold(self, start: Tensor, images: Tensor) -> Asking[list[Solved | None]]:
+        """Certify the operators whose products stay in the range of the dtype."""
+        krylov, R = self._certifying(start[:1], self.operators.adjoint(images))
+        sizes, R, projected = yield [images.abs().amax((1, 2)), R, krylov.projected()]
+        healthy = [i for i, size in enumerate(self.operators.agreed(sizes).tolist()) if self._in_range(size)]
         solved: list[Solved | None] = [None] * len(self.operators)
-        if keep:
-            results = self._select(keep)._refine(start[keep], images[keep], [ceilings[i] for i in keep])
-            for i, result in zip(keep, results, strict=True):
-                solved[i] = result
-        if drop:
-            for i, result in zip(drop, self._select(drop)._certify(start[drop], images[drop]), strict=True):
+        if healthy:
+            part = self._select(healthy)
+            results = yield from part._certified(
+                krylov.select(healthy), R, projected[healthy], _chosen(images, healthy)
+            )
+            for i, result in zip(healthy, results, strict=True):
                 solved[i] = result
         return solved
 
-    def _ceilings(self, images: Tensor) -> Tensor:
-        """Return the carried upper bounds of ‖A‖₂: the certified bound plus a bound of the change since then."""
-        old = torch.stack([memory.images for memory in self.memories])
-        delta = normal_quantile(self.solver.n_oversamples, self.solver.failure_probability)
-        changes = spectral_norms(images[:, self.solver.n_components :] - old) / delta
-        known = [memory.upper if memory.exponent == (self.exponent or 0) else math.inf for memory in self.memories]
-        return changes.new_tensor(known) + changes
-
-    def _refine(self, start: Tensor, images: Tensor, ceilings: list[float]) -> list[Solved | None]:
-        """Iterate V alone until its estimated error is small. The bound is carried over."""
+    def _warm(self, start: Tensor, images: Tensor) -> Asking[list[Solved | None]]:
+        """Refine the operators whose carried bound is tight enough, certify the others."""
         p = self.solver.n_components
-        outcomes = iterate(
-            BlockKrylov(self.operators, start[:, :p], images[:, :p]),
+        products = self.operators.adjoint(images[:, :p])
+        krylov = BlockKrylov(self.operators, start[:, :p], products, self._random(p, self.seed + 1))
+        old = torch.stack([memory.images for memory in self.memories])
+        changes, present, sizes, projected = yield [
+            grams(images[:, p:] - old),
+            grams(images[:, :p]),
+            images.abs().amax((1, 2)),
+            krylov.projected(),
+        ]
+        seen = torch.stack([sizes, self._ceilings(changes), spectral_norms(present)])
+        sizes, ceilings, values = self.operators.agreed(seen.mT).mT.tolist()
+        slack = 1 + _SLACK * self.solver.max_bound
+        healthy = [i for i, size in enumerate(sizes) if self._in_range(size)]
+        keep = [i for i in healthy if ceilings[i] <= slack * values[i]]
+        drop = [i for i in healthy if i not in keep]
+        solved: list[Solved | None] = [None] * len(self.operators)
+        if keep:
+            part = self._select(keep)
+            results = yield from part._refined(krylov.select(keep), projected[keep], [ceilings[i] for i in keep])
+            for i, result in zip(keep, results, strict=True):
+                solved[i] = result
+        if drop:
+            part = self._select(drop)
+            # AᵀAV is known by now.
+            rest = part.operators.adjoint(images[drop, p:])
+            krylov, R = part._certifying(start[drop], torch.cat([products[drop], rest], dim=1))
+            R, projected = yield [R, krylov.projected()]
+            results = yield from part._certified(krylov, R, projected, images[drop])
+            for i, result in zip(drop, results, strict=True):
+                solved[i] = result
+        return solved
+
+    def _ceilings(self, changes: Tensor) -> Tensor:
+        """Return the carried upper bounds of ‖A‖₂: the certified bound plus a bound of the change since then."""
+        delta = normal_quantile(self.solver.n_oversamples, self.solver.failure_probability)
+        known = [memory.upper if memory.exponent == (self.exponent or 0) else math.inf for memory in self.memories]
+        return changes.new_tensor(known) + spectral_norms(changes) / delta
+
+    def _refined(
+        self, krylov: BlockKrylov, projected: Tensor, ceilings: Sequence[float]
+    ) -> Asking[list[Solved | None]]:
+        """Iterate V alone until its estimated error is small. The bound is carried over."""
+        outcomes = yield from iterate(
+            krylov,
+            projected,
             lambda ritz, _: (ritz.leak() / self.solver.warm_tolerance, ritz.leak()),
-            first=1,
             max_steps=_WARM_STEPS,
-            count=p,
+            count=self.solver.n_components,
         )
         return [
             None if outcome is None else self._solved(outcome, ceiling, memory)
             for outcome, ceiling, memory in zip(outcomes, ceilings, self.memories, strict=True)
         ]
 
-    def _certify(self, start: Tensor, images: Tensor) -> list[Solved | None]:
+    def _certifying(self, start: Tensor, products: Tensor) -> tuple[BlockKrylov, Tensor]:
+        """Return the subspaces of [V X] after the first steps, and R of the start.
+
+        Args:
+            start: ``(batch, p + s, n)``, or one block for all operators.
+            products: ``(batch, p + s, n)``, those of the start by AᵀA.
+        """
+        Q, L = orthonormalized(start)
+        # AᵀAQ = AᵀA[V X]R⁻¹ costs no product. R is well conditioned, because X is random and V orthonormal.
+        products = torch.linalg.solve_triangular(L.expand(len(products), -1, -1), products, upper=False)
+        noise = self._random(start.shape[1], self.seed + 1)
+        krylov = BlockKrylov(self.operators, Q.expand(len(products), -1, -1), products, noise)
+        while krylov.steps < min(_FIRST, self.solver.max_iter, krylov.capacity):
+            krylov.expand()
+        return krylov, L.mT
+
+    def _certified(
+        self, krylov: BlockKrylov, R: Tensor, projected: Tensor, images: Tensor
+    ) -> Asking[list[Solved | None]]:
         """Iterate [V X] until the bound that X certifies is small."""
-        s = self.solver.n_oversamples
-        random = s if self.memories else start.shape[1]
+        columns, s = R.shape[1], self.solver.n_oversamples
+        random = s if self.memories else columns
         delta = normal_quantile(random, self.solver.failure_probability)
-        Q, R = torch.linalg.qr(start.mT)
-        # AQ = (A[V X])R⁻¹ costs no product. R is well conditioned, because X is random and V orthonormal.
-        krylov = BlockKrylov(self.operators, Q.mT, torch.linalg.solve_triangular(R.mT, images, upper=False))
-        R_X = R[:, :, -random:].mT.cpu().double()
+        R_X = R[:, :, -random:].mT.expand(len(images), -1, -1)
 
         def judge(ritz: Ritz, active: Sequence[int]) -> tuple[Tensor, Tensor]:
-            above = upper_bound(ritz.theta, R_X[active] @ ritz.vectors[:, : R.shape[1]], ritz.coupling, delta)
+            above = upper_bound(ritz.theta, R_X[active] @ ritz.vectors[:, :columns], ritz.coupling, delta)
             bound = (above / ritz.theta[:, -1]).sqrt() - 1
             return torch.maximum(bound / self.solver.max_bound, ritz.leak() / self.solver.tolerance), bound
 
-        outcomes = iterate(
-            krylov,
-            judge,
-            first=2,
-            max_steps=self.solver.max_iter,
-            count=self.solver.n_components,
+        outcomes = yield from iterate(
+            krylov, projected, judge, max_steps=self.solver.max_iter, count=self.solver.n_components
         )
         # The present images of the s probes anchor the bounds that are carried from here on.
-        probes = images[:, start.shape[1] - random :][:, :s]
+        probes = images[:, columns - random :][:, :s]
         solved: list[Solved | None] = []
         for i, outcome in enumerate(outcomes):
             if outcome is None:

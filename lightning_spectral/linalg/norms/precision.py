@@ -1,0 +1,28 @@
+"""Products in the precision of their factors, whatever the training has allowed itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["full_precision"]
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply float32 in float32: neither TF32 on CUDA nor bfloat16 in oneDNN.
+
+    ``torch.set_float32_matmul_precision("medium")`` allows both, to speed training up. Their rounding errors, 5e-4 and
+    4e-3, are as large as what a warm start has to resolve. The settings are those of the process, and put back.
+    """
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    reduced = [(item, item.fp32_precision) for item in settings if item.fp32_precision not in ("ieee", "none")]
+    try:
+        for item, _ in reduced:
+            item.fp32_precision = "ieee"
+        yield
+    finally:
+        for item, precision in reduced:
+            item.fp32_precision = precision
