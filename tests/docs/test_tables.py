@@ -18,5 +18,5 @@ def test_a_page_without_a_place_for_its_table_is_told():
     assert topics.between(text, "one", "new\n") == (
         "before\n<!-- begin: one -->\n\nnew\n\n<!-- end: one -->\nafter\n"
     )
-    with pytest.raises(ValueError, match=r"no place for the table 'two': expected <!-- begin: two --> and .*, each once"):
+    with pytest.raises(ValueError, match=r"no place for the table 'two': expected <!-- begin: two --> and .* each once"):
         topics.between(text, "two", "new")
