@@ -6,9 +6,11 @@
 #   make test-examples     what a reader runs: the examples, the experiments, every block of the documentation
 #   make test-distributed  several processes: every strategy, precision and mode, as a table; MATRIX=32-true for one
 #   make docs         the documentation as pages, in docs/_build; a warning is an error
+#   make tables       the tables of the documentation that are made from code and tests
 #   make lint         style, docstrings and types
 #   make format       apply what can be applied automatically
 #   make test-oldest  the tests with the oldest supported releases
+#   make test-newest  the tests with the newest releases of everything; torch may come with gigabytes for accelerators
 #   make bench        the benchmark tables
 #   make clean        remove the environments and everything that was generated
 
@@ -24,7 +26,7 @@ READERS = tests/examples tests/docs
 MATRIX = full
 PROCESSES = tests/distributed
 
-.PHONY: demo test test-zoo test-examples test-distributed docs lint format test-oldest bench clean
+.PHONY: demo test test-zoo test-examples test-distributed docs tables lint format test-oldest test-newest bench clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/train_gpt.py $(DEMO_ARGS)
@@ -41,8 +43,11 @@ test-examples: $(VENV)/.installed-test
 test-distributed: $(VENV)/.installed-test
 	SPECTRAL_MATRIX=$(MATRIX) $(BIN)/python -m pytest $(PROCESSES) $(TEST_ARGS)
 
-docs: $(VENV)/.installed-test
+docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky docs docs/_build
+
+tables: $(VENV)/.installed-test
+	PYTHONPATH=tests/support $(BIN)/python docs/tables.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -56,16 +61,24 @@ format: $(VENV)/.installed-test
 test-oldest: $(VENV)-oldest/.installed-test
 	$(VENV)-oldest/bin/python $(PYTEST) $(TEST_ARGS)
 
+test-newest: $(VENV)-newest/.installed-test
+	$(VENV)-newest/bin/python $(PYTEST) $(TEST_ARGS)
+
 bench: $(VENV)/.installed-test
 	set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest docs/_build docs/_generated runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest docs/_build runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 # What is installed is remembered by an empty file, so that a change of versions reinstalls and nothing else does.
 $(VENV)/.installed-demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP_INSTALL) -e '.[demo]' -c constraints.txt
+	$(BIN)/python $(PIP_INSTALL) -e '.[all]' -c constraints.txt
+	touch $@
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) -e '.[docs]' -c constraints.txt
 	touch $@
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt
@@ -77,3 +90,9 @@ $(VENV)-oldest/.installed-test: pyproject.toml constraints-oldest.txt
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python $(PIP_INSTALL) -e '.[test]' -c constraints-oldest.txt
 	touch $@
+
+# Nothing is remembered: newer releases may have come.
+.PHONY: $(VENV)-newest/.installed-test
+$(VENV)-newest/.installed-test:
+	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e '.[test]'

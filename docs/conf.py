@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lightning_spectral
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "docs" / "_ext"))
-sys.path.append(str(ROOT / "tests" / "support"))  # the zoo, from which the page of architectures is made
+sys.path.append(str(ROOT / "docs"))
+
+import topics  # noqa: E402
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 project = "lightning_spectral"
 author = project_copyright = "The lightning_spectral authors"
 version = release = lightning_spectral.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated"]
-exclude_patterns = ["_build", "_ext", "_generated"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build"]
 
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
@@ -48,3 +55,26 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
+
+
+def setup(app: Sphinx) -> None:
+    """Give the site what a repository's browser cannot show."""
+    app.connect("source-read", for_the_site)
+
+
+def for_the_site(app: Sphinx, page: str, source: list[str]) -> None:
+    """Add the tree of pages to the index, docstrings to the reference; take in the files beside the documentation."""
+    if page == "index":
+        source[0] += "\n".join(trees(source[0]))
+    elif page == "reference":
+        source[0] = topics.between(source[0], "reference", "\n".join(topics.for_the_site()))
+    elif page in ("changelog", "contributing"):
+        source[0] = (ROOT / f"{page.upper()}.md").read_text(encoding="utf-8")
+
+
+def trees(index: str) -> Iterator[str]:
+    """One hidden tree for each heading of the index with a list of pages."""
+    for section in index.split("\n## ")[1:]:
+        heading, _, body = section.partition("\n")
+        if pages := re.findall(r"^\* \[[^\]]+\]\((\w+)\.md\)", body, re.MULTILINE):
+            yield "\n".join(["", "```{toctree}", f":caption: {heading}", ":hidden:", "", *pages, "```", ""])

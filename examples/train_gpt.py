@@ -4,7 +4,7 @@
     python examples/train_gpt.py --layers 12 --width 256 --steps 2000 --every-n-steps 50 --linearization paper
 
 The model is plain PyTorch and knows nothing of `lightning_spectral`; one callback is all that watching takes. No data
-is downloaded: the text is what `import` reads every day. What the script needs comes with `pip install '.[demo]'`.
+is downloaded: the text is what `import` reads every day. What the script needs comes with `pip install '.[all]'`.
 """
 
 from __future__ import annotations

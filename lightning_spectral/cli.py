@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parser = _parser()
     except ModuleNotFoundError:
-        return _failed("the command line needs jsonargparse: pip install 'lightning-spectral[cli]'")
+        return _failed("the command line needs jsonargparse: pip install 'jsonargparse[signatures]'")
     options = parser.parse_args(None if arguments is None else list(arguments))
     try:
         return _audit(options.audit) if options.subcommand == "audit" else _report(options.report)

@@ -59,6 +59,9 @@ class SpectralCallback(TrainerCallback, ExportableState):
 
     Raises:
         ConfigurationError: An argument cannot be used.
+
+    Example:
+        >>> callback = SpectralCallback(every_n_steps=50)  # for Trainer(..., callbacks=[callback])
     """
 
     def __init__(

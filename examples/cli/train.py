@@ -8,7 +8,7 @@
     python examples/cli/train.py fit --config examples/cli/config.yaml --trainer.max_steps=300 --ckpt_path=$LAST
 
 This file has no word about the monitor: `config.yaml` names it, shows each of its arguments, and says what they do.
-Needs `pip install '.[cli,plot]'`.
+Needs `pip install '.[all]'`.
 
 What to look for: the table at the end, and `spectral.png` in the folder of the run. What was in effect stands beside
 it, in Lightning's own `config.yaml`. A resumed run gets a folder of its own and goes on with the measurements there.

@@ -114,6 +114,11 @@ def lyapunov_exponents(
         ConfigurationError: A block cannot be called alone on the stream that it read; the blocks are not consecutive in
             one stack (encoder and decoder are two stacks); a lazy layer has no weights yet; or ``k`` or ``sweeps`` is
             out of range.
+
+    Example:
+        >>> spectrum = lyapunov_exponents(model, batch=ids, k=3)
+        >>> spectrum.growth.shape  # blocks, exponents
+        torch.Size([3, 3])
     """
     with _still(model, batch):
         factors = [_jacobian(call) for call in _chain(model, batch, blocks)]
@@ -140,6 +145,11 @@ def empirical_exponents(
 
     Raises:
         SpectralError: As for :func:`lyapunov_exponents`.
+
+    Example:
+        >>> exponents = empirical_exponents(model, batch=ids)
+        >>> f"{exponents.angle:.1f} {exponents.gradient:.1f}"  # nats per block
+        '-0.0 0.1'
     """
     generator = torch.Generator().manual_seed(seed)
     with _still(model, batch):

@@ -86,6 +86,11 @@ def covariance_trajectory(
         ExampleInputError: The model could not be run on any example input.
         ConfigurationError: An argument is invalid, blocks differ in width, or, with ``missing="raise"``, blocks have no
             weight linearization; the message names all of them.
+
+    Example:
+        >>> trajectory = covariance_trajectory(model)
+        >>> [round(rank) for rank in trajectory.effective_rank]
+        [27, 22, 20]
     """
     _checks.choice("linearization", linearization, get_args(WeightLinearization))
     _checks.choice("missing", missing, ("raise", "identity"))

@@ -185,7 +185,7 @@ def _open_safetensors(path: Path, start: bytes) -> Opened:
             from safetensors import safe_open
         except ModuleNotFoundError:
             raise CheckpointError(
-                f"{printable(path)}: reading it needs the package safetensors: pip install 'lightning-spectral[cli]'"
+                f"{printable(path)}: reading it needs the package safetensors: pip install safetensors"
             ) from None
         size, length = path.stat().st_size, int.from_bytes(start[:8], "little")
         if length > min(size - 8, _MAX_HEADER):

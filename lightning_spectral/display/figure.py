@@ -33,7 +33,7 @@ def new_figure(height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        message = "drawing needs matplotlib; type: pip install 'lightning-spectral[plot]'"
+        message = "drawing needs matplotlib: pip install matplotlib"
         raise ModuleNotFoundError(message) from error
     return Figure(figsize=(8.0, height), dpi=150, layout="constrained")
 

@@ -68,6 +68,12 @@ class TokenResidual(_SequenceMean):
 
     Raises:
         ConfigurationError: An argument cannot be used.
+
+    Example:
+        >>> metric = TokenResidual()
+        >>> metric.update(torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]))  # sequences, tokens, width
+        >>> metric.compute()
+        tensor(0., dtype=torch.float64)
     """
 
     plot_lower_bound = 0.0
@@ -89,6 +95,12 @@ class TokenSimilarity(_SequenceMean):
 
     Raises:
         ConfigurationError: An argument cannot be used.
+
+    Example:
+        >>> metric = TokenSimilarity()
+        >>> metric.update(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]))
+        >>> metric.compute()
+        tensor(0., dtype=torch.float64)
     """
 
     plot_lower_bound = -1.0

@@ -33,6 +33,12 @@ class SpectralRatio(StreamedMetric):
 
     Raises:
         ConfigurationError: An argument cannot be used.
+
+    Example:
+        >>> metric = SpectralRatio()
+        >>> metric.update(model)
+        >>> round(metric.compute().item(), 1)
+        0.9
     """
 
     is_differentiable = False

@@ -36,6 +36,12 @@ class StableRank(StreamedMetric):
 
     Raises:
         ConfigurationError: An argument cannot be used.
+
+    Example:
+        >>> metric = StableRank(width=4)
+        >>> metric.update(torch.eye(4)[None])
+        >>> round(metric.compute().item(), 6)
+        4.0
     """
 
     is_differentiable = True
@@ -105,6 +111,12 @@ class EffectiveRank(StableRank):
 
     Raises:
         ConfigurationError: An argument cannot be used.
+
+    Example:
+        >>> metric = EffectiveRank(width=4)
+        >>> metric.update(torch.eye(4)[None])
+        >>> round(metric.compute().item(), 6)
+        4.0
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -116,8 +116,8 @@ class SpectralMonitor(Callback):
         safe_zone: tuple[float, float] = (0.5, 2.0),
         blocks: Sequence[ResidualBlock] | Mapping[str, Any] | None = None,
         solver: SolverChoice = None,
-        geometry: bool | Collection[str] = True,
-        signals: Collection[str] = (),
+        geometry: bool | Sequence[str] = True,  # no Collection: jsonargparse knows it only from 4.53 on
+        signals: Sequence[str] = (),
         per_layer: bool = False,
         on_alarm: OnAlarm | Callable[[Trainer, LightningModule, Event], object] = "log",
         on_error: Literal["warn", "raise"] = "warn",

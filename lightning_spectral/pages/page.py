@@ -49,7 +49,7 @@ def check_installed() -> None:
         import bokeh  # noqa: F401
         import jinja2  # noqa: F401
     except ModuleNotFoundError as error:
-        message = f"a report needs {error.name}; type: pip install 'lightning-spectral[report]'"
+        message = f"a report needs {error.name}; type: pip install bokeh jinja2"
         raise ModuleNotFoundError(message, name=error.name) from error
 
 

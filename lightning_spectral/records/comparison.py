@@ -65,6 +65,11 @@ def compare(before: Measurement, after: Measurement) -> Comparison:
 
     Raises:
         CheckpointError: They are of different architectures, or not of the same quantity.
+
+    Example:
+        >>> before = measure(model)
+        >>> compare(before, measure(model)).log_ratio_changes()
+        (0.0, 0.0, 0.0)
     """
     names = [layer.name for layer in before], [layer.name for layer in after]
     if before.adapters != after.adapters:

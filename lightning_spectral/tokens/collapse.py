@@ -30,6 +30,10 @@ def token_residual(X: Tensor, mask: Tensor | None = None, *, massive: float | No
 
     Raises:
         ConfigurationError: The shapes do not fit, or ``massive`` is not above 1.
+
+    Example:
+        >>> round(token_residual(torch.eye(2)).item(), 1)
+        0.7
     """
     X, valid = select(X, mask, massive=massive)
     X, measurable = unit_scaled(X)
@@ -56,6 +60,10 @@ def sample_residual(X: Tensor, *, massive: float | None = None) -> Tensor:
 
     Raises:
         ConfigurationError: The shapes do not fit, or ``massive`` is not above 1.
+
+    Example:
+        >>> round(sample_residual(torch.ones(2, 3, 4)).item(), 1)
+        0.0
     """
     if X.dim() < 3 or not X.shape[-3]:
         raise ConfigurationError(f"X has the shape {tuple(X.shape)}: expected (..., samples, tokens, width), none of 0")
@@ -81,6 +89,10 @@ def token_similarity(X: Tensor, mask: Tensor | None = None, *, massive: float | 
 
     Raises:
         ConfigurationError: The shapes do not fit, or ``massive`` is not above 1.
+
+    Example:
+        >>> round(token_similarity(torch.ones(3, 4)).item(), 1)
+        1.0
     """
     X, _ = select(X, mask, massive=massive)
     finite = X.detach().isfinite().all(-1).all(-1)

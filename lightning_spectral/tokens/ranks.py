@@ -56,6 +56,10 @@ def effective_rank(
 
     Raises:
         ConfigurationError: The power is neither 1 nor 2, or the shapes do not fit.
+
+    Example:
+        >>> round(effective_rank(torch.eye(4), power=2).item(), 1)
+        4.0
     """
     return shares_effective_rank(spectral_shares(X, mask, centred=centred, massive=massive), power=power)
 
@@ -72,6 +76,10 @@ def shares_effective_rank(shares: Tensor, *, power: Power) -> Tensor:
 
     Raises:
         ConfigurationError: The power is neither 1 nor 2.
+
+    Example:
+        >>> shares_effective_rank(torch.tensor([0.5, 0.5]), power=2)
+        tensor(2.)
     """
     # Shares are σ²/Σσ² already, so power 2 takes them as they are, and power 1 needs the roots, normalized again.
     choice("power", power, (1, 2))
@@ -108,6 +116,10 @@ def stable_rank(
 
     Returns:
         ``(...)``, from 1 to min(tokens, width); NaN where X is not measurable (see :func:`spectral_shares`).
+
+    Example:
+        >>> round(stable_rank(torch.eye(4)).item(), 1)
+        4.0
     """
     return 1 / spectral_shares(X, mask, centred=centred, massive=massive)[..., 0]
 
@@ -125,6 +137,10 @@ def participation_ratio(
 
     Returns:
         ``(...)``, from 1 to min(tokens, width); NaN where X is not measurable (see :func:`spectral_shares`).
+
+    Example:
+        >>> round(participation_ratio(torch.eye(4)).item(), 1)
+        4.0
     """
     # With λ the eigenvalues of G: Σλ = tr G and Σλ² = ‖G‖_F². So no eigenvalue routine is needed, which on CUDA would
     # wait for the device.
@@ -147,6 +163,10 @@ def rankme(X: Tensor, mask: Tensor | None = None, *, epsilon: float = 1e-7) -> T
 
     Returns:
         ``(...)``; NaN where X is not measurable (see :func:`spectral_shares`).
+
+    Example:
+        >>> round(rankme(torch.eye(4)).item(), 1)
+        4.0
     """
     p = _normalized_roots(spectral_shares(X, mask)) + epsilon
     if mask is not None:
@@ -172,6 +192,10 @@ def rank_one_residual(
 
     Returns:
         ``(...)``, from 0 to below 1; NaN where X is not measurable (see :func:`spectral_shares`).
+
+    Example:
+        >>> round(rank_one_residual(torch.ones(3, 4)).item(), 1)
+        0.0
     """
     rest = spectral_shares(X, mask, centred=centred, massive=massive)[..., 1:]
     # By vector_norm, whose gradient at 0 is 0; √(Σp) would give NaN. The two `where` are as in _normalized_roots.

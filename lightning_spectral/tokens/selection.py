@@ -27,6 +27,10 @@ def select(X: Tensor, mask: Tensor | None = None, *, massive: float | None = Non
 
     Raises:
         ConfigurationError: X has no tokens or no width, the mask does not fit, or ``massive`` is not above 1.
+
+    Example:
+        >>> select(torch.ones(3, 4), torch.tensor([True, True, False]))[1]
+        tensor([ True,  True, False])
     """
     if X.dim() < 2 or not X.shape[-1] or not X.shape[-2]:
         raise ConfigurationError(f"X has the shape {tuple(X.shape)}: expected (..., tokens, width), neither of them 0")
@@ -70,6 +74,13 @@ def massive_activations(X: Tensor, mask: Tensor | None = None, *, multiple: floa
 
     Raises:
         ConfigurationError: The shapes do not fit, or the multiple is not a number above 1.
+
+    Example:
+        >>> X = torch.ones(4, 8)
+        >>> X[0, 3] = 1000
+        >>> tokens, dimensions = massive_activations(X)
+        >>> tokens.nonzero().flatten().tolist(), dimensions.nonzero().flatten().tolist()
+        ([0], [3])
     """
     multiple = number("multiple", multiple, 1.0, math.inf, above=True)
     return _massive(select(X, mask)[0], multiple)

@@ -28,6 +28,10 @@ def spectral_shares(
         Gram matrix, max(tokens, width) · ε · σ₁². All shares are NaN if X is zero (no token counts, or nothing is left
         after centring) or has a value that is not finite. On CUDA only the eigenvalue routine of torch waits for the
         device.
+
+    Example:
+        >>> spectral_shares(torch.diag(torch.tensor([2.0, 1.0])))
+        tensor([0.8000, 0.2000], dtype=torch.float64)
     """
     G, measurable = gram(X, mask, centred=centred, massive=massive)
     return torch.where(measurable[..., None], moment_shares(G, size=max(X.shape[-2:])), math.nan)
@@ -67,6 +71,10 @@ def moment_shares(G: Tensor, *, size: int, total: Tensor | None = None) -> Tenso
 
     Returns:
         ``(..., k)`` in descending order, NaN if G is zero or not finite.
+
+    Example:
+        >>> moment_shares(torch.diag(torch.tensor([4.0, 1.0])), size=2)
+        tensor([0.8000, 0.2000])
     """
     scale = G.detach().diagonal(dim1=-2, dim2=-1).amax(-1)
     finite = G.detach().isfinite().all(-1).all(-1)

@@ -170,7 +170,7 @@ def test_what_is_no_command_ends_with_2(arguments: list[str], capsys: Any):
 def test_without_the_extra_the_message_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     assert main(["audit", "anything"]) == 2
-    assert "the command line needs jsonargparse: pip install 'lightning-spectral[cli]'" in capsys.readouterr().err
+    assert "the command line needs jsonargparse: pip install 'jsonargparse[signatures]'" in capsys.readouterr().err
 
 
 def test_without_transformers_or_safetensors_the_message_says_so(
@@ -181,7 +181,7 @@ def test_without_transformers_or_safetensors_the_message_says_so(
     assert "needs the package transformers: pip install transformers" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "safetensors", None)
     assert main(["audit", str(folder)]) == 2
-    assert "needs the package safetensors: pip install 'lightning-spectral[cli]'" in capsys.readouterr().err
+    assert "needs the package safetensors: pip install safetensors" in capsys.readouterr().err
 
 
 def test_the_entry_point_is_declared():

@@ -124,5 +124,5 @@ def test_two_linearizations_are_never_mixed():
 
 def test_without_matplotlib_the_message_says_what_to_type(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-spectral\[plot\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"drawing needs matplotlib: pip install matplotlib"):
         heatmap([measurement(0, [1.0])])

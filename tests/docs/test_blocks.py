@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import doctest
+import inspect
 import io
 import re
 import shlex
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import topics
 import torch
 import yaml
 from pages import NOT_RUN, PAGES, ROOT, Block, blocks
@@ -23,7 +25,7 @@ from reader import brought, write_files
 import lightning_spectral
 from lightning_spectral.cli import main
 
-LANGUAGES = {"python", "bash", "yaml", "text", "{include}", "{toctree}"}
+LANGUAGES = {"python", "pycon", "bash", "yaml", "text"}
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 # What a page writes in capitals is the reader's own.
@@ -33,6 +35,8 @@ PLACEHOLDERS = {
     "AFTER": "finetuned_folder",
     "RUN_DIR": "runs/gpt/version_0",
 }
+EVERY_NAME = [name for names in topics.TOPICS.values() for name in names]
+PUBLIC = {name: getattr(lightning_spectral, name) for name in lightning_spectral.__all__}
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 
@@ -70,12 +74,11 @@ def test_the_blocks_of_a_page_run(name: str, desk: Path):
             check_yaml(yaml.safe_load(block.text))
 
 
-@pytest.mark.parametrize("name", lightning_spectral.__all__)
+@pytest.mark.parametrize("name", [name for name in EVERY_NAME if topics.example(name) or name in PUBLIC])
 def test_the_example_of_a_name_prints_what_it_says(name: str, desk: Path):
-    """In the documentation of every public name, with what a reader brings along."""
-    public = {each: getattr(lightning_spectral, each) for each in lightning_spectral.__all__}
-    namespace = {**public, **brought(), "torch": torch}
-    example = doctest.DocTestParser().get_doctest(public[name].__doc__, namespace, name, None, None)
+    """Every name of the package itself has one, with what a reader brings along; so have functions and metrics."""
+    namespace = {**PUBLIC, name.rpartition(".")[2]: topics.of(name), **brought(), "torch": torch}
+    example = doctest.DocTestParser().get_doctest(inspect.getdoc(topics.of(name)) or "", namespace, name, None, None)
     assert 1 <= len(example.examples) <= 5
     said = io.StringIO()
     result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=said.write)

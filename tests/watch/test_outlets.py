@@ -222,7 +222,7 @@ def test_without_matplotlib_the_run_ends_as_it_should(
     assert steps(tmp_path / "spectral.jsonl") == [0, 2]
     if broken is None:
         assert said == []
-        assert "no heatmap; drawing needs matplotlib; type: pip install" in caplog.text
+        assert "no heatmap; drawing needs matplotlib: pip install" in caplog.text
     else:
         assert len(said) == 1
         assert "failed in drawing (ImportError: cannot import name 'Figure'" in said[0]
