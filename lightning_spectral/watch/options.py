@@ -43,6 +43,7 @@ class Options:
     on_alarm: OnAlarm | Callable[..., object] = "log"
     on_error: Literal["warn", "raise"] = "warn"
     prefix: str = "spectral"
+    verbose: bool = False
 
     def __post_init__(self) -> None:
         solver_named(self.solver)
@@ -62,6 +63,7 @@ class Options:
         if not callable(self.on_alarm):
             checked["on_alarm"] = _checks.choice("on_alarm", self.on_alarm, get_args(OnAlarm))
         checked["geometry"] = _checks.flag("geometry", self.geometry)
+        checked["verbose"] = _checks.flag("verbose", self.verbose)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.law is not None:
