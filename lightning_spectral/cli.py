@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_spectral.errors import SpectralError
+from lightning_spectral.errors import ConfigurationError, SpectralError
 
 if TYPE_CHECKING:
+    from argparse import Action
+
     from jsonargparse import ArgumentParser
 
     from lightning_spectral.records import Comparison, Measurement
@@ -23,7 +26,24 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _OK, _ERROR, _OUTSIDE = 0, 2, 3
-_EPILOG = "exit codes: 0 measured; 2 not readable or not understood; 3 a ratio is outside the safe zone"
+_EXAMPLES = """examples:
+  lightning-spectral audit model_folder              a table of every block
+  lightning-spectral audit before.ckpt after.ckpt    what has changed
+  lightning-spectral report runs/gpt/version_0       a page of a run"""
+_OF_AUDIT = """examples:
+  lightning-spectral audit model_folder
+  lightning-spectral audit runs/gpt/version_0
+  lightning-spectral audit before.safetensors after.safetensors --html changes.html
+  lightning-spectral audit last.ckpt --fail-outside-zone --safe-zone 0.25 4
+
+exit codes:
+  0  measured
+  2  not readable or not understood
+  3  with --fail-outside-zone: a ratio is outside the safe zone"""
+_OF_REPORT = """examples:
+  lightning-spectral report runs/gpt/version_0
+  lightning-spectral report runs/gpt/version_0 --output gpt.html"""
+_COLOURS = {"above": 31, "below": 34}  # red and blue, as in the heatmap
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,28 +62,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(None if arguments is None else list(arguments))
     try:
         return _audit(options.audit) if options.subcommand == "audit" else _report(options.report)
-    except (SpectralError, OSError, ModuleNotFoundError) as error:
+    except OSError as error:
+        why = str(error.strerror or error)
+        return _failed(why if error.filename is None else f"{error.filename}: {why[:1].lower()}{why[1:]}")
+    except (SpectralError, ModuleNotFoundError) as error:
         return _failed(str(error))
 
 
 def _parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+    from argparse import RawDescriptionHelpFormatter
 
-    parser = ArgumentParser(prog="lightning-spectral", description="Spectral balance of MLP and attention.")
-    command = ArgumentParser(description="Measure a checkpoint file, or compare two of them.", epilog=_EPILOG)
-    command.add_argument("path", type=str, help="file or model folder")
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    from lightning_spectral import __version__
+
+    class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Keeps the lines of examples, and leaves out types and defaults, which the texts have where they matter."""
+
+        def _get_help_string(self, action: Action) -> str:
+            return action.help or ""
+
+    parser = ArgumentParser(
+        prog="lightning-spectral",
+        description="Spectral balance of MLP and attention in the blocks of a Transformer.",
+        epilog=_EXAMPLES,
+        version=__version__,
+        formatter_class=Help,
+    )
+    command = ArgumentParser(
+        description="Measure a checkpoint, or compare two.", epilog=_OF_AUDIT, formatter_class=Help
+    )
+    command.add_argument("path", type=str, help="checkpoint file, model folder, or folder of a run")
     command.add_argument("other", type=str | None, nargs="?", help="a second one, to compare with the first")
     command.add_argument(
-        "--linearization", type=Literal["circuit", "paper"], default="circuit", help="what is measured"
+        "--linearization",
+        type=Literal["circuit", "paper"],
+        default="circuit",
+        help="what is measured: circuit (default) or paper",
     )
     command.add_argument("--config", type=str | None, default=None, help="config.json, if it is not beside the weights")
     command.add_argument("--key", type=str | None, default=None, help="whose weights, if the file has several models'")
     command.add_argument("--json", type=str | None, default=None, help="file to write the numbers to")
     command.add_argument(
+        "--safe-zone",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=[0.5, 2.0],
+        help="the interval of ratios that counts as balanced (default: 0.5 2)",
+    )
+    command.add_argument(
         "--fail-outside-zone", action="store_true", help="exit with 3 if a ratio (of the last checkpoint) is outside"
     )
     command.add_argument("--html", type=str | None, default=None, help="file to write a page with charts to")
-    page = ArgumentParser(description="Draw a run, also one that is still going, as one HTML file.")
+    page = ArgumentParser(
+        description="Draw a run, also one that is still going, as one HTML file.",
+        epilog=_OF_REPORT,
+        formatter_class=Help,
+    )
     page.add_argument("run_dir", type=str, help="log directory of the run, or its spectral.jsonl")
     page.add_argument("--output", type=str | None, default=None, help="the page; beside spectral.jsonl by default")
     commands = parser.add_subcommands()
@@ -75,34 +131,48 @@ def _parser() -> ArgumentParser:
 def _report(options: Any) -> int:
     from lightning_spectral.pages import report
 
+    _check_folder(options.output)
     _say(sys.stdout, str(report(options.run_dir, options.output)))
     return _OK
 
 
 def _audit(options: Any) -> int:
     from lightning_spectral.checkpoints import printable
-    from lightning_spectral.pages import check_installed, write_checkpoint_page
+    from lightning_spectral.pages import check_installed, summary_line, write_checkpoint_page
     from lightning_spectral.records import compare
     from lightning_spectral.runs.durable import replace
 
     if options.html is not None:
         check_installed()  # before the work
+    _check_folder(options.html)
+    _check_folder(options.json)
     paths = [path for path in (options.path, options.other) if path is not None]
     measured = [_measured(path, options) for path in paths]
-    result: Measurement | Comparison = measured[0] if len(measured) == 1 else compare(*measured)
-    _say(sys.stdout, str(result))
+    if len(measured) == 1:
+        result: Measurement | Comparison = measured[0]
+        _show(f"{result}\n{summary_line(measured[0])}")
+    else:
+        result = compare(*measured)
+        before, after = map(printable, paths)
+        _show(f"before: {before}\nafter:  {after}\n{result}")
     if options.json is not None:
         text = json.dumps({"paths": paths, **result.to_dict()}, indent=1, allow_nan=False)
         replace(Path(options.json), f"{text}\n".encode())
     if options.html is not None:
         write_checkpoint_page(options.html, paths, measured)
-    ratios = [layer.ratio for layer in measured[-1] if layer.ratio is not None]
-    low, high = measured[-1].safe_zone
-    if not options.fail_outside_zone:
+    return _verdict(measured[-1], printable(paths[-1])) if options.fail_outside_zone else _OK
+
+
+def _verdict(measurement: Measurement, path: str) -> int:
+    """Say which blocks are outside the safe zone."""
+    if all(layer.ratio is None for layer in measurement):
+        return _failed(f"{path}: no block has a ratio, so none can be inside the safe zone")
+    outside = [layer.index for layer in measurement if measurement.side(layer)]
+    if not outside:
         return _OK
-    if not ratios:
-        return _failed(f"{printable(paths[-1])}: no block has a ratio, so none can be inside the zone")
-    return _OK if all(low < ratio < high for ratio in ratios) else _OUTSIDE
+    blocks = f"block{'s' if len(outside) > 1 else ''} {', '.join(map(str, outside))}"
+    _say(sys.stderr, f"lightning-spectral: {path}: outside the {measurement.zone_words}: {blocks}")
+    return _OUTSIDE
 
 
 def _measured(path: str, options: Any) -> Measurement:
@@ -110,7 +180,12 @@ def _measured(path: str, options: Any) -> Measurement:
 
     with _progress() as advance:
         return audit(
-            path, linearization=options.linearization, config=options.config, key=options.key, progress=advance
+            path,
+            linearization=options.linearization,
+            config=options.config,
+            key=options.key,
+            safe_zone=tuple(options.safe_zone),
+            progress=advance,
         )
 
 
@@ -132,6 +207,21 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def _check_folder(path: str | None) -> None:
+    """Check before the work that a file can be written behind it."""
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ConfigurationError(f"{path}: cannot be written, because its folder does not exist")
+
+
+def _show(text: str) -> None:
+    """Write a table to standard output, on a terminal with what is outside the safe zone in colour (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if not plain and getattr(sys.stdout, "isatty", bool)():
+        for side, colour in _COLOURS.items():
+            text = re.sub(rf"(?m) {side}( the safe zone)?(?=$|; )", rf"\x1b[{colour}m\g<0>\x1b[0m", text)
+    _say(sys.stdout, text)
+
+
 def _failed(message: str) -> int:
     _say(sys.stderr, f"lightning-spectral: error: {message}")
     return _ERROR
@@ -139,9 +229,10 @@ def _failed(message: str) -> int:
 
 def _say(stream: Any, text: str) -> None:
     """Write a line, with a question mark for each letter that the terminal does not know, if anybody reads it."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
+    from lightning_spectral.records.text import writable
+
     try:
-        stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        stream.write(writable(text, stream) + "\n")
         stream.flush()
     except (AttributeError, OSError, ValueError):  # none, closed, or `| head`: files are written all the same
         with suppress(AttributeError, OSError, ValueError):  # and Python does not try again at its end

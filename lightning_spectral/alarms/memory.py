@@ -24,7 +24,9 @@ class BlockMemory:
     """The memory of one block.
 
     Attributes:
-        side: Side of the zone that the last ratio was on: -1 below, 0 inside, 1 above.
+        side: Side of the safe zone that the last ratio was on: -1 below, 0 inside, 1 above.
+        told: Side that was told last. A block counts as back only when it is well inside, so that one at an edge is
+            told once.
         since: Step at which the ratio came to this side.
         times: Measurements in a row on this side.
         settled: ln ρ in the measurements that make the baseline.
@@ -35,6 +37,7 @@ class BlockMemory:
     """
 
     side: int = 0
+    told: int = 0
     since: int = 0
     times: int = 0
     settled: Sequence[float] = ()
@@ -50,7 +53,7 @@ class BlockMemory:
 
     @property
     def excess(self) -> float | None:
-        """Distance of the block from its baseline, away from the zone, in ln ρ: median of the last 3 measurements."""
+        """Distance of the block from its baseline, outwards, in ln ρ: median of the last 3 measurements."""
         if len(self.settled) < SETTLING or not self.side:
             return None
         return self.side * (median(value for _, value in self.ratios[-PATIENCE:]) - median(self.settled))
@@ -103,7 +106,9 @@ class Memory:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Memory:
         """Rebuild a memory from ``dataclasses.asdict``. Unknown keys are ignored; missing keys get their default."""
-        blocks = {index: BlockMemory(**_known(BlockMemory, block)) for index, block in values.get("blocks", {}).items()}
+        known = {index: _known(BlockMemory, block) for index, block in values.get("blocks", {}).items()}
+        # A state from before ``told`` was written when every crossing was told.
+        blocks = {index: BlockMemory(**{"told": block.get("side", 0), **block}) for index, block in known.items()}
         rules = {name: RuleMemory(**_known(RuleMemory, rule)) for name, rule in values.get("rules", {}).items()}
         return cls(**_known(cls, values) | {"blocks": blocks, "rules": rules})
 

@@ -18,7 +18,10 @@ from lightning_spectral.alarms.signs import Sign, samples_collapsed
 from lightning_spectral.records import Event, LayerMeasurement, Measurement
 from lightning_spectral.records.events import Level
 
-__all__ = ["RULES", "crossing", "drift", "relief"]
+__all__ = ["ON_RATIOS", "RULES", "crossing", "drift", "relief"]
+
+ON_RATIOS = ("ratio_crossed", "ratio_drifts")
+"""Names of the notes on ratios, which say nothing of failures."""
 
 TOLD_AT_ONCE = 4  # blocks named in one message
 _PAGE = "docs/monitor.md"
@@ -33,14 +36,14 @@ _CALM = {
 
 
 def crossing(layers: Sequence[LayerMeasurement], blocks: Mapping[int, BlockMemory], measurement: Measurement) -> Event:
-    """Make the note of blocks that crossed an edge of the zone."""
+    """Make the note of blocks that crossed an edge of the safe zone."""
     where = {-1: "is below", 0: "is back in", 1: "is above"}
     clauses = [
-        f"block {layer.index} ({layer.name}) {where[blocks[layer.index].side]} the zone at {layer.ratio:.4g}"
+        f"block {layer.index} ({layer.name}) {where[blocks[layer.index].told]} the safe zone at {layer.ratio:.4g}"
         for layer in layers
     ]
     low, high = measurement.safe_zone
-    text = f"{_listed(clauses)}. The zone is ({low:g}, {high:g}); to leave it is information"
+    text = f"{_listed(clauses)}. The safe zone is ({low:g}, {high:g}); outside is information"
     return _event("note", "ratio_crossed", measurement, layers, measurement.step, text)
 
 

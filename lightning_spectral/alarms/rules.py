@@ -24,6 +24,7 @@ __all__ = ["FAILURES", "RULES", "Rule", "falling_tokens", "observe"]
 
 WINDOW = 8  # measurements that a trend is fitted to
 DRIFT = math.log(1.5)  # a ratio drifts when it is this far from its baseline, in ln ρ
+BACK = 0.9  # a ratio above the safe zone counts as back below 0.9 of its edge; one below, in mirror image
 CHECKS = 3  # the last checks of a rule that count
 
 
@@ -64,7 +65,7 @@ def observe(memory: Memory, measurement: Measurement) -> tuple[tuple[Event, ...]
 
     Args:
         memory: The memory that the previous call returned; ``Memory()`` at first.
-        measurement: The new measurement. A block without a ratio keeps its side of the zone.
+        measurement: The new measurement. A block without a ratio keeps its side of the safe zone.
 
     Returns:
         The events, the most severe last, and the new memory.
@@ -75,7 +76,7 @@ def observe(memory: Memory, measurement: Measurement) -> tuple[tuple[Event, ...]
     now = {layer.index: _seen(before[layer.index], layer, measurement, settling=settling) for layer in measurement}
     known = {**memory.blocks, **now}
     memory = replace(memory, blocks=known, began=began, measurements=memory.measurements + 1)
-    crossed = [layer for layer in measurement if now[layer.index].side != before[layer.index].side]
+    crossed = [layer for layer in measurement if now[layer.index].told != before[layer.index].told]
     events = [messages.crossing(crossed, now, measurement)] if crossed else []
     told, memory = _drift(memory, measurement)
     events += told
@@ -108,8 +109,20 @@ def _seen(block: BlockMemory, layer: LayerMeasurement, measurement: Measurement,
     since, times = (block.since, block.times + 1) if side == block.side and block.times else (step, 1)
     ratios = (*block.ratios, (step, layer.log_ratio))[-WINDOW:]
     settled = (*block.settled, layer.log_ratio)[:SETTLING] if settling else block.settled
-    block = replace(block, side=side, since=since, times=times, ratios=ratios, settled=settled)
+    told = _told_side(block.told, layer.ratio, measurement.safe_zone)
+    block = replace(block, side=side, told=told, since=since, times=times, ratios=ratios, settled=settled)
     return replace(block, warned=_warned(block, step))
+
+
+def _told_side(before: int, ratio: float, zone: tuple[float, float]) -> int:
+    """Return the side to tell, with hysteresis: of the zone (0.5, 2), a block leaves at 2 and is back at 1.8."""
+    low, high = zone
+    back = max(BACK, (low / high) ** 0.25)  # in a narrow zone, half of it is left between the two edges inside
+    if ratio >= high or (before > 0 and ratio > back * high):
+        return 1
+    if ratio <= low or (before < 0 and ratio < low / back):
+        return -1
+    return 0
 
 
 def _sizes(before: Mapping[str, Sequence[Point]], layer: LayerMeasurement, step: int) -> dict[str, Sequence[Point]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.checkpoints.distributed import METADATA, open_distributed
-from lightning_spectral.checkpoints.folders import INDEX, weights_in
+from lightning_spectral.checkpoints.folders import INDEX, saved_in_run, weights_in
 from lightning_spectral.checkpoints.formats import HEAD, refuse_foreign, refuse_no_path
 from lightning_spectral.checkpoints.gguf import open_gguf
 from lightning_spectral.checkpoints.gguf_header import MAGIC
@@ -66,11 +66,23 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
         found = weights_in(path) if is_folder else path
     folder = path if is_folder else path.parent
     if found.name == METADATA:
-        return _named(path, folder, _open_distributed(found.parent), key)
-    if found.name.endswith(INDEX):
-        return _named(path, folder, _open_shards(found), key)
-    refuse_part(found)
-    return _named(path, folder, _open_file(found), key)
+        opened = _open_distributed(found.parent)
+    elif found.name.endswith(INDEX):
+        opened = _open_shards(found)
+    else:
+        refuse_part(found)
+        opened = _open_file(found)
+    if is_folder:
+        opened = replace(opened, notes=(*opened.notes, *_choice(path, found)))
+    return _named(path, folder, opened, key)
+
+
+def _choice(folder: Path, found: Path) -> Iterator[str]:
+    """Say which checkpoint of the folder of a run is read."""
+    read = found.parent if found.name == METADATA else found
+    if read in (saved := saved_in_run(folder)):
+        others = f", the newest of {len(saved)} checkpoints" if len(saved) > 1 else ""
+        yield f"{printable(read.relative_to(folder))} was read{others}"
 
 
 def _named(path: Path, folder: Path, found: Opened, key: str | None) -> Checkpoint:

@@ -12,7 +12,7 @@ from lightning_spectral.checkpoints.pieces import refuse_part
 from lightning_spectral.checkpoints.untrusted import printable, read_json
 from lightning_spectral.errors import CheckpointError
 
-__all__ = ["INDEX", "weights_in"]
+__all__ = ["INDEX", "saved_in_run", "weights_in"]
 
 INDEX = ".index.json"
 _ADAPTERS = "adapter_config.json"
@@ -22,6 +22,7 @@ _ORDER = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin",
 _CUT = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.\w+)")
 _ZERO = re.compile(r"(bf16_)?zero_pp_rank_|mp_rank_\d+_model_states\.pt|global_step\d")
+_CKPT = ".ckpt"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _OTHERS = (".h5", ".msgpack", ".onnx", ".npz", ".pb", ".nemo", ".tflite")
 _NO_WEIGHTS = re.compile(r"optim|scheduler|scaler|training_args|rng_state|random_states|tokenizer|trainer_state")
@@ -47,9 +48,23 @@ def weights_in(folder: Path) -> Path:
                 f"name one of them, audit({_shown(folder / METADATA)}) or audit({_shown(found)})"
             )
         return folder / METADATA
-    if found is None:
-        found = _single(folder, names)
-    return found
+    if found is None and (saved := saved_in_run(folder)):
+        newest = saved[-1]
+        return weights_in(newest) if newest.is_dir() else newest
+    return _single(folder, names) if found is None else found
+
+
+def saved_in_run(folder: Path) -> list[Path]:
+    """Return the checkpoints that a run of Lightning has saved in a folder or in its ``checkpoints``, the newest last.
+
+    The folder of a run has no other weights. Lightning itself goes on from the newest one, too.
+    """
+    for place in (folder, folder / "checkpoints"):
+        if place.is_dir():
+            names = [item.name for item in place.iterdir() if item.name.endswith(_WEIGHTS)]
+            if names and all(name.endswith(_CKPT) for name in names):
+                return sorted((place / name for name in names), key=_age)
+    return []
 
 
 def _refuse_adapters(folder: Path, names: set[str]) -> None:
@@ -129,6 +144,8 @@ def _nothing(folder: Path, names: set[str]) -> str:
         return (
             f"{several if paths[0].suffix == '.safetensors' else none}: name what is meant, audit({_shown(paths[-1])})"
         )
+    if "spectral.jsonl" in names:
+        return "found the file of a run, but no checkpoint of it; lightning-spectral report FOLDER draws the run"
     if others:
         return f"found only {_listed(others)} in this folder, which is not read: convert it to safetensors"
     return f"found no weights in this folder, {expected}"
@@ -165,6 +182,10 @@ def _below(folder: Path) -> Iterator[Path]:
         else:
             named = [name for name in files if name.endswith(_WEIGHTS) and not _NO_WEIGHTS.search(name)]
             yield from (here / name for name in sorted(named, key=_natural))
+
+
+def _age(path: Path) -> tuple[int, list[tuple[int, str]]]:
+    return path.stat().st_mtime_ns, _natural(path.name)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -21,6 +21,7 @@ TORCH = "a file of torch.save that holds tensors and plain values only"
 """Description of an expected file, for messages about files that are neither safetensors nor GGUF."""
 
 _LIGHTNING = "pytorch-lightning_version"
+_DAMAGED = "its pickle is damaged, or of another kind"
 _DEPTH = 5  # deepest nesting of dicts that is searched
 _OPTIMIZER = re.compile(r"(^|_)opt(im.*|s|_.*)?$")
 _CLASS = re.compile(r"(?:GLOBAL|global|class|function) ([A-Za-z_][\w.]*\.\w+)")
@@ -44,12 +45,11 @@ def load_plain(path: Path, expected: str = TORCH, *, mapped: bool) -> Any:
         except pickle.UnpicklingError as error:
             named = _CLASS.search(str(error))
             raise CheckpointError(
-                f"{printable(path)}: not readable as {expected}: UnpicklingError: "
-                + ("its pickle is damaged, or of another kind" if named is None else _named(named[1]))
+                f"{printable(path)}: not readable as {expected}: {_DAMAGED if named is None else _named(named[1])}"
             ) from None
-        except (LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        except (LookupError, TypeError, AttributeError, AssertionError, RecursionError):
             # The unpickler of torch does not check its stack, so a damaged pickle raises any of these.
-            raise ValueError(f"its pickle is damaged, or of another kind ({type(error).__name__})") from None
+            raise CheckpointError(f"{printable(path)}: not readable as {expected}: {_DAMAGED}") from None
 
 
 def _named(name: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_spectral import _checks
 from lightning_spectral.alarms import Event
 from lightning_spectral.control import GainCeiling, ResidualRescaler
 from lightning_spectral.linalg.solvers import SolverChoice
@@ -43,14 +44,9 @@ class SpectralMonitor(Callback):
     key                                       unit   meaning
     ========================================  =====  ===================================================
     ``spectral/ratio_min, _median, _max``     1      the spectral ratio ρ over the blocks
-    ``spectral/in_zone``                      1      fraction of the measurable blocks inside the zone
-    ``spectral/worst_layer``                  index  block farthest outside the zone, or nearest its edge
+    ``spectral/in_zone``                      1      fraction of the measurable blocks inside the safe zone
     ``spectral/mlp_norm_max``                 1      largest spectral norm of an MLP branch
     ``spectral/attention_norm_max``           1      largest spectral norm of an attention branch
-    ``spectral/unmeasured``                   count  branches that exist but could not be measured
-    ``spectral/seconds``                      s      wall time of the measurement
-    ``spectral/drifting``                     count  blocks outside that drift away from where they had settled
-    ``spectral/alarm``                        1      1 while a failure is on, else 0
     ``spectral/scale_min, _max``              1      with ``auto_rescale``: the residual scales at the measurement
     ``spectral/rescaled``                     count  with ``auto_rescale``: blocks whose scales were moved after it
     ``spectral/token_residual_min``           1      with ``geometry``: smallest token residual of a block's output
@@ -58,17 +54,24 @@ class SpectralMonitor(Callback):
     ``spectral/sample_residual_min``          1      with ``geometry``: smallest sample residual of one
     ``spectral/attention_logit_max``          1      with ``geometry``: largest attention logit of a few samples
     ``spectral/output_residual``              1      with ``geometry``: sample residual of the model's output
-    ``spectral/ratio/07`` and so on           1      with ``per_layer``: all of these for every block
+    ``spectral_health/alarm``                 1      1 while a failure is on, else 0
+    ``spectral_health/drifting``              count  blocks outside that drift away from where they had settled
+    ``spectral_health/unmeasured``            count  branches that exist but could not be measured
+    ``spectral_health/seconds``               s      wall time of the measurement
+    ``spectral_blocks/ratio/07`` and so on    1      with ``per_layer``: the numbers of every block
     ========================================  =====  ===================================================
 
-    The same keys are in ``trainer.callback_metrics`` on all ranks, the summary keys also as ``spectral_ratio_max`` and
-    so on, for ``ModelCheckpoint`` and ``EarlyStopping``. The run's log directory gets ``spectral.jsonl`` with every
-    block of every measurement and every action and, with matplotlib, ``spectral.png``, which loggers that take pictures
-    get as well.
+    Loggers fold keys by what stands in front of the first ``/``. The same keys are in ``trainer.callback_metrics`` on
+    all ranks. What a callback or a scheduler names with ``_`` for ``/``, as in
+    ``ModelCheckpoint(monitor="spectral_ratio_max")``, is there by that name too. The run's log directory gets
+    ``spectral.jsonl`` with every block of every measurement and every action and, with matplotlib, ``spectral.png``,
+    drawn anew every few minutes, which loggers that take pictures get as well.
 
     What is new is said once and written to ``spectral.jsonl`` (:class:`~lightning_spectral.records.Event`): failures
     (something is not finite, all tokens or all samples are one, nothing moves), warnings (signals that came before
-    failures in this project's benchmark) and notes (a block that leaves the zone).
+    failures in this project's benchmark) and notes (a block that leaves the safe zone), which the console has with
+    ``verbose`` only. The console also has one line at the start, and at the end, however the run ends, the table of the
+    last measurement and where the files are.
 
     Args:
         every_n_steps: Optimizer steps between two measurements.
@@ -98,6 +101,9 @@ class SpectralMonitor(Callback):
         on_error: What to do when a measurement fails: warn and train on, or raise. What fails in writing, logging,
             drawing or showing is always a warning.
         prefix: First part of every key and file name. Two monitors in one Trainer need two of them.
+        verbose: Whether the console is told of every ratio that crosses an edge of the safe zone or drifts.
+            ``spectral.jsonl`` has these notes in any case.
+        progress_bar: Whether the Trainer's progress bar shows ρ, the median of the ratios.
 
     Raises:
         ConfigurationError: An argument cannot be used.
@@ -122,6 +128,8 @@ class SpectralMonitor(Callback):
         on_alarm: OnAlarm | Callable[[Trainer, LightningModule, Event], object] = "log",
         on_error: Literal["warn", "raise"] = "warn",
         prefix: str = "spectral",
+        verbose: bool = False,
+        progress_bar: bool = True,
     ) -> None:
         super().__init__()
         self.options = Options(
@@ -137,7 +145,9 @@ class SpectralMonitor(Callback):
             on_alarm=on_alarm,
             on_error=on_error,
             prefix=prefix,
+            verbose=verbose,
         )
+        self.progress_bar = _checks.flag("progress_bar", progress_bar)
         self._attachment = Attachment(self.options)
         self._series = Series(self.options.linearization)
         self._restored: Series | None = None  # from the checkpoint that a fit goes on from
@@ -146,7 +156,8 @@ class SpectralMonitor(Callback):
 
     def __repr__(self) -> str:
         """Return the call that makes such a monitor."""
-        return f"{type(self).__name__}({self.options.changed()})"
+        bar = "" if self.progress_bar else ", progress_bar=False"
+        return f"{type(self).__name__}({self.options.changed()}{bar})"
 
     @property
     def state_key(self) -> str:
@@ -194,7 +205,7 @@ class SpectralMonitor(Callback):
         goes_on = known is not None and (known.measured_step is None or known.reaches(trainer.global_step))
         self._series = known if known is not None and goes_on else Series.begin(self.options.linearization)
         remember(trainer, pl_module, self.state_key, self._series)
-        host = LightningHost(trainer, pl_module, self._series, self.options)
+        host = LightningHost(trainer, pl_module, self._series, self.options, progress_bar=self.progress_bar)
         held = self._attachment.steering, self._attachment.blocks
         self._session = Session(self.options, self._series, *held, host, self.should_measure, goes_on=goes_on)
         self._session.begin()
@@ -247,13 +258,16 @@ class SpectralMonitor(Callback):
             self._session.end()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See whether the final weights have been exchanged; draw the run and print the last measurement."""
+        """See whether the final weights have been exchanged; print the last measurement and draw the run."""
         if self._session is not None:
             session, self._session = self._session, None
             session.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing of the monitor behind in the model; say where the scales may be the cause."""
+        """Print and draw the run so far, also at Ctrl-C and SIGTERM; say where the scales may be the cause.
+
+        Nothing of the monitor is left behind in the model.
+        """
         self._attachment.explain(exception, pl_module)
         if self._session is not None:
             session, self._session = self._session, None

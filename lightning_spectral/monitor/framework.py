@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-__all__ = ["Callback", "log_to_bar", "overrides"]
+from lightning_spectral.watch.telling import speak_like
+
+__all__ = ["Callback", "overrides"]
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -27,19 +28,12 @@ else:
 
         Callback = type("Callback", (Callback, Twin), {})
 
-# Messages stand where Lightning's do, and can be muted by the name of this package or by that of Lightning.
-logging.getLogger("lightning_spectral").parent = logging.getLogger(FRAMEWORK)
+speak_like(FRAMEWORK)
 
 
 def overrides(pl_module: LightningModule, hook: str) -> bool:
     """Whether the user's class defines a hook of LightningModule (of either copy of the framework)."""
     return not _is_framework(next(base for base in type(pl_module).__mro__ if hook in vars(base)))
-
-
-def log_to_bar(pl_module: LightningModule, name: str, value: float) -> None:
-    """Put a number into the progress bar, past a ``log`` of the user's own, which may do more with it."""
-    base: Any = next(base for base in type(pl_module).__mro__ if "log" in vars(base) and _is_framework(base))
-    base.log(pl_module, name, value, prog_bar=True, logger=False, batch_size=1)
 
 
 def _is_framework(base: type) -> bool:

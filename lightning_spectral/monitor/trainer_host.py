@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_spectral.alarms import Event
-from lightning_spectral.monitor.framework import log_to_bar
 from lightning_spectral.monitor.strategies import outermost, will_shard
 from lightning_spectral.pages import send_event, send_figure
+from lightning_spectral.records.text import writable
 from lightning_spectral.runs.durable import link
 from lightning_spectral.runs.series import Series
 from lightning_spectral.watch.options import Options
@@ -39,12 +40,16 @@ class LightningHost:
         pl_module: The module that it trains.
         series: Remembers what counts.
         options: The settings of the monitor.
+        progress_bar: Whether the progress bar gets a number.
     """
 
     name = "SpectralMonitor"
 
-    def __init__(self, trainer: Trainer, pl_module: LightningModule, series: Series, options: Options) -> None:
+    def __init__(
+        self, trainer: Trainer, pl_module: LightningModule, series: Series, options: Options, *, progress_bar: bool
+    ) -> None:
         self._trainer, self._module, self._series, self._options = trainer, pl_module, series, options
+        self._in_bar = progress_bar
         self._counted = trainer.global_step
         self._uncounted = 0  # batches since the Trainer has counted a step
 
@@ -115,9 +120,9 @@ class LightningHost:
         return trained_parameters(self._module, self._trainer.optimizers)
 
     def outlets(self) -> Sequence[Outlet]:
-        """Return the metrics that callbacks see, and every logger."""
-        metrics = _CallbackMetrics(self._trainer, self._module, self._options.prefix)
-        return [metrics, *(_Logger(logger) for logger in self._trainer.loggers)]
+        """Return the metrics that callbacks see, the progress bar, and every logger."""
+        bar = [_ProgressBar(self._trainer, self._options.prefix)] if self._in_bar else []
+        return [_CallbackMetrics(self._trainer, self._module), *bar, *map(_Logger, self._trainer.loggers)]
 
     def answer(self, failure: Event) -> None:
         """Stop the Trainer, or call the function of the user."""
@@ -144,24 +149,45 @@ def _saved(trainer: Trainer) -> list[Path]:
 
 
 class _CallbackMetrics(Outlet):
-    """What other callbacks look at, and the progress bar."""
+    """What other callbacks look at."""
 
     name = "callback_metrics"
 
-    def __init__(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
-        self._trainer, self._module, self._prefix = trainer, pl_module, prefix
+    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trainer, self._module = trainer, pl_module
 
     def publish(self, values: Mapping[str, float]) -> None:
-        names = {**values, **{key.replace("/", "_"): value for key, value in values.items() if key.count("/") == 1}}
+        asked = _texts(self._trainer)
+        names = dict(values)
+        for key, value in values.items():  # a slash in the name of a checkpoint would make a folder
+            if any((flat := key.replace("/", "_")) in text for text in asked):
+                names[flat] = value
         self._trainer.callback_metrics.update(
             {name: torch.tensor(value, device=self._module.device) for name, value in names.items()}
         )
 
+
+def _texts(trainer: Trainer) -> list[str]:
+    """Return the texts in which a user may have named a metric: what callbacks and schedulers monitor, file names."""
+    callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not declared
+    settings = [value for callback in callbacks for value in vars(callback).values()]
+    settings += [scheduler.monitor for scheduler in trainer.lr_scheduler_configs]
+    return [value for value in settings if isinstance(value, str)]
+
+
+class _ProgressBar(Outlet):
+    """The progress bar, which has one short number: the median of the ratios."""
+
+    name = "the progress bar"
+
+    def __init__(self, trainer: Trainer, prefix: str) -> None:
+        self._trainer, self._prefix = trainer, prefix
+
     def show(self, values: Mapping[str, float]) -> None:
-        """Put two new numbers into the progress bar; `self.log` may do so only within a batch."""
-        for name in ("ratio_median", "in_zone"):
-            if (value := values.get(f"{self._prefix}/{name}")) is not None:
-                log_to_bar(self._module, f"{self._prefix}_{name}", value)
+        if (value := values.get(f"{self._prefix}/ratio_median")) is not None:
+            symbol = writable("ρ", sys.stdout, "rho")
+            name = symbol if self._prefix == "spectral" else f"{self._prefix} {symbol}"
+            self._trainer.progress_bar_metrics[name] = value  # past `log`, which would make a metric of it
 
 
 class _Logger(Outlet):

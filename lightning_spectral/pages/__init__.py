@@ -7,7 +7,7 @@ from lightning_spectral.pages.checkpoint import write_checkpoint_page
 from lightning_spectral.pages.loggers import send_alert, send_event, send_figure
 from lightning_spectral.pages.page import check_installed
 from lightning_spectral.pages.run import report
-from lightning_spectral.pages.screen import one_screen
+from lightning_spectral.pages.screen import one_screen, summary_line
 
 __all__ = [
     "check_installed",
@@ -16,5 +16,6 @@ __all__ = [
     "send_alert",
     "send_event",
     "send_figure",
+    "summary_line",
     "write_checkpoint_page",
 ]

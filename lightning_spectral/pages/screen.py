@@ -8,7 +8,7 @@ from dataclasses import replace
 from lightning_spectral.pages.words import clear
 from lightning_spectral.records import LayerMeasurement, Measurement
 
-__all__ = ["one_screen"]
+__all__ = ["one_screen", "summary_line"]
 
 LONGEST = 200  # characters of a name or a reason
 
@@ -29,7 +29,7 @@ def one_screen(measurement: Measurement, rows: int = 24) -> str:
     shown = [str(replace(measurement, layers=tuple(_on_one_line(layers[place]) for place in sorted(farthest))))]
     if len(layers) > rows:
         shown.append(f"      … and {len(layers) - rows} blocks nearer to balance")
-    return "\n".join([*shown, _summary(measurement)])
+    return "\n".join([*shown, summary_line(measurement)])
 
 
 def _on_one_line(layer: LayerMeasurement) -> LayerMeasurement:
@@ -48,7 +48,8 @@ def _distance(layer: LayerMeasurement, zone: tuple[float, float]) -> float:
     return abs(layer.log_ratio - sum(map(math.log, zone)) / 2)
 
 
-def _summary(measurement: Measurement) -> str:
+def summary_line(measurement: Measurement) -> str:
+    """Return one line on all blocks: ratios, how many are inside the safe zone, and how long it took to measure."""
     values = measurement.summary()
     low, high = measurement.safe_zone
     ratios = [layer.ratio for layer in measurement if layer.ratio is not None]
@@ -57,5 +58,5 @@ def _summary(measurement: Measurement) -> str:
     measured, inside = len(ratios), sum(low < ratio < high for ratio in ratios)
     return (
         f"min {values['ratio_min']:.3g}, median {values['ratio_median']:.3g}, max {values['ratio_max']:.3g}; "
-        f"{inside} of {measured} blocks inside the zone; {values['seconds'] * 1e3:.0f} ms"
+        f"{inside} of {measured} blocks inside the safe zone; measured in {values['seconds'] * 1e3:.0f} ms"
     )

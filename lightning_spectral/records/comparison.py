@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_spectral.errors import CheckpointError
-from lightning_spectral.records.measurements import Measurement
+from lightning_spectral.records.measurements import LayerMeasurement, Measurement
 from lightning_spectral.records.text import Table, Tabular
 
 __all__ = ["Comparison", "compare"]
+
+SAME = 0.01  # a ratio that changes by less is the same: norms are estimates
+LONGEST = 18  # characters of a name, so that a row has 80
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -36,24 +40,57 @@ class Comparison(Tabular):
         changes = list(self.log_ratio_changes())
         return {"before": self.before.to_dict(), "after": self.after.to_dict(), "log_ratio_change": changes}
 
+    def summary(self) -> str:
+        """Return one line on the largest change: the block, by which factor its ratio changed, and by which branch."""
+        changes = [0.0 if change is None else change for change in self.log_ratio_changes()]
+        place = max(range(len(changes)), key=lambda index: abs(changes[index]), default=None)
+        if place is None or abs(changes[place]) < SAME:
+            return f"largest change: none, every ratio is the same to {SAME:.0%}"
+        one, two = self.before.layers[place], self.after.layers[place]
+        return f"largest change: block {two.index} ({two.name}), ratio {_factor(changes[place])}, by {_mover(one, two)}"
+
     def _table(self) -> Table:
         rows = []
         for one, two, change in zip(self.before, self.after, self.log_ratio_changes(), strict=True):
             pairs = ((one.mlp_norm, two.mlp_norm), (one.attention_norm, two.attention_norm), (one.ratio, two.ratio))
-            delta = "-" if change is None else format(change, "+.4f")
-            rows.append([str(one.index), one.name, *(_pair(*pair) for pair in pairs), delta])
+            factor = "-" if change is None else _factor(change)
+            sides = self.before.side(one), self.after.side(two)
+            moved = sides[0] if sides[0] == sides[1] else f"{sides[0] or 'in'} → {sides[1] or 'in'}"
+            rows.append([str(one.index), _ending(one.name), *(_pair(*pair) for pair in pairs), factor, moved])
         notes = [
             f"note on the one {when}: {note}"
             for when, measurement in (("before", self.before), ("after", self.after))
             for note in measurement.notes
         ]
-        columns = [">4", "<block", "^21mlp", "^21attention", "^21ratio", ">10Δ ln ratio"]
-        return Table(f"before -> after, linearization={self.after.linearization!r}", columns, rows, notes)
+        columns = [">4", "<block", "^mlp", "^attention", "^ratio", ">change", "<"]
+        title = f"before → after, linearization={self.after.linearization!r}, {self.after.zone_words}"
+        return Table(title, columns, rows, [self.summary(), *notes])
 
 
 def _pair(before: float | None, after: float | None) -> str:
-    left, right = ("-" if value is None else format(value, ".4g") for value in (before, after))
-    return f"{left:>9} -> {right:<8}"
+    left, right = ("-" if value is None else format(value, ".3g") for value in (before, after))
+    return f"{left:>6} → {right:<6}"
+
+
+def _factor(change: float) -> str:
+    return f"×{math.exp(change):.3g}"
+
+
+def _ending(name: str) -> str:
+    return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
+
+
+def _mover(one: LayerMeasurement, two: LayerMeasurement) -> str:
+    """Name the branch that moved a ratio: both, where the one that moved less has a third of the change."""
+    assert one.mlp_norm
+    assert two.mlp_norm
+    assert one.attention_norm
+    assert two.attention_norm
+    mlp, attention = math.log(two.mlp_norm / one.mlp_norm), math.log(one.attention_norm / two.attention_norm)
+    change = mlp + attention
+    if min(mlp / change, attention / change) >= 1 / 3:
+        return f"both branches (MLP {_factor(mlp)}, attention {_factor(-attention)})"
+    return "its MLP" if abs(mlp) > abs(attention) else "its attention"
 
 
 def compare(before: Measurement, after: Measurement) -> Comparison:

@@ -259,6 +259,19 @@ class Measurement(Tabular):
         """Whether the safe zone is about these ratios. Nobody has calibrated one for Jacobians, or for a difference."""
         return self.linearization != "jacobian" and self.adapters != "delta"
 
+    @property
+    def zone_words(self) -> str:
+        """The safe zone in words, for a title."""
+        low, high = self.safe_zone
+        return f"safe zone ({low:g}, {high:g})" if self.has_zone else "no zone is known"
+
+    def side(self, layer: LayerMeasurement) -> Literal["above", "below", ""]:
+        """Return the side of the safe zone that a layer is on; empty inside, and where there is no ratio or no zone."""
+        low, high = self.safe_zone
+        if not self.has_zone or layer.ratio is None or low < layer.ratio < high:
+            return ""
+        return "above" if layer.ratio >= high else "below"
+
     def __iter__(self) -> Iterator[LayerMeasurement]:
         """Iterate over the layers."""
         return iter(self.layers)
@@ -300,19 +313,17 @@ class Measurement(Tabular):
         return values
 
     def _of_ratios(self) -> dict[str, float]:
-        ratios = {layer.index: layer.log_ratio for layer in self.layers if layer.log_ratio is not None}
+        ratios = [layer.log_ratio for layer in self.layers if layer.log_ratio is not None]
         values: dict[str, float] = {}
         if ratios:
-            values["ratio_min"] = math.exp(min(ratios.values()))
-            values["ratio_median"] = math.exp(median(ratios.values()))
-            values["ratio_max"] = math.exp(max(ratios.values()))
+            values["ratio_min"] = math.exp(min(ratios))
+            values["ratio_median"] = math.exp(median(ratios))
+            values["ratio_max"] = math.exp(max(ratios))
         if ratios and self.has_zone:
             low, high = math.log(self.safe_zone[0]), math.log(self.safe_zone[1])
-            excess = {index: max(low - value, value - high) for index, value in ratios.items()}
-            values["in_zone"] = sum(distance < 0 for distance in excess.values()) / len(ratios)
-            values["worst_layer"] = float(max(excess, key=excess.__getitem__))
+            values["in_zone"] = sum(low < value < high for value in ratios) / len(ratios)
         if any(layer.broken_branch is not None for layer in self):
-            zone = ("in_zone", "worst_layer") if self.has_zone else ()
+            zone = ("in_zone",) if self.has_zone else ()
             values |= dict.fromkeys(("ratio_min", "ratio_median", "ratio_max", *zone), math.nan)
         return values
 
@@ -358,23 +369,20 @@ class Measurement(Tabular):
         )
 
     def _table(self) -> Table:
-        low, high = self.safe_zone
         # Scales are shown where there are any: most models have none.
         scaled = any(layer.mlp_scale != 1.0 or layer.attention_scale != 1.0 for layer in self)
-        zone = f"safe zone ({low:g}, {high:g})" if self.has_zone else "no zone is known"
         part = "" if self.adapters == "sum" else f"adapters={self.adapters!r}, "
         title = (
-            f"spectral ratio ‖mlp‖₂/‖attention‖₂, linearization={self.linearization!r}, {part}step {self.step}, {zone}"
+            f"spectral ratio ‖mlp‖₂/‖attention‖₂, linearization={self.linearization!r}, {part}step {self.step}, "
+            f"{self.zone_words}"
         )
         columns = [">4", "<block", ">10mlp", ">10attention", ">8ratio", *([">13scales"] if scaled else []), "<"]
         rows = [_row(layer, self._note(layer), scaled=scaled) for layer in self]
         return Table(title, columns, rows, [f"note: {note}" for note in self.notes])
 
     def _note(self, layer: LayerMeasurement) -> str:
-        low, high = self.safe_zone
-        note = layer.reason or ""
-        if self.has_zone and layer.ratio is not None and not low < layer.ratio < high:
-            note = "above the zone" if layer.ratio >= high else "below the zone"
+        side = self.side(layer)
+        note = f"{side} the safe zone" if side else layer.reason or ""
         return "; ".join(filter(None, [note, layer.doubt and f"not verified: {layer.doubt}"]))
 
 

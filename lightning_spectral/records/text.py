@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Table", "Tabular"]
+__all__ = ["Table", "Tabular", "writable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +68,16 @@ class Tabular:
     def _repr_html_(self) -> str:
         """Return the table as HTML."""
         return self._table().html()
+
+
+def writable(text: str, stream: Any, otherwise: str | None = None) -> str:
+    """Return a text that a stream can write.
+
+    Args:
+        text: The text.
+        stream: The stream. One without an encoding, such as ``None``, writes UTF-8.
+        otherwise: What to write if it does not know some letter; by default a question mark for each of them.
+    """
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    known = text.encode(encoding, "replace").decode(encoding)
+    return known if known == text or otherwise is None else otherwise

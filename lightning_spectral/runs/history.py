@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -77,13 +78,14 @@ class History:
         """Read the file of a run.
 
         Args:
-            path: A ``spectral.jsonl``.
+            path: A ``spectral.jsonl``, or the folder that it is in.
 
         Raises:
             ConfigurationError: The file is no journal of this package, or has measurements of several linearizations.
             OSError: The file cannot be read.
         """
-        return history_of(entries(path))
+        place = Path(path)
+        return history_of(entries(place / "spectral.jsonl" if place.is_dir() else place))
 
     @property
     def steps(self) -> tuple[int, ...]:

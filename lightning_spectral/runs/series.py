@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -12,7 +12,10 @@ from lightning_spectral.alarms import Memory, observe
 from lightning_spectral.alarms.rules import FAILURES
 from lightning_spectral.records import Event, Forecast, LayerMeasurement, Linearization, Measurement
 
-__all__ = ["Series", "logged_values"]
+__all__ = ["HEALTH", "Series", "logged_values"]
+
+HEALTH = ("alarm", "drifting", "unmeasured", "seconds")
+"""Names of the values about the run and its measuring. Their keys form a group of their own."""
 
 
 @dataclass
@@ -95,7 +98,7 @@ class Series:
         for known in fields(self):
             if known.name in state:
                 value = copy.deepcopy(state[known.name])
-                setattr(self, known.name, Memory.from_dict(value) if known.name == "memory" else value)
+                setattr(self, known.name, _READ[known.name](value) if known.name in _READ else value)
         self.first_weights = {name: (whole, total) for name, (whole, total) in self.first_weights.items() if whole}
 
 
@@ -119,22 +122,40 @@ def logged_values(
         rescaled: Number of blocks that were steered after this measurement; ``None`` in a run without steering.
 
     Returns:
-        The summary values, such as ``{prefix}/ratio_min``. With ``per_layer`` also the values of each block, such as
-        ``{prefix}/ratio/07``, with an index that is padded so that keys sort like blocks. In a steered run also the
-        smallest and the largest residual scale at the time of the measurement, and with ``per_layer`` every scale.
+        The summary values, such as ``{prefix}/ratio_min``, and those of :data:`HEALTH`, such as
+        ``{prefix}_health/alarm``. With ``per_layer`` also the values of each block, such as
+        ``{prefix}_blocks/ratio/07``, with an index that is padded so that keys sort like blocks. In a steered run also
+        the smallest and the largest residual scale at the time of the measurement, and with ``per_layer`` every scale.
+        Loggers fold keys by what stands in front of the first ``/``: the summary, the health, the blocks.
     """
-    values = {f"{prefix}/{name}": value for name, value in measurement.summary().items()}
-    values |= {f"{prefix}/drifting": float(len(memory.drifting)), f"{prefix}/alarm": float(memory.is_on(*FAILURES))}
+    summary = measurement.summary() | {"drifting": float(len(memory.drifting)), "alarm": float(memory.is_on(*FAILURES))}
     if rescaled is not None:
         scales = [scale for layer in measurement for scale in (layer.mlp_scale, layer.attention_scale)]
-        values |= {f"{prefix}/scale_min": min(scales), f"{prefix}/scale_max": max(scales)}
-        values[f"{prefix}/rescaled"] = float(rescaled)
+        summary |= {"scale_min": min(scales), "scale_max": max(scales), "rescaled": float(rescaled)}
+    values = {f"{prefix}_health/{name}" if name in HEALTH else f"{prefix}/{name}": summary[name] for name in summary}
     if per_layer:
         width = max(2, len(str(max((layer.index for layer in measurement), default=0))))
         for layer in measurement:
             numbers = _numbers(layer, steered=rescaled is not None)
-            values |= {f"{prefix}/{name}/{layer.index:0{width}d}": value for name, value in numbers}
+            values |= {f"{prefix}_blocks/{name}/{layer.index:0{width}d}": value for name, value in numbers}
     return values
+
+
+def _renamed(values: Mapping[str, float]) -> dict[str, float]:
+    """Return logged values by the keys of this release. In earlier ones all keys had the group ``{prefix}``."""
+    renamed = {}
+    for key, value in values.items():
+        group, _, name = key.partition("/")
+        if "/" in name and not group.endswith("_blocks"):
+            group = f"{group}_blocks"
+        elif name in HEALTH and not group.endswith("_health"):
+            group = f"{group}_health"
+        if name != "worst_layer":  # an index, which is not logged any more
+            renamed[f"{group}/{name}"] = value
+    return renamed
+
+
+_READ: Mapping[str, Callable[[Any], Any]] = {"memory": Memory.from_dict, "values": _renamed}
 
 
 def _numbers(layer: LayerMeasurement, *, steered: bool) -> list[tuple[str, float]]:

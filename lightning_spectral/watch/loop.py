@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -72,6 +75,7 @@ class Watch:
             in a folder of their own, ``"stop"``, which sets ``should_stop``, or call ``on_alarm(event)``.
         on_error: What to do when a measurement fails.
         prefix: First part of every key and file name.
+        verbose: Whether the console is told of every ratio that crosses an edge of the safe zone or drifts.
 
     Attributes:
         should_stop: Whether a failure has asked for the end of the run.
@@ -108,6 +112,7 @@ class Watch:
         on_alarm: OnAlarm | Callable[[Event], object] = "log",
         on_error: Literal["warn", "raise"] = "warn",
         prefix: str = "spectral",
+        verbose: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigurationError(f"model is a {type(model).__name__}, expected the torch.nn.Module that is trained")
@@ -124,6 +129,7 @@ class Watch:
             on_alarm=on_alarm,
             on_error=on_error,
             prefix=prefix,
+            verbose=verbose,
         )
         self.should_stop = False
         self._host = _LoopHost(self, model, _unwrapped(optimizers), None if folder is None else Path(folder))
@@ -131,6 +137,7 @@ class Watch:
         self._goes_on = self._closed = self._in_batch = False
         self._session: Session | None = None
         self._hooks: list[RemovableHandle] = []
+        self._at_exit = partial(_abandon, weakref.ref(self))
         law = self.options.law
         self._steering = None if law is None else Steering(law, self.options.safe_zone)
         self._blocks: tuple[ResidualBlock, ...] | None = None
@@ -225,7 +232,11 @@ class Watch:
             self.abandon()
 
     def abandon(self) -> None:
-        """End without another measurement: write what there is, and leave no hook in the model."""
+        """End without another measurement: write, print and draw what there is, and leave no hook in the model.
+
+        A watch that nobody closes does so when the interpreter exits, as behind an exception. A signal that ends the
+        process at once, as SIGTERM does by default, leaves it no time: only ``spectral.jsonl`` is there then.
+        """
         if not self._closed:
             self._closed = True
             if self._session is not None:
@@ -272,6 +283,7 @@ class Watch:
             self._session = Session(
                 self.options, self._series, steering, blocks, host, self.should_measure, goes_on=self._goes_on
             )
+            atexit.register(self._at_exit)
             self._session.begin()
         return self._session
 
@@ -284,6 +296,7 @@ class Watch:
         self._session.before_step()
 
     def _release(self) -> None:
+        atexit.unregister(self._at_exit)
         while self._hooks:
             self._hooks.pop().remove()
         if self._steering is not None:
@@ -292,6 +305,11 @@ class Watch:
     def __repr__(self) -> str:
         """Return the call that makes such a watch."""
         return f"{type(self).__name__}({type(self._host.model).__name__}, {self.options.changed()})"
+
+
+def _abandon(watch: weakref.ref[Watch]) -> None:
+    if (found := watch()) is not None:
+        found.abandon()
 
 
 class _LoopHost:

@@ -46,6 +46,7 @@ class Options:
     on_alarm: OnAlarm | Callable[..., object] = "log"
     on_error: Literal["warn", "raise"] = "warn"
     prefix: str = "spectral"
+    verbose: bool = False
 
     def __post_init__(self) -> None:
         solver_named(self.solver)
@@ -66,6 +67,7 @@ class Options:
             checked["on_alarm"] = _checks.choice("on_alarm", self.on_alarm, get_args(OnAlarm))
         if not isinstance(self.geometry, bool):
             checked["geometry"] = _checks.choices("geometry", self.geometry, LOOKS)
+        checked["verbose"] = _checks.flag("verbose", self.verbose)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.law is not None:

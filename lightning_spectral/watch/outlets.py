@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from lightning_spectral.alarms import Event
+from lightning_spectral.alarms import ON_RATIOS, Event
 from lightning_spectral.control.actions import described_action
 from lightning_spectral.control.law import Action
 from lightning_spectral.pages import one_screen
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Folder", "Outlet", "Outlets"]
+
+PAUSE = 300.0  # seconds between two pictures of a run that is going, at least
+SHARE = 0.01  # of the time of the run that drawing them may take
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,14 +88,18 @@ class Outlets:
         speaker: Who speaks to the user.
         prefix: First part of every key and file name.
         places: Returns the places, which may change in a run.
+        verbose: Whether the console hears of every crossing and drift of a ratio.
     """
 
-    def __init__(self, speaker: str, prefix: str, places: Callable[[], Sequence[Outlet]]) -> None:
-        self.speaker, self.prefix, self._find = speaker, prefix, places
+    def __init__(
+        self, speaker: str, prefix: str, places: Callable[[], Sequence[Outlet]], *, verbose: bool = False
+    ) -> None:
+        self.speaker, self.prefix, self._find, self._verbose = speaker, prefix, places, verbose
         self._journal: Journal | None = None
         self._is_old = False  # what is shown is of an older measurement
         self._failed: set[str] = set()
         self._untold: list[tuple[str, bool]] = []  # texts, and whether they are grave
+        self._next_picture = time.monotonic() + PAUSE
 
     def open(self, header: Mapping[str, Any], resume_step: int | None) -> None:
         """Begin the journal, or go on with it, where this process writes one (see :class:`Journal`)."""
@@ -117,7 +126,9 @@ class Outlets:
                 if event.level != "note" and is_first_process():
                     what = f"sending events to {place.name}"
                     self._try(what, place.announce, event, f"{self.prefix}/events", series.batches)
-        self._untold += [(f"{self.speaker}, {event.message}", event.level != "note") for event in events]
+        said = [event for event in events if self._verbose or event.name not in ON_RATIOS]
+        self._untold += [(f"{self.speaker}, {event.message}", event.level != "note") for event in said]
+        self._draw_now_and_then(series.batches)
         self._tell()
 
     def publish(self, values: Mapping[str, float]) -> None:
@@ -149,29 +160,39 @@ class Outlets:
             self._try(f"showing in {place.name}", place.show, values)
         self._tell()
 
-    def print(self, measurement: Measurement) -> None:
-        """Print the table of a measurement."""
-        if (text := self._try("printing", one_screen, measurement)) is not None:
-            self._untold.append((text, False))
-        self._tell()
+    def finish(self, measurement: Measurement | None, index: int) -> None:
+        """Write what the journal could not write, print the last measurement and where the files are, draw the run.
 
-    def draw(self, index: int) -> None:
-        """Draw the run; ``index`` is where loggers put the picture."""
-        self.close()
-        figure = None if self._journal is None else self._try("drawing", self._figure, self._journal)
-        if figure is not None and self._journal is not None:
-            if self._journal.path is not None:
-                self._try("drawing", _save, figure, self._journal.path.with_suffix(".png"))
-            for place in self._places():
-                what = f"sending the picture to {place.name}"
-                self._try(what, place.picture, figure, f"{self.prefix}/heatmap", index)
-        self._tell()
-
-    def close(self) -> None:
-        """Try a last time to write what the journal could not write."""
+        Args:
+            measurement: The last measurement, ``None`` where there was none.
+            index: Where loggers put the picture.
+        """
         if self._journal is not None:
             self._try("writing the journal", self._journal.close)
+        text = None if measurement is None else self._try("printing", one_screen, measurement)
+        self._untold += [] if text is None else [(text, False)]
+        if self._journal is not None and self._journal.path is not None and measurement is not None:
+            self._untold.append((f"{self.speaker}: {_whereabouts(self._journal.path)}", False))
+        self._draw(index)
         self._tell()
+
+    def _draw_now_and_then(self, index: int) -> None:
+        """Draw the run so far, if the last picture is some minutes old: it takes as long as the run is long."""
+        if (began := time.monotonic()) < self._next_picture:
+            return
+        self._draw(index)
+        now = time.monotonic()
+        self._next_picture = now + max(PAUSE, (now - began) / SHARE)
+
+    def _draw(self, index: int) -> None:
+        figure = None if self._journal is None else self._try("drawing", self._figure, self._journal)
+        if figure is None or self._journal is None:
+            return
+        if self._journal.path is not None:
+            self._try("drawing", _save, figure, self._journal.path.with_suffix(".png"))
+        for place in self._places():
+            what = f"sending the picture to {place.name}"
+            self._try(what, place.picture, figure, f"{self.prefix}/heatmap", index)
 
     def _places(self) -> Sequence[Outlet]:
         return self._try("finding the loggers", self._find) or ()
@@ -183,7 +204,9 @@ class Outlets:
         try:
             return history.plot_heatmap()
         except ModuleNotFoundError as error:
-            self._untold.append((f"{self.speaker}: no heatmap; {error}", False))
+            if "no heatmap" not in self._failed:
+                self._failed.add("no heatmap")
+                self._untold.append((f"{self.speaker}: no heatmap; {error}", False))
             return None
 
     def _try(self, what: str, action: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
@@ -216,6 +239,13 @@ def _keep(folder: Path, journal: Journal, failure: Event, index: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / journal.path.name).write_bytes(b"".join(line.raw for line in journal.lines()))
     (folder / "failure.json").write_text(json.dumps({**asdict(failure), "batch": index}, indent=2), encoding="utf-8")
+
+
+def _whereabouts(journal: Path) -> str:
+    """Say where the files of a run are, and what to type to see a page of them."""
+    named = journal.parent if journal.name == "spectral.jsonl" else journal
+    command = f"lightning-spectral report {shlex.quote(str(named))}"
+    return f"files are in {journal.parent}, and this makes a page of them:\n{command}"
 
 
 def _save(figure: Figure, path: Path) -> None:

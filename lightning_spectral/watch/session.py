@@ -10,7 +10,7 @@ wherever the callback stands that saves it, and a run that goes on from there me
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from lightning_spectral.watch.fingerprint import fingerprint, same_weights
 from lightning_spectral.watch.first_forward import FirstForward
 from lightning_spectral.watch.host import Host
 from lightning_spectral.watch.moved import copied_blocks, told_of_copies, trained_names, with_moved
+from lightning_spectral.watch.opening import doubts, found, nothing_to_compare
 from lightning_spectral.watch.options import Options
 from lightning_spectral.watch.outermost import Call
 from lightning_spectral.watch.outlets import Outlets
@@ -89,7 +90,7 @@ class Session:
         self._options, self.series, self._steering, self._blocks = options, series, steering, blocks
         self._host, self._should_measure, self._goes_on = host, should_measure, goes_on
         self.peers = Peers(*host.processes, host.model)
-        self.outlets = Outlets(host.name, options.prefix, host.outlets)
+        self.outlets = Outlets(host.name, options.prefix, host.outlets, verbose=options.verbose)
         if not goes_on:
             series.run = self.peers.same(series.run)
         self.meter: Meter | None = None
@@ -174,7 +175,7 @@ class Session:
         self._stop_listening()
 
     def close(self) -> None:
-        """Look whether others have put other weights into their place; write, draw and print the last measurement."""
+        """Look whether others have put other weights into their place; write, print and draw the run."""
         if not self._host.shards:  # those can no longer be read then, and nobody averages them
             self._look_at_last()
         if self._look is not None:
@@ -185,18 +186,17 @@ class Session:
                 self.series.measured_step = look.measurement.step
             if callable(self._options.on_alarm):
                 self._answer([event for event in events if event.level == "failure"])
-        self.outlets.draw(self.series.batches)
-        if self._latest is not None:
-            self.outlets.print(self._latest)
+        self.outlets.finish(self._latest, self.series.batches)
 
     def abandon(self) -> None:
-        """Write down what was measured last of a run that breaks off, and leave no listener in the model."""
-        if self._look is not None and not self._host.rehearses:
-            look, self._look = self._look, None
-            with suppress(Exception):  # each process for itself: the others may be somewhere else
-                self._write(look, self.series.memory, ())
-        self.outlets.close()
+        """Write, print and draw what is known of a run that breaks off, and leave no listener in the model."""
         self._stop_listening()
+        with suppress(Exception):  # each process for itself: the others may be somewhere else
+            if self._look is not None and not self._host.rehearses:
+                look, self._look = self._look, None
+                self._write(look, self.series.memory, ())
+        with suppress(Exception):  # a warning that is an error would take the place of what broke the run off
+            self.outlets.finish(self._latest, self.series.batches)
 
     def _stop_listening(self) -> None:
         for listener in (self._first_forward, self._batch_watch):
@@ -249,7 +249,7 @@ class Session:
         self._trained = trained_names(model, self.meter.blocks, self._host.trained())
         self.series.blocks = to_plain(blocks)
         copies = copied_blocks(self.meter.weights, self.meter.blocks) or ()
-        for note in (*getattr(blocks, "notes", ()), *_doubts(blocks), *map(told_of_copies, copies)):
+        for note in (*getattr(blocks, "notes", ()), *doubts(blocks), *map(told_of_copies, copies)):
             inform(f"{self._host.name}: {note}")
         if options.looks:
             self._batch_watch = BatchWatch(model, blocks, calls, looks=options.looks)
@@ -317,9 +317,19 @@ class Session:
                 f"{self._host.name} found residual scales that differ between processes at step {measurement.step}: "
                 "something else has changed them in one process. It steers no more in this run"
             )
-        self._look, self._latest = _Look(measurement, index, meter, settled), measurement
+        first, self._latest = self._latest is None, measurement
+        self._look = _Look(measurement, index, meter, settled)
         _, memory = observe(self.series.memory, measurement)
         self.outlets.publish(self._values(measurement, memory))
+        if first:
+            self._introduce(measurement, meter.blocks)
+
+    def _introduce(self, measurement: Measurement, blocks: Sequence[ResidualBlock]) -> None:
+        """Say what is measured, or warn that there is nothing to compare."""
+        if (nothing := nothing_to_compare(measurement)) is None:
+            inform(f"{self._host.name}: {found(blocks, measurement, self._options.every_n_steps)}")
+        else:
+            warn(f"{self._host.name}: {nothing}")
 
     def _take_part(self, meter: Meter, step: int) -> None:
         """Measure the share of this process."""
@@ -448,14 +458,6 @@ class Session:
         else:  # the process that knows why
             warn_here(told)
         return False
-
-
-def _doubts(blocks: Sequence[ResidualBlock]) -> Iterator[str]:
-    """Say once at the start which numbers are not to be trusted."""
-    doubtful = [block for block in blocks if block.doubt is not None]
-    if doubtful:
-        first = f"{doubtful[0].name}: {doubtful[0].doubt}"
-        yield f"{len(doubtful)} of {len(blocks)} blocks are not verified, so their numbers may be wrong ({first})"
 
 
 def _error_of(action: Callable[..., None], *args: Any) -> Exception | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from contextlib import suppress
 
 from torch import distributed
 
-__all__ = ["inform", "is_first_process", "warn", "warn_here"]
+from lightning_spectral.records.text import writable
+
+__all__ = ["inform", "is_first_process", "speak_like", "warn", "warn_here"]
 
 LOG = logging.getLogger("lightning_spectral")
 # Launchers start processes under these numbers before the processes know of each other.
@@ -21,6 +24,26 @@ def is_first_process() -> bool:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank() == 0
     return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
+
+
+class _Console(logging.Handler):
+    """Writes to standard error where no logger above has a handler: else nobody would hear of what is no warning."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if LOG.parent is None or not LOG.parent.hasHandlers():
+            sys.stderr.write(writable(self.format(record), sys.stderr) + "\n")
+
+
+LOG.addHandler(_Console())
+if LOG.level == logging.NOTSET:
+    LOG.setLevel(logging.INFO)
+
+
+def speak_like(name: str) -> None:
+    """Have messages stand where those of another package do. Its level counts too, unless a user has set ours."""
+    LOG.parent = logging.getLogger(name)
+    if LOG.level == logging.INFO:
+        LOG.setLevel(logging.NOTSET)
 
 
 def inform(message: str) -> None:

@@ -27,7 +27,7 @@ from lightning_spectral.records.measurements import NOT_FINITE, OutputKind
 HEALTHY = [0.9, 0.8, 0.75, 0.7, 0.68, 0.66]  # token residual over depth
 COLLAPSING = [0.4, 0.2, 0.12, 0.08, 0.05, 0.03]
 GONE = [0.1, 0.05, 0.02, 0.01, 0.008, 0.005]
-ZONE = "The zone is (0.5, 2); to leave it is information"
+ZONE = "The safe zone is (0.5, 2); outside is information"
 
 
 def measured(
@@ -96,9 +96,9 @@ def test_a_crossing_is_said_once_with_block_value_and_side():
     for ratio in (1.0, 3.0, 4.0, 0.1, 1.0, 1.0):
         told += [(event.level, event.step, event.blocks, event.message) for event in run.see([ratio])]
     assert told == [
-        ("note", 10, (0,), f"step 10: block 0 (b.0) is above the zone at 3. {ZONE}"),
-        ("note", 30, (0,), f"step 30: block 0 (b.0) is below the zone at 0.1. {ZONE}"),
-        ("note", 40, (0,), f"step 40: block 0 (b.0) is back in the zone at 1. {ZONE}"),
+        ("note", 10, (0,), f"step 10: block 0 (b.0) is above the safe zone at 3. {ZONE}"),
+        ("note", 30, (0,), f"step 30: block 0 (b.0) is below the safe zone at 0.1. {ZONE}"),
+        ("note", 40, (0,), f"step 40: block 0 (b.0) is back in the safe zone at 1. {ZONE}"),
     ]
 
 
@@ -108,6 +108,37 @@ def test_the_edges_are_outside_as_in_the_summary(ratio: float, side: int):
     run.see([ratio])
     assert run.memory.blocks[0].side == side
     assert measured(0, [ratio]).summary()["in_zone"] == (side == 0)
+
+
+@pytest.mark.parametrize(
+    ("zone", "ratios", "told"),
+    [
+        ((0.5, 2.0), [1.9, 2.0, 1.95, 2.1, 1.81, 1.8, 1.9, 2.0], [0, 1, 1, 1, 1, 0, 0, 1]),
+        ((0.5, 2.0), [0.5, 0.54, 0.5, 0.56, 0.54], [-1, -1, -1, 0, 0]),
+        ((0.5, 2.0), [3.0, 0.1, 3.0], [1, -1, 1]),
+        ((0.98, 1.02), [1.02, 1.015, 1.0, 0.985, 0.98, 0.985, 1.0], [1, 1, 0, 0, -1, -1, 0]),
+    ],
+)
+def test_a_block_leaves_at_an_edge_and_is_back_well_inside(
+    zone: tuple[float, float], ratios: list[float], told: list[int]
+):
+    """A ratio that hovers at an edge is told once; the rules themselves ask for the side that it is on."""
+    run, seen = Watched(), []
+    for ratio in ratios:
+        run.take(replace(measured(run.step, [ratio]), safe_zone=zone))
+        seen.append(run.memory.blocks[0].told)
+        assert run.memory.blocks[0].side == (ratio >= zone[1]) - (ratio <= zone[0])
+    assert seen == told
+    assert len(run.events) == sum(one != two for one, two in zip([0, *told], told, strict=False))
+
+
+def test_a_memory_from_before_hysteresis_tells_no_crossing_twice():
+    run = Watched()
+    run.see([3.0])
+    old = asdict(run.memory)
+    del old["blocks"][0]["told"]
+    run.memory = Memory.from_dict(old)
+    assert run.see([3.0]) == []
 
 
 def test_a_block_without_a_ratio_stays_where_it_was():
@@ -121,7 +152,7 @@ def test_many_crossings_make_one_line():
     run = Watched()
     run.step = 7
     (event,) = run.see([3.0] * 96)
-    assert event.message.startswith("step 7: block 0 (b.0) is above the zone at 3; ")
+    assert event.message.startswith("step 7: block 0 (b.0) is above the safe zone at 3; ")
     assert event.message.endswith(f"; and 92 more. {ZONE}")
     assert "\n" not in event.message
     assert len(event.blocks) == 96

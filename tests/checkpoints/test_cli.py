@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pty
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +20,7 @@ import pytest
 import torch
 from zoo import example
 
+import lightning_spectral
 from lightning_spectral import attach_scales, audit, find_blocks, measure
 from lightning_spectral.cli import main
 from lightning_spectral.records.plain import to_plain
@@ -46,7 +50,9 @@ def test_one_checkpoint_is_a_table_and_a_file_of_numbers(folder: Path, tmp_path:
     assert main(["audit", str(folder), "--json", str(tmp_path / "out.json")]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert out.splitlines() == str(audit(folder)).splitlines()
+    *table, summary = out.splitlines()
+    assert table == str(audit(folder)).splitlines()
+    assert re.fullmatch(r"min .*, median .*, max .*; \d of 3 blocks inside the safe zone; measured in \d+ ms", summary)
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["paths"] == [str(folder)]
     assert written["layers"] == json.loads(json.dumps(audit(folder).to_dict()))["layers"]
@@ -73,7 +79,12 @@ def test_files_are_written_where_nobody_reads_the_table(
 def test_two_checkpoints_are_a_table_of_changes(folder: Path, tmp_path: Path, capsys: Any):
     other = changed(folder, tmp_path / "other", 2.0)
     assert main(["audit", str(folder), str(other), "--json", str(tmp_path / "out.json")]) == 0
-    assert capsys.readouterr().out.count("+0.6931") == 3
+    named_before, named_after, title, _, *rows, summary = capsys.readouterr().out.splitlines()
+    assert (named_before, named_after) == (f"before: {folder}", f"after:  {other}")
+    assert title == "before → after, linearization='circuit', safe zone (0.5, 2)"
+    assert [row.split()[11] for row in rows] == ["×2"] * 3
+    assert max(map(len, rows)) <= 80
+    assert re.fullmatch(r"largest change: block \d \(model\.layers\.\d\), ratio ×2, by its MLP", summary)
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["log_ratio_change"] == pytest.approx([0.693147] * 3, abs=1e-5)
     assert len(written["before"]["layers"]) == 3
@@ -89,7 +100,13 @@ def test_the_exit_code_says_whether_a_ratio_is_outside(folder: Path, tmp_path: P
     assert main(["audit", str(outside), "--fail-outside-zone"]) == 3
     assert main(["audit", str(outside), str(inside), "--fail-outside-zone"]) == 0  # the last one counts
     assert main(["audit", str(inside), str(outside), "--fail-outside-zone"]) == 3
-    capsys.readouterr()
+    out, err = capsys.readouterr()
+    assert out.count("in → above") == 3
+    assert err.splitlines()[-1] == f"lightning-spectral: {outside}: outside the safe zone (0.5, 2): blocks 0, 1, 2"
+    assert main(["audit", str(outside), "--fail-outside-zone", "--safe-zone", "0.001", "1e6"]) == 0
+    assert "safe zone (0.001, 1e+06)" in capsys.readouterr().out
+    assert main(["audit", str(outside), "--safe-zone", "2", "0.5"]) == 2
+    assert "safe_zone=(2.0, 0.5): expected" in capsys.readouterr().err
 
 
 def test_what_is_not_finite_is_null_with_its_reason(tmp_path: Path, capsys: Any):
@@ -140,7 +157,7 @@ def test_no_ratio_is_not_inside_the_zone(tmp_path: Path, capsys: Any):
     model.save_pretrained(tmp_path)
     assert main(["audit", str(tmp_path)]) == 0
     assert main(["audit", str(tmp_path), "--fail-outside-zone"]) == 2
-    assert "no block has a ratio, so none can be inside the zone" in capsys.readouterr().err
+    assert "no block has a ratio, so none can be inside the safe zone" in capsys.readouterr().err
 
 
 def test_errors_are_one_line_and_code_2(folder: Path, tmp_path: Path, capsys: Any):
@@ -150,7 +167,10 @@ def test_errors_are_one_line_and_code_2(folder: Path, tmp_path: Path, capsys: An
         (["audit", str(tmp_path / "\x1b[31mred.pt")], "not readable as a file of torch.save"),
         (["audit", str(folder), str(tmp_path)], "found no weights in this folder"),
         (["audit", str(folder), "--config", str(tmp_path)], "config.json: not readable as a JSON object"),
-        (["audit", str(folder), "--json", str(tmp_path / "no" / "out.json")], "No such file or directory"),
+        (["audit", str(folder), "--json", str(tmp_path / "no" / "out.json")], "its folder does not exist"),
+        (["audit", str(folder), "--html", str(tmp_path / "no" / "out.html")], "its folder does not exist"),
+        (["report", str(tmp_path), "--output", str(tmp_path / "no" / "out.html")], "its folder does not exist"),
+        (["audit", str(folder), "--json", str(tmp_path)], f"{tmp_path}: is a directory"),
     ):
         assert main(arguments) == 2
         err = capsys.readouterr().err
@@ -158,6 +178,21 @@ def test_errors_are_one_line_and_code_2(folder: Path, tmp_path: Path, capsys: An
         assert err.endswith("\n")
         assert err[:-1].isprintable()
         assert message in err
+
+
+def test_help_has_examples_and_no_noise_and_the_version_is_that_of_the_package(capsys: Any):
+    for arguments, expected in (
+        (["--help"], "examples:\n  lightning-spectral audit model_folder"),
+        (["audit", "--help"], "exit codes:\n  0  measured\n"),
+        (["report", "--help"], "examples:\n  lightning-spectral report runs/gpt/version_0\n"),
+        (["--version"], f"lightning-spectral {lightning_spectral.__version__}\n"),
+    ):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main(arguments)
+        out = capsys.readouterr().out
+        assert expected in out
+        assert "null" not in out
+        assert "type:" not in out
 
 
 @pytest.mark.parametrize("arguments", [[], ["audit"], ["audit", "a", "--linearization", "none"], ["draw", "a"]])
@@ -214,4 +249,53 @@ def test_a_bar_is_drawn_on_a_terminal_and_never_in_a_pipe(folder: Path):
     os.close(parent)
     assert process.returncode == 0
     assert b"blocks" in drawn
-    assert out == piped.stdout
+    assert without_time(out) == without_time(piped.stdout)
+
+
+def without_time(out: bytes) -> bytes:
+    return re.sub(rb"measured in \d+ ms", b"", out)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb"), ("TERM", "xterm")])
+def test_a_terminal_has_colours_unless_the_user_wants_none(
+    folder: Path, tmp_path: Path, variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(sys, "stdout", out := Terminal())
+    outside = changed(folder, tmp_path / "outside", 100.0)
+    assert main(["audit", str(outside)]) == 0
+    assert main(["audit", str(folder), str(outside)]) == 0
+    coloured = value == "xterm"
+    assert out.getvalue().count("\x1b[31m above the safe zone\x1b[0m") == 3 * coloured
+    assert out.getvalue().count("\x1b[31m above\x1b[0m") == 3 * coloured
+    assert ("\x1b" in out.getvalue()) == coloured
+
+
+def test_of_the_folder_of_a_run_the_newest_checkpoint_is_read(tmp_path: Path, capsys: Any):
+    model: Any = example("gpt2").build()
+    blocks = to_plain(find_blocks(model))
+    saved = tmp_path / "checkpoints"
+    saved.mkdir()
+    for number, name in enumerate(("epoch=9.ckpt", "last.ckpt", "epoch=10.ckpt")):
+        kept = {"global_step": number, "callbacks": {"monitor": {"blocks": blocks}}}
+        torch.save({"state_dict": model.state_dict()} | kept, saved / name)
+        os.utime(saved / name, (number, number))
+    for path, note in ((tmp_path, "checkpoints/epoch=10.ckpt"), (saved, "epoch=10.ckpt")):
+        assert main(["audit", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert "step 2" in out
+        assert f"note: {note} was read, the newest of 3 checkpoints\n" in out
+    (tmp_path / "model.safetensors").write_bytes(b"weights of something else count first")
+    assert main(["audit", str(tmp_path)]) == 2
+    (tmp_path / "spectral.jsonl").write_text("{}")
+    shutil.rmtree(saved)
+    (tmp_path / "model.safetensors").unlink()
+    assert main(["audit", str(tmp_path)]) == 2
+    assert "no checkpoint of it; lightning-spectral report FOLDER draws the run" in capsys.readouterr().err

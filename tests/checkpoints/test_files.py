@@ -88,7 +88,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path):
         {"state_dict": {"weight": Trap()}, "hyper_parameters": {"_instantiator": "os.mkdir"}}, tmp_path / "t.ckpt"
     )
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(Trap()))
-    assert "plain values only: UnpicklingError: it names posix.mkdir, which is not run" in refused(tmp_path / "t.ckpt")
+    assert "plain values only: it names posix.mkdir, which is not run" in refused(tmp_path / "t.ckpt")
     assert "tensors and plain values only" in refused(tmp_path / "raw.pt")
     (tmp_path / "dcp").mkdir()
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Trap()))

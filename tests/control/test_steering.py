@@ -81,7 +81,7 @@ def test_ratios_outside_the_zone_are_brought_back_and_stay(tmp_path: Path, branc
     moved = {int(row["step"]): float(row["spectral/rescaled"]) for row in logged}
     assert moved == {step: sum(action["step"] == step for action in actions) for step in ratios}
     last = {layer["index"]: layer for layer in records[-1]["layers"]}
-    assert float(logged[-1]["spectral/mlp_scale/01"]) == pytest.approx(last[1]["mlp_scale"])
+    assert float(logged[-1]["spectral_blocks/mlp_scale/01"]) == pytest.approx(last[1]["mlp_scale"])
     assert float(logged[-1]["spectral/scale_max"]) == max(
         max(x["mlp_scale"], x["attention_scale"]) for x in last.values()
     )

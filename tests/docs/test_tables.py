@@ -15,8 +15,8 @@ def test_the_committed_tables_are_up_to_date():
 
 def test_a_page_without_a_place_for_its_table_is_told():
     text = "before\n<!-- begin: one -->\nold\n<!-- end: one -->\nafter\n"
-    assert topics.between(text, "one", "new\n") == (
-        "before\n<!-- begin: one -->\n\nnew\n\n<!-- end: one -->\nafter\n"
-    )
-    with pytest.raises(ValueError, match=r"no place for the table 'two': expected <!-- begin: two --> and .* each once"):
+    assert topics.between(text, "one", "new\n") == ("before\n<!-- begin: one -->\n\nnew\n\n<!-- end: one -->\nafter\n")
+    with pytest.raises(
+        ValueError, match=r"no place for the table 'two': expected <!-- begin: two --> and .* each once"
+    ):
         topics.between(text, "two", "new")

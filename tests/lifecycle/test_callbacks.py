@@ -175,7 +175,7 @@ def test_a_checkpoint_that_is_written_in_the_background_holds_the_moment_it_was_
     (key,) = now["callbacks"]
     for state in (now, later):
         assert state["callbacks"][key]["measured_step"] == 2  # what is measured of step 3 is not acted on yet
-        del state["callbacks"][key]["values"]["spectral/seconds"]
+        del state["callbacks"][key]["values"]["spectral_health/seconds"]
         del state["callbacks"][key]["run"]
     assert_same(now["state_dict"], later["state_dict"])
     assert_same(now["callbacks"], later["callbacks"])

@@ -50,6 +50,8 @@ MONITOR = {
     "on_alarm": "answers.answer",
     "on_error": "raise",
     "prefix": "mine",
+    "verbose": True,
+    "progress_bar": False,
 }
 
 

@@ -258,10 +258,10 @@ def test_what_the_module_has_changed_is_published_before_an_epoch_is_judged(tmp_
 
     class Stop(EarlyStopping):
         def _run_early_stopping_check(self, trainer: Trainer) -> None:
-            seen[trainer.global_step] = float(trainer.callback_metrics["spectral_ratio_max"])
+            seen[trainer.global_step] = float(trainer.callback_metrics["spectral/ratio_max"])
 
     module = Clipped()
-    fit(tmp_path, [Stop("spectral_ratio_max"), SpectralMonitor(4)], module=module, validate=True, max_epochs=2)
+    fit(tmp_path, [Stop("spectral/ratio_max"), SpectralMonitor(4)], module=module, validate=True, max_epochs=2)
     assert seen == {4: pytest.approx(max(module.truth[4]), rel=1e-2), 8: pytest.approx(max(exact(module)), rel=1e-2)}
 
 

@@ -275,7 +275,7 @@ def test_a_measurement_names_the_part_that_it_is_of():
         measurement = measure(model, adapters=part)
         assert str(measurement).splitlines()[0].endswith(f"linearization='circuit', {said}step 0, {zone}")
         assert measurement.to_dict().get("adapters", "sum") == measurement.adapters == part
-        assert ("above the zone" in str(measurement)) == (part == "sum")  # of the delta, no zone is known
+        assert ("above the safe zone" in str(measurement)) == (part == "sum")  # of the delta, no zone is known
 
 
 def test_arguments_are_checked():

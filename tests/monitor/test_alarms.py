@@ -64,7 +64,7 @@ class Breaking(LitGPT):
 
 def rows(folder: Path) -> Iterator[dict[str, str]]:
     with (folder / "metrics.csv").open(newline="") as file:
-        yield from (row for row in csv.DictReader(file) if row["spectral/alarm"])
+        yield from (row for row in csv.DictReader(file) if row["spectral_health/alarm"])
 
 
 def test_attention_that_dominates_is_warned_of_before_the_tokens_are_one(tmp_path: Path):
@@ -82,9 +82,9 @@ def test_a_collapse_is_announced_once_and_written_everywhere(tmp_path: Path):
     assert sum("FAILURE" in str(warning.message) for warning in told) == 1
     (failure,) = [event for event in read_events(tmp_path / "spectral.jsonl") if event["level"] == "failure"]
     assert (failure["since"], failure["step"], failure["blocks"]) == (0, 1, [BLOCKS - 1])
-    logged = [float(row["spectral/alarm"]) for row in rows(tmp_path)]
+    logged = [float(row["spectral_health/alarm"]) for row in rows(tmp_path)]
     assert logged == [float(step >= failure["step"]) for step in range(9)]
-    assert float(trainer.callback_metrics["spectral_alarm"]) == 1
+    assert float(trainer.callback_metrics["spectral_health/alarm"]) == 1
     lines = (tmp_path / "spectral.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(read_journal(tmp_path / "spectral.jsonl")[1]) < len(lines) - 1  # events are no measurements
     (read,) = [event for event in History.read(tmp_path / "spectral.jsonl").events if event.level == "failure"]
@@ -110,7 +110,7 @@ def test_weights_that_become_nan_are_told_at_the_next_measurement(tmp_path: Path
     (failure,) = [event for event in read_events(tmp_path / "spectral.jsonl") if event["level"] == "failure"]
     assert (failure["name"], failure["blocks"], failure["branch"]) == ("not_finite", [1], "mlp")
     assert "at step 4 everything was finite" in failure["message"]
-    assert trainer.callback_metrics["spectral_ratio_max"].isnan()  # and not the last healthy one
+    assert trainer.callback_metrics["spectral/ratio_max"].isnan()  # and not the last healthy one
     assert trainer.callback_metrics["spectral/mlp_norm_max"].isnan()
 
 
@@ -168,7 +168,11 @@ def test_a_resumed_run_remembers(tmp_path: Path):
     folder = tmp_path / "second"
     fit(folder, SpectralMonitor(1), module=collapsed(), ckpt_path=str(tmp_path / "last.ckpt"), batches=2)
     # Step 6 is measured again, now with tokens; the failure is not said again.
-    assert [(row["step"], float(row["spectral/alarm"])) for row in rows(folder)] == [("6", 1), ("7", 1), ("8", 1)]
+    assert [(row["step"], float(row["spectral_health/alarm"])) for row in rows(folder)] == [
+        ("6", 1),
+        ("7", 1),
+        ("8", 1),
+    ]
     assert all(event["level"] == "note" for event in read_events(folder / "spectral.jsonl"))
 
 

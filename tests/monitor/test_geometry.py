@@ -47,7 +47,7 @@ def test_the_tokens_of_the_measured_batch_are_measured(tmp_path: Path):
     with (tmp_path / "metrics.csv").open(newline="") as file:
         rows = {row["step"]: row for row in csv.DictReader(file) if row["spectral/ratio_max"]}
     assert float(rows["3"]["spectral/token_residual_min"]) == pytest.approx(min(module.residuals[3]), rel=1e-6)
-    assert float(rows["3"]["spectral/token_residual/01"]) == pytest.approx(module.residuals[3][1], rel=1e-6)
+    assert float(rows["3"]["spectral_blocks/token_residual/01"]) == pytest.approx(module.residuals[3][1], rel=1e-6)
     assert float(rows["3"]["spectral/effective_rank_min"]) > 1
     assert rows["8"]["spectral/token_residual_min"] == ""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import warnings
@@ -21,27 +23,28 @@ from journals import read_journal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from processes import PYTHONPATH
 from recorder import Recorder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import BLOCKS, Block, LitGPT, PickyLitGPT, fit, loader
 from torch import Tensor, nn
 
-from lightning_spectral import RandomizedSVD, SpectralMonitor, find_blocks
+from lightning_spectral import History, RandomizedSVD, SpectralMonitor, find_blocks
 from lightning_spectral.errors import BlocksNotFoundError, ConfigurationError, ExampleInputError
+from lightning_spectral.watch import outlets
 
 SUMMARY = {
     "spectral/ratio_min",
     "spectral/ratio_median",
     "spectral/ratio_max",
     "spectral/in_zone",
-    "spectral/worst_layer",
     "spectral/mlp_norm_max",
     "spectral/attention_norm_max",
-    "spectral/unmeasured",
-    "spectral/seconds",
-    "spectral/drifting",
-    "spectral/alarm",
+    "spectral_health/unmeasured",
+    "spectral_health/seconds",
+    "spectral_health/drifting",
+    "spectral_health/alarm",
 }
 OF_BATCH = {  # where a batch was looked at: for all but the last weights
     "spectral/token_residual_min",
@@ -120,8 +123,8 @@ def test_every_summary_key_is_there_from_the_first_call_on(tmp_path: Path):
     assert last.keys() == SUMMARY
     first = recorder.measured[0][1]
     assert first["spectral/ratio_min"] <= first["spectral/ratio_median"] <= first["spectral/ratio_max"]
-    assert first["spectral/unmeasured"] == 0
-    assert first["spectral/seconds"] > 0
+    assert first["spectral_health/unmeasured"] == 0
+    assert first["spectral_health/seconds"] > 0
 
 
 def test_per_layer_adds_the_numbers_of_every_block(tmp_path: Path):
@@ -129,16 +132,17 @@ def test_per_layer_adds_the_numbers_of_every_block(tmp_path: Path):
     fit(tmp_path, SpectralMonitor(every_n_steps=4, per_layer=True), logger=recorder)
     values = recorder.measured[0][1]
     quantities = ("ratio", "mlp_norm", "attention_norm", "token_residual", "effective_rank", "update_ratio")
-    names = {f"spectral/{name}/{i:02d}" for name in quantities for i in range(BLOCKS)}
+    names = {f"spectral_blocks/{name}/{i:02d}" for name in quantities for i in range(BLOCKS)}
     assert values.keys() == SUMMARY | OF_BATCH | names
     assert math.isclose(
-        values["spectral/ratio/01"], values["spectral/mlp_norm/01"] / values["spectral/attention_norm/01"]
+        values["spectral_blocks/ratio/01"],
+        values["spectral_blocks/mlp_norm/01"] / values["spectral_blocks/attention_norm/01"],
     )
 
 
 def test_the_prefix_stands_in_front_of_every_key_and_file(tmp_path: Path):
     trainer = fit(tmp_path, SpectralMonitor(every_n_steps=4, prefix="other"))
-    assert "other_ratio_max" in trainer.callback_metrics
+    assert "other/ratio_max" in trainer.callback_metrics
     assert (tmp_path / "other.jsonl").exists()
     assert (tmp_path / "other.png").exists()
 
@@ -182,18 +186,44 @@ def test_files_of_a_logger_with_a_shared_folder_are_kept_apart(tmp_path: Path):
     assert (tmp_path / "recorder" / "0" / "spectral.jsonl").exists()
 
 
+class OnPlateau(LitGPT):
+    """Lowers its learning rate by what the monitor measures."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "spectral_in_zone"}}
+
+
 def test_other_callbacks_can_monitor_a_key_on_the_first_day(tmp_path: Path):
     save = ModelCheckpoint(
         tmp_path, monitor="spectral_ratio_max", every_n_train_steps=1, filename="{step}-{spectral_ratio_max:.2f}"
     )
     stop = EarlyStopping(monitor="spectral/ratio_max", check_on_train_epoch_end=True, patience=100)
-    trainer = fit(tmp_path, [SpectralMonitor(every_n_steps=100), stop, save], enable_checkpointing=True)
-    assert {f"spectral_{key.split('/')[1]}" for key in SUMMARY} <= trainer.callback_metrics.keys()
+    callbacks = [SpectralMonitor(every_n_steps=100), stop, save]
+    trainer = fit(tmp_path, callbacks, module=OnPlateau(), enable_checkpointing=True)
+    assert trainer.callback_metrics.keys() - {"train/loss"} == SUMMARY | OF_BATCH | {
+        "spectral_ratio_max",  # named by a callback
+        "spectral_in_zone",  # named by a scheduler
+    }
     assert not [path for path in tmp_path.rglob("*.ckpt") if path.parent != tmp_path]
     assert save.best_model_score == pytest.approx(float(save.best_model_score))
 
 
-def test_the_progress_bar_shows_two_numbers(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("settings", "encoding", "expected"),
+    [
+        ({}, "utf-8", {"ρ"}),
+        ({}, "ascii", {"rho"}),
+        ({"prefix": "paper"}, "utf-8", {"paper ρ"}),
+        ({"progress_bar": False}, "utf-8", set()),
+    ],
+)
+def test_the_progress_bar_shows_one_number(
+    tmp_path: Path, settings: dict[str, Any], encoding: str, expected: set[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+
     class Bar(TQDMProgressBar):
         def __init__(self) -> None:
             super().__init__()
@@ -201,11 +231,14 @@ def test_the_progress_bar_shows_two_numbers(tmp_path: Path):
 
         def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
             super().on_train_batch_end(trainer, *args)
-            self.seen |= {key for key in self.get_metrics(trainer, trainer.lightning_module) if "spectral" in key}
+            self.seen |= self.get_metrics(trainer, trainer.lightning_module).keys()
 
     bar = Bar()
-    fit(tmp_path, [SpectralMonitor(every_n_steps=100), bar], enable_progress_bar=True)
-    assert bar.seen == {"spectral_ratio_median", "spectral_in_zone"}
+    monitor = SpectralMonitor(every_n_steps=100, **settings)
+    trainer = fit(tmp_path, [monitor, bar], enable_progress_bar=True, max_steps=1)
+    assert {name for name in bar.seen if "ρ" in name or "rho" in name or "ratio" in name} == expected
+    assert not expected & trainer.callback_metrics.keys()  # it is no metric
+    assert ("progress_bar=False" in repr(monitor)) == (not expected)
 
 
 # What it says
@@ -224,29 +257,110 @@ class Blow(Callback):
 
 
 def console(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if "spectral ratio" in record.getMessage()]
+    """What the package has said."""
+    return [record.getMessage() for record in caplog.records if record.name == "lightning_spectral"]
 
 
-def test_leaving_and_re_entering_the_zone_is_said_once_each(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def tables(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [text for text in console(caplog) if text.startswith("spectral ratio")]
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_leaving_and_re_entering_the_zone_is_noted_and_said_if_asked(
+    tmp_path: Path, verbose: bool, caplog: pytest.LogCaptureFixture
+):
     caplog.set_level(logging.INFO)
     module = LitGPT(learning_rate=0.0)
-    monitor = SpectralMonitor(every_n_steps=1, safe_zone=(0.01, 20.0))
+    monitor = SpectralMonitor(every_n_steps=1, safe_zone=(0.01, 20.0), verbose=verbose)
     fit(tmp_path, [Blow(3, 1000.0), Blow(6, 0.001), monitor], module=module)
-    messages = [text for record in caplog.records if "The zone is (0.01, 20)" in (text := record.getMessage())]
-    assert len(messages) == 2
-    assert "step 3" in messages[0]
-    assert "block 1 (model.blocks.1) is above the zone at" in messages[0]
-    assert "step 6" in messages[1]
-    assert "block 1 (model.blocks.1) is back in the zone at" in messages[1]
+    noted = [event.message for event in History.read(tmp_path).events]
+    assert [text.partition(":")[0] for text in noted] == ["step 3", "step 6"]
+    assert "block 1 (model.blocks.1) is above the safe zone at" in noted[0]
+    assert "block 1 (model.blocks.1) is back in the safe zone at" in noted[1]
+    assert [text for text in console(caplog) if "outside is information" in text] == [
+        f"SpectralMonitor, {text}" for text in noted if verbose
+    ]
 
 
-def test_the_console_shows_one_table_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_the_console_has_a_line_at_the_start_and_a_table_and_the_place_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     caplog.set_level(logging.INFO)
-    fit(tmp_path, SpectralMonitor(every_n_steps=1, safe_zone=(1e-6, 1e6)))
-    (table,) = console(caplog)
+    folder = tmp_path / "my run"
+    fit(folder, SpectralMonitor(every_n_steps=1, safe_zone=(1e-6, 1e6)))
+    start, table, place = console(caplog)
+    assert start == f"SpectralMonitor: {BLOCKS} blocks, all verified, measured every step"
     assert "step 8" in table
     assert [f"model.blocks.{i}" in table for i in range(BLOCKS)] == [True] * BLOCKS
-    assert f"{BLOCKS} of {BLOCKS} blocks inside the zone" in table
+    assert f"{BLOCKS} of {BLOCKS} blocks inside the safe zone" in table
+    assert place.splitlines() == [
+        f"SpectralMonitor: files are in {folder}, and this makes a page of them:",
+        f"lightning-spectral report '{folder}'",
+    ]
+
+
+class Ending(Callback):
+    """Ends a run in its third batch."""
+
+    def __init__(self, exception: BaseException) -> None:
+        self.exception = exception
+
+    def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 2:
+            raise self.exception
+
+
+@pytest.mark.parametrize("exception", [ArithmeticError("gone"), KeyboardInterrupt(), SIGTERMException()], ids=repr)
+def test_a_run_that_breaks_off_leaves_the_table_the_picture_and_the_place(
+    tmp_path: Path, exception: BaseException, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    handler = signal.getsignal(signal.SIGINT)
+    recorder = Recorder()
+    recorder.save_dir = str(tmp_path)
+    try:
+        with pytest.raises(BaseException, match=r"gone|^1$|^$") as raised:
+            fit(tmp_path, [SpectralMonitor(2, prefix="mine"), Ending(exception)], logger=recorder)
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning switches it off
+    assert isinstance(raised.value, ArithmeticError | SystemExit)
+    (table,) = tables(caplog)
+    assert "step 2" in table
+    run = tmp_path / "recorder" / "0" / "mine.jsonl"
+    assert console(caplog)[-1].endswith(f"lightning-spectral report {run}")
+    assert History.read(run).steps == (0, 2)
+    assert run.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert recorder.pictures == [("mine/heatmap", 2)]
+
+
+@pytest.mark.parametrize(("share", "drawn"), [(1e9, [0, 2, 4, 4]), (1e-9, [0, 4])])
+def test_the_picture_is_drawn_as_the_run_goes_for_a_small_share_of_its_time(
+    tmp_path: Path, share: float, drawn: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(outlets, "PAUSE", 0.0)
+    monkeypatch.setattr(outlets, "SHARE", share)
+    recorder = Recorder()
+    fit(tmp_path, SpectralMonitor(2), logger=recorder, max_steps=4)
+    assert recorder.pictures == [("spectral/heatmap", step) for step in drawn]
+
+
+class Mixing(Block):
+    """A block without attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm2(x))
+
+
+def test_a_run_without_anything_to_compare_is_warned_of_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    module = LitGPT()
+    module.model.blocks = nn.ModuleList(Mixing(dropout=0.0) for _ in range(BLOCKS))
+    message = (
+        rf"{BLOCKS} blocks, none with a spectral ratio, .* \(block 0, model.blocks.0: attention: the block has none"
+    )
+    with pytest.warns(UserWarning, match=message):
+        fit(tmp_path, SpectralMonitor(4), module=module, max_steps=1)
+    assert not any("measured every" in text for text in console(caplog))
 
 
 class Projecting(Block):
@@ -267,7 +381,7 @@ def test_blocks_that_are_not_verified_are_told_at_the_start_in_the_table_and_in_
     module = LitGPT()
     module.model.blocks = nn.ModuleList(Projecting() for _ in range(BLOCKS))
     fit(tmp_path, SpectralMonitor(1), module=module, max_steps=1)
-    (table,) = console(caplog)
+    (table,) = tables(caplog)
     (told,) = (record.getMessage() for record in caplog.records if "not verified, so" in record.getMessage())
     assert table.count("not verified: ") == BLOCKS
     assert told.startswith(f"SpectralMonitor: {BLOCKS} of {BLOCKS} blocks are not verified, so their numbers may be wr")
@@ -425,7 +539,7 @@ def test_weights_that_are_not_finite_are_counted_and_stop_nothing(tmp_path: Path
         module.model.blocks[1].mlp[2].weight[0, 0] = math.nan
     fit(tmp_path, SpectralMonitor(every_n_steps=4), module=module, logger=recorder, max_steps=1)
     values = recorder.measured[0][1]
-    assert values["spectral/unmeasured"] == 1
+    assert values["spectral_health/unmeasured"] == 1
     assert math.isnan(values["spectral/ratio_max"])  # the largest of the others would look healthy
 
 
@@ -467,7 +581,7 @@ def test_two_equal_monitors_are_refused_by_the_trainer(tmp_path: Path):
 def test_two_monitors_with_two_prefixes_live_in_one_trainer(tmp_path: Path):
     paper = SpectralMonitor(every_n_steps=4, linearization="paper", prefix="paper")
     trainer = fit(tmp_path, [SpectralMonitor(every_n_steps=4), paper])
-    assert {"spectral_ratio_max", "paper_ratio_max"} <= trainer.callback_metrics.keys()
+    assert {"spectral/ratio_max", "paper/ratio_max"} <= trainer.callback_metrics.keys()
     assert read_journal(tmp_path / "paper.jsonl")[0]["linearization"] == "paper"
 
 
@@ -525,7 +639,7 @@ def test_it_works_in_the_trainers_of_both_namespaces(tmp_path: Path, first: str)
     script = f"""
 import {first}, pytorch_lightning, torch
 from pytorch_lightning.callbacks import Callback
-from lightning_spectral import RandomizedSVD, SpectralMonitor, find_blocks
+from lightning_spectral import History, RandomizedSVD, SpectralMonitor, find_blocks
 class Lit({first}.LightningModule):
     def __init__(self):
         super().__init__()

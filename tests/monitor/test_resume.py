@@ -128,7 +128,7 @@ def test_unknown_and_missing_keys_of_a_state_do_no_harm(tmp_path: Path):
 def test_restored_values_are_published_before_the_next_measurement(tmp_path: Path):
     saved = interrupted(tmp_path / "stopped", SpectralMonitor(every_n_steps=100), 5)
     trainer = fit(tmp_path / "resumed", SpectralMonitor(every_n_steps=100), ckpt_path=saved, limit_train_batches=1)
-    assert "spectral_ratio_max" in trainer.callback_metrics
+    assert "spectral/ratio_max" in trainer.callback_metrics
 
 
 def test_monitors_of_other_settings_have_other_keys():

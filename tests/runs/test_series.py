@@ -66,17 +66,26 @@ def test_the_state_of_another_linearization_is_not_taken_up():
 def test_values_that_do_not_exist_are_absent():
     values = logged_values(measurement(None, None), Memory(), "spectral", per_layer=True)
     assert "spectral/ratio_max" not in values
-    assert "spectral/ratio/00" not in values
-    assert values["spectral/attention_norm/00"] == 1.0
+    assert "spectral_blocks/ratio/00" not in values
+    assert values["spectral_blocks/attention_norm/00"] == 1.0
     assert all(math.isfinite(value) for value in values.values())
 
 
 @pytest.mark.parametrize(("blocks", "last"), [(3, "02"), (11, "10"), (101, "100")])
 def test_indices_are_padded_so_that_keys_sort_like_blocks(blocks: int, last: str):
     values = logged_values(measurement(*[1.0] * blocks), Memory(), "s", per_layer=True)
-    keys = [key for key in values if "s/ratio/" in key]
+    keys = [key for key in values if "s_blocks/ratio/" in key]
     assert keys == sorted(keys)
-    assert keys[-1] == f"s/ratio/{last}"
+    assert keys[-1] == f"s_blocks/ratio/{last}"
+
+
+def test_values_of_earlier_releases_come_back_by_the_keys_of_this_one():
+    now = logged_values(measurement(1.0, 3.0), Memory(), "s", per_layer=True, rescaled=1)
+    before = {key.replace("_health/", "/").replace("_blocks/", "/"): value for key, value in now.items()}
+    for values in (before | {"s/worst_layer": 1.0}, now):
+        series = Series("circuit")
+        series.load_state_dict({"values": values})
+        assert series.values == now
 
 
 # Table
@@ -85,7 +94,7 @@ def test_indices_are_padded_so_that_keys_sort_like_blocks(blocks: int, last: str
 def test_a_small_model_is_shown_whole():
     text = one_screen(measurement(1.0, None, 4.0))
     assert [f"b.{index}" in text for index in range(3)] == [True] * 3
-    assert text.splitlines()[-1] == "min 1, median 2, max 4; 1 of 2 blocks inside the zone; 250 ms"
+    assert text.splitlines()[-1] == "min 1, median 2, max 4; 1 of 2 blocks inside the safe zone; measured in 250 ms"
 
 
 def test_a_deep_model_is_cut_to_the_blocks_farthest_from_balance():

@@ -183,8 +183,8 @@ def test_the_bar_gets_its_numbers_past_a_log_of_the_users_own(
     trainer, said = told(lambda: steered(tmp_path, [Keeping()], module, Look()))
     assert said == []
     assert module.losses == healthy.losses
-    assert bar[-1] == ["spectral_in_zone", "spectral_ratio_median"]
-    assert "gpt/spectral_in_zone" not in trainer.callback_metrics
+    assert bar[-1] == ["ρ"]
+    assert "ρ" not in trainer.callback_metrics
 
 
 @pytest.mark.parametrize("how", ["no place", "removed", "in memory"])

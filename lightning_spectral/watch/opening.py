@@ -1,0 +1,42 @@
+"""What a run says of itself when it has measured for the first time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lightning_spectral.records import Measurement, ResidualBlock
+
+__all__ = ["doubts", "found", "nothing_to_compare"]
+
+
+def found(blocks: Sequence[ResidualBlock], measurement: Measurement, every_n_steps: int) -> str:
+    """Say what is measured, and how often: "8 blocks, all verified, measured every 10 steps"."""
+    with_ratio = sum(layer.ratio is not None for layer in measurement)
+    part = "" if with_ratio == len(blocks) else f"{with_ratio} with a ratio, "
+    verified = sum(block.verified for block in blocks)
+    checked = f"{'all' if verified == len(blocks) else verified or 'none'} verified"
+    every = "step" if every_n_steps == 1 else f"{every_n_steps} steps"
+    return f"{_many(blocks)}, {part}{checked}, measured every {every}"
+
+
+def nothing_to_compare(measurement: Measurement) -> str | None:
+    """Say that no block has a ratio, and why the first one has none; ``None`` where some block has one."""
+    if any(layer.ratio is not None for layer in measurement) or not measurement.layers:
+        return None
+    first = measurement.layers[0]
+    return (
+        f"{_many(measurement.layers)}, none with a spectral ratio, so there is nothing to compare "
+        f"(block {first.index}, {first.name}: {first.reason})"
+    )
+
+
+def doubts(blocks: Sequence[ResidualBlock]) -> Iterator[str]:
+    """Say which numbers are not to be trusted."""
+    doubtful = [block for block in blocks if block.doubt is not None]
+    if doubtful:
+        first = f"{doubtful[0].name}: {doubtful[0].doubt}"
+        yield f"{len(doubtful)} of {len(blocks)} blocks are not verified, so their numbers may be wrong ({first})"
+
+
+def _many(blocks: Sequence[object]) -> str:
+    return "1 block" if len(blocks) == 1 else f"{len(blocks)} blocks"
