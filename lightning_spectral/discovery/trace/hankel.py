@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["entrywise", "hankel", "is_hankel", "multiplied", "product"]
+__all__ = ["entrywise", "grouped", "hankel", "is_hankel", "multiplied", "product"]
 
 _APART = 7  # the offset between the vectors of two matrices in a stack
 _ENTRYWISE = {"_to_copy", "clone", "contiguous", "neg", "detach", "alias", "mul", "div"}
@@ -102,13 +102,53 @@ def _extent(content: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in steps)
 
 
+def grouped(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+    """Multiply the rows of each group by its own matrix of a stack.
+
+    Args:
+        rows: ``(rows, m)``.
+        stack: ``(groups, m, n)``.
+        ends: ``(groups,)``, the end of the rows of each group. Rows behind the last end become zero.
+
+    Returns:
+        ``(rows, n)``.
+    """
+    bounds = [0, *ends.tolist()]
+    if not _fits(stack):
+        parts = [rows[start:end] @ matrix for start, end, matrix in zip(bounds, bounds[1:], stack, strict=False)]
+    else:  # one transform for all matrices: they are windows of one vector
+        groups = torch.bucketize(torch.arange(bounds[-1], device=rows.device), ends.to(torch.int64), right=True)
+        parts = [_windows(rows[: bounds[-1]], stack, groups * stack.stride(0))]
+    return torch.cat([*parts, rows.new_zeros(rows.shape[0] - bounds[-1], stack.shape[-1])])
+
+
 def _correlated(x: Tensor, matrix: Tensor) -> Tensor:
     """Return ``x @ matrix`` for a Hankel matrix or a stack of them."""
-    *count, rows, columns = matrix.shape
-    length = rows + columns - 1
-    strides = (*matrix.stride()[:-2], 1)
-    numbers = matrix.as_strided((*count, length), strides)
+    if matrix.dim() == 2:
+        return _windows(x, matrix, torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device))
+    x = x.expand(*matrix.shape[:-2], *x.shape[-2:])
+    starts = sum(
+        torch.arange(size, device=x.device).mul(stride).view(-1, *[1] * (matrix.dim() - 2 - place))
+        for place, (size, stride) in enumerate(zip(matrix.shape[:-2], matrix.stride()[:-2], strict=True))
+    )
+    return _windows(x, matrix, torch.as_tensor(starts).expand(x.shape[:-1]))
+
+
+def _windows(x: Tensor, matrix: Tensor, starts: Tensor) -> Tensor:
+    """Return yⱼ = Σᵢ xᵢ r₍ₛ₊ᵢ₊ⱼ₎ for each row x, whose matrix begins at its own place s of the numbers r."""
+    columns, length = matrix.shape[-1], _extent(matrix)
+    if not x.numel():
+        return x.new_zeros(*x.shape[:-1], columns)  # the Fourier transform of no rows is an error
     # A correlation along a circle: nothing wraps around, because the circle is as long as the numbers.
-    size = 1 << (length - 1).bit_length()
-    spectrum = torch.fft.rfft(numbers, size).unsqueeze(-2)
-    return torch.fft.irfft(torch.fft.rfft(x.double(), size).conj() * spectrum, size)[..., :columns].contiguous()
+    size = _quick_length(length)
+    spectrum = torch.fft.rfft(matrix.as_strided((length,), (1,)), size)
+    whole = torch.fft.irfft(torch.fft.rfft(x.double(), size).conj_physical_().mul_(spectrum), size)
+    if not bool(starts.any()):
+        return whole[..., :columns].contiguous()
+    return whole.gather(-1, starts.unsqueeze(-1) + torch.arange(columns, device=x.device))
+
+
+def _quick_length(least: int) -> int:
+    """Return a length that a fast Fourier transform likes: a power of 2, or 3, 5, 9 or 15 times one."""
+    lengths = (odd << max((least - 1) // odd, 0).bit_length() for odd in (1, 3, 5, 9, 15))
+    return min(lengths)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_spectral.discovery.trace.hankel import multiplied, product
+from lightning_spectral.discovery.trace.hankel import grouped, product
 from lightning_spectral.discovery.trace.tape import Operation, Ref, Tape, bits, probe_device
 from lightning_spectral.passes.arguments import map_leaves, tensors_in, written_tensors
 
@@ -96,8 +96,8 @@ def restored(arguments: Any, fetch: Callable[[int], Tensor]) -> Any:
     def restore(leaf: Any) -> Any:
         if isinstance(leaf, Ref):
             return fetch(leaf.value)
-        if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
-            return torch.float64
+        if isinstance(leaf, torch.dtype) and (leaf.is_floating_point or leaf.is_complex):
+            return torch.complex128 if leaf.is_complex else torch.float64
         return probe_device(leaf) if isinstance(leaf, torch.device) else leaf
 
     return map_leaves(restore, arguments)
@@ -139,9 +139,7 @@ def _grouped_product(rows: Tensor, weights: Tensor, offsets: Tensor | None = Non
     """Multiply the rows of each expert by its matrix; ``offsets[e]`` is the end of the rows of expert e."""
     if offsets is None or rows.dim() != 2 or weights.dim() != 3:
         return rows @ weights
-    ends = offsets.tolist()
-    parts = [multiplied(rows[start:end], weight) for start, end, weight in zip([0, *ends], ends, weights, strict=False)]
-    return torch.cat([*parts, rows.new_zeros(rows.shape[0] - ends[-1], weights.shape[-1])])
+    return grouped(rows, weights, offsets)
 
 
 def _in_float32(leaf: Any) -> Any:

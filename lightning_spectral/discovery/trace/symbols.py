@@ -144,7 +144,10 @@ def _makes_new(function: Any) -> bool:
 
 def _shaped(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run an operation on the meta device."""
-    if getattr(function, "_opname", "") == "_grouped_mm":  # its meta kernel takes bfloat16 only, its others do not
+    name = getattr(function, "_opname", "")
+    if name == "mkldnn_rnn_layer":  # its meta kernel swaps tokens and batch where batch_first is set, its CPU kernel not
+        args = (*args[:14], False, *args[15:])
+    if name == "_grouped_mm":  # its meta kernel takes bfloat16 only, its others do not
         halves = [item.bfloat16() if isinstance(item, Tensor) and item.is_floating_point() else item for item in args]
         return function(*halves, **kwargs).to(kwargs.get("out_dtype") or args[0].dtype)
     return function(*args, **kwargs)
