@@ -18,8 +18,8 @@ from lightning_spectral.discovery.chains.scores import scores_of
 from lightning_spectral.discovery.chains.steps import Steps
 from lightning_spectral.discovery.structure.residual import Refusal, ResidualAdd, Term, goes_on
 from lightning_spectral.discovery.structure.sites import Site, choose_site, usable_modules
-from lightning_spectral.discovery.trace.operands import UnmeasurableError
 from lightning_spectral.discovery.trace.hankel import entrywise
+from lightning_spectral.discovery.trace.operands import UnmeasurableError
 from lightning_spectral.discovery.trace.operations import (
     Multiplier,
     is_attention,

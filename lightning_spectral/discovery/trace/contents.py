@@ -10,6 +10,8 @@ A symbolic pass has computed nothing. What a probe asks for is computed backward
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -86,7 +88,7 @@ class Contents:
         if base_name(operation) == "embedding":
             return True
         terms = sorted(addends(tape, operation)) if tape.is_data(value) else []
-        return any(tape.depends(later, earlier) for earlier, later in zip(terms, terms[1:], strict=False))
+        return any(tape.depends(later, earlier) for earlier, later in itertools.pairwise(terms))
 
 
 def _wide_dtype(like: Tensor) -> torch.dtype:

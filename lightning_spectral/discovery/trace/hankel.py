@@ -83,11 +83,12 @@ def product(name: str, args: Sequence[Any], kwargs: Any) -> Tensor | None:
         wanted = kwargs.get("dtype")
         return entrywise(lambda content: factor * content, args[0]) if wanted in (None, torch.float64) else None
     if name in ("mm", "bmm", "matmul", "mv"):
-        return multiplied(*args[:2])
+        return multiplied(args[0], args[1])
     if name in ("addmm", "baddbmm"):
-        return kwargs.get("beta", 1) * args[0] + kwargs.get("alpha", 1) * multiplied(*args[1:3])
+        added: Tensor = args[0] * kwargs.get("beta", 1)
+        return added + multiplied(args[1], args[2]) * kwargs.get("alpha", 1)
     if name == "linear":
-        result = multiplied(args[0], args[1].mT)
+        result: Tensor = multiplied(args[0], args[1].mT)
         return result if len(args) < 3 or args[2] is None else result + args[2]
     return None
 
@@ -142,7 +143,7 @@ def _windows(x: Tensor, matrix: Tensor, starts: Tensor) -> Tensor:
     # A correlation along a circle: nothing wraps around, because the circle is as long as the numbers.
     size = _quick_length(length)
     spectrum = torch.fft.rfft(matrix.as_strided((length,), (1,)), size)
-    whole = torch.fft.irfft(torch.fft.rfft(x.double(), size).conj_physical_().mul_(spectrum), size)
+    whole: Tensor = torch.fft.irfft(torch.fft.rfft(x.double(), size).conj_physical_().mul_(spectrum), size)
     if not bool(starts.any()):
         return whole[..., :columns].contiguous()
     return whole.gather(-1, starts.unsqueeze(-1) + torch.arange(columns, device=x.device))

@@ -27,7 +27,8 @@ def is_mute(weight: Tensor) -> bool:
 def made_up(weight: Tensor, seed: int = 8) -> Tensor:
     """Return content in place of a weight: noise / √(larger of the last two sizes) for a matrix, a gain around 1.
 
-    Integers count up along the last dimension, as positions do. Booleans are a lower triangle, as causal masks are.
+    A line of integers counts up, as positions do; a table of integers is zero, which every table that it points into
+    has. Booleans are a lower triangle, as causal masks are.
 
     Args:
         weight: The weight; its shape, strides and dtype count.
@@ -37,8 +38,9 @@ def made_up(weight: Tensor, seed: int = 8) -> Tensor:
         content = torch.ones(weight.shape, dtype=torch.bool, device="cpu")
         return content.tril() if weight.dim() > 1 else content
     if not (weight.is_floating_point() or weight.is_complex()):
-        last = weight.shape[-1] if weight.dim() else 1
-        return torch.arange(last, device="cpu").to(weight.dtype).expand(weight.shape).clone()
+        line = sum(size > 1 for size in weight.shape) < 2
+        numbers = torch.arange(weight.numel() if line else 1, device="cpu").to(weight.dtype)
+        return numbers.view(weight.shape) if line else numbers.expand(weight.shape).clone()
     matrix = sum(size > 1 for size in weight.shape) > 1
     if not matrix:
         return 1 + 0.1 * noise(weight, seed)

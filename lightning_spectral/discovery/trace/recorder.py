@@ -172,6 +172,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 result = func.decompose(*args, **kwargs) if hasattr(func, "decompose") else NotImplemented
             if result is not NotImplemented:
                 return result
+        return self._recorded_run(func, args, kwargs)
+
+    def _recorded_run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run one operation that is no other ones in one, and record it."""
         if self.symbols is not None:
             args, kwargs = (map_leaves(self._symbol, part) for part in (tuple(args), dict(kwargs)))
         inputs: list[int] = []
@@ -189,7 +193,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._before_write(tensor)
         if self.symbols is None:
             result = func(*args, **kwargs)
-        elif looks_at_data(func, args, kwargs):
+        elif looks_at_data(func, args):
             result = self._looked(func, noted_args, noted_kwargs, inputs)
         else:
             result = self.symbols.run(func, args, kwargs)

@@ -59,7 +59,7 @@ class Symbols:
         if id(symbol) not in self._metas:  # autograd has made another object of it
             empty = torch.empty(0, dtype=symbol.dtype, device=_META)
             shape, strides = tuple(symbol.shape), symbol.stride()
-            meta = empty.set_(symbol.untyped_storage(), symbol.storage_offset(), shape, strides)  # type: ignore[call-overload]
+            meta = empty.set_(symbol.untyped_storage(), symbol.storage_offset(), shape, strides)
             self._metas[id(symbol)] = symbol, meta  # type: ignore[assignment]
         return self._metas[id(symbol)][1]
 
@@ -115,16 +115,15 @@ class Symbols:
             self._storages[storage._cdata] = torch.empty(storage.nbytes(), dtype=torch.uint8, device=_META)
         whole = self._storages[storage._cdata].untyped_storage()
         empty = torch.empty(0, dtype=tensor.dtype, device=_META)
-        return empty.set_(whole, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload,no-any-return]
+        return empty.set_(whole, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def looks_at_data(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def looks_at_data(function: Any, args: Sequence[Any]) -> bool:
     """Whether the result of an operation, or its shape, depends on the content of tensors."""
     if not _may_look(function):
         return False
-    tensors = [*tensors_in(args[1:]), *tensors_in(kwargs)]
-    picks = function._schema.name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
-    return not picks or any(item.dtype in (torch.bool, torch.uint8) for item in tensors)
+    picks = function._schema.name == "aten::index"  # by numbers, or by a mask, which has to be counted
+    return not picks or any(item.dtype in (torch.bool, torch.uint8) for item in tensors_in(args[1:]))
 
 
 @cache
@@ -145,7 +144,7 @@ def _makes_new(function: Any) -> bool:
 def _shaped(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run an operation on the meta device."""
     name = getattr(function, "_opname", "")
-    if name == "mkldnn_rnn_layer":  # its meta kernel swaps tokens and batch where batch_first is set, its CPU kernel not
+    if name == "mkldnn_rnn_layer":  # with batch_first, its meta kernel swaps what its CPU kernel keeps
         args = (*args[:14], False, *args[15:])
     if name == "_grouped_mm":  # its meta kernel takes bfloat16 only, its others do not
         halves = [item.bfloat16() if isinstance(item, Tensor) and item.is_floating_point() else item for item in args]
