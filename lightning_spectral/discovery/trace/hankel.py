@@ -85,10 +85,10 @@ def product(name: str, args: Sequence[Any], kwargs: Any) -> Tensor | None:
     if name in ("mm", "bmm", "matmul", "mv"):
         return multiplied(args[0], args[1])
     if name in ("addmm", "baddbmm"):
-        added: Tensor = args[0] * kwargs.get("beta", 1)
-        return added + multiplied(args[1], args[2]) * kwargs.get("alpha", 1)
+        result = multiplied(args[1], args[2]).mul_(kwargs.get("alpha", 1))
+        return result.add_(args[0], alpha=kwargs.get("beta", 1))
     if name == "linear":
-        result: Tensor = multiplied(args[0], args[1].mT)
+        result = multiplied(args[0], args[1].mT)
         return result if len(args) < 3 or args[2] is None else result + args[2]
     return None
 

@@ -298,6 +298,24 @@ def _watch_calls(model: nn.Module, recorder: _Recorder, stack: ExitStack) -> Non
             stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
 
 
+def _leave_whole(model: nn.Module, stack: ExitStack) -> None:
+    """Take away the hooks that gather and cut sharded weights and data, until the stack closes.
+
+    Symbols of sharded weights are whole already.
+    """
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            if any(map(_is_of_sharding, hooks.values())):
+                stack.callback(hooks.update, dict(hooks))
+                stack.callback(hooks.clear)
+                for number in [number for number, hook in hooks.items() if _is_of_sharding(hook)]:
+                    del hooks[number]
+
+
+def _is_of_sharding(hook: Callable[..., Any]) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
+
+
 def _values(recorder: _Recorder, output: Any) -> Iterator[tuple[int | str | None, int]]:
     """Yield the key in a returned structure and the value there, for every tensor; ``None`` for a bare tensor."""
     if isinstance(output, Tensor):
@@ -354,6 +372,7 @@ def record(model: nn.Module, run: Callable[[], Any], inputs: Any, *, symbolic: b
         recorder = _Recorder(tape, names, Symbols() if symbolic else None)
         if symbolic:
             tape.contents = Contents(tape)
+            _leave_whole(model, stack)
         for leaf in _tensors(inputs):
             recorder.lookup(leaf, data=True)
         _watch_calls(model, recorder, stack)
