@@ -150,9 +150,6 @@ def test_a_process_that_holds_nothing_of_a_weight_says_so_and_the_others_do_not_
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("find", r"ExampleInputError: GPT is sharded \(layers.0.norm1.weight is a DTensor\).*before sharding"),
-        ("find_parallel", r"ExampleInputError: GPT is sharded .*blocks = find_blocks\(model\) in configure_model"),
-        ("measure", r"ExampleInputError: GPT is sharded .*measure\(model, blocks\), SpectralMonitor\(blocks=blocks\)"),
         ("jacobian", r"ExampleInputError: .*GPT is sharded"),
         ("penalty", r"ConfigurationError: .*down.weight is sharded: no gradient goes through its spectral norm"),
         (

@@ -561,9 +561,6 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
     del with_unsummed.layers[0].up.weight
     with_unsummed.layers[0].up.weight = DTensor.from_local(weight, mesh, [Partial()], run_check=False)
     return {
-        "find": refused(lambda: find_blocks(model)),
-        "find_parallel": refused(lambda: find_blocks(parallel)),
-        "measure": refused(lambda: measure(model)),
         "jacobian": refused(lambda: measure(model, blocks, linearization="jacobian")),
         "penalty": refused(lambda: balance_penalty(model, blocks)),
         "trained": refused(lambda: balance_init_(model, blocks)),
