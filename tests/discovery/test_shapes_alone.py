@@ -142,7 +142,7 @@ def test_a_model_larger_than_memory_is_understood() -> None:
     )
     (scores,) = blocks[1].attention.scores
     assert scores.width == 128
-    assert len(scores.pairs) == 64
+    assert len(scores.heads) == 64
 
 
 # Matrices that take no memory

@@ -147,6 +147,11 @@ def test_a_process_that_holds_nothing_of_a_weight_says_so_and_the_others_do_not_
     assert two[1]["outside"].endswith("the weight is spread over processes of which this one is none")
 
 
+def test_the_blocks_of_a_sharded_model_are_found(two: Seen):
+    assert {name for rank in two for name, same in rank["found"].items() if not same} == set()
+    assert len(two[0]["found"]) == 6
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
