@@ -8,10 +8,11 @@ from traceback import walk_tb
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_spectral.discovery.inputs import guesses
 from lightning_spectral.discovery.structure.parts import attends_to_one, has_lists, idle_parts, parts
-from lightning_spectral.discovery.trace.recorder import record
+from lightning_spectral.discovery.trace.recorder import LooksAtDataError, record
 from lightning_spectral.discovery.trace.tape import Tape
 from lightning_spectral.errors import ExampleInputError
 from lightning_spectral.linalg.sharding.flattened import is_flattened
@@ -21,19 +22,28 @@ from lightning_spectral.passes.aside import kept
 __all__ = ["Pass", "attempted_calls", "passed", "recorded", "refuse_unreadable"]
 
 
+# Weights from which on shapes alone are recorded. A symbolic operation costs 0.1 ms of Python, whatever its size; below
+# this size running the model costs less.
+_LARGE = 2**26
+
+
 class Pass(NamedTuple):
     """A recorded pass of a model or of one part.
 
     Attributes:
         tape: The recorded pass.
         description: The input, in words.
+        remark: Why the pass was run and not only its shapes recorded, where shapes would have cost less.
     """
 
     tape: Tape
     description: str
+    remark: str | None = None
 
 
-def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Pass]:
+def recorded(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, symbolic: bool = False
+) -> list[Pass]:
     """Record a pass on the given inputs, or on the first guess that runs.
 
     Without given inputs, the parts of the model that did not run in this pass are run and recorded afterwards.
@@ -42,13 +52,15 @@ def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         model: The model, or a wrapper around it.
         args: Positional arguments, if the caller has some.
         kwargs: Keyword arguments, if the caller has some.
+        symbolic: Whether shapes alone may be recorded: see :func:`_pass`.
 
     Raises:
         ExampleInputError: No input ran, or the model is sharded. The message lists what was tried.
     """
-    refuse_unreadable(model)
+    if not symbolic:
+        refuse_unreadable(model)
     attempts: list[str] = []
-    search = partial(_search, model, args, kwargs, attempts)
+    search = partial(_search, model, args, kwargs, attempts, symbolic)
     found = search(_unwrapped(model))
     if found and not (args or kwargs):
         found += [item for part in idle_parts(model, [item.tape for item in found]) for item in search(part)]
@@ -62,15 +74,21 @@ def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     raise ExampleInputError("\n".join([advice, *(attempts or ["  nothing: the model gives no sign of what it takes"])]))
 
 
-def passed(model: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:
+def passed(
+    model: nn.Module,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    symbolic: bool = False,
+) -> Pass:
     """Record a pass of one module of a model. The tape uses the names that parameters have in the model.
 
     Raises:
         ExampleInputError: The pass failed.
     """
     try:
-        tape = record(model, _call(module, args, dict(kwargs)), (args, dict(kwargs)))
-        return Pass(tape, "the first training batch")
+        return _pass(model, module, args, dict(kwargs), "the first training batch", symbolic)
     except ExampleInputError:
         raise
     except Exception as error:  # whatever the user's forward raises
@@ -80,8 +98,40 @@ def passed(model: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: M
         ) from error
 
 
+def _pass(
+    model: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], description: str, symbolic: bool
+) -> Pass:
+    """Record a pass of a module of a model.
+
+    Of a large model, and of one whose weights are not all here, shapes alone are recorded if that is allowed and if the
+    model does not look at its data.
+
+    Raises:
+        ExampleInputError: Shapes are not enough, and the weights are not here.
+        Exception: Whatever the user's forward raises.
+    """
+    call = _call(module, args, kwargs)
+    problem = None
+    if symbolic and (_is_elsewhere(model) or _size(model) >= _LARGE):
+        try:
+            return Pass(record(model, call, (args, kwargs), symbolic=True), description)
+        except LooksAtDataError as error:
+            problem = str(error)
+        except Exception as error:  # whatever the user's forward raises, or an operation without a meta kernel
+            if _is_elsewhere(model):
+                raise
+            problem = f"its shapes alone could not be recorded: {type(error).__name__}: {_short(error)}"
+    refuse_unreadable(model, problem)
+    return Pass(record(model, call, (args, kwargs)), description, problem)
+
+
 def _search(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], attempts: list[str], module: nn.Module
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    attempts: list[str],
+    symbolic: bool,
+    module: nn.Module,
 ) -> list[Pass]:
     """Record a pass of a module. If the module cannot be run, record a pass of each of its parts instead."""
     runs_itself = False
@@ -89,7 +139,7 @@ def _search(
     for description, make in _arguments(module, args, kwargs):
         try:
             positional, named = make()
-            found = Pass(record(model, _call(module, positional, named), (positional, named)), description)
+            found = _pass(model, module, positional, named, description, symbolic)
             if args or kwargs or not attends_to_one(found.tape):
                 return [found]
             poor = [found]  # attention over one position cannot show that it mixes positions: try a larger picture
@@ -108,7 +158,7 @@ def _search(
     below = parts(module)
     if runs_itself and (len(below) > 1 or has_lists(module)):
         return []  # the module runs, but not on our guesses: its parts alone would show another model
-    whole = [_search(model, args, kwargs, attempts, part) for part in below]
+    whole = [_search(model, args, kwargs, attempts, symbolic, part) for part in below]
     return [item for passes in whole for item in passes] if all(whole) else []  # one missing part makes a wrong model
 
 
@@ -128,18 +178,38 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def refuse_unreadable(model: nn.Module) -> None:
-    """Raise for a sharded model: its weights are whole while a layer runs at most, and a tape needs whole weights.
+def _size(model: nn.Module) -> int:
+    """Return the number of entries of all parameters that have a shape."""
+    return sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
+
+
+def _is_elsewhere(model: nn.Module) -> bool:
+    """Whether some weights hold no numbers, or are spread over processes."""
+    return any(item.is_meta or is_dtensor(item) for item in model.parameters() if not is_lazy(item))
+
+
+def refuse_unreadable(model: nn.Module, problem: str | None = None) -> None:
+    """Raise for a model whose weights are not all here: a pass needs whole weights.
+
+    Args:
+        model: The model.
+        problem: Why its shapes alone are not enough.
 
     Raises:
-        ExampleInputError: The model is sharded.
+        ExampleInputError: The model is sharded, or on the meta device.
     """
+    because = "" if problem is None else f", and {problem}"
+    if any(parameter.is_meta for parameter in model.parameters() if not is_lazy(parameter)):
+        raise ExampleInputError(
+            f"{type(model).__name__} has parameters on the meta device, which hold no numbers{because}: materialize it "
+            "first (to_empty and initialize, or load a checkpoint), then look for its blocks"
+        )
     name = next((name for name, item in model.named_parameters() if is_dtensor(item)), None)
     if name is not None or is_flattened(model) or any(map(is_fully_sharded, model.modules())):
         raise ExampleInputError(
-            f"{type(model).__name__} is sharded{f' ({name} is a DTensor)' if name else ''}, and structure is read from "
-            "one forward pass of whole weights. Find the blocks before sharding, blocks = find_blocks(model) in "
-            "configure_model ahead of parallelize_module and fully_shard, and pass them on: measure(model, blocks), "
+            f"{type(model).__name__} is sharded{f' ({name} is a DTensor)' if name else ''}{because}, and structure is "
+            "read from one forward pass of whole weights. Find the blocks before sharding, blocks = find_blocks(model) "
+            "in configure_model ahead of parallelize_module and fully_shard, and pass them on: measure(model, blocks), "
             "SpectralMonitor(blocks=blocks). They stay valid, because they hold names"
         )
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightning_spectral.discovery.asked import check_blocks, check_hints, check_model
-from lightning_spectral.discovery.attempts import Pass, passed, recorded, refuse_unreadable
+from lightning_spectral.discovery.attempts import Pass, passed, recorded
 from lightning_spectral.discovery.hints import with_hints
 from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.discovery.structure.branches import FoundBranch, alike, branches_of, finished
@@ -62,7 +62,8 @@ def find_blocks(model: nn.Module, *, batch: Any = None, hints: Mapping[str, Any]
         the sums that look like residual adds and are none, and what the norms leave out.
 
     Raises:
-        ExampleInputError: No example input could be run, or the model is sharded or on the meta device.
+        ExampleInputError: No example input could be run, or the model looks at its data and its weights are on the meta
+            device or spread over processes.
         BlocksNotFoundError: The pass contains no residual block; the message says what was tried.
         ConfigurationError: The hints do not fit the model, or an argument is of another type.
 
@@ -75,10 +76,9 @@ def find_blocks(model: nn.Module, *, batch: Any = None, hints: Mapping[str, Any]
     """
     check_model(model, "find_blocks")
     check_hints(hints)
-    _refuse_meta(model)
     args, kwargs = arguments_of(batch)
     try:
-        passes = recorded(model, args, kwargs)
+        passes = recorded(model, args, kwargs, symbolic=True)
     except ExampleInputError:
         if not hints:
             raise
@@ -123,8 +123,8 @@ def blocks_in_calls(
         BlocksNotFoundError: No pass contains a residual block.
         ConfigurationError: The hints do not fit the model.
     """
-    refuse_unreadable(model)
-    return _blocks_on(model, [passed(model, module, args, kwargs) for module, args, kwargs in calls], hints)
+    passes = [passed(model, module, args, kwargs, symbolic=True) for module, args, kwargs in calls]
+    return _blocks_on(model, passes, hints)
 
 
 class Found(NamedTuple):
@@ -233,7 +233,8 @@ def _blocks_on(model: nn.Module, passes: Sequence[Pass], hints: Mapping[str, Any
         refusals += on_tape.refused
         notes += on_tape.notes
         for block in on_tape.blocks:
-            found.setdefault(block.name, block)
+            said = block.evidence if item.remark is None else f"{block.evidence}; recorded pass: {item.remark}"
+            found.setdefault(block.name, replace(block, evidence=said))
     numbered = [replace(block, index=index) for index, block in enumerate(found.values())]
     if hints:
         numbered = list(with_hints(model, numbered, hints))
@@ -257,11 +258,3 @@ def _nothing_found(model: nn.Module, descriptions: Iterable[str], refusals: list
     ]
     lines += [f"Refused: {reason}." for reason in dict.fromkeys(refusals)]
     return "\n".join([*lines, _HATCH])
-
-
-def _refuse_meta(model: nn.Module) -> None:
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ExampleInputError(
-            f"{type(model).__name__} has parameters on the meta device, which hold no numbers: materialize it first "
-            "(to_empty and initialize, or load a checkpoint), then look for its blocks"
-        )

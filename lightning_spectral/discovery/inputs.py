@@ -80,8 +80,13 @@ def _required(model: nn.Module) -> list[str]:
 
 
 def _reference(model: nn.Module) -> Tensor:
-    """Return a tensor with the device and dtype of the inputs: the first floating-point parameter."""
-    return next((item for item in model.parameters() if item.is_floating_point()), torch.empty(0, device="cpu"))
+    """Return a tensor with the device and dtype of the inputs: those of the first floating-point parameter.
+
+    The inputs of a model on the meta device are on the CPU: nothing is known of an input without numbers.
+    """
+    nothing = torch.empty(0, device="cpu")
+    like = next((item for item in model.parameters() if item.is_floating_point()), nothing)
+    return nothing.to(like.dtype) if like.is_meta else like
 
 
 def _floats(model: nn.Module, shape: tuple[int, ...]) -> Tensor:

@@ -147,12 +147,14 @@ def test_a_process_that_holds_nothing_of_a_weight_says_so_and_the_others_do_not_
     assert two[1]["outside"].endswith("the weight is spread over processes of which this one is none")
 
 
+def test_the_blocks_of_a_sharded_model_are_found(two: Seen):
+    assert {name for rank in two for name, same in rank["found"].items() if not same} == set()
+    assert len(two[0]["found"]) == 6
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("find", r"ExampleInputError: GPT is sharded \(layers.0.norm1.weight is a DTensor\).*before sharding"),
-        ("find_parallel", r"ExampleInputError: GPT is sharded .*blocks = find_blocks\(model\) in configure_model"),
-        ("measure", r"ExampleInputError: GPT is sharded .*measure\(model, blocks\), SpectralMonitor\(blocks=blocks\)"),
         ("jacobian", r"ExampleInputError: .*GPT is sharded"),
         ("penalty", r"ConfigurationError: .*down.weight is sharded: no gradient goes through its spectral norm"),
         (

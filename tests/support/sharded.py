@@ -539,6 +539,26 @@ def outside(mesh: DeviceMesh) -> str:
 
 
 @case(2)
+def found(mesh: DeviceMesh) -> dict[str, bool]:
+    """Whether a model that is sharded already has the blocks of a model in one piece, also after a pass."""
+    shards = {
+        "fully_shard": in_blocks(mesh),
+        "fully_shard without root": in_blocks(mesh, root=False),
+        "tensor parallel": tensor_parallel(mesh),
+    }
+    result = {}
+    for name, shard in shards.items():
+        model = GPT(80, 4, 4, layers=2)
+        expected = find_blocks(model)
+        shard(model)
+        result[name] = find_blocks(model) == expected
+        before = numbers(measure(model))
+        model(torch.randint(0, 8, (2, 5), generator=torch.Generator().manual_seed(RANK)))
+        result[f"{name}, after a pass"] = find_blocks(model) == expected and numbers(measure(model)) == before
+    return result
+
+
+@case(2)
 def refusals(mesh: DeviceMesh) -> dict[str, str]:
     """What cannot be done, in words, on every process."""
     model = GPT(80, layers=1)
@@ -561,9 +581,6 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
     del with_unsummed.layers[0].up.weight
     with_unsummed.layers[0].up.weight = DTensor.from_local(weight, mesh, [Partial()], run_check=False)
     return {
-        "find": refused(lambda: find_blocks(model)),
-        "find_parallel": refused(lambda: find_blocks(parallel)),
-        "measure": refused(lambda: measure(model)),
         "jacobian": refused(lambda: measure(model, blocks, linearization="jacobian")),
         "penalty": refused(lambda: balance_penalty(model, blocks)),
         "trained": refused(lambda: balance_init_(model, blocks)),

@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_spectral import Measurement, ResidualRescaler, SpectralMonitor, attach_scales, find_blocks
+from lightning_spectral import Measurement, ResidualRescaler, SpectralMonitor, attach_scales
 from lightning_spectral.measuring.meter import Meter
 
 VOCABULARY, WIDTH, HEADS, BLOCKS, CONTEXT, STEPS, STOP = 32, 32, 4, 4, 8, 8, 4
@@ -96,16 +96,14 @@ class LitGPT(LightningModule):
         if self.layout in ("single", "ddp", "fsdp1") or self.done:
             return
         self.done = True
-        if self.layout != "fsdp2 root":  # there the callback finds the blocks, and attaches the scales, before
-            self.spectral_blocks = find_blocks(self)
         assert self.device_mesh is not None
         if "tensor parallel" in self.layout:
             columns, rows = ColwiseParallel(), RowwiseParallel()
             plan = {"attention.q": columns, "attention.k": columns, "attention.v": columns, "attention.o": rows}
             for block in self.model.blocks:  # type: ignore[union-attr]
                 parallelize_module(block, self.device_mesh["tensor_parallel"], plan | {"up": columns, "down": rows})
-        if self.steer and self.layout != "fsdp2 root":
-            attach_scales(self, self.spectral_blocks)
+        if self.steer and self.layout != "fsdp2 root":  # there the callback attaches them before
+            attach_scales(self)
         if self.layout == "tensor parallel":
             return
         mesh = self.device_mesh["data_parallel"]

@@ -98,7 +98,7 @@ def _equations(
         ``(vectors · width, tokens)`` and ``(vectors · width, chains)``.
     """
     region, generator = linear.region, torch.Generator().manual_seed(15)
-    like = linear.tape.wide(region.stream)
+    like = linear.tape.filled(region.stream)
     shape = [1] * like.dim()
     shape[channel] = width = like.shape[channel]
     whole, parts = [], []

@@ -124,8 +124,9 @@ def _map_layout(chain: Chain, step: tuple[object, ...], number: int, count: int)
     """
     result = []
     for factor in chain:
-        adapters = tuple(_map_layout(adapter, step, number, count) for adapter in factor.adapters)
-        factor = replace(factor, adapters=adapters)
+        if factor.adapters:
+            adapters = tuple(_map_layout(adapter, step, number, count) for adapter in factor.adapters)
+            factor = replace(factor, adapters=adapters)
         if step in factor.layout:
             layout = tuple(("select", 0, number) if item == step else item for item in factor.layout)
             factor = replace(factor, layout=layout)

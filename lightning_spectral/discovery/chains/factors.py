@@ -257,11 +257,12 @@ class _Walker:
         # A norm divides by a size that all channels share. So it must be read as a whole, each channel equally often;
         # repeated channels are heads that several query heads read.
         order = self.linear.channels((route.anchor, channel), reader.target)
-        times = Counter(order)
-        if order is None or any(times[place] != times[0] for place in range(size)):
+        whole = tuple(range(size))
+        times = None if order in (None, whole) else Counter(order)
+        if order is None or (times is not None and any(times[place] != times[0] for place in whole)):
             raise UnmeasurableError("a norm is read in part, or its channels are mixed afterwards")
         groups = norm_groups(operation) if is_norm(operation) else 1
-        if order != tuple(range(size)) * (len(order) // size):
+        if order != whole * (len(order) // size):
             if groups > 1 or len(order) > size:
                 raise UnmeasurableError("channels are rearranged behind a norm of single heads or groups")
             factor = replace(factor, size=len(order))

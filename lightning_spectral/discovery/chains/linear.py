@@ -23,6 +23,8 @@ from torch import Tensor
 
 from lightning_spectral.discovery.chains.recipes import attribute_path
 from lightning_spectral.discovery.chains.steps import Step, Steps
+from lightning_spectral.discovery.trace.hankel import multiplied
+from lightning_spectral.discovery.trace.noise import is_mute, made_up
 from lightning_spectral.discovery.trace.operands import UnmeasurableError
 from lightning_spectral.discovery.trace.operations import (
     Divisor,
@@ -34,7 +36,6 @@ from lightning_spectral.discovery.trace.operations import (
     norm_channels_second,
     norm_gain,
 )
-from lightning_spectral.discovery.trace.probe import is_mute, made_up
 from lightning_spectral.discovery.trace.replay import execute
 from lightning_spectral.discovery.trace.tape import Operation
 from lightning_spectral.records import Factor
@@ -87,10 +88,10 @@ class LinearPart:
         like = self.tape.tensors[value]
         if content.stride() == like.stride():
             return content
-        return torch.empty_like(like, dtype=content.dtype, requires_grad=False).copy_(content)
+        return torch.empty_like(like, dtype=content.dtype, device=content.device, requires_grad=False).copy_(content)
 
     def channels(
-        self, source: tuple[int, int], target: tuple[int, ...], held: Iterable[int] = ()
+        self, source: tuple[int, int], target: tuple[int, ...], held: Sequence[int] = ()
     ) -> tuple[int, ...] | None:
         """Find the channel of one value that each channel of another value comes from.
 
@@ -106,8 +107,16 @@ class LinearPart:
         Returns:
             The source channel of each target channel, −1 where no channel feeds it; ``None`` where channels are mixed.
         """
+        local = self.region.local
+        question = ("fed by", self.mixes_tokens, local(source[0]), source[1], local(target[0]), *target[1:])
+        question = (*question, "held", *map(local, held))
+        return self.steps.prober.once(self.region, question, lambda: self._channels(source, target, held))
+
+    def _channels(
+        self, source: tuple[int, int], target: tuple[int, ...], held: Sequence[int]
+    ) -> tuple[int, ...] | None:
         value, dimension = source
-        ones = torch.ones_like(self.tape.wide(value))
+        ones = self.tape.filled(value, 1.0)
         if ones.is_complex():
             raise UnmeasurableError("its matrices multiply complex numbers")
         count = ones.shape[dimension]
@@ -115,7 +124,7 @@ class LinearPart:
         shape = [1] * ones.dim()
         shape[dimension] = count
         contents = (ones, ones * numbers.view(shape), ones * numbers.sqrt().view(shape))
-        silent = {item: torch.zeros_like(self.tape.wide(item)) for item in held}
+        silent = {item: self.tape.filled(item) for item in held}
         plain, numbered, rooted = (self._columns({**silent, value: content}, target) for content in contents)
         # Rows are positions. A channel may be fed at some positions only (a shifted token), but always from one source.
         fed = plain != 0
@@ -144,13 +153,18 @@ class LinearPart:
         places = self._multiplied_by(anchor, target[0], gain)
         if len(places) != 1:
             return None
+        local = self.region.local
+        question = ("gained", self.mixes_tokens, local(places[0]), local(target[0]), *target[1:], self.tape.shape(gain))
+        return self.steps.prober.once(self.region, question, lambda: self._gain_channels(places[0], gain, target))
+
+    def _gain_channels(self, place: int, gain: int, target: tuple[int, ...]) -> tuple[int, ...] | None:
         like = self._fixed(gain)
-        shape = self.tape.shape(places[0])
+        shape = self.tape.shape(place)
         numbers = (
             torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device).view(like.shape).expand(shape)
         )
         contents = (torch.ones_like(numbers), numbers)
-        plain, numbered = (self._columns({places[0]: content}, target) for content in contents)
+        plain, numbered = (self._columns({place: content}, target) for content in contents)
         fed = plain != 0
         quotients = torch.where(fed, numbered / plain, 0.0)
         found = quotients.amax(0)
@@ -185,7 +199,7 @@ class LinearPart:
         if factor.role == "scale" or factor.role.endswith("_norm"):
             gain = content.flatten() if rows is None else content.flatten()[rows]
             return u * gain.repeat(len(u) // len(gain))
-        result = content @ u
+        result = multiplied(content, u)
         for chain in factor.adapters:
             result = result + self.product(chain, u)
         return result if rows is None else result[rows]
@@ -235,7 +249,7 @@ class LinearPart:
         """
         shape = self.tape.shape(value)
         if step.kind in ("stream", "none"):
-            return torch.zeros_like(self.tape.wide(value))
+            return self.tape.filled(value)
         operation = self.tape.producer(value)
         assert operation is not None
         if step.kind == "activation":
@@ -315,7 +329,7 @@ class LinearPart:
     def _computed(self, value: int) -> Tensor:
         """Return the content of a value, computed again from made-up weights if it is made of mute parameters."""
         tape = self.tape
-        if not tape.made_of_parameters(value):
+        if tape.contents is not None or not tape.made_of_parameters(value):
             return tape.wide(value)
         # Only parameters are replaced. A weight that is made of them is made again, so that both sides of the
         # comparison use the same made-up numbers.

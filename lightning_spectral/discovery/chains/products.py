@@ -177,6 +177,21 @@ def rows_read(
     Raises:
         UnmeasurableError: Channels are mixed on the way, or the matrix feeds a part of the stream only.
     """
+    local = linear.region.local
+    question = (
+        "rows",
+        linear.mixes_tokens,
+        local(result),
+        local(reader.value),
+        reader.channel,
+        *map(local, reader.held),
+    )
+    return linear.steps.prober.once(linear.region, question, lambda: _rows_read(linear, product, result, reader))
+
+
+def _rows_read(
+    linear: LinearPart, product: WeightProduct, result: int, reader: Reader
+) -> tuple[tuple[range, ...] | None, Columns | None]:
     # A reader that multiplies all experts in one product has channels per expert: dimension 0 counts as a channel.
     tape, read = linear.tape, reader.product
     joined = read is not None and read.stacked and not (product.stacked and tape.shape(product.weight)[0] > 1)

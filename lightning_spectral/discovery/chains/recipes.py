@@ -75,7 +75,7 @@ def _step(tape: Tape, operation: Operation, value: int) -> tuple[int, tuple[Step
     constants = [item for item in operation.inputs if not tape.made_of_parameters(item)]
     others = [item for item in operation.inputs if item not in constants]
     if len(others) == 1 and len(constants) == 1 and name in ("add", "sub", "mul", "div"):
-        tensor = tape.tensors[constants[0]]
+        tensor = tape.content(constants[0])
         if tensor.numel() == 1 and (name in ("add", "mul") or operation.inputs[0] == others[0]):
             return others[0], ((name, tensor.item()),)
     raise NoRecipeError(f"it is computed by the operation {operation.name!r}")
@@ -115,7 +115,7 @@ def _picked_step(tape: Tape, operation: Operation, name: str, shape: tuple[int, 
     )
     if len(picked) != 1 or dimension is None or name == "gather" or tape.is_data(picked[0]):
         raise NoRecipeError(f"it is rearranged by the operation {operation.name!r}")
-    numbers = tape.tensors[picked[0]]
+    numbers = tape.content(picked[0])
     if numbers.dim() != 1 or numbers.dtype in (torch.bool, torch.uint8):
         raise NoRecipeError(f"it is rearranged by the operation {operation.name!r}")
     size = shape[dimension]

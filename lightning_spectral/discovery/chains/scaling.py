@@ -209,7 +209,7 @@ class ScalingWalk:
         if operation is not None and is_zero_allocation(operation):
             return True
         constant = not tape.ancestors[value] & (tape.parameters | tape.data)
-        return constant and not bool(tape.tensors[value].any())
+        return constant and not bool(tape.content(value).any())
 
 
 def _number(operation: Operation) -> float | None:

@@ -117,7 +117,7 @@ def _factor_between(tape: Tape, product: int, logits: int) -> float:
     """Return the number by which the logits grow with ⟨q, k⟩. Masks and position codes are added."""
     operation = tape.producer(product)
     assert operation is not None
-    zero = torch.zeros_like(tape.wide(product))
+    zero = tape.filled(product)
     one, two, none = (replay(tape, {product: zero + number}, logits) for number in (1.0, 2.0, 0.0))
     slopes = torch.stack([one - none, (two - none) / 2])
     slopes = slopes[:, (slopes.isfinite() & (slopes != 0)).all(0)]  # not where a mask hides them
@@ -164,9 +164,29 @@ def _heads(
     operation = tape.producer(product)
     assert operation is not None
     read = weight_product(tape, operation)
-    like = tape.wide(product)
-    channels, count = like.shape[read.channel], like.dim()
-    shape = [channels if place == read.channel % count else 1 for place in range(count)]
+    question = ("heads", linear.region.local(product), linear.region.local(target), across)
+    size, starts, factor, turned = prober.once(
+        linear.region, question, lambda: _measured(tape, modules, product, target, read.channel, across=across)
+    )
+    if size is not None:  # a norm stands behind the matrix
+        gains = list(dict.fromkeys(_gains(tape, modules, product, target)))
+        factors = tuple(multiplier_factors(tape, gains, by_head=True))
+        return _Heads(Projection(factors, size), starts, factor, turned)
+    (chain,) = chains_of(linear, prober, product, read.channel)
+    return _Heads(Projection(_in_front(chain)), starts, factor, turned)
+
+
+def _measured(
+    tape: Tape, modules: Mapping[str, nn.Module], product: int, target: int, channel: int, *, across: bool
+) -> tuple[float | None, list[int], float, bool]:
+    """Return the size that a norm gives to a head, ``None`` without a norm, and ``starts``, ``factor`` and ``turned``.
+
+    Raises:
+        UnmeasurableError: The operand is not made head by head.
+    """
+    like = tape.filled(product)
+    channels, count = like.shape[channel], like.dim()
+    shape = [channels if place == channel % count else 1 for place in range(count)]
 
     def run(row: Tensor, more: Mapping[int, Tensor] = _NOTHING) -> Tensor:
         content = row.view(shape).expand(like.shape).contiguous()
@@ -182,7 +202,7 @@ def _heads(
     once, twice = run(noise[0]) - nothing, run(2 * noise[0]) - nothing
     if _close(once, twice, _TOLERANCE):
         gains = dict.fromkeys(_gains(tape, modules, product, target))
-        return _normed(tape, product, list(gains), run, noise)
+        return _normed(tape, list(gains), run, noise)
     rows = torch.arange(1, channels + 1, dtype=torch.float64, device=like.device)
     width = once.shape[-1]
     sizes = [(run(row) - nothing).square().sum(-1) for row in (rows**0, rows.sqrt(), noise[1])]
@@ -197,15 +217,14 @@ def _heads(
     number = math.sqrt(square)
     picked = torch.stack([noise[0][start : start + width] for start in places])
     turned = not _close(once, number * picked.unsqueeze(1).expand_as(once), _TOLERANCE)
-    (chain,) = chains_of(linear, prober, product, read.channel)
-    return _Heads(Projection(_in_front(chain)), places, number, turned)
+    return None, places, number, turned
 
 
-def _normed(tape: Tape, product: int, gains: list[int], run: _Run, noise: Tensor) -> _Heads:
-    """Return what one side of ⟨q, k⟩ is where a norm stands behind its matrix: of a size that no matrix changes."""
+def _normed(tape: Tape, gains: list[int], run: _Run, noise: Tensor) -> tuple[float, list[int], float, bool]:
+    """Return what :func:`_measured` does where a norm stands behind the matrix: a size that no matrix changes."""
     if len(gains) > 1:
         raise UnmeasurableError("several gains stand behind the matrix")
-    ones = {gain: torch.ones_like(tape.wide(gain)) for gain in gains}
+    ones = {gain: tape.filled(gain, 1.0) for gain in gains}
     nothing = run(noise[0] * 0, ones)
     made = torch.stack([run(row, ones) - nothing for row in noise])
     sizes = made.square().sum(-1)  # (contents, heads, tokens)
@@ -213,8 +232,7 @@ def _normed(tape: Tape, product: int, gains: list[int], run: _Run, noise: Tensor
         sizes = sizes.mean(1) * (noise.shape[1] // made.shape[-1])
         if not _close(sizes, sizes.amax().expand_as(sizes), _TOLERANCE):
             raise UnmeasurableError("the norm behind the matrix is not understood")
-    factors = tuple(multiplier_factors(tape, gains, by_head=True))
-    return _Heads(Projection(factors, math.sqrt(float(sizes.max()))), [0] * made.shape[1], 1.0, True)
+    return math.sqrt(float(sizes.max())), [0] * made.shape[1], 1.0, True
 
 
 def _gains(tape: Tape, modules: Mapping[str, nn.Module], product: int, target: int) -> Iterator[int]:

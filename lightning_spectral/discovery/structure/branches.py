@@ -6,7 +6,7 @@ import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_spectral.discovery.chains.coefficients import agreed_paths
 from lightning_spectral.discovery.chains.experts import with_all_experts
@@ -18,6 +18,7 @@ from lightning_spectral.discovery.chains.scores import scores_of
 from lightning_spectral.discovery.chains.steps import Steps
 from lightning_spectral.discovery.structure.residual import Refusal, ResidualAdd, Term, goes_on
 from lightning_spectral.discovery.structure.sites import Site, choose_site, usable_modules
+from lightning_spectral.discovery.trace.hankel import entrywise
 from lightning_spectral.discovery.trace.operands import UnmeasurableError
 from lightning_spectral.discovery.trace.operations import (
     Multiplier,
@@ -229,11 +230,15 @@ def _is_affine_in(tape: Tape, prober: Prober, add: ResidualAdd, terms: Sequence[
     content = held.pop(weight, tape.wide(weight))
     try:
         zero, one, three = (
-            replay(tape, {weight: factor * content}, terms[0].start, held=held) for factor in (0.0, 1.0, 3.0)
+            replay(tape, {weight: _times(factor, content)}, terms[0].start, held=held) for factor in (0.0, 1.0, 3.0)
         )
     except (RuntimeError, IndexError, ValueError, TypeError):
         return False
     return bool((three - zero - 3 * (one - zero)).abs().max() <= 1e-9 * three.abs().max())
+
+
+def _times(factor: float, content: Tensor) -> Tensor:
+    return entrywise(lambda entries: factor * entries, content)
 
 
 def _product_count(tape: Tape, parameter: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_spectral.discovery.chains.scaling import PARAMETRIZED, Scaling, ScalingWalk, UnscalableError
 from lightning_spectral.discovery.structure.branches import FoundBranch
+from lightning_spectral.discovery.trace.hankel import entrywise, is_hankel
 from lightning_spectral.discovery.trace.operations import moved_input
 from lightning_spectral.discovery.trace.probe import Prober, Region
 from lightning_spectral.discovery.trace.replay import replay
@@ -137,7 +138,7 @@ class EndFinder:
         held = {value: content for value, content in held.items() if not self._made_of(value, found.leaves)}
         content = {leaf: self.tape.wide(leaf) for leaf in found.leaves}
         content = {leaf: content[leaf] if offset else _alive(content[leaf]) for leaf, offset in found.leaves.items()}
-        larger = {leaf: _FACTOR * (content[leaf] + offset) - offset for leaf, offset in found.leaves.items()}
+        larger = {leaf: _grown(content[leaf], offset) for leaf, offset in found.leaves.items()}
         try:
             before, after = (replay(self.tape, part, region.leaf, held=held) for part in (content, larger))
         except (RuntimeError, IndexError, ValueError, TypeError):
@@ -166,9 +167,17 @@ class EndFinder:
         return found
 
 
+def _grown(content: Tensor, offset: float) -> Tensor:
+    return entrywise(lambda entries: _FACTOR * (entries + offset) - offset, content)
+
+
 def _alive(content: Tensor) -> Tensor:
     """Return the content, or noise if it is zero everywhere or not finite."""
-    if not content.is_floating_point() or (bool(content.any()) and bool(content.isfinite().all())):
+    if (
+        is_hankel(content)
+        or not content.is_floating_point()
+        or (bool(content.any()) and bool(content.isfinite().all()))
+    ):
         return content
     return torch.randn(content.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(content)
 

@@ -13,8 +13,6 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-import torch
-
 from lightning_spectral.discovery.structure.branches import FoundBranch
 from lightning_spectral.discovery.structure.residual import Refusal, ResidualAdd, stream_step, stream_values
 from lightning_spectral.discovery.structure.sites import linked
@@ -81,7 +79,7 @@ class SelfCheck:
         tape = self.tape
         if branch.kind == "mlp" and self._hides_mixing(branch):
             return "one position cannot show whether a branch mixes positions: pass an example of two tokens or more"
-        if branch.kind == "mlp" and not bool(tape.wide(branch.site.value).isfinite().any()):
+        if branch.kind == "mlp" and not self._is_finite(branch):
             return f"{branch.site.path} is NaN on the example input, which cannot show whether it mixes positions"
         if not branch.site.path or not branch.site.carries:
             return "no module or weight carries one of its branches"
@@ -90,6 +88,10 @@ class SelfCheck:
         if not self.prober.once(region, question, partial(self._is_linear, branch)):
             return f"with {branch.site.path} at zero the stream is not passed on, or it is not linear in it"
         return None
+
+    def _is_finite(self, branch: FoundBranch) -> bool:
+        """Whether what a branch adds is a number anywhere. It always is where the content is made up."""
+        return self.tape.contents is not None or bool(self.tape.wide(branch.site.value).isfinite().any())
 
     def _positions(self, branch: FoundBranch) -> int:
         """Return the number of positions of one sequence, or of one picture, in the stream that a branch reads."""
@@ -126,7 +128,7 @@ class SelfCheck:
         # The other branches are silenced, and so are addends that do not come from the stream, such as positions.
         others = [term for term in branch.add.others if not tape.depends(term.leaf, branch.add.skip.leaf)]
         silent = [term for term in (*branch.add.branches, *others) if term not in branch.terms]
-        rest = {term.start: torch.zeros_like(tape.wide(term.start)) for term in silent}
+        rest = {term.start: tape.filled(term.start) for term in silent}
         zero, one, three = (
             replay(tape, {**rest, branch.site.value: content * factor}, branch.add.output, held=held)
             for factor in (0.0, 1.0, 3.0)

@@ -282,7 +282,7 @@ def _channelwise(tape: Tape, source: int, width: int, run: Callable[[Tensor], Te
         run: The function.
     """
     generator = torch.Generator().manual_seed(19)
-    like, gains = tape.wide(source), list[Tensor]()
+    like, gains = tape.filled(source), list[Tensor]()
     if like.shape[-1] % width:
         return False
     for _ in range(2):

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_spectral.discovery.trace.noise import is_mute, made_up, noise
 from lightning_spectral.discovery.trace.operations import (
     base_name,
     is_attention,
@@ -32,9 +33,9 @@ from lightning_spectral.discovery.trace.operations import (
 from lightning_spectral.discovery.trace.positions import moved_by_half, moved_by_one
 from lightning_spectral.discovery.trace.programs import program_hash
 from lightning_spectral.discovery.trace.replay import replay
-from lightning_spectral.discovery.trace.tape import Operation, Tape, probe_device, probe_dtype
+from lightning_spectral.discovery.trace.tape import Operation, Tape
 
-__all__ = ["Prober", "Region", "is_mute", "made_up"]
+__all__ = ["Prober", "Region"]
 
 _Answer = TypeVar("_Answer")
 _TOLERANCE = 1e-8
@@ -172,7 +173,7 @@ class Prober:
         """Return a function that perturbs the stream at some positions, and returns how far each position moves."""
         stream = self.finite(region.stream)
         rows = stream.movedim(channel, -1)
-        noise = _noise(rows) * (float(rows.abs().mean()) or 1.0)
+        sizes = noise(rows) * (float(rows.abs().mean()) or 1.0)
 
         def output(content: Tensor) -> Tensor:
             return replay(self.tape, {region.stream: content}, region.leaf, held=held).movedim(channel, -1)
@@ -181,7 +182,7 @@ class Prober:
 
         def change(places: Tensor, size: float) -> Tensor:
             content = stream.clone()
-            content.movedim(channel, -1)[places] += size * noise[places]
+            content.movedim(channel, -1)[places] += size * sizes[places]
             moved = (output(content) - before).abs().amax(-1)
             return torch.where(moved.isfinite(), moved, 0.0)  # a token that attends to nothing is NaN
 
@@ -195,14 +196,16 @@ class Prober:
             if operation is None or not is_attention(operation):
                 continue
             if is_softmax(operation):
-                content[value] = torch.full_like(self.tape.wide(value), 1 / self.tape.shape(value)[operation.args[1]])
+                content[value] = self.tape.filled(value, 1 / self.tape.shape(value)[operation.args[1]])
             else:
-                content |= {query: torch.zeros_like(self.tape.wide(query)) for query in refs(operation, 0)}
+                content |= {query: self.tape.filled(query) for query in refs(operation, 0)}
         return content
 
     def made_up_weights(self, region: Region) -> dict[int, Tensor]:
         """Return content for weights, gains and gates that hide the branch: zeros, or numbers that are not finite."""
-        content = {}
+        content: dict[int, Tensor] = {}
+        if self.tape.contents is not None:
+            return content  # every weight is made up already
         for value in region.values[1:]:
             operation = self.tape.producer(value)
             if operation is None or base_name(operation) in ("add", "sub"):
@@ -222,14 +225,16 @@ class Prober:
     def finite(self, value: int) -> Tensor:
         """Return the recorded content of a value, or noise if it contains NaN. A diverged run has the same program."""
         content = self.tape.wide(value)
-        return _noise(content, seed=13) if content.is_floating_point() and bool(content.isnan().any()) else content
+        return noise(content, seed=13) if content.is_floating_point() and bool(content.isnan().any()) else content
 
     def finite_around(self, region: Region) -> dict[int, Tensor]:
         """Return noise for the values that a region reads from outside and that contain NaN."""
         producers = (self.tape.producer(value) for value in region.values[1:])
         read = {item for operation in producers if operation is not None for item in operation.inputs}
         outside = (item for item in read if region.local(item) < 0 and self.tape.tensors[item].is_floating_point())
-        return {item: self.finite(item) for item in outside if bool(self.tape.tensors[item].isnan().any())}
+        if self.tape.contents is not None:  # what is made of made-up weights is finite
+            outside = (item for item in outside if self.tape.is_data(item))
+        return {item: self.finite(item) for item in outside if bool(self.tape.content(item).isnan().any())}
 
     def channel_dim(self, region: Region) -> int:
         """Return the dimension of the channels of the stream: −1, or 1 for feature maps."""
@@ -250,7 +255,7 @@ class Prober:
 
     def _keeps_channel(self, region: Region, target: int, place: int) -> bool:
         """Whether entry ``place`` of dimension 1 of the stream reaches the same entry of a later value."""
-        stream = _noise(self.tape.tensors[region.stream], seed=14)
+        stream = noise(self.tape.tensors[region.stream], seed=14)
         other = stream.clone()
         other.select(1, place).add_(1.0)
         try:
@@ -274,8 +279,8 @@ class Prober:
         return self.once(region, question, lambda: self._is_affine(sources, target))
 
     def _is_affine(self, sources: Iterable[int], target: int) -> bool:
-        first = {value: _noise(self.tape.tensors[value], seed=1) for value in sources}
-        second = {value: _noise(self.tape.tensors[value], seed=2) for value in sources}
+        first = {value: noise(self.tape.tensors[value], seed=1) for value in sources}
+        second = {value: noise(self.tape.tensors[value], seed=2) for value in sources}
         middle = {value: (first[value] + second[value]) / 2 for value in first}
         try:
             ends = [replay(self.tape, content, target) for content in (first, second, middle)]
@@ -293,7 +298,7 @@ class Prober:
         return self.once(region, question, lambda: self._is_bounded(sources, target))
 
     def _is_bounded(self, sources: Iterable[int], target: int) -> bool:
-        contents = {value: 1e3 * _noise(self.tape.tensors[value], seed=18) for value in sources}
+        contents = {value: 1e3 * noise(self.tape.tensors[value], seed=18) for value in sources}
         larger = {value: 1e3 * content for value, content in contents.items()}
         try:
             once, grown = (replay(self.tape, part, target).abs().max() for part in (contents, larger))
@@ -313,10 +318,10 @@ class Prober:
     def _is_elementwise(self, source: int, target: int) -> bool:
         if self.tape.shape(source) != self.tape.shape(target):
             return False
-        content = _noise(self.tape.tensors[source], seed=5)
+        content = noise(self.tape.tensors[source], seed=5)
         coin = torch.rand(content.shape, generator=torch.Generator().manual_seed(6), device="cpu") < 0.5
         stays = coin.to(content.device)
-        other = torch.where(stays, content, _noise(content, seed=7))
+        other = torch.where(stays, content, noise(content, seed=7))
         try:
             one, two = (replay(self.tape, {source: part}, target) for part in (content, other))
         except (RuntimeError, IndexError, ValueError, TypeError):
@@ -334,7 +339,7 @@ class Prober:
     def _size_of_norm(self, source: int, target: int) -> float | None:
         sizes = []
         for seed in (16, 17):
-            content = 1e3 * _noise(self.tape.tensors[source], seed=seed)  # large beside the norm's epsilon
+            content = 1e3 * noise(self.tape.tensors[source], seed=seed)  # large beside the norm's epsilon
             try:
                 sizes.append(float(replay(self.tape, {source: content}, target).square().mean().sqrt()))
             except (RuntimeError, IndexError, ValueError, TypeError):
@@ -356,7 +361,7 @@ class Prober:
     def _slope(self, source: int, target: int) -> float:
         found = []
         for far in (-1e3, 1e3):
-            content = torch.full_like(_noise(self.tape.tensors[source]), far)
+            content = torch.full_like(noise(self.tape.tensors[source]), far)
             once, twice = (replay(self.tape, {source: c * content}, target) / far for c in (1, 2))
             slopes = twice - once
             if bool((slopes - slopes.flatten()[0]).abs().max() <= 1e-6) and bool(
@@ -379,7 +384,7 @@ class Prober:
         return self.once(region, question, lambda: self._same_rows(source, first, second))
 
     def _same_rows(self, source: int, first: tuple[int, int], second: tuple[int, int]) -> bool:
-        content = {source: _noise(self.tape.tensors[source], seed=10)}
+        content = {source: noise(self.tape.tensors[source], seed=10)}
         try:
             one, other = (self._columns(content, target, {}) for target in (first, second))
         except (RuntimeError, IndexError, ValueError, TypeError):
@@ -404,7 +409,7 @@ class Prober:
     def _keeps_positions(self, region: Region, source: tuple[int, int], target: tuple[int, int]) -> bool:
         value, dimension = source
         held = self.made_up_weights(region)
-        rows = _noise(self.tape.tensors[value], seed=11).movedim(dimension, -1)
+        rows = noise(self.tape.tensors[value], seed=11).movedim(dimension, -1)
         coin = torch.rand(rows.shape[:-1], generator=torch.Generator().manual_seed(12), device="cpu")
         signs = coin.to(rows.device).round() * 2 - 1
         contents = (torch.zeros_like(rows), rows, rows * signs.unsqueeze(-1))
@@ -423,25 +428,3 @@ class Prober:
         result = replay(self.tape, sources, value, held=held)
         channels = math.prod(result.shape[dimension] for dimension in dimensions)
         return result.movedim(dimensions, tuple(range(-len(dimensions), 0))).reshape(-1, channels)
-
-
-def is_mute(weight: Tensor) -> bool:
-    """Whether a weight hides the structure around it: a zero matrix, a gain with a zero, or one that is not finite."""
-    if not bool(weight.isfinite().all()):
-        return True
-    return not bool(weight.any()) or (sum(size > 1 for size in weight.shape) < 2 and not bool(weight.all()))
-
-
-def made_up(weight: Tensor) -> Tensor:
-    """Return content in place of a weight: noise / √(larger of the last two sizes) for a matrix, a gain around 1."""
-    noise = _noise(weight, seed=8)
-    matrix = sum(size > 1 for size in weight.shape) > 1
-    return noise / math.sqrt(max(weight.shape[-2:])) if matrix else 1 + 0.1 * noise
-
-
-def _noise(like: Tensor, seed: int = 0) -> Tensor:
-    """Return normal noise with the shape and the strides of a tensor, so that its recorded views stay possible."""
-    # Drawn on the CPU: the same numbers on every device.
-    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
-    device = probe_device(like.device)
-    return torch.empty_like(like, dtype=probe_dtype(like), device=device, requires_grad=False).copy_(noise)

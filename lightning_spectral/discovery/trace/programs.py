@@ -76,14 +76,14 @@ class _Reader:
     def _outside(self, value: int) -> Hashable:
         """Describe a value that does not depend on the input of the part."""
         tape = self.tape
-        content = tape.tensors[value]
-        if not (content.is_floating_point() or content.is_complex()):
-            return "numbers", self._kind(value), _content(content)
+        like = tape.tensors[value]
+        if not (like.is_floating_point() or like.is_complex()):
+            return "numbers", self._kind(value), _content(tape.content(value))
         if tape.is_data(value) or value in tape.names:
             self._opaque += 1  # numbered: two readings of one parameter differ from readings of two parameters
             return "data" if tape.is_data(value) else "parameter", self._opaque, self._kind(value)
         if not tape.made_of_parameters(value):
-            return "numbers", self._kind(value), _content(content)
+            return "numbers", self._kind(value), _content(tape.content(value))
         # A weight that is made of parameters. The way is short (views, slices, parametrizations): recursion is safe.
         return self._made(value)
 

@@ -16,16 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from lightning_spectral.discovery.trace.contents import Contents
+from lightning_spectral.discovery.trace.replay import restored
+from lightning_spectral.discovery.trace.symbols import Symbols, looks_at_data
 from lightning_spectral.discovery.trace.tape import Call, Operation, Place, Ref, Tape
 from lightning_spectral.errors import ExampleInputError
+from lightning_spectral.linalg.sharding.presence import is_dtensor
 from lightning_spectral.passes.arguments import map_leaves, tensors_in, written_tensors
 from lightning_spectral.passes.aside import undisturbed
 from lightning_spectral.passes.aside.writes import whole_storage
 
-__all__ = ["record"]
+__all__ = ["LooksAtDataError", "record"]
 
 
 # Fused operations that hide a sum are recorded as x · factor + added, with the (x, factor, added) that these return.
@@ -39,6 +43,10 @@ _NESTED = (
     "the forward pass computes with nested tensors, which cannot be traced. Pass a padded batch as the example input, "
     "find_blocks(model, batch=x.to_padded_tensor(0.0)): it shows the same blocks"
 )
+
+
+class LooksAtDataError(Exception):
+    """A symbolic pass cannot go on: the model needs numbers that are made of its weights."""
 
 
 @dataclass(slots=True)
@@ -61,9 +69,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     supports_higher_order_operators = True  # flex_attention
 
-    def __init__(self, tape: Tape, names: Mapping[Place, str]) -> None:
+    def __init__(self, tape: Tape, names: Mapping[Place, str], symbols: Symbols | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tape = tape
+        self.tape, self.symbols = tape, symbols
         self.storages: defaultdict[int, _Storage] = defaultdict(_Storage)
         self.names = names
         self.stack: list[int] = []
@@ -71,21 +79,43 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def lookup(self, tensor: Tensor, *, data: bool = False) -> int:
         """Return the value that a tensor holds now, and add it to the tape if it is new."""
-        place = _place(tensor)
+        place = self._place(tensor)
         storage = self.storages[place.storage]
         if place in storage.current:
             return storage.current[place]
         if place in storage.stale:
             return self._refresh(tensor, place, storage)
-        value = self.tape.add_value(tensor.detach(), place, -1, ())
+        value = self.tape.add_value(self._recorded(tensor), place, -1, ())
         self.keep.append(tensor)
-        if place in self.names:
-            self.tape.names[value] = self.names[place]
+        origin = self._origin(tensor)
+        name = None if origin is None else self.names.get(_place(origin))
+        if name is not None:
+            self.tape.names[value] = name
             self.tape.parameters |= 1 << value
+        if self.symbols is not None:
+            self._give_content(value, origin)
         if data:
             self.tape.data |= 1 << value
         storage.current[place] = value
         return value
+
+    def _give_content(self, value: int, origin: Tensor | None) -> None:
+        """Note the content of a value that no operation of a symbolic pass made, or note that it will be made up."""
+        floats = origin is not None and (origin.is_floating_point() or origin.is_complex())
+        if origin is None or origin.is_meta or is_dtensor(origin) or (floats and isinstance(origin, nn.Parameter)):
+            self.tape.made_up |= 1 << value
+        else:
+            self.tape.tensors[value] = origin.detach().cpu()
+
+    def _place(self, tensor: Tensor) -> Place:
+        return _place(tensor if self.symbols is None else self.symbols.meta(self.symbols.of(tensor)))
+
+    def _recorded(self, tensor: Tensor) -> Tensor:
+        """Return what the tape keeps of a tensor: its content, or only its shape and strides in a symbolic pass."""
+        return tensor.detach() if self.symbols is None else self.symbols.meta(self.symbols.of(tensor))
+
+    def _origin(self, tensor: Tensor) -> Tensor | None:
+        return tensor if self.symbols is None else self.symbols.origin(self.symbols.of(tensor))
 
     def _refresh(self, tensor: Tensor, place: Place, storage: _Storage) -> int:
         """Add the value of a stale view: its old value and all writes to its storage since then make it."""
@@ -93,7 +123,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs = (old, *storage.writes[since:])
         covered = self.tape.places[inputs[-1]].covers(place)
         operation = Operation(len(self.tape.operations), "refresh", None, (covered,), {}, inputs, call=self._call)
-        value = self._append(operation, [tensor.detach()], [place])
+        value = self._append(operation, [self._recorded(tensor)], [place])
         storage.current[place] = value
         return value
 
@@ -116,17 +146,19 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _before_write(self, tensor: Tensor) -> None:
         """Give every value in a storage a copy of its content before the storage is written to."""
-        place = _place(tensor)
+        place = self._place(tensor)
         storage = self.storages[place.storage]
-        flat = whole_storage(tensor).clone()
+        flat = whole_storage(tensor).clone() if self.symbols is None else None
         for known, value in storage.current.items():
-            if known.dtype == place.dtype:
+            if known.dtype == place.dtype and flat is not None:
                 self.tape.tensors[value] = flat.as_strided(known.shape, known.strides, known.offset)
             storage.stale[known] = (value, len(storage.writes))
         storage.current.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and record it."""
+        if func is torch.ops.prim.device.default:  # a symbol is asked for its device
+            return args[0].fake_device
         kwargs = kwargs or {}
         name = _name(func)
         spelled_out = _SPELLED_OUT.get(name.removesuffix("_")) if "out" not in kwargs else None
@@ -140,11 +172,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 result = func.decompose(*args, **kwargs) if hasattr(func, "decompose") else NotImplemented
             if result is not NotImplemented:
                 return result
+        return self._recorded_run(func, args, kwargs)
+
+    def _recorded_run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run one operation that is no other ones in one, and record it."""
+        if self.symbols is not None:
+            args, kwargs = (map_leaves(self._symbol, part) for part in (tuple(args), dict(kwargs)))
         inputs: list[int] = []
 
         def note(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
-                return leaf
+                # The content of a symbolic pass is made on the CPU.
+                return torch.device("cpu") if isinstance(leaf, torch.device) and self.symbols is not None else leaf
             inputs.append(self.lookup(leaf))
             return Ref(inputs[-1])
 
@@ -152,20 +191,40 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = written_tensors(func, args, kwargs)
         for tensor in written:
             self._before_write(tensor)
-        result = func(*args, **kwargs)
+        if self.symbols is None:
+            result = func(*args, **kwargs)
+        elif looks_at_data(func, args):
+            result = self._looked(func, noted_args, noted_kwargs, inputs)
+        else:
+            result = self.symbols.run(func, args, kwargs)
         self._note_result(func, noted_args, noted_kwargs, tuple(dict.fromkeys(inputs)), written, result)
         return result
+
+    def _symbol(self, leaf: Any) -> Any:
+        return self.symbols.of(leaf) if isinstance(leaf, Tensor) and self.symbols is not None else leaf
+
+    def _looked(self, func: Any, args: Any, kwargs: Any, inputs: Sequence[int]) -> Any:
+        """Run an operation of a symbolic pass whose result depends on content that is not made of weights.
+
+        Raises:
+            LooksAtDataError: The content is made of weights.
+        """
+        if any(self.tape.ancestors[value] & self.tape.made_up for value in inputs):
+            raise LooksAtDataError(f"the model looks at its data, by {_name(func)!r}")
+        with torch.no_grad():
+            result = func(*restored(args, self.tape.wide), **restored(kwargs, self.tape.wide))
+        return map_leaves(self._symbol, result)
 
     def _note_result(
         self, func: Any, args: Any, kwargs: Any, inputs: tuple[int, ...], written: list[Tensor], result: Any
     ) -> None:
         """Add an operation to the tape, with its written tensors and its results as new values."""
         tensors = written + tensors_in(result)
-        places = [_place(tensor) for tensor in tensors]
+        places = [self._place(tensor) for tensor in tensors]
         operation = Operation(len(self.tape.operations), _name(func), func, args, kwargs, inputs, call=self._call)
         if not written and len(places) == 1 and places[0] in self.storages[places[0].storage].current:
             return  # detach, alias or a view to the same shape: the value itself, at its own place
-        self._append(operation, [tensor.detach() for tensor in tensors], places)
+        self._append(operation, [self._recorded(tensor) for tensor in tensors], places)
         self.keep += tensors
         for number, (place, value) in enumerate(zip(places, operation.outputs, strict=True)):
             storage = self.storages[place.storage]
@@ -185,7 +244,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for path, module in model.named_modules():
             for name, tensor in vars(module).items() if module._forward_pre_hooks else ():
                 if isinstance(tensor, Tensor):
-                    value = self.storages[_place(tensor).storage].current.get(_place(tensor))
+                    place = self._place(tensor)
+                    value = self.storages[place.storage].current.get(place)
                     if value is not None and self.tape.made_of_parameters(value):
                         found[f"{path}.{name}" if path else name] = value
         return found
@@ -220,7 +280,8 @@ def _watch_calls(model: nn.Module, recorder: _Recorder, stack: ExitStack) -> Non
 
     def enter(path: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            inputs = tuple(value for _, value in _values(recorder, [args, kwargs]))
+            with _disable_current_modes():
+                inputs = tuple(value for _, value in _values(recorder, [args, kwargs]))
             call = Call(len(calls), path, recorder.stack[-1] if recorder.stack else -1, inputs)
             calls.append(call)
             recorder.stack.append(call.index)
@@ -228,12 +289,31 @@ def _watch_calls(model: nn.Module, recorder: _Recorder, stack: ExitStack) -> Non
         return hook
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls[recorder.stack.pop()].outputs = tuple(_values(recorder, output))
+        with _disable_current_modes():
+            calls[recorder.stack.pop()].outputs = tuple(_values(recorder, output))
 
     for path, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
             stack.callback(module.register_forward_pre_hook(enter(path), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
+
+
+def _leave_whole(model: nn.Module, stack: ExitStack) -> None:
+    """Take away the hooks that gather and cut sharded weights and data, until the stack closes.
+
+    Symbols of sharded weights are whole already.
+    """
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            if any(map(_is_of_sharding, hooks.values())):
+                stack.callback(hooks.update, dict(hooks))
+                stack.callback(hooks.clear)
+                for number in [number for number, hook in hooks.items() if _is_of_sharding(hook)]:
+                    del hooks[number]
+
+
+def _is_of_sharding(hook: Callable[..., Any]) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 def _values(recorder: _Recorder, output: Any) -> Iterator[tuple[int | str | None, int]]:
@@ -258,7 +338,7 @@ def _tensors(structure: Any, around: tuple[int, ...] = ()) -> Iterator[Tensor]:
                 yield from _tensors(getattr(leaf, item.name, None), (*around, id(leaf)))
 
 
-def record(model: nn.Module, run: Callable[[], Any], inputs: Any) -> Tape:
+def record(model: nn.Module, run: Callable[[], Any], inputs: Any, *, symbolic: bool = False) -> Tape:
     """Record one forward pass.
 
     The pass runs in evaluation mode, without autocast and with grad enabled (which keeps the fused fast path of
@@ -269,19 +349,30 @@ def record(model: nn.Module, run: Callable[[], Any], inputs: Any) -> Tape:
         model: The model whose modules are watched.
         run: Runs the forward pass.
         inputs: The arguments of that pass; every tensor in them counts as data.
+        symbolic: Whether shapes alone are recorded. No arithmetic is done, and weights may be anywhere: on the meta
+            device, or spread over processes.
 
     Returns:
         The recorded graph.
+
+    Raises:
+        LooksAtDataError: A symbolic pass has come to an operation that needs the content of weights.
     """
     tape = Tape()
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model, inputs))
         stack.enter_context(torch.enable_grad())
         if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+            if symbolic:
+                raise LooksAtDataError("the shapes of its lazy weights are not known yet")
             run()  # an unrecorded pass gives lazy layers their weights; leaving the context takes them away again
         tensors = [*model.named_parameters(), *model.named_buffers()]
         # Reversed, so that a shared parameter has its first name.
-        recorder = _Recorder(tape, {_place(tensor): name for name, tensor in reversed(tensors)})
+        names = {_place(tensor): name for name, tensor in reversed(tensors)}
+        recorder = _Recorder(tape, names, Symbols() if symbolic else None)
+        if symbolic:
+            tape.contents = Contents(tape)
+            _leave_whole(model, stack)
         for leaf in _tensors(inputs):
             recorder.lookup(leaf, data=True)
         _watch_calls(model, recorder, stack)

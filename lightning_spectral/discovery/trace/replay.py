@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_spectral.discovery.trace.hankel import grouped, product
 from lightning_spectral.discovery.trace.tape import Operation, Ref, Tape, bits, probe_device
 from lightning_spectral.passes.arguments import map_leaves, tensors_in, written_tensors
 
-__all__ = ["execute", "replay"]
+__all__ = ["execute", "replay", "restored"]
 
 
 def replay(
@@ -77,14 +78,7 @@ def execute(tape: Tape, operation: Operation, fetch: Callable[[int], Tensor]) ->
     if operation.function is None:
         return [_refresh(tape, operation, fetch)]
 
-    def restore(leaf: Any) -> Any:
-        if isinstance(leaf, Ref):
-            return fetch(leaf.value)
-        if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
-            return torch.float64
-        return probe_device(leaf) if isinstance(leaf, torch.device) else leaf
-
-    args, kwargs = map_leaves(restore, operation.args), map_leaves(restore, operation.kwargs)
+    args, kwargs = restored(operation.args, fetch), restored(operation.kwargs, fetch)
     written = written_tensors(operation.function, args, kwargs)
     copies = {id(tensor): tensor.clone() for tensor in written}
     if copies:
@@ -96,9 +90,25 @@ def execute(tape: Tape, operation: Operation, fetch: Callable[[int], Tensor]) ->
     return [*found, *[None] * len(operation.outputs)][: len(operation.outputs)]
 
 
+def restored(arguments: Any, fetch: Callable[[int], Tensor]) -> Any:
+    """Return recorded arguments with content in the places of their tensors, in float64, on the device of probes."""
+
+    def restore(leaf: Any) -> Any:
+        if isinstance(leaf, Ref):
+            return fetch(leaf.value)
+        if isinstance(leaf, torch.dtype) and (leaf.is_floating_point or leaf.is_complex):
+            return torch.complex128 if leaf.is_complex else torch.float64
+        return probe_device(leaf) if isinstance(leaf, torch.device) else leaf
+
+    return map_leaves(restore, arguments)
+
+
 def _call(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call the operation in float64. Where the kernel has no float64, call an equivalent, or the kernel in float32."""
     assert operation.function is not None
+    short = product(operation.name, args, kwargs)
+    if short is not None:
+        return short
     try:
         return operation.function(*args, **kwargs)
     except (RuntimeError, NotImplementedError):
@@ -129,9 +139,7 @@ def _grouped_product(rows: Tensor, weights: Tensor, offsets: Tensor | None = Non
     """Multiply the rows of each expert by its matrix; ``offsets[e]`` is the end of the rows of expert e."""
     if offsets is None or rows.dim() != 2 or weights.dim() != 3:
         return rows @ weights
-    ends = offsets.tolist()
-    parts = [rows[start:end] @ weight for start, end, weight in zip([0, *ends], ends, weights, strict=False)]
-    return torch.cat([*parts, rows.new_zeros(rows.shape[0] - ends[-1], weights.shape[-1])])
+    return grouped(rows, weights, offsets)
 
 
 def _in_float32(leaf: Any) -> Any:

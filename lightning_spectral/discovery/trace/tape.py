@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Call", "Operation", "Place", "Ref", "Tape", "bits", "probe_device", "probe_dtype"]
+__all__ = ["Call", "Operation", "Place", "Ref", "Tape", "bits", "probe_device", "probe_dtype", "wide_copy"]
 
 
 class Ref(NamedTuple):
@@ -96,6 +96,8 @@ class Tape:
     Values are numbered in the order of their creation. ``tensors[v]`` is the recorded content, ``producers[v]`` the
     index of the operation that made it (−1 for inputs, parameters and constants), ``names[v]`` the attribute path of a
     parameter or buffer, ``attributes[path]`` the value of a weight that a module computes anew for every pass.
+    On the tape of a symbolic pass, ``tensors[v]`` has a shape and strides and no content, ``made_up`` is the bit set of
+    the inputs and parameters whose content is made up, and ``contents(v)`` computes the content of a value.
     ``ancestors[v]`` is a bit set over values and includes ``v``; ``data`` is the bit set of the values that depend on
     the model's inputs.
     """
@@ -113,6 +115,8 @@ class Tape:
         self.readers: defaultdict[int, list[int]] = defaultdict(list)
         self.data = 0
         self.parameters = 0
+        self.made_up = 0
+        self.contents: Callable[[int], Tensor] | None = None
         self.products: dict[int, bool] = {}  # the answers of `is_product` so far, by the index of the operation
         self._returned: dict[int, list[Call]] | None = None
         self._wide: dict[int, Tensor] = {}
@@ -178,18 +182,42 @@ class Tape:
         return [value for value in bits(mask) if self.depends(value, start)]
 
     def wide(self, value: int) -> Tensor:
-        """Return the recorded content in float64, in which rounding cannot hide structure.
+        """Return the content in float64, in which rounding cannot hide structure.
 
-        The content is on the device of the pass, or on the CPU where that device has no float64.
+        The content of a recorded pass is on its device, or on the CPU where that device has no float64. The content of
+        a symbolic pass is made when it is asked for, on the CPU.
         """
+        if self.contents is not None:
+            return self.contents(value)
         if value in self._wide:
             return self._wide[value]
         tensor = self.tensors[value].detach()
-        floats = tensor.is_floating_point() or tensor.is_complex()
-        result = tensor.to(probe_device(tensor.device), probe_dtype(tensor) if floats else tensor.dtype)
+        result = wide_copy(tensor)
         if result is not tensor and value not in self.names:  # keeping a copy of every parameter would double the model
             self._wide[value] = result
         return result
+
+    def content(self, value: int) -> Tensor:
+        """Return the content of a value as it was recorded, in the dtype of the pass where that is known."""
+        return self.tensors[value] if self.contents is None else self.contents(value)
+
+    def filled(self, value: int, number: float = 0.0) -> Tensor:
+        """Return a tensor for a value with the same number everywhere, in the layout and the dtype of its content."""
+        like = self.tensors[value]
+        floats = like.is_floating_point() or like.is_complex()
+        return torch.full_like(
+            like,
+            number,
+            dtype=probe_dtype(like) if floats else like.dtype,
+            device=probe_device(like.device),
+            requires_grad=False,
+        )
+
+
+def wide_copy(tensor: Tensor) -> Tensor:
+    """Return a tensor in the dtype and on the device of probes; the tensor itself where it is there already."""
+    floats = tensor.is_floating_point() or tensor.is_complex()
+    return tensor.to(probe_device(tensor.device), probe_dtype(tensor) if floats else tensor.dtype)
 
 
 def probe_dtype(tensor: Tensor) -> torch.dtype:
