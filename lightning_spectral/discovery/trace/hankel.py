@@ -60,9 +60,9 @@ def multiplied(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left @ right`` for matrices and stacks of them, or for a matrix and a vector."""
     if right.dim() == 1:
         return multiplied(left, right.unsqueeze(1)).squeeze(1)
-    if _fits(right):
+    if _fits(right) and not left.is_complex():
         return _correlated(left, right)
-    if _fits(left):
+    if _fits(left) and not right.is_complex():
         return _correlated(right.mT, left.mT).mT
     return left @ right
 
