@@ -184,8 +184,9 @@ def _size(model: nn.Module) -> int:
 
 
 def _is_elsewhere(model: nn.Module) -> bool:
-    """Whether some weights hold no numbers, or are spread over processes."""
-    return any(item.is_meta or is_dtensor(item) for item in model.parameters() if not is_lazy(item))
+    """Whether some weights hold no numbers, or are spread over processes, if only between two passes."""
+    weights = (item for item in model.parameters() if not is_lazy(item))
+    return any(map(is_fully_sharded, model.modules())) or any(item.is_meta or is_dtensor(item) for item in weights)
 
 
 def refuse_unreadable(model: nn.Module, problem: str | None = None) -> None:

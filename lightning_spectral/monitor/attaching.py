@@ -6,6 +6,7 @@ Scales have to be on the module before it is sharded, copied or loaded, however 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +70,14 @@ class Attachment:
         hook = pl_module.register_load_state_dict_pre_hook(refuse_lost_scales)  # type: ignore[no-untyped-call]
         self._hook, self._early = hook, None
         if fits and will_shard(trainer.strategy):
-            try:
-                self._early = blocks_of(pl_module, self._options.blocks)
-            except (BlocksNotFoundError, ExampleInputError):
-                return  # built in configure_model: it has found its blocks itself, or will say how to
+            self._find(pl_module)
+            if self._early is None and overrides(pl_module, "configure_model"):
+                self._late.append(AfterHook(pl_module, "configure_model", partial(self._find, pl_module)))
+
+    def _find(self, pl_module: LightningModule) -> None:
+        """Find the blocks while weights are in one piece, or are cut in a way that leaves them their shapes."""
+        with suppress(BlocksNotFoundError, ExampleInputError):  # not built yet, or to be found in its first batch
+            self._early = blocks_of(pl_module, self._options.blocks)
 
     def _set_up_scales(
         self, steering: Steering, trainer: Trainer, pl_module: LightningModule, others: Sequence[Callback]

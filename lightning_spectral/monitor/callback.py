@@ -80,8 +80,7 @@ class SpectralMonitor(Callback):
         linearization: The rule that turns branches into linear operators.
         safe_zone: The interval of ratios that counts as balanced.
         blocks: The blocks to measure, or hints for finding them. By default those that the LightningModule has as
-            ``spectral_blocks`` (a model that is sharded in ``configure_model`` finds them there, before), else those
-            that are found in the model.
+            ``spectral_blocks``, else those that are found in the model.
         solver: How spectral norms are computed; by default randomized, warm-started from measurement to measurement.
         geometry: Whether to look at the batch of measured steps too: at tokens and samples behind every block, at the
             updates of both branches, at attention logits and at the output. A few samples run in evaluation mode in

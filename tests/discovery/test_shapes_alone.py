@@ -36,7 +36,7 @@ def test_a_model_on_the_meta_device_has_the_blocks_of_the_model_with_numbers(nam
     hollow = member.build().to("meta")
     expected = found(name)
     if name in LOOKING:
-        with pytest.raises(ExampleInputError, match="on the meta device.*and the model looks at its data, by '.*mater"):
+        with pytest.raises(ExampleInputError, match=r"on the meta device.*the model looks at its data, by '.*mater"):
             find_blocks(hollow, batch=args or kwargs)
     elif expected.refusal is not None:
         with pytest.raises(BlocksNotFoundError, match="no residual block was found"):
@@ -155,7 +155,9 @@ def dense(content: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_a_product_with_a_hankel_matrix_is_the_dense_product(shape: tuple[int, ...], generator: torch.Generator) -> None:
+def test_a_product_with_a_hankel_matrix_is_the_dense_product(
+    shape: tuple[int, ...], generator: torch.Generator
+) -> None:
     matrix = hankel(shape, 1.0, seed=1)
     *count, rows, columns = shape
     left = torch.randn(*count, 7, rows, generator=generator, dtype=torch.float64)

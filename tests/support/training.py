@@ -89,13 +89,18 @@ class LitGPT(LightningModule):
         super().__init__()
         self.layout, self.steer = layout, steer
         seed_everything(3, verbose=False)
-        self.model: nn.Module = GPT()
-        self.done = False
+        self.done = layout in ("single", "ddp") or (layout == "fsdp1" and steer)
+        if layout != "fsdp1" or steer:
+            self.model: nn.Module = GPT()
 
     def configure_model(self) -> None:
-        if self.layout in ("single", "ddp", "fsdp1") or self.done:
+        if self.done:
             return
         self.done = True
+        if self.layout == "fsdp1":  # built late, and cut by the strategy afterwards
+            seed_everything(3, verbose=False)
+            self.model = GPT()
+            return
         assert self.device_mesh is not None
         if "tensor parallel" in self.layout:
             columns, rows = ColwiseParallel(), RowwiseParallel()

@@ -60,9 +60,9 @@ def multiplied(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left @ right`` for matrices and stacks of them, or for a matrix and a vector."""
     if right.dim() == 1:
         return multiplied(left, right.unsqueeze(1)).squeeze(1)
-    if _fits(right):
+    if _fits(right) and not left.is_complex():
         return _correlated(left, right)
-    if _fits(left):
+    if _fits(left) and not right.is_complex():
         return _correlated(right.mT, left.mT).mT
     return left @ right
 
@@ -128,11 +128,11 @@ def _correlated(x: Tensor, matrix: Tensor) -> Tensor:
     if matrix.dim() == 2:
         return _windows(x, matrix, torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device))
     x = x.expand(*matrix.shape[:-2], *x.shape[-2:])
-    starts = sum(
-        torch.arange(size, device=x.device).mul(stride).view(-1, *[1] * (matrix.dim() - 2 - place))
-        for place, (size, stride) in enumerate(zip(matrix.shape[:-2], matrix.stride()[:-2], strict=True))
-    )
-    return _windows(x, matrix, torch.as_tensor(starts).expand(x.shape[:-1]))
+    starts = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
+    for place, stride in enumerate(matrix.stride()[:-2]):
+        numbers = torch.arange(matrix.shape[place], device=x.device) * stride
+        starts += numbers.view(-1, *[1] * (starts.dim() - place - 1))
+    return _windows(x, matrix, starts)
 
 
 def _windows(x: Tensor, matrix: Tensor, starts: Tensor) -> Tensor:

@@ -360,7 +360,7 @@ def record(model: nn.Module, run: Callable[[], Any], inputs: Any, *, symbolic: b
     """
     tape = Tape()
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(model, inputs))
+        stack.enter_context(undisturbed(model, inputs, gathers=not symbolic))
         stack.enter_context(torch.enable_grad())
         if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
             if symbolic:

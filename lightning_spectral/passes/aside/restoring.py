@@ -99,20 +99,22 @@ def kept_while_sharded(model: nn.Module) -> Iterator[set[torch.device]]:
 
 
 @contextmanager
-def evaluated(model: nn.Module, *inputs: Any) -> Iterator[set[torch.device]]:
+def evaluated(model: nn.Module, *inputs: Any, gathers: bool = True) -> Iterator[set[torch.device]]:
     """Evaluation mode, no compilation, no fused layers. Afterwards everything is put back (:func:`kept`).
 
-    Of a model that ``fully_shard`` was applied to, less is put back (:func:`kept_while_sharded`).
+    Of a model that ``fully_shard`` was applied to, less is put back (:func:`kept_while_sharded`) after a pass that
+    gathers its weights.
 
     Args:
         model: The model.
         inputs: The arguments of its forward.
+        gathers: Whether the pass gathers sharded weights.
 
     Yields:
         The devices of the tensors that were reached.
     """
     with ExitStack() as stack:
-        sharded = any(map(is_fully_sharded, model.modules()))
+        sharded = gathers and any(map(is_fully_sharded, model.modules()))
         devices = stack.enter_context(kept_while_sharded(model) if sharded else kept(model, *inputs))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
@@ -127,15 +129,16 @@ def evaluated(model: nn.Module, *inputs: Any) -> Iterator[set[torch.device]]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, *inputs: Any) -> Iterator[None]:
+def undisturbed(model: nn.Module, *inputs: Any, gathers: bool = True) -> Iterator[None]:
     """What :func:`evaluated` does, and no autocast.
 
     Args:
         model: The model.
         inputs: The arguments of its forward.
+        gathers: Whether the pass gathers sharded weights.
     """
     with ExitStack() as stack:
-        devices = stack.enter_context(evaluated(model, *inputs))
+        devices = stack.enter_context(evaluated(model, *inputs, gathers=gathers))
         for kind in {"cpu", *(device.type for device in devices)} - {"meta"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
