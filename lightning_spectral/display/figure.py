@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,4 +85,4 @@ def _between(ticks: list[float], low: float, high: float) -> list[float]:
 
 def _gap(ticks: list[float]) -> float:
     """Return the smallest distance of neighbours, in nats."""
-    return min((math.log(b / a) for a, b in zip(ticks, ticks[1:], strict=False)), default=math.inf)
+    return min((math.log(b / a) for a, b in pairwise(ticks)), default=math.inf)

@@ -35,7 +35,8 @@ Floats = NDArray[np.float64]
 
 # As in the figures: blue is attention, red is the MLP (Okabe-Ito).
 MLP, ATTENTION, INK, FAINT = "#d55e00", "#0072b2", "#22262b", "#6a7178"
-AROUND, LABEL = 90, 22  # pixels: of a chart above and below its frame, and of a label with some air
+AROUND = 90  # pixels of a chart above and below its frame
+LINE, LABEL = 15, 22  # pixels of a line of text, and of a label with some air
 HOVERED = 4  # values shown at one place under the pointer
 MANTISSA = 14  # bits kept of a value in a chart (four digits), which halves the size of the page
 
@@ -164,7 +165,8 @@ def tick_logs(plot: figure) -> None:
 
 def _room(plot: figure) -> int:
     """Return how many labels find room on the y axis."""
-    return max((plot.height - AROUND) // LABEL, 2)
+    height: int = plot.height
+    return max((height - AROUND) // LABEL, 2)
 
 
 def label_ends(plot: figure, ends: Mapping[int, float]) -> None:
@@ -179,7 +181,7 @@ def label_ends(plot: figure, ends: Mapping[int, float]) -> None:
     logarithmic = isinstance(plot.y_scale, LogScale)
     reach = math.log if logarithmic else float
     low, high = reach(plot.y_range.start), reach(plot.y_range.end)
-    nearest = (high - low) * LABEL / (plot.height - AROUND)
+    nearest = (high - low) * LINE / (plot.height - AROUND)
     clusters: list[list[int]] = []
     for block in sorted(ends, key=ends.__getitem__):
         if clusters and reach(ends[block]) - reach(ends[clusters[-1][0]]) < nearest:
@@ -211,7 +213,7 @@ def legend_above(plot: figure) -> None:
     legend.ncols = 2
 
 
-def colour_bar(plot: figure, mapper: Any, title: str) -> Any:
+def colour_bar(plot: figure, mapper: Any, title: str | None = None) -> Any:
     """Put the scale of a chart's colours beside it."""
     from bokeh.models import ColorBar
 

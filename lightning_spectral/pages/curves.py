@@ -176,7 +176,7 @@ def _actions(history: History, x_range: Range1d) -> figure:
     steps = [step for step in history.steps if moved[step] or held[step]]
     counts = {"moved": [len(moved[step]) for step in steps], "held": [len(held[step] - moved[step]) for step in steps]}
     most = max((sum(pair) for pair in zip(*counts.values(), strict=True)), default=1)
-    plot = canvas("actions", 200, x_range, y_range=(0, 1.1 * most))
+    plot = canvas("actions", 240, x_range, y_range=(0, 1.1 * most))
     width = 0.8 * float(np.min(np.diff(history.steps), initial=np.ptp(history.steps) / 20 or 1.0))
     source = {"step": steps, **counts}
     labels = ["scales moved", "outside, scales at the bounds"]

@@ -32,7 +32,7 @@ def _facts(history: History) -> Iterator[tuple[str, str]]:
     yield "measured", f"{many(len(history.measurements), 'time')}, {steps}, linearization “{clear(last.linearization)}”"
     if history.times:
         began, ended = min(history.times.values()), max(history.times.values())
-        yield "date", _date(began) + (f" to {_date(ended)} UTC" if ended - began >= 60 else " UTC")
+        yield "date", _dates(began, ended)
         if ended > began:
             yield "duration", _duration(ended - began)
     yield "cost of measuring", _cost(history)
@@ -49,8 +49,10 @@ def _cost(history: History) -> str:
     return f"{spent} ({100 * sum(seconds[1:]) / ended:.2g} % of the duration)" if ended > 1 else spent
 
 
-def _date(moment: float) -> str:
-    return format(datetime.fromtimestamp(moment, UTC), "%Y-%m-%d %H:%M")
+def _dates(began: float, ended: float) -> str:
+    first, last = (datetime.fromtimestamp(moment, UTC) for moment in (began, ended))
+    until = "" if ended - began < 60 else f" to {last:{'%H:%M' if first.date() == last.date() else '%Y-%m-%d %H:%M'}}"
+    return f"{first:%Y-%m-%d %H:%M}{until} UTC"
 
 
 def _duration(seconds: float) -> str:

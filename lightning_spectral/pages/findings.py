@@ -134,9 +134,6 @@ def _alarming(seen: _Seen) -> Iterator[Finding]:
         yield Finding("warning", f"No ratio since step {step:,}: {block_list(blocks)}. The table of blocks says why.")
     for event in seen.warnings:
         yield Finding("warning", f"Warning at step {event.step:,}: {clear(event.message, 2000).rstrip('.')}.")
-    for event, step in seen.over:
-        what = _FAILED.get(event.name, event.name.replace("_", " "))
-        yield Finding("information", f"A {event.level} at step {event.step:,} ({what}) is over since step {step:,}.")
 
 
 def _steered(history: History, seen: _Seen) -> Iterator[Finding]:
@@ -171,6 +168,9 @@ def _moves(history: History) -> str:
 
 
 def _informing(history: History, seen: _Seen) -> Iterator[Finding]:
+    for event, step in seen.over:
+        what = _FAILED.get(event.name, event.name.replace("_", " "))
+        yield Finding("information", f"A {event.level} at step {event.step:,} ({what}) is over since step {step:,}.")
     last = history.measurements[-1]
     zone = zone_of(last)
     if zone is None:
@@ -181,10 +181,8 @@ def _informing(history: History, seen: _Seen) -> Iterator[Finding]:
     if measured and not seen.outside:
         yield Finding("good", f"All {many(measured, 'block')} end inside the safe zone {edges}.")
     elif measured:
-        text = (
-            f"{len(seen.outside)} of {many(measured, 'block')} end outside the safe zone {edges}. That is information."
-        )
-        yield Finding("information", text)
+        count = f"{len(seen.outside)} of {many(measured, 'block')}"
+        yield Finding("information", f"{count} end outside the safe zone {edges}. That is information, not a fault.")
     yield from (Finding("information", str(stay)) for stay in seen.outside[:LISTED])
     if len(seen.outside) > LISTED:
         rest = block_list(stay.index for stay in seen.outside[LISTED:])
@@ -209,8 +207,8 @@ def _tokens(history: History) -> Iterator[Finding]:
     yield Finding(
         "information",
         f"Token residual behind block {row}: {series[0]:.2g} at step {steps[0]:,}, {series[-1]:.2g} at step "
-        f"{steps[-1]:,}, smallest {series[lowest]:.2g} at step {steps[lowest]:,}; {verdict} {COLLAPSED:g}, where tokens "
-        "count as one vector.",
+        f"{steps[-1]:,}, smallest {series[lowest]:.2g} at step {steps[lowest]:,}; {verdict} {COLLAPSED:g}, where "
+        "tokens count as one vector.",
     )
 
 

@@ -39,6 +39,7 @@ def cells(
     x_range: Range1d,
     zone: tuple[float, float] | None,
     label: str,
+    edge: str = "zone",
 ) -> figure:
     """Draw ratios of every block (upwards) at every step (to the right), as colours.
 
@@ -50,6 +51,7 @@ def cells(
         x_range: Range of the x axis.
         zone: Interval of ratios whose colours are pale.
         label: What the ratios are.
+        edge: What to call the edges of the interval beside the colours; empty for no name.
     """
     from bokeh.models import FixedTicker, LogColorMapper
 
@@ -63,9 +65,9 @@ def cells(
     plot.xaxis.axis_label, plot.yaxis.axis_label = "optimizer step", "block"
     plot.yaxis.ticker, plot.grid.grid_line_color = counting(), None
     labels = {2.0**power: power_of_two(power) for power in range(-LIMIT, LIMIT + 1)}
-    if zone is not None:
-        labels |= {edge: f"{labels.get(edge, f'{edge:g}')} zone" for edge in zone}
-    bar = colour_bar(plot, mapper, label)
+    if zone is not None and edge:
+        labels |= {end: f"{labels.get(end, f'{end:g}')} {edge}" for end in zone}
+    bar = colour_bar(plot, mapper)
     bar.update(ticker=FixedTicker(ticks=sorted(labels)), major_label_overrides=labels)
     return plot
 

@@ -43,13 +43,16 @@ def curve_chart(name: str, label: str, curves: Sequence[tuple[str, Curve]], x_ra
         curves: Each with the text that stands for it.
         x_range: Range of the x axis.
     """
+    from bokeh.models import PrintfTickFormatter
+
     values = np.concatenate([curve.values[np.isfinite(curve.values)] for _, curve in curves])
-    logarithmic = values.min() > 0 and values.max() > WIDE * values.min()
+    logarithmic = name == "loss" and values.min() > 0 and values.max() > WIDE * values.min()
     low, high = float(values.min()), float(values.max())
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     y_range = log_range(values) if logarithmic else (low - margin, high + margin)
     plot = canvas(name, 240, x_range, y_range=y_range, y_axis_type="log" if logarithmic else "linear")
     plot.xaxis.axis_label, plot.yaxis.axis_label = "optimizer step", label
+    plot.yaxis.formatter = PrintfTickFormatter(format="%.4g")
     if logarithmic:
         tick_logs(plot)
     for (text, curve), colour, dash in zip(curves, COLOURS, DASHES, strict=False):

@@ -1,4 +1,4 @@
-"""Blocks whose ratio is outside the safe zone at the end of a run: since when, by which branch, and whether they move."""
+"""Blocks outside the safe zone at the end of a run: since when, by which branch, and whether they still move."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from lightning_spectral.runs.entries import FORMAT
 from lightning_spectral.runs.history import History
 
 __all__ = [
+    "MISSING",
     "Table",
     "action_table",
     "block_table",

@@ -13,12 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_spectral.pages.words import block_list, clear, zone_of
 from lightning_spectral.records import Event
 from lightning_spectral.runs.history import History
 
 __all__ = ["at_bounds", "since_at_bounds", "timeline"]
+
+Flags = NDArray[np.bool_]
 
 HELD = "held by the bounds"
 REFUSED = "attention not raised"
@@ -34,10 +37,10 @@ def timeline(history: History) -> tuple[Event, ...]:
     return tuple(sorted([*told, *_steering(history)], key=lambda event: event.step))
 
 
-def at_bounds(history: History) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+def at_bounds(history: History) -> Flags:
     """Return which block was outside the safe zone with a scale at a bound, shape ``(blocks, measurements)``."""
     rescaler = history.header.get("rescaler")
-    bounds = rescaler.get("bounds") if isinstance(rescaler, dict) and not rescaler.get("dry_run") else None
+    bounds: Any = rescaler.get("bounds") if isinstance(rescaler, dict) and not rescaler.get("dry_run") else None
     ratios = history.values("log_ratio")
     zone = zone_of(history.measurements[-1])
     if zone is None or not _is_interval(bounds):
@@ -47,7 +50,8 @@ def at_bounds(history: History) -> np.ndarray[tuple[int, int], np.dtype[np.bool_
         scales = [np.log(history.values(name)) for name in ("mlp_scale", "attention_scale")]
         outside = (ratios <= low) | (ratios >= high)
         held = [np.abs(scale - math.log(bound)) < NEAR for scale in scales for bound in bounds]
-    return outside & np.logical_or.reduce(held)
+    at_one: Flags = outside & np.logical_or.reduce(held)
+    return at_one
 
 
 def since_at_bounds(history: History) -> Mapping[int, int]:

@@ -84,8 +84,8 @@ NOTHING = Logged()
 def read_logged(journal: Path, measured: Sequence[int]) -> Logged:
     """Read the losses and learning rates that lie beside the file of a run.
 
-    A logger counts batches with a step of an optimizer, the monitor counts optimizer steps. The two differ where a batch
-    makes several steps, as with several optimizers. The monitor's own keys among the logged ones then tell which index
+    A logger counts batches with a step of an optimizer, the monitor counts optimizer steps. The two differ if a batch
+    has several steps, as with several optimizers. The monitor's own keys among the logged ones then tell which index
     belongs to which step.
 
     Args:
@@ -111,7 +111,8 @@ def _as_counted(steps: Floats, logged: Floats, measured: Sequence[int]) -> Float
     if len(logged) != len(measured) or len(measured) < 2 or np.array_equal(logged, measured):
         return steps
     beyond = np.maximum(steps - logged[-1], 0.0)
-    return np.interp(steps, logged, np.asarray(measured, dtype=float)) + beyond
+    places: Floats = np.interp(steps, logged, np.asarray(measured, dtype=float))
+    return places + beyond
 
 
 def _tables(folder: Path) -> tuple[Mapping[str, tuple[Floats, Floats]], str | None]:
@@ -133,9 +134,7 @@ def _tables(folder: Path) -> tuple[Mapping[str, tuple[Floats, Floats]], str | No
 
 
 def _from_csv(path: Path) -> Mapping[str, tuple[Floats, Floats]]:
-    """Read the columns of ``metrics.csv``. A row that the run is still writing may be short; what is no number is left
-    out.
-    """
+    """Read the columns of ``metrics.csv``. What is no number is left out: the run may be writing the last row."""
     columns: dict[str, tuple[list[float], list[float]]] = {}
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
