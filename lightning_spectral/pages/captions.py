@@ -13,9 +13,9 @@ _HEATMAP = (
     "They mean the same in every run, and end at 1/16 and 16."
 )
 _RATIO = (
-    "The spectral norm of the MLP over the spectral norm of attention, one line per block; the colour changes with depth. "
-    "The numbers of the blocks stand at the ends of their lines. Dashed: the edges of the safe zone. Leaving it is "
-    "information, not a failure."
+    "The spectral norm of the MLP over the spectral norm of attention, one line per block; the colour changes with "
+    "depth. The numbers of the blocks stand at the ends of their lines. Dashed: the edges of the safe zone. Leaving it "
+    "is information, not a failure."
 )
 _NORMS = "The largest singular value of each branch as a linear operator: which of the two moves a ratio."
 _SCALES = "The factor on each branch at the time of the measurement. 1: no change."

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cells", "heat_chart", "zone_palette"]
 
-SHADES = 256
+SHADES = 128
 PALE, STRONG = 0.3, 0.5  # share of the palette used just inside, and just outside, an edge of the zone
 
 

@@ -82,16 +82,16 @@ class Stay:
 def stays(history: History, zone: tuple[float, float]) -> tuple[Stay, ...]:
     """Return the blocks that are outside the safe zone at the end, the farthest first."""
     ratios, steps = history.values("log_ratio"), np.asarray(history.steps)
-    norms = history.values("mlp_norm"), history.values("attention_norm")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        norms = [np.log(history.values(name)) for name in ("mlp_norm", "attention_norm")]
     found = []
-    for layer in history.measurements[-1]:
-        ratio = layer.log_ratio
-        if ratio is None or math.log(zone[0]) < ratio < math.log(zone[1]):
+    for index, name in {layer.index: clear(layer.name) for layer in history.measurements[-1]}.items():
+        series = ratios[index]
+        if not np.isfinite(series[-1]) or math.log(zone[0]) < series[-1] < math.log(zone[1]):
             continue
-        series = ratios[layer.index]
         seen = np.flatnonzero(np.isfinite(series))
-        mlp, attention = (float(norm[layer.index, seen[-1]] / norm[layer.index, seen[0]]) for norm in norms)
-        found.append(_stay(layer.index, clear(layer.name), series[seen], steps[seen], zone, (mlp, attention)))
+        mlp, attention = (_exp(float(norm[index, seen[-1]] - norm[index, seen[0]])) for norm in norms)
+        found.append(_stay(index, name, series[seen], steps[seen], zone, (mlp, attention)))
     return tuple(sorted(found, key=lambda stay: -stay.excess))
 
 
@@ -112,14 +112,19 @@ def _stay(
         index,
         name,
         "above" if above else "below",
-        math.exp(last),
+        _exp(last),
         last - high if above else low - last,
         None if begin == 0 else int(steps[begin]),
         int(steps[0]),
         *growth,
         int(steps[-1] - steps[calm]) if len(series) - calm >= LEAST else None,
-        (math.exp(last - float(series[past])), int(steps[-1] - steps[past])) if len(series) > LEAST else None,
+        (_exp(last - float(series[past])), int(steps[-1] - steps[past])) if len(series) > LEAST else None,
     )
+
+
+def _exp(value: float) -> float:
+    """Return e to a power, between the smallest and the largest float: a damaged file may say anything."""
+    return math.exp(min(max(value, -700.0), 700.0))
 
 
 def branch_that_moved(stay: Stay) -> Literal["MLP", "attention", "both", "neither"]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NOTHING", "Curve", "Logged", "read_logged"]
+__all__ = ["Curve", "Logged", "read_logged"]
 
 Floats = NDArray[np.float64]
 
@@ -111,8 +111,8 @@ def _as_counted(steps: Floats, logged: Floats, measured: Sequence[int]) -> Float
     if len(logged) != len(measured) or len(measured) < 2 or np.array_equal(logged, measured):
         return steps
     beyond = np.maximum(steps - logged[-1], 0.0)
-    places: Floats = np.interp(steps, logged, np.asarray(measured, dtype=float))
-    return places + beyond
+    places: Floats = np.interp(steps, logged, np.asarray(measured, dtype=float)) + beyond
+    return places
 
 
 def _tables(folder: Path) -> tuple[Mapping[str, tuple[Floats, Floats]], str | None]:
