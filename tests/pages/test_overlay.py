@@ -64,7 +64,7 @@ def test_the_command_line_lays_runs_over_each_other(tmp_path: Path, capsys: pyte
     assert "B differs most from A in block 0 (model.blocks.0)" in text
     assert "loss ends at 2 (A), 2.5 (B)." in text
     assert "A: The run has failed: since step 20, tokens become one vector." in text
-    assert "B: Healthy: no failure and no warning. 4 of 5 blocks outside the safe zone at step 80." in text
+    assert "B: Healthy: no failure and no warning. 3 of 5 blocks outside the safe zone at step 80." in text
 
 
 def test_runs_that_cannot_be_compared_are_refused_or_told(tmp_path: Path):

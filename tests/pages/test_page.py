@@ -31,7 +31,7 @@ from lightning_spectral.display.heatmap import LIMIT, step_edges
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.pages import curves as charts
 from lightning_spectral.pages.canvas import rounded
-from lightning_spectral.pages.curves import run_charts
+from lightning_spectral.pages.curves import QUANTITIES, run_charts
 from lightning_spectral.pages.findings import summary_of
 from lightning_spectral.pages.heat import SHADES, heat_chart, zone_palette
 from lightning_spectral.pages.tables import event_table
@@ -425,6 +425,21 @@ def test_values_of_a_chart_keep_four_digits_and_their_gaps():
     np.testing.assert_allclose(rounded(values), values, rtol=6.2e-5)
     assert np.isnan(rounded(np.array([math.nan]))).all()
     assert rounded(np.array([0.0, 1.0, 0.5])).tolist() == [0.0, 1.0, 0.5]
+
+
+def test_labels_of_axes_and_of_the_ends_of_lines_do_not_collide(tmp_path: Path):
+    drawn = run_charts(History.read(steered_run(tmp_path / "spectral.jsonl")))
+    ends = {name: drawn[name].right[0] for name in QUANTITIES}
+    assert set(ends["ratio"].major_label_overrides.values()) == {"0", "1", "2", "3", "4"}
+    assert set(ends["attention_norm"].major_label_overrides.values()) == {"0–4"}
+    for name, axis in ends.items():
+        chart, logarithmic = drawn[name], QUANTITIES[name][1] == "log"
+        reach = np.log if logarithmic else np.asarray
+        pixel = (reach(chart.y_range.end) - reach(chart.y_range.start)) / (chart.height - 90)
+        for ticks in (axis.ticker.ticks, chart.yaxis[0].ticker.ticks if logarithmic else []):
+            assert (np.diff(reach(sorted(ticks))) >= 10 * pixel).all(), name
+    edges = drawn["ratio"].yaxis[0].major_label_overrides
+    assert (edges[0.5], edges[2.0]) == ("zone 1/2", "zone 2")
 
 
 def test_steps_and_blocks_have_no_halves(tmp_path: Path):

@@ -12,6 +12,7 @@ function nameWhenDrawn() {
   if (globalThis.Bokeh?.documents.length && Bokeh.documents.every((drawn) => drawn.is_idle)) {
     document.querySelectorAll(".chart").forEach(named);
     restore();
+    reloadLater();
     document.body.dataset.drawn = "true";
   } else {
     setTimeout(nameWhenDrawn, 50);
@@ -52,15 +53,19 @@ if (every) {
   const button = document.getElementById("reload");
   button.ariaPressed = kept.pressed ?? "true";
   button.addEventListener("click", () => { button.ariaPressed = String(button.ariaPressed !== "true"); });
+}
+// Once all is drawn: a slow machine would else never see a chart.
+function reloadLater() {
+  if (!every) return;
   setInterval(() => {
-    if (button.ariaPressed !== "true") return;
+    if (document.getElementById("reload").ariaPressed !== "true") return;
     keep();
     location.reload();
   }, 1000 * every);
 }
 (async () => {
   const packed = document.getElementById("packed").textContent.trim();
-  if (packed === "") return;
+  if (packed === "") return reloadLater();
   const bytes = (await fetch("data:application/gzip;base64," + packed)).body;
   const script = document.createElement("script");
   script.textContent = await new Response(bytes.pipeThrough(new DecompressionStream("gzip"))).text();
@@ -68,5 +73,6 @@ if (every) {
   nameWhenDrawn();
 })().catch((error) => {
   document.getElementById("no-charts").hidden = false;
+  reloadLater();
   throw error;
 });
