@@ -42,7 +42,9 @@ exit codes:
   3  with --fail-outside-zone: a ratio is outside the safe zone"""
 _OF_REPORT = """examples:
   lightning-spectral report runs/gpt/version_0
-  lightning-spectral report runs/gpt/version_0 --output gpt.html"""
+  lightning-spectral report runs/gpt/version_0 --output gpt.html
+  lightning-spectral report runs/gpt/version_0 runs/gpt/version_1
+  lightning-spectral report runs/gpt/version_0 --watch"""
 _COLOURS = {"above": 31, "below": 34}  # red and blue, as in the heatmap
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
 
+from lightning_spectral.alarms.rules import told_side
 from lightning_spectral.display.figure import Floats
 from lightning_spectral.pages.words import clear, many
 from lightning_spectral.runs.history import History
 
 __all__ = ["Stay", "branch_that_moved", "returned", "stays"]
 
-RETURN = math.log(2.0 / 1.8)  # a ratio is back inside only this far inside: at 1.8 and 0.556, for edges of 2 and 0.5
 STEADY = math.log(1.1)  # a ratio that stays this close to its last value is steady
 LEAST = 3  # measurements that it takes to call a ratio steady
 
@@ -100,10 +101,9 @@ def _stay(
 ) -> Stay:
     low, high = math.log(zone[0]), math.log(zone[1])
     above = bool(series[-1] >= high)
-    back = series < high - RETURN if above else series > low + RETURN
-    left = np.flatnonzero(back)[-1] + 1 if back.any() else 0
-    outside = series >= high if above else series <= low
-    begin = int(left + np.flatnonzero(outside[left:])[0])
+    sides = list(accumulate(series, lambda side, value: told_side(side, _exp(value), zone), initial=0))[1:]
+    others = [place for place, side in enumerate(sides) if side != sides[-1]]
+    begin = others[-1] + 1 if others else 0
     last = float(series[-1])
     moved = np.flatnonzero(np.abs(series - last) > STEADY)
     calm = int(moved[-1]) + 1 if moved.size else 0

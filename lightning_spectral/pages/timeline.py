@@ -28,7 +28,7 @@ REFUSED = "attention not raised"
 NEAR = 0.05  # nats from a bound: the optimizer pulls a scale off its bound again and again
 
 _HEAD = re.compile(r"^(?:step \d+|(?:FAILURE|WARNING|ALARM) at step \d+|spectral \w+, step \d+[^:]*): ")
-_ADVICE = re.compile(r"\. Try this first: .*$", re.DOTALL)
+_ADVICE = re.compile(r"\. Try(?: this first)?: .*$", re.DOTALL)
 
 
 def timeline(history: History) -> tuple[Event, ...]:
