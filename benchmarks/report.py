@@ -73,7 +73,7 @@ def write_run(path: Path, blocks: int, measurements: int, noise: float) -> None:
             )
             lines = [Measurement(step, "circuit", layers, seconds=0.1).to_dict()]
             if k % 20 == 0:
-                lines.append(asdict(Event("info", step, step, (k % blocks,), f"block {k % blocks} is above the zone")))
+                lines.append(asdict(Event("note", step, step, (k % blocks,), f"block {k % blocks} is above the zone")))
             changes = {"ratio": 2.5, "mlp_log_change": -0.01, "attention_log_change": 0.01, "reason": "above the zone"}
             lines += [{"step": step, "action": "rescale", "block": b} | changes for b in range(0, blocks, 8)]
             file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -42,7 +42,9 @@ exit codes:
   3  with --fail-outside-zone: a ratio is outside the safe zone"""
 _OF_REPORT = """examples:
   lightning-spectral report runs/gpt/version_0
-  lightning-spectral report runs/gpt/version_0 --output gpt.html"""
+  lightning-spectral report runs/gpt/version_0 --output gpt.html
+  lightning-spectral report runs/gpt/version_0 runs/gpt/version_1
+  lightning-spectral report runs/gpt/version_0 --watch"""
 _COLOURS = {"above": 31, "below": 34}  # red and blue, as in the heatmap
 
 
@@ -73,6 +75,7 @@ def _parser() -> ArgumentParser:
     from argparse import RawDescriptionHelpFormatter
 
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
+    from jsonargparse.typing import PositiveFloat
 
     from lightning_spectral import __version__
 
@@ -116,12 +119,22 @@ def _parser() -> ArgumentParser:
     )
     command.add_argument("--html", type=str | None, default=None, help="file to write a page with charts to")
     page = ArgumentParser(
-        description="Draw a run, also one that is still going, as one HTML file.",
+        description="Draw a run, also one that is still going, as one HTML file, or several over each other.",
         epilog=_OF_REPORT,
         formatter_class=Help,
     )
-    page.add_argument("run_dir", type=str, help="log directory of the run, or its spectral.jsonl")
+    page.add_argument(
+        "run_dir", type=str, nargs="+", help="log directory of a run, or its spectral.jsonl; several are compared"
+    )
     page.add_argument("--output", type=str | None, default=None, help="the page; beside spectral.jsonl by default")
+    page.add_argument(
+        "--watch",
+        type=PositiveFloat | None,
+        nargs="?",
+        const=10.0,
+        default=None,
+        help="draw again every so many seconds (10 by default) until Ctrl-C; the page loads itself again",
+    )
     commands = parser.add_subcommands()
     commands.add_subcommand("audit", command, help=command.description)
     commands.add_subcommand("report", page, help=page.description)
@@ -129,10 +142,14 @@ def _parser() -> ArgumentParser:
 
 
 def _report(options: Any) -> int:
-    from lightning_spectral.pages import report
+    from lightning_spectral.pages import report, watch_report
 
     _check_folder(options.output)
-    _say(sys.stdout, str(report(options.run_dir, options.output)))
+    runs = options.run_dir if len(options.run_dir) > 1 else options.run_dir[0]
+    if options.watch is None:
+        _say(sys.stdout, str(report(runs, options.output)))
+    else:
+        watch_report(runs, options.output, every=options.watch, tell=lambda text: _say(sys.stdout, text))
     return _OK
 
 

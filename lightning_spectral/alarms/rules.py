@@ -20,7 +20,7 @@ from lightning_spectral.alarms.signs import Look, log_residual
 from lightning_spectral.records import Event, LayerMeasurement, Measurement
 from lightning_spectral.records.events import Level
 
-__all__ = ["FAILURES", "RULES", "Rule", "falling_tokens", "observe"]
+__all__ = ["FAILURES", "RULES", "Rule", "falling_tokens", "observe", "told_side"]
 
 WINDOW = 8  # measurements that a trend is fitted to
 DRIFT = math.log(1.5)  # a ratio drifts when it is this far from its baseline, in ln ρ
@@ -109,12 +109,12 @@ def _seen(block: BlockMemory, layer: LayerMeasurement, measurement: Measurement,
     since, times = (block.since, block.times + 1) if side == block.side and block.times else (step, 1)
     ratios = (*block.ratios, (step, layer.log_ratio))[-WINDOW:]
     settled = (*block.settled, layer.log_ratio)[:SETTLING] if settling else block.settled
-    told = _told_side(block.told, layer.ratio, measurement.safe_zone)
+    told = told_side(block.told, layer.ratio, measurement.safe_zone)
     block = replace(block, side=side, told=told, since=since, times=times, ratios=ratios, settled=settled)
     return replace(block, warned=_warned(block, step))
 
 
-def _told_side(before: int, ratio: float, zone: tuple[float, float]) -> int:
+def told_side(before: int, ratio: float, zone: tuple[float, float]) -> int:
     """Return the side to tell, with hysteresis: of the zone (0.5, 2), a block leaves at 2 and is back at 1.8."""
     low, high = zone
     back = max(BACK, (low / high) ** 0.25)  # in a narrow zone, half of it is left between the two edges inside

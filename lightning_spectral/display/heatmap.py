@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-__all__ = ["heatmap_figure", "scale_limit", "step_edges"]
+__all__ = ["LIMIT", "heatmap_figure", "step_edges"]
 
-# Red and blue can be told apart under every common colour blindness. The white between them is ρ = 1.
+# Red and blue can be told apart under every common colour blindness. The white between them is ρ = 1. The darkest tenth
+# at either end is left out: a ratio outside is no fire.
 COLOURS = "RdBu_r"
+SOFTEST = 0.1
 CENTRED: Any = {"rotation": "vertical", "ha": "center", "va": "center"}
-# The colour scale covers at least 1/4 to 4, so that two runs can be compared by eye. It covers at most 1/64 to 64, so
-# that one extreme block does not turn all others white.
-NARROWEST, WIDEST = 2, 6  # powers of two
+LIMIT = 4
+"""Power of two at which the colours end: from 1/16 to 16 in every run, so that two runs can be compared by colour."""
 
 
 def heatmap_figure(
@@ -63,17 +64,15 @@ def step_edges(steps: Sequence[int]) -> Floats:
     return np.concatenate([[2 * points[0] - middle[0]], middle, [2 * points[-1] - middle[-1]]])
 
 
-def scale_limit(values: Floats) -> int:
-    """Return the power of two at which the colour scale ends, for values of ln ρ."""
-    largest = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 0.0
-    return min(max(math.ceil(largest / math.log(2)), NARROWEST), WIDEST)
-
-
 def _paint(axes: Axes, values: Floats, edges: Floats) -> ScalarMappable:
-    limit = scale_limit(values) * math.log(2)
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    limit = LIMIT * math.log(2)
+    colours = ListedColormap(colormaps[COLOURS](np.linspace(SOFTEST, 1 - SOFTEST, 256)))
     axes.patch.set(facecolor="#d9d9d9", hatch="////", edgecolor="#a6a6a6")  # visible where a ratio is missing
     rows = np.arange(values.shape[0] + 1) - 0.5
-    return axes.pcolormesh(edges, rows, np.ma.masked_invalid(values), cmap=COLOURS, vmin=-limit, vmax=limit)
+    return axes.pcolormesh(edges, rows, np.ma.masked_invalid(values), cmap=colours, vmin=-limit, vmax=limit)
 
 
 def _enclose(axes: Axes, values: Floats, edges: Floats, zone: tuple[float, float]) -> None:
@@ -109,10 +108,9 @@ def _label(axes: Axes, blocks: int, linearization: str) -> None:
 
 def _scale(figure: Figure, axes: Axes, mesh: ScalarMappable, values: Floats, zone: tuple[float, float] | None) -> None:
     """Add the colour bar with the edges of the zone. Colours are even in ln ρ; labels are values of ρ."""
-    limit = scale_limit(values)
-    beyond = np.abs(values[np.isfinite(values)]) > limit * math.log(2)
+    beyond = np.abs(values[np.isfinite(values)]) > LIMIT * math.log(2)
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=24, extend="both" if beyond.any() else "neither")
-    powers = range(-limit, limit + 1)
+    powers = range(-LIMIT, LIMIT + 1)
     bar.set_ticks([power * math.log(2) for power in powers], labels=[power_of_two(power) for power in powers])
     bar.set_label("← attention larger      MLP larger →", color=INK, fontsize=9)
     bar.outline.set_visible(False)

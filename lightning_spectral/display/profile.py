@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_spectral.display.figure import ATTENTION, INK, MLP, Floats, new_figure, plain, power_of_two
+from lightning_spectral.display.figure import ATTENTION, INK, MLP, Floats, log_ticks, new_figure, plain, power_of_two
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,12 +58,13 @@ def profile_figure(
 
 def _plain_logarithms(axes: Axes) -> None:
     """Make the y axis logarithmic, with labels such as 20 instead of 2 × 10¹."""
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import NullFormatter, NullLocator
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    axes.tick_params(which="minor", labelsize=9, labelcolor=INK, length=0)
+    ticks = log_ticks(*axes.get_ylim())
+    axes.set_yticks(ticks, labels=[f"{tick:.6g}" for tick in ticks])
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _column(values: Sequence[float | None]) -> Floats:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_spectral.display.figure import power_of_two
+from lightning_spectral.display.figure import log_ticks, power_of_two
+from lightning_spectral.pages.words import block_list, many
 
 if TYPE_CHECKING:
     from bokeh.models import Range1d
@@ -21,16 +22,21 @@ __all__ = [
     "counting",
     "depth_colours",
     "hover",
+    "label_ends",
+    "legend_above",
     "log_range",
     "rounded",
     "shade_zone",
-    "tick_powers_of_two",
+    "tick_logs",
+    "tick_ratios",
 ]
 
 Floats = NDArray[np.float64]
 
 # As in the figures: blue is attention, red is the MLP (Okabe-Ito).
 MLP, ATTENTION, INK, FAINT = "#d55e00", "#0072b2", "#22262b", "#6a7178"
+AROUND = 90  # pixels of a chart above and below its frame
+LINE, LABEL = 15, 22  # pixels of a line of text, and of a label with some air
 HOVERED = 4  # values shown at one place under the pointer
 MANTISSA = 14  # bits kept of a value in a chart (four digits), which halves the size of the page
 
@@ -124,7 +130,7 @@ def log_range(*values: Any, margin: float = 1.15) -> Range1d:
 
 def shade_zone(plot: figure, zone: tuple[float, float] | None) -> None:
     """Mark ρ = 1 and, if there is one, the safe zone on a chart of ratios."""
-    from bokeh.models import BoxAnnotation, Label, Span
+    from bokeh.models import BoxAnnotation, Span
 
     plot.add_layout(Span(location=1.0, dimension="width", line_color=INK, line_width=1, line_alpha=0.7))
     if zone is None:
@@ -133,20 +139,81 @@ def shade_zone(plot: figure, zone: tuple[float, float] | None) -> None:
     plot.add_layout(BoxAnnotation(bottom=low, top=high, fill_color=INK, fill_alpha=0.07, level="underlay"))
     for edge in zone:
         plot.add_layout(Span(location=edge, dimension="width", line_color=INK, line_dash="dashed", line_alpha=0.6))
-    style = {"text_font_size": "12px", "text_color": INK, "text_align": "right", "x_units": "screen"}
-    plot.add_layout(Label(x=0, y=high, x_offset=70, y_offset=-16, text="safe zone", **style))
 
 
-def tick_powers_of_two(plot: figure) -> None:
-    """Label an axis of ratios with powers of two, at most eight labels."""
+def tick_ratios(plot: figure, zone: tuple[float, float] | None) -> None:
+    """Label an axis of ratios with powers of two and the edges of the zone, which the lines cannot cover there."""
     low, high = math.ceil(math.log2(plot.y_range.start)), math.floor(math.log2(plot.y_range.end))
-    powers = [power for power in range(low, high + 1) if power % math.ceil((high - low + 1) / 8) == 0]
-    if len(powers) > 2:
-        plot.yaxis.ticker = [2.0**power for power in powers]
-        plot.yaxis.major_label_overrides = {2.0**power: power_of_two(power) for power in powers}
+    every = math.ceil((high - low + 1) / _room(plot))
+    labels = {2.0**power: power_of_two(power) for power in range(low, high + 1) if power % every == 0}
+    if len(labels) < 3:
+        labels = {tick: f"{tick:.4g}" for tick in log_ticks(plot.y_range.start, plot.y_range.end, _room(plot))}
+    if zone is not None:
+        near = math.log(plot.y_range.end / plot.y_range.start) / _room(plot) / 2
+        apart = {tick: text for tick, text in labels.items() if min(abs(math.log(tick / edge)) for edge in zone) > near}
+        labels = apart | {edge: f"zone {labels.get(edge, f'{edge:g}')}" for edge in zone}
+    plot.yaxis.ticker = sorted(labels)
+    plot.yaxis.major_label_overrides = labels
 
 
-def colour_bar(plot: figure, mapper: Any, title: str) -> Any:
+def tick_logs(plot: figure) -> None:
+    """Label a logarithmic axis with round numbers that do not collide."""
+    ticks = log_ticks(plot.y_range.start, plot.y_range.end, _room(plot))
+    plot.yaxis.ticker = ticks
+    plot.yaxis.major_label_overrides = {tick: f"{tick:.6g}" for tick in ticks}
+
+
+def _room(plot: figure) -> int:
+    """Return how many labels find room on the y axis."""
+    height: int = plot.height
+    return max((height - AROUND) // LABEL, 2)
+
+
+def label_ends(plot: figure, ends: Mapping[int, float]) -> None:
+    """Label the ends of lines beside the chart, where no line can cover the labels.
+
+    Args:
+        plot: The chart.
+        ends: Last value of each line, by the index of its block. Blocks that end side by side share a label.
+    """
+    from bokeh.models import FixedTicker, LinearAxis, LogAxis, LogScale
+
+    logarithmic = isinstance(plot.y_scale, LogScale)
+    reach = math.log if logarithmic else float
+    low, high = reach(plot.y_range.start), reach(plot.y_range.end)
+    nearest = (high - low) * LINE / (plot.height - AROUND)
+    clusters: list[list[int]] = []
+    for block in sorted(ends, key=ends.__getitem__):
+        if clusters and reach(ends[block]) - reach(ends[clusters[-1][0]]) < nearest:
+            clusters[-1].append(block)
+        else:
+            clusters.append([block])
+    places = [float(np.mean([reach(ends[block]) for block in blocks])) for blocks in clusters]
+    labels = {
+        math.exp(place) if logarithmic else place: _short(blocks)
+        for place, blocks in zip(places, clusters, strict=True)
+    }
+    axis = (LogAxis if logarithmic else LinearAxis)(ticker=FixedTicker(ticks=sorted(labels)), axis_label="block")
+    axis.major_label_overrides = labels
+    plot.add_layout(axis, "right")
+    _style_axes(plot)
+
+
+def _short(blocks: Sequence[int]) -> str:
+    listed = block_list(blocks).partition(" ")[2]
+    return listed if len(listed) <= 9 else many(len(blocks), "block")
+
+
+def legend_above(plot: figure) -> None:
+    """Put the legend of a chart above its frame, where it covers nothing."""
+    legend = plot.legend[0]
+    plot.add_layout(legend, "above")
+    style = {"background_fill_alpha": 0, "border_line_color": None, "label_text_color": INK, "padding": 0}
+    legend.update(orientation="horizontal", **style)
+    legend.ncols = 2
+
+
+def colour_bar(plot: figure, mapper: Any, title: str | None = None) -> Any:
     """Put the scale of a chart's colours beside it."""
     from bokeh.models import ColorBar
 

@@ -6,13 +6,16 @@ __all__ = ["ACTIONS", "EVENTS", "LINES", "ZONE"]
 
 ZONE = " The safe zone is ({:g}, {:g})."
 
+_LOGGED = "From the loggers of the run, at the same steps as all other charts. Gaps: values that are not finite."
 _HEATMAP = (
     "One row for each block, the first at the bottom; time runs to the right. Red: the MLP is larger. Blue: attention "
-    "is larger. White: both are equal. Grey: no ratio. Colours are faint inside the zone and jump at its edges."
+    "is larger. White: both are equal. Grey: no ratio. Colours are faint inside the safe zone and jump at its edges. "
+    "They mean the same in every run, and end at 1/16 and 16."
 )
 _RATIO = (
-    "The spectral norm of the MLP over the spectral norm of attention, one line per block; the colour tells which. "
-    "Dashed: the edges of the safe zone. Leaving it is information, not a failure. The numbers are in the table above."
+    "The spectral norm of the MLP over the spectral norm of attention, one line per block; the colour changes with "
+    "depth. The numbers of the blocks stand at the ends of their lines. Dashed: the edges of the safe zone. Leaving it "
+    "is information, not a failure."
 )
 _NORMS = "The largest singular value of each branch as a linear operator: which of the two moves a ratio."
 _SCALES = "The factor on each branch at the time of the measurement. 1: no change."
@@ -22,6 +25,7 @@ _TOKENS = (
 )
 
 LINES = (
+    ("Loss and learning rate", _LOGGED, ("loss", "rate")),
     ("Ratio over depth and time", _HEATMAP, ("heatmap",)),
     ("Ratio of every block", _RATIO, ("ratio",)),
     ("Spectral norms", _NORMS, ("mlp_norm", "attention_norm")),
@@ -31,11 +35,11 @@ LINES = (
 """Title, caption and charts of every section that shows series."""
 
 EVENTS = (
-    "Circles: notes, such as a block that crossed an edge of the zone. Triangles: warnings. Squares: failures; "
-    "something is not finite, all tokens or all samples are one, or nothing moves. The list begins with the latest "
-    "event."
+    "Circles: notes, such as a block that crossed an edge of the safe zone, or a controller at its bounds. Triangles: "
+    "warnings. Squares: failures; something is not finite, all tokens or all samples are one, or nothing moves. The "
+    "list begins with the latest event."
 )
 ACTIONS = (
-    "Number of blocks whose scales were moved, or held by a bound, after each measurement. The table has totals by "
-    "block."
+    "Number of blocks whose scales were moved after each measurement, and number of those that stay outside the safe "
+    "zone with a scale at its bound. The table has totals by block."
 )

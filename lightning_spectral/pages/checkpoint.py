@@ -11,17 +11,19 @@ import numpy as np
 
 from lightning_spectral.pages.canvas import (
     ATTENTION,
-    INK,
     MLP,
     canvas,
     hover,
+    legend_above,
     log_range,
     shade_zone,
-    tick_powers_of_two,
+    tick_logs,
+    tick_ratios,
 )
 from lightning_spectral.pages.page import Section, check_installed, write_page
+from lightning_spectral.pages.summary import Advice, Finding, Summary
 from lightning_spectral.pages.tables import comparison_table, norms_table
-from lightning_spectral.pages.words import clear, zone_of, zone_words
+from lightning_spectral.pages.words import clear, many, zone_of, zone_words
 from lightning_spectral.records import Measurement
 
 if TYPE_CHECKING:
@@ -60,16 +62,20 @@ def write_checkpoint_page(
         Section("Every block", "The numbers behind the charts.", tables=(table,), unfolded=True),
     ]
     about = " → ".join(clear(path, 300) for path in paths)
-    write_page(Path(output), "Spectral audit", about, list(_story(measurements)), sections, _charts(measurements))
+    write_page(Path(output), "Spectral audit", about, _summary(measurements), sections, _charts(measurements))
+
+
+def _summary(measurements: Sequence[Measurement]) -> Summary:
+    last = measurements[-1]
+    verdict = f"{many(len(last.layers), 'block')}, by the “{clear(last.linearization)}” linearization."
+    words = tuple(Finding("information", text) for text in _story(measurements))
+    advice = (Advice("A ratio outside the safe zone asks for nothing by itself.", "docs/ratio.md#not-a-verdict"),)
+    return Summary(Finding("information", verdict), words, advice if zone_of(last) else ())
 
 
 def _story(measurements: Sequence[Measurement]) -> Iterator[str]:
     last = measurements[-1]
-    yield f"{len(last.layers):,} blocks, by the “{clear(last.linearization)}” linearization."
-    zone = zone_of(last)
-    yield from zone_words(measurements[0], last, zone, ("before", "now"))
-    if zone is not None:
-        yield "A ratio outside of the zone is information, not a verdict."
+    yield from zone_words(measurements[0], last, zone_of(last), ("before", "now"))
     yield from (f"{clear(note, 300)}." for measurement in measurements for note in measurement.notes)
 
 
@@ -97,7 +103,7 @@ def _ratios(measurements: Sequence[Measurement], x_range: Range1d) -> figure:
     plot = canvas("ratio", 340, x_range, y_axis_type="log", y_range=y_range)
     plot.xaxis.axis_label, plot.yaxis.axis_label = "block", "ρ = ‖MLP‖₂ / ‖attention‖₂"
     shade_zone(plot, zone)
-    tick_powers_of_two(plot)
+    tick_ratios(plot, zone)
     source = last | {"before": first["ratio"], "colour": np.where(last["ratio"] > 1, MLP, ATTENTION)}
     tips = [("block", "@block @name"), ("ρ", "@ratio{%.4g}")]
     formats = {"@ratio": "printf", "@before": "printf"}
@@ -116,8 +122,9 @@ def _ratios(measurements: Sequence[Measurement], x_range: Range1d) -> figure:
 def _norms(measurements: Sequence[Measurement], x_range: Range1d) -> figure:
     columns = [_columns(measurement) for measurement in measurements]
     norms = [column[name] for column in columns for name in ("mlp_norm", "attention_norm")]
-    plot = canvas("norms", 320, x_range, y_axis_type="log", y_range=log_range(*norms, margin=1.4))  # the legend
+    plot = canvas("norms", 320, x_range, y_axis_type="log", y_range=log_range(*norms))
     plot.xaxis.axis_label, plot.yaxis.axis_label = "block", "spectral norm"
+    tick_logs(plot)
     for column in columns:
         hollow = len(columns) == 2 and column is columns[0]
         for name, label, marker, colour in (
@@ -130,5 +137,5 @@ def _norms(measurements: Sequence[Measurement], x_range: Range1d) -> figure:
             marks = plot.scatter("block", name, marker=marker, legend_label=label, source=column, **style)
             tooltips = [("block", "@block @name"), (label, f"@{name}{{%.4g}}")]
             hover(plot, marks, tooltips, formatters={f"@{name}": "printf"})
-    plot.legend.update(background_fill_alpha=0, border_line_color=None, label_text_color=INK, orientation="horizontal")
+    legend_above(plot)
     return plot

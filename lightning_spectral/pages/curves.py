@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,14 +16,21 @@ from lightning_spectral.pages.canvas import (
     counting,
     depth_colours,
     hover,
+    label_ends,
+    legend_above,
     log_range,
     rounded,
     shade_zone,
-    tick_powers_of_two,
+    tick_logs,
+    tick_ratios,
 )
 from lightning_spectral.pages.heat import heat_chart
+from lightning_spectral.pages.losses import logged_charts
+from lightning_spectral.pages.timeline import at_bounds, timeline
 from lightning_spectral.pages.words import clear, zone_of
+from lightning_spectral.records import Event
 from lightning_spectral.runs.history import History
+from lightning_spectral.runs.logged import NOTHING, Logged
 
 if TYPE_CHECKING:
     from bokeh.models import ColumnDataSource, Range1d
@@ -40,25 +48,33 @@ QUANTITIES = {
     "typical_token_residual": ("token residual", "linear"),
     "effective_rank": ("effective rank", "linear"),
 }
+NAMED = 24  # lines that can be told apart by their labels alone
 # Levels of events, from the bottom up. Height, shape and colour all tell the level.
 LEVELS = {"note": ("circle", "#0072b2"), "warning": ("triangle", "#e69f00"), "failure": ("square", "#d55e00")}
 
 
-def run_charts(history: History) -> dict[str, figure]:
-    """Return the charts of a run by name. A quantity that was not measured has no chart. All share the step axis."""
+def run_charts(history: History, logged: Logged = NOTHING) -> dict[str, figure]:
+    """Return the charts of a run by name. What was not measured has no chart. All share the step axis.
+
+    Args:
+        history: The run.
+        logged: Its losses and learning rates.
+    """
     from bokeh.models import Range1d
 
     edges = step_edges(history.steps)
     x_range = Range1d(float(edges[0]), float(edges[-1]))
+    charts = logged_charts(logged, x_range)
     values = {name: _drawable(history.values(name), scale) for name, (_, scale) in QUANTITIES.items()}
     shown = {name: table for name, table in values.items() if np.isfinite(table).any() and not _constant(name, table)}
     source = _source(history, shown)
     zone = zone_of(history.measurements[-1])
-    charts = {"heatmap": heat_chart(history, x_range, zone)} if "ratio" in shown else {}
+    if "ratio" in shown:
+        charts["heatmap"] = heat_chart(history, x_range, zone)
     for name, table in shown.items():
         charts[name] = _lines(name, table, source, x_range, zone)
-    if history.events:
-        charts["events"] = _events(history, x_range)
+    if events := timeline(history):
+        charts["events"] = _events(events, x_range)
     if history.actions:
         charts["actions"] = _actions(history, x_range)
     return charts
@@ -99,18 +115,24 @@ def _lines(
     plot.yaxis.formatter = PrintfTickFormatter(format="%.4g")
     if name == "ratio":
         shade_zone(plot, zone)
-        tick_powers_of_two(plot)
+        tick_ratios(plot, zone)
+    elif scale == "log":
+        tick_logs(plot)
     blocks = table.shape[0]
     mapper = LinearColorMapper(depth_colours(blocks), low=-0.5, high=max(blocks, 2) - 0.5)
     colour = {"field": "block", "transform": mapper}
     # Many lines are drawn thin and opaque, which is several times as fast in a browser.
-    style = {"line_width": 1.6, "line_alpha": 0.9} if blocks <= 24 else {"line_width": 1.0, "line_alpha": 1.0}
+    style = {"line_width": 1.6, "line_alpha": 0.9} if blocks <= NAMED else {"line_width": 1.0, "line_alpha": 1.0}
     lines = plot.multi_line("steps", name, source=source, line_color=colour, **style)
     lines.hover_glyph = lines.glyph.clone(line_color=INK, line_width=3, line_alpha=1.0)
     tooltips = [("block", "@block @name"), ("step", "$snap_x{0}"), (label, "$snap_y{%.4g}")]
     hover(plot, lines, tooltips, formatters={"$snap_y": "printf"}, line_policy="nearest")
     _lonely(plot, table, source, colour)
-    colour_bar(plot, mapper, "block").ticker = counting()
+    label_ends(
+        plot, {block: float(row[np.isfinite(row)][-1]) for block, row in enumerate(table) if np.isfinite(row).any()}
+    )
+    if blocks > NAMED:
+        colour_bar(plot, mapper, "block").ticker = counting()
     return plot
 
 
@@ -127,9 +149,8 @@ def _lonely(plot: figure, table: Floats, source: ColumnDataSource, colour: Any) 
     hover(plot, marks, tooltips, formatters={"@value": "printf"})
 
 
-def _events(history: History, x_range: Range1d) -> figure:
+def _events(events: Sequence[Event], x_range: Range1d) -> figure:
     plot = canvas("events", 170, x_range, y_range=list(LEVELS))
-    events = history.events
     source = {
         "step": [event.step for event in events],
         "level": [event.level for event in events],
@@ -145,23 +166,25 @@ def _events(history: History, x_range: Range1d) -> figure:
 
 
 def _actions(history: History, x_range: Range1d) -> figure:
-    """Draw how many blocks were moved and how many were held after each measurement."""
-    steps = sorted({action["step"] for action in history.actions})
-    place = {step: position for position, step in enumerate(steps)}
-    counts = {"rescale": np.zeros(len(steps), dtype=np.int32), "hold": np.zeros(len(steps), dtype=np.int32)}
+    """Draw after each measurement how many blocks were moved, and how many were not and stay outside at a bound."""
+    moved, held = ({step: set[int]() for step in history.steps} for _ in range(2))
     for action in history.actions:
-        if action["action"] in counts:
-            counts[action["action"]][place[action["step"]]] += 1
-    most = max(int((counts["rescale"] + counts["hold"]).max()), 1)
-    plot = canvas("actions", 200, x_range, y_range=(0, 1.4 * most))  # room for the legend
+        if action["step"] in moved and action["action"] in ("rescale", "hold"):
+            (moved if action["action"] == "rescale" else held)[action["step"]].add(action["block"])
+    for block, column in np.argwhere(at_bounds(history)):
+        held[history.steps[column]].add(int(block))
+    steps = [step for step in history.steps if moved[step] or held[step]]
+    counts = {"moved": [len(moved[step]) for step in steps], "held": [len(held[step] - moved[step]) for step in steps]}
+    most = max((sum(pair) for pair in zip(*counts.values(), strict=True)), default=1)
+    plot = canvas("actions", 240, x_range, y_range=(0, 1.1 * most))
     width = 0.8 * float(np.min(np.diff(history.steps), initial=np.ptp(history.steps) / 20 or 1.0))
     source = {"step": steps, **counts}
-    names, labels = list(counts), ["scales moved", "held"]
+    labels = ["scales moved", "outside, scales at the bounds"]
     style = {"width": width, "fill_color": ["#009e73", "#cc79a7"], "line_color": None, "legend_label": labels}
-    bars = plot.vbar_stack(names, x="step", source=source, **style)
+    bars = plot.vbar_stack(list(counts), x="step", source=source, **style)
     for bar in bars:
-        hover(plot, bar, [("step", "@step"), ("blocks moved", "@rescale"), ("blocks held", "@hold")])
+        hover(plot, bar, [("step", "@step"), ("blocks moved", "@moved"), ("blocks at the bounds", "@held")])
     plot.xaxis.axis_label, plot.yaxis.axis_label = "optimizer step", "blocks"
     plot.yaxis.ticker = counting()
-    plot.legend.update(background_fill_alpha=0, border_line_color=None, label_text_color=INK, orientation="horizontal")
+    legend_above(plot)
     return plot

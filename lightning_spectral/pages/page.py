@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_spectral.pages.summary import Summary
 from lightning_spectral.pages.tables import Table
 from lightning_spectral.runs.durable import replace
 
@@ -57,9 +58,11 @@ def write_page(
     path: Path,
     title: str,
     subtitle: str,
-    story: Sequence[str],
+    summary: Summary,
     sections: Sequence[Section],
     charts: Mapping[str, figure],
+    *,
+    reload: float | None = None,
 ) -> None:
     """Write a page. A crash leaves the old page or the complete new one.
 
@@ -67,9 +70,10 @@ def write_page(
         path: The file.
         title: Title of the page.
         subtitle: The run or checkpoint that the page is about.
-        story: The summary, in sentences.
+        summary: The beginning of the page.
         sections: The sections in order.
         charts: The charts by the names that the sections use.
+        reload: Seconds after which the page loads itself again, ``None`` for never.
     """
     script, places = _bundle(charts)
     loader = _template().from_string("{% include 'loader.js' %}").render().strip()
@@ -79,10 +83,11 @@ def write_page(
         .render(
             title=title,
             subtitle=subtitle,
-            story=story,
+            summary=summary,
             sections=sections,
             places=places,
             loader=loader,
+            reload=reload,
             packed=base64.b64encode(gzip.compress(script.encode(), 6, mtime=0)).decode(),
             allowed=f"{_hash(loader)} {_hash(script)}",
         )

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from lightning_spectral.pages.stays import Stay, branch_that_moved
 from lightning_spectral.pages.words import clear, zone_of
-from lightning_spectral.records import LayerMeasurement, Measurement
+from lightning_spectral.records import Event, LayerMeasurement, Measurement
 from lightning_spectral.runs.entries import FORMAT
 from lightning_spectral.runs.history import History
 
 __all__ = [
+    "MISSING",
     "Table",
     "action_table",
     "block_table",
@@ -27,6 +30,7 @@ __all__ = [
     "settings",
 ]
 
+MISSING = "–"
 ROWS = 2000  # rows of a list of events; nobody reads more
 
 
@@ -37,12 +41,18 @@ class Table:
     Attributes:
         title: Title of the table.
         head: Title of every column.
-        rows: One text per column. Texts that look like numbers are aligned right.
+        rows: One text per column.
     """
 
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def numeric(self) -> tuple[bool, ...]:
+        """Which columns have only numbers and dashes for missing ones, and so are aligned right."""
+        columns = list(zip(*self.rows, strict=True)) or [()] * len(self.head)
+        return tuple(all(map(_is_numeric, column)) and set(column) != {MISSING} for column in columns)
 
 
 def series_table(history: History, quantities: Mapping[str, str]) -> Table:
@@ -67,22 +77,24 @@ def _extremes(series: Any) -> Iterator[str]:
     return map(number, values)
 
 
-def norms_table(measurement: Measurement) -> Table:
-    """Return one measurement, one row per block."""
-    head = ("block", "name", "‖MLP‖₂", "‖attention‖₂", "ρ", "note")
+def norms_table(measurement: Measurement, outside: Sequence[Stay] = ()) -> Table:
+    """Return one measurement, one row per block.
+
+    Args:
+        measurement: The measurement.
+        outside: The blocks that are outside the safe zone; adds since when and by which branch.
+    """
     zone = zone_of(measurement)
-    rows = [
-        (
-            str(layer.index),
-            clear(layer.name),
-            number(layer.mlp_norm),
-            number(layer.attention_norm),
-            number(layer.ratio),
-            _note(layer, zone),
-        )
-        for layer in measurement
-    ]
-    return Table("Every block", head, tuple(rows))
+    stay_of = {stay.index: stay for stay in outside}
+    more = ("outside", "moved by") if outside else ()
+    rows = []
+    for layer in measurement:
+        norms = [number(value) for value in (layer.mlp_norm, layer.attention_norm, layer.ratio)]
+        stay = stay_of.get(layer.index)
+        told = ("", "") if stay is None else (f"{stay.when}, {stay.course}", branch_that_moved(stay))
+        row = (str(layer.index), clear(layer.name), *norms, *(told if outside else ()), _note(layer, zone))
+        rows.append(row)
+    return Table("Every block", ("block", "name", "‖MLP‖₂", "‖attention‖₂", "ρ", *more, "note"), tuple(rows))
 
 
 def comparison_table(before: Measurement, after: Measurement) -> Table:
@@ -102,14 +114,18 @@ def _note(layer: LayerMeasurement, zone: tuple[float, float] | None) -> str:
         return clear(" ".join(layer.reason.split()), 300)
     if zone is None or layer.ratio is None or zone[0] < layer.ratio < zone[1]:
         return ""
-    return "above the zone" if layer.ratio >= zone[1] else "below the zone"
+    return "above the safe zone" if layer.ratio >= zone[1] else "below the safe zone"
 
 
-def event_table(history: History) -> Table:
-    """Return all events, the latest first."""
-    rows = [(f"{event.step:,}", event.level, clear(event.message, 2000)) for event in reversed(history.events)]
+def event_table(events: Sequence[Event]) -> Table:
+    """Return events, the latest first.
+
+    Args:
+        events: In the order of their steps, with messages for a table (see :mod:`~lightning_spectral.pages.timeline`).
+    """
+    rows = [(f"{event.step:,}", event.level, event.message) for event in reversed(events)]
     title = "Events" if len(rows) <= ROWS else f"Events, the last {ROWS:,} of {len(rows):,}"
-    return Table(title, ("step", "level", "what was said"), tuple(rows[:ROWS]))
+    return Table(title, ("step", "level", "what happened"), tuple(rows[:ROWS]))
 
 
 def action_table(history: History) -> Table:
@@ -146,7 +162,9 @@ def block_table(header: Mapping[str, Any]) -> tuple[Table, ...]:
 
 def settings(header: Mapping[str, Any]) -> Table:
     """Return the settings of a run and of its controller."""
-    rows = tuple((clear(name), _plain(value)) for name, value in _flat(header) if name not in ("blocks", "file"))
+    told_elsewhere = ("blocks", "file", "model", "versions")
+    kept = {name: value for name, value in header.items() if name not in told_elsewhere}
+    rows = tuple((clear(name), _plain(value)) for name, value in _flat(kept))
     return Table("Settings", ("setting", "value"), rows)
 
 
@@ -162,12 +180,16 @@ def _flat(header: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _plain(value: Any) -> str:
     if value is None or isinstance(value, bool):
-        return {None: "–", True: "yes", False: "no"}[value]
+        return {None: MISSING, True: "yes", False: "no"}[value]
     if isinstance(value, list):
         return clear(", ".join(map(_plain, value[:20])), 300)
     return clear(str(value), 300)
 
 
+def _is_numeric(text: str) -> bool:
+    return text == MISSING or re.fullmatch(r"[×−+-]?[\d,.]+(e[−+-]?\d+)?", text) is not None
+
+
 def number(value: float | None) -> str:
     """Return a number with four digits, or a dash for a missing one."""
-    return "–" if value is None or not math.isfinite(value) else format(value, ".4g").replace("-", "−")
+    return MISSING if value is None or not math.isfinite(value) else format(value, ".4g").replace("-", "−")

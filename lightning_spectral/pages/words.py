@@ -1,17 +1,15 @@
-"""Sentences that summarize a run."""
+"""Words that all pages share: texts made safe, counts, lists of blocks, what a zone says."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from lightning_spectral.alarms.signs import COLLAPSED
 from lightning_spectral.records import LayerMeasurement, Measurement
 from lightning_spectral.runs.history import History
 
-__all__ = ["clear", "damaged_lines", "story", "zone_of", "zone_words"]
+__all__ = ["block_list", "clear", "damaged_lines", "many", "zone_of", "zone_words"]
 
 LISTED = 10  # damaged lines named in a sentence
 
@@ -22,26 +20,27 @@ def clear(text: str, most: int = 100) -> str:
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
+def many(count: int, word: str) -> str:
+    """Return a count with its noun: "1 step", "2,000 steps"."""
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+
+
+def block_list(blocks: Iterable[int]) -> str:
+    """Return indices of blocks as ranges: "block 3", "blocks 0–4, 7"."""
+    ranges: list[list[int]] = []
+    for block in sorted(set(blocks)):
+        if ranges and block == ranges[-1][-1] + 1:
+            ranges[-1].append(block)
+        else:
+            ranges.append([block])
+    parts = [f"{part[0]}" if len(part) == 1 else f"{part[0]}–{part[-1]}" for part in ranges]
+    one = len(ranges) == 1 and len(ranges[0]) == 1
+    return f"{'block' if one else 'blocks'} {', '.join(parts)}"
+
+
 def zone_of(measurement: Measurement) -> tuple[float, float] | None:
     """Return the safe zone, ``None`` for Jacobians, for which nobody has calibrated a zone."""
     return measurement.safe_zone if measurement.has_zone else None
-
-
-def story(history: History) -> Iterator[str]:
-    """Yield the summary of a run, one or two sentences at a time, the most important first."""
-    first, last = history.measurements[0], history.measurements[-1]
-    count = len(history.measurements)
-    when = f"at step {last.step:,}" if count == 1 else f"from step {first.step:,} to step {last.step:,}"
-    what = f"{_many(count, 'measurement')} of {_many(len(last.layers), 'block')}"
-    yield f"{what} {when}, by the “{clear(last.linearization)}” linearization."
-    if history.torn:
-        yield "The last line of the file is incomplete: the run writes it, or was stopped. All other lines are shown."
-    if history.damaged:
-        yield f"{damaged_lines(history)}. All other lines are shown."
-    yield from zone_words(first, last, zone_of(last))
-    yield _announced(history)
-    yield _tokens(history)
-    yield _steered(history)
 
 
 def damaged_lines(history: History) -> str:
@@ -64,7 +63,7 @@ def zone_words(
     """Yield sentences on the ratios now and at the start."""
     missing = [layer for layer in last if layer.ratio is None]
     if missing:
-        yield f"{_many(len(missing), 'block')} without a ratio {moments[1]}; the table of blocks says why."
+        yield f"{many(len(missing), 'block')} without a ratio {moments[1]}; the table of blocks says why."
     if zone is None:
         yield "No safe zone is known for ratios of Jacobians."
         return
@@ -91,52 +90,3 @@ def _excess(layer: LayerMeasurement, zone: tuple[float, float]) -> float:
     assert layer.log_ratio is not None
     low, high = np.log(zone)
     return float(max(low - layer.log_ratio, layer.log_ratio - high))
-
-
-def _announced(history: History) -> str:
-    counts = Counter(event.level for event in history.events)
-    failures = [event for event in history.events if event.level == "failure"]
-    warnings = _many(counts["warning"], "warning") if counts["warning"] else "no warning"
-    if not failures:
-        return f"No failure, {warnings}. Leaving the zone is information."
-    when = f"at step {failures[0].step:,}" if len(failures) == 1 else f"the first at step {failures[0].step:,}"
-    return f"{_many(len(failures), 'failure')}, {when}; {warnings}. {clear(failures[0].message, 2000)}"
-
-
-def _tokens(history: History) -> str:
-    residuals = history.values("typical_token_residual")
-    measured = np.flatnonzero(np.isfinite(residuals).any(axis=0))
-    if measured.size == 0:
-        return "Tokens were not measured (geometry=True), so no collapse could be seen."
-    row = np.flatnonzero(np.isfinite(residuals).any(axis=1))[-1]
-    series = residuals[row]
-    there = np.flatnonzero(np.isfinite(series))
-    lowest = there[np.argmin(series[there])]
-    verdict = "that happened" if series[lowest] < COLLAPSED else "that did not happen"
-    return (
-        f"Token residual behind block {row}: {series[there[0]]:.2g} at step {history.steps[there[0]]:,}, "
-        f"{series[there[-1]]:.2g} at step {history.steps[there[-1]]:,}; smallest {series[lowest]:.2g} at step "
-        f"{history.steps[lowest]:,}. Tokens count as one vector below {COLLAPSED:g}: {verdict}."
-    )
-
-
-def _steered(history: History) -> str:
-    moves = [action for action in history.actions if action["action"] == "rescale"]
-    rescaler = history.header.get("rescaler")
-    if not rescaler and not history.actions:
-        return "The run was watched, not steered."
-    if not moves:
-        return "The controller was on and moved no scale."
-    dry = " would have" if isinstance(rescaler, dict) and rescaler.get("dry_run") else ""
-    blocks = len({action["block"] for action in moves})
-    steps = [action["step"] for action in moves]
-    last = history.measurements[-1]
-    scales = [scale for layer in last for scale in (layer.mlp_scale, layer.attention_scale)]
-    return (
-        f"The controller{dry} moved scales of {_many(blocks, 'block')} in {_many(len(moves), 'action')}, from step "
-        f"{min(steps):,} to step {max(steps):,}. Scales end between {min(scales):.3g} and {max(scales):.3g}."
-    )
-
-
-def _many(count: int, word: str) -> str:
-    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"

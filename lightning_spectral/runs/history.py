@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["History", "history_of", "in_order"]
 
 MOST = 2**53  # a float, and so a chart, counts exactly only up to here
+LAST_DATE = 253_370_764_800  # 9999-01-01, in seconds since 1970
 MOST_BLOCKS = 2**12  # a picture has one row per block
 
 
@@ -57,6 +58,8 @@ class History:
         actions: The actions of the controller in the order of the file, as plain values.
         torn: Whether the last line is incomplete, as it may be while the run writes it.
         damaged: For every other unreadable line, by its number, the reason.
+        times: When each measurement was written, by its step, in seconds since 1970 (UTC). Runs of early releases have
+            none.
 
     Example:
         >>> run = History.read("runs/gpt/version_0/spectral.jsonl")
@@ -72,6 +75,7 @@ class History:
     actions: tuple[Mapping[str, Any], ...] = ()
     torn: bool = False
     damaged: Mapping[int, str] = field(default_factory=dict)
+    times: Mapping[int, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> History:
@@ -163,6 +167,7 @@ def history_of(lines: Iterable[Line]) -> History:
     events: list[Event] = []
     actions: list[Mapping[str, Any]] = []
     damaged: dict[int, str] = {}
+    times: dict[int, float] = {}
     torn = False
     for line in lines:
         header = header or line.header
@@ -172,13 +177,15 @@ def history_of(lines: Iterable[Line]) -> History:
         try:
             if "layers" in entry:
                 measurements.append(_measurement(entry))
+                if (moment := _date(entry.get("time"))) is not None:
+                    times[measurements[-1].step] = moment
             elif "level" in entry:
                 events.append(_event(entry))
             elif "action" in entry:
                 actions.append(_action(entry))
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             damaged[line.number] = _shortened(error)
-    return History(header, in_order(measurements), tuple(events), tuple(actions), torn, damaged)
+    return History(header, in_order(measurements), tuple(events), tuple(actions), torn, damaged, times)
 
 
 def in_order(measurements: Sequence[Measurement]) -> tuple[Measurement, ...]:
@@ -267,6 +274,11 @@ def _action(entry: Mapping[str, Any]) -> Mapping[str, Any]:
 def _moment(value: Any) -> float:
     """Read a step in the future. JSON has no infinity: ``null`` stands for never."""
     return math.inf if value is None else number(value)
+
+
+def _date(value: Any) -> float | None:
+    """Read seconds since 1970. A wrong date is no reason to leave out a measurement."""
+    return float(value) if isinstance(value, int | float) and 0 <= value <= LAST_DATE else None
 
 
 def _size(value: Any) -> float:

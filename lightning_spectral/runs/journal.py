@@ -9,20 +9,28 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_spectral.records import Measurement, ResidualBlock
 from lightning_spectral.runs.durable import append, replace
 from lightning_spectral.runs.entries import FORMAT, VERSION, Line, entries
 from lightning_spectral.runs.predecessor import News, Predecessor, Superseded, aside_names, take_over
 
-__all__ = ["Journal", "described"]
+__all__ = ["Journal", "described", "described_model"]
+
+_PACKAGES = ("lightning-spectral", "torch", "lightning", "pytorch-lightning", "transformers")
 
 MOST_KEPT = 2**26
 """Bytes of unwritten lines that are kept in memory. Beyond this, the oldest lines are dropped."""
@@ -49,7 +57,7 @@ class Journal:
         """
         self.path = self._wanted = path
         # Unique among all files, so that two processes of one run do not take each other's file for their own.
-        self._head = _line({FORMAT: VERSION, **header, "file": uuid.uuid4().hex})
+        self._head = _line({FORMAT: VERSION, **header, "versions": _versions(), "file": uuid.uuid4().hex})
         self._header, self._resume_step = header, resume_step
         self._predecessor: Predecessor | None = None
         self._superseded: Superseded | None = None
@@ -69,7 +77,7 @@ class Journal:
                 an ``"action"``.
         """
         entry = measurement.to_dict()
-        for line in map(_line, (entry, *consequences)):
+        for line in map(_line, (entry | {"time": round(time.time(), 3)}, *consequences)):
             self._unwritten.append(line)
             self._size += len(line)
         while self._size > MOST_KEPT:
@@ -192,6 +200,26 @@ def described(block: ResidualBlock) -> dict[str, Any]:
         "mlp": None if mlp is None else mlp.site,
         "verified": block.verified,
     }
+
+
+def described_model(model: nn.Module) -> dict[str, Any]:
+    """Return the description of a model for the first line of a journal.
+
+    The number of parameters counts each shared one once. It is ``None`` for a lazy model, and for one that FSDP1 has
+    flattened: there each process sees its share only.
+    """
+    parameters = list(model.parameters())
+    known = not any(is_lazy(item) or getattr(item, "_is_flat_param", False) for item in parameters)
+    return {"name": type(model).__name__, "parameters": sum(item.numel() for item in parameters) if known else None}
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages that a run depends on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

@@ -25,7 +25,7 @@ from lightning_spectral.measuring.freshness import sign_of_training
 from lightning_spectral.measuring.meter import Meter
 from lightning_spectral.records import Measurement, ResidualBlock
 from lightning_spectral.records.plain import to_plain
-from lightning_spectral.runs.journal import described
+from lightning_spectral.runs.journal import described, described_model
 from lightning_spectral.runs.series import Series, logged_values
 from lightning_spectral.watch.batch import BatchWatch
 from lightning_spectral.watch.fingerprint import fingerprint, same_weights
@@ -257,7 +257,7 @@ class Session:
             self.meter.load_state_dict(self.series.warm_start)
         if not self._host.rehearses:
             header = {name: getattr(options, name) for name in ("linearization", "safe_zone", "every_n_steps")}
-            header |= {"run": self.series.run}
+            header |= {"run": self.series.run, "model": described_model(model)}
             header["rescaler"] = None if self._steering is None else self._steering.rescaler.to_dict()
             header["blocks"] = [described(block) for block in blocks]
             step = self._host.now()

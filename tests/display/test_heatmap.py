@@ -14,6 +14,7 @@ from matplotlib._pylab_helpers import Gcf
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.figure import Figure
 
+from lightning_spectral.display.figure import log_ticks
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import LayerMeasurement, Measurement
 from lightning_spectral.runs.history import History, in_order
@@ -80,15 +81,35 @@ def test_lines_stand_where_blocks_inside_and_outside_the_zone_meet(ratios: list[
     assert zone_lines(heatmap([measurement(0, ratios)])) == segments
 
 
-def test_the_scale_is_labelled_in_ratios_and_symmetric():
-    bar = heatmap([measurement(0, [1.1, 3.0])]).axes[1]
-    assert [label.get_text() for label in bar.get_yticklabels()] == ["1/4", "1/2", "1", "2", "4"]
-    np.testing.assert_allclose(bar.get_ylim(), (-math.log(4), math.log(4)))
+def test_the_scale_is_labelled_in_ratios_and_the_same_in_every_run():
+    for ratios in ([1.1, 1.2], [1.1, 3.0], [1.0, 1e9]):
+        bar = heatmap([measurement(0, ratios)]).axes[1]
+        assert [label.get_text() for label in bar.get_yticklabels()][::2] == ["1/16", "1/4", "1", "4", "16"]
+        np.testing.assert_allclose(bar.get_ylim(), (-math.log(16), math.log(16)))
 
 
-def test_an_extreme_block_does_not_stretch_the_scale_without_end():
-    bar = heatmap([measurement(0, [1.0, 1e9])]).axes[1]
-    assert bar.get_yticklabels()[-1].get_text() == "64"
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.05, 40.0, [0.1, 0.3, 1, 3, 10, 30]),
+        (0.05, 20.0, [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20]),
+        (0.06, 0.09, [0.06, 0.065, 0.07, 0.075, 0.08, 0.085, 0.09]),
+        (1e-8, 1e8, [1e-8, 1e-6, 1e-4, 1e-2, 1, 1e2, 1e4, 1e6, 1e8]),
+        (4.9, 8.1, [5, 5.5, 6, 6.5, 7, 7.5, 8]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis_are_round_and_apart(low: float, high: float, ticks: list[float]):
+    np.testing.assert_allclose(log_ticks(low, high, 9), ticks)
+
+
+def test_ticks_never_collide():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        low = float(np.exp(rng.normal(scale=5)))
+        span = float(rng.uniform(0.02, 30))
+        ticks = log_ticks(low, low * math.exp(span), 8)
+        assert 1 <= len(ticks) <= 9
+        assert (np.diff(np.log(ticks)) >= span / 8 - 1e-9).all()
 
 
 def test_every_cell_is_as_wide_as_its_share_of_the_steps():

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import base64
 import re
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from browser import Page, chromium
-from made_runs import HOSTILE, STEPS, measurements, ratio, steered_run, watched_run
+from made_runs import HOSTILE, STEPS, append_measurement, measurements, ratio, steered_run, watched_run
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from lightning_spectral.pages import report, write_checkpoint_page
+from lightning_spectral.pages.run import write_run_page
 
 CHARTS = [
     "heatmap", "ratio", "mlp_norm", "attention_norm", "mlp_scale", "attention_scale", "typical_token_residual",
@@ -66,7 +70,7 @@ def test_every_chart_is_drawn_without_a_complaint_or_a_request(opened: Page):
 @pytest.mark.parametrize(("block", "column"), [(4, 5), (0, 6), (2, 1)])
 def test_hover_shows_the_value_of_a_cell(opened: Page, block: int, column: int):
     shown = opened.hover("heatmap", STEPS[column], block)
-    found = re.fullmatch(rf"block {block} step {STEPS[column]} ρ (\S+)", shown)
+    found = re.fullmatch(rf"block {block} model\.blocks\.{block} step {STEPS[column]} ρ (\S+)", shown)
     assert found, shown
     assert float(found[1]) == pytest.approx(ratio(block, column), rel=5.1e-4)
 
@@ -86,7 +90,7 @@ def test_hover_shows_a_value_that_has_no_neighbours_in_time(opened: Page):
 
 def test_hover_shows_what_was_said_and_done(opened: Page):
     assert opened.hover("events", 60, "failure") == "step 60 tokens become one vector"
-    assert opened.hover("actions", 40, 0.5) == "step 40 blocks moved 1 blocks held 1"
+    assert opened.hover("actions", 40, 0.5) == "step 40 blocks moved 1 blocks at the bounds 1"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -132,7 +136,7 @@ def test_charts_zoom_together_from_the_keyboard(opened: Page):
 def test_headings_landmarks_and_labels_are_in_order(opened: Page):
     levels = opened.run("return [...document.querySelectorAll('h1,h2,h3,h4')].map((h) => Number(h.localName[1]))")
     assert levels[0] == 1
-    assert set(levels[1:]) == {2}
+    assert set(levels[1:]) == {2, 3}
     for landmark in ("header", "nav[aria-label]", "main", "footer", "html[lang=en]", "title"):
         assert opened.run("return document.querySelectorAll(arguments[0]).length", landmark) == 1, landmark
     labelled = opened.run("""return [...document.querySelectorAll('.chart')].map((c) =>
@@ -164,18 +168,24 @@ function luminance(colour) {
   const [r, g, b] = parts.map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 }
-const paper = luminance(getComputedStyle(document.body).backgroundColor);
-return ["body", ".caption", "a", "summary", ".subtitle"].map((name) => {
-  const ink = luminance(getComputedStyle(document.querySelector(name)).color);
-  return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
-}).concat([paper]);
+function paper(el) {
+  const colour = getComputedStyle(el).backgroundColor;
+  return /, 0\\)$/.test(colour) ? paper(el.parentElement) : luminance(colour);
+}
+const written = [...document.querySelectorAll("body *")].filter((el) => el.checkVisibility() &&
+  [...el.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim()));
+return [luminance(getComputedStyle(document.body).backgroundColor), written.map((el) => {
+  const ink = luminance(getComputedStyle(el).color), around = paper(el);
+  return (Math.max(ink, around) + 0.05) / (Math.min(ink, around) + 0.05);
+})];
 """
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_in_both_schemes(page: Page, steered: Path, scheme: str):
     page.open(steered, scheme=scheme)
-    *contrasts, paper = page.run(CONTRAST)
+    paper, contrasts = page.run(CONTRAST)
+    assert len(contrasts) > 100
     assert min(contrasts) >= 4.5  # WCAG 2.2, 1.4.3
     assert (paper < 0.1) is (scheme == "dark")
     turned = page.run("return getComputedStyle(document.querySelector('.chart')).filter")
@@ -232,3 +242,67 @@ def test_the_page_of_an_audit_shows_one_checkpoint_or_two(page: Page, folder: Pa
     assert page.hover("ratio", 0, ratio(0, 5)) == shown
     assert page.hover("norms", 1, items[5].layers[1].mlp_norm).startswith("block 1 <b> MLP ")
     assert page.console() == []
+
+
+def test_runs_are_laid_over_each_other(page: Page, folder: Path):
+    one = steered_run(folder / "one" / "spectral.jsonl")
+    other = steered_run(folder / "other" / "spectral.jsonl")
+    (folder / "one" / "metrics.csv").write_text("step,loss\n" + "".join(f"{k},{9 - k / 10}\n" for k in range(80)))
+    page.open(report([one, other, one]))
+    names = page.run("return [...Bokeh.index.roots].map((v) => v.model.name).filter((name) => name)")
+    assert names == ["loss", "ratio", "blocks", "difference_B", "difference_C", "tokens"]
+    assert all(page.run(DRAWN, name) > 3 for name in names)
+    assert page.hover("loss", 40, 5.0).startswith("A loss step 40 loss 5")
+    assert page.hover("difference_B", 40, 3) == "block 3 model.blocks.3 step 40 ρ, B / A 1"
+    assert "A, step 80 block 4 model.blocks.4" in page.hover("blocks", 4, ratio(4, 6))
+    assert page.console() == []
+    assert set(page.requests()) == {"file", "data"}
+
+
+def test_a_page_that_is_watched_loads_itself_again_and_keeps_its_place(page: Page, folder: Path):
+    run, path = steered_run(folder / "watched.jsonl"), folder / "watched.html"
+    write_run_page(run, path, reload=1000.0)
+    page.open(path)
+    assert page.wait("return document.body.dataset.drawn")
+    page.run("""
+    document.getElementById("table-1-1").open = true;
+    const range = view("ratio").model.x_range;
+    [range.start, range.end] = [10, 50];
+    document.querySelector("#table-1-1 summary").focus();
+    scrollTo({top: 900, behavior: "instant"});
+    """)
+    append_measurement(run)
+    write_run_page(run, path, reload=1000.0)
+    page.run("window.before = true; keep(); location.reload();")  # what the page does after 1,000 seconds
+    assert settled(page, "window.before === undefined && document.body.dataset.drawn")
+    kept = page.run("""
+    const range = view("ratio").model.x_range, fold = document.getElementById("table-1-1");
+    return [scrollY, fold.open, range.start, range.end, document.activeElement === fold.querySelector("summary")];
+    """)
+    assert kept == [900, True, 10, 50, True]
+    assert "steps 0 to 90" in page.run("return document.body.innerText")
+    page.run("document.getElementById('reload').click(); window.before = true; keep(); location.reload();")
+    assert settled(page, "window.before === undefined && document.body.dataset.drawn")
+    assert (
+        page.run("return document.getElementById('reload').ariaPressed") == "false"
+    )  # told to stop, and still stopped
+    write_run_page(run, path)
+    page.run("window.before = true; location.reload();")
+    assert settled(page, "window.before === undefined && document.body.dataset.drawn")
+    assert page.run("return document.getElementById('reload')") is None
+    assert page.console() == []
+    write_run_page(run, folder / "often.html", reload=0.5)
+    page.open(folder / "often.html")
+    assert settled(page, "performance.getEntriesByType('navigation')[0].type === 'reload'")
+    assert set(page.requests()) == {"file", "data"}
+
+
+def settled(page: Page, condition: str, patience: float = 60.0) -> bool:
+    """Whether a condition comes true, of a page that may be on its way to the next one."""
+    began = time.perf_counter()
+    while time.perf_counter() - began < patience:
+        with suppress(WebDriverException):
+            if page.run(f"return Boolean({condition})"):
+                return True
+        time.sleep(0.05)
+    return False

@@ -12,7 +12,6 @@ import random
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -28,15 +27,17 @@ from zoo import example
 from lightning_spectral import History, ResidualRescaler, SpectralMonitor, audit, report
 from lightning_spectral.alarms import Event
 from lightning_spectral.cli import main
-from lightning_spectral.display.heatmap import step_edges
+from lightning_spectral.display.heatmap import LIMIT, step_edges
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.pages import curves as charts
 from lightning_spectral.pages.canvas import rounded
-from lightning_spectral.pages.curves import run_charts
+from lightning_spectral.pages.curves import QUANTITIES, run_charts
+from lightning_spectral.pages.findings import summary_of
 from lightning_spectral.pages.heat import SHADES, heat_chart, zone_palette
 from lightning_spectral.pages.tables import event_table
-from lightning_spectral.pages.words import clear, story
+from lightning_spectral.pages.words import block_list, clear
 from lightning_spectral.records import LayerMeasurement, Measurement
+from lightning_spectral.runs.logged import NOTHING
 
 
 class Reader(HTMLParser):
@@ -61,14 +62,13 @@ class Reader(HTMLParser):
             self.charts.append(values["data-chart"] or "")
         if tag == "tr":
             self.rows.append([])
-        self._into = {"td": self.rows and self.rows[-1], "th": self.rows and self.rows[-1], "li": self.sentences}.get(
-            tag
-        )
+        told = self.sentences if tag == "li" or (values.get("class") or "").startswith("verdict") else None
+        self._into = self.rows and self.rows[-1] if tag in ("td", "th") else told
         if self._into is not None:
             self._into.append("")
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th", "li"):
+        if tag in ("td", "th", "li", "p"):
             self._into = None
 
     def handle_data(self, data: str) -> None:
@@ -80,8 +80,14 @@ def read(path: Path) -> Reader:
     return Reader(path.read_text(encoding="utf-8"))
 
 
+def words(history: History) -> str:
+    """Return the verdict, the findings and the advice as one text."""
+    summary = summary_of(history, NOTHING)
+    return " ".join(part.text for part in (summary.verdict, *summary.findings, *summary.advice))
+
+
 def told(items: Sequence[Measurement], events: Sequence[Event] = (), **header: object) -> str:
-    return " ".join(story(History(header, tuple(items), tuple(events))))
+    return words(History(header, tuple(items), tuple(events)))
 
 
 # Which run.
@@ -111,7 +117,7 @@ def test_what_a_monitor_has_set_aside_is_drawn_only_by_its_name(tmp_path: Path):
     (tmp_path / "mine.jsonl").rename(tmp_path / "mine.damaged-1.jsonl")
     watched_run(tmp_path / "mine.jsonl", (7,))
     assert report(tmp_path) == tmp_path / "mine.html"
-    assert any("at step 7" in sentence for sentence in read(tmp_path / "mine.html").sentences)
+    assert "1 time, step 7, linearization" in (tmp_path / "mine.html").read_text()
     assert report(tmp_path / "mine.earlier-2.jsonl") == tmp_path / "mine.earlier-2.html"
     (tmp_path / "mine.jsonl").unlink()
     with pytest.raises(
@@ -127,7 +133,7 @@ def test_damaged_lines_are_counted_and_the_others_shown(tmp_path: Path):
     run.write_bytes(b"".join(lines))
     page = read(report(run))
     assert "Line 4 is damaged (it is not a JSON object). All other lines are shown." in page.sentences
-    assert any(sentence.startswith("19 measurements of 3 blocks") for sentence in page.sentences)
+    assert "19 times, steps 0 to 19" in run.with_suffix(".html").read_text()
     lines[5:18] = [b'{"layers": []}\n'] * 13
     run.write_bytes(b"".join(lines))
     (told,) = [sentence for sentence in read(report(run)).sentences if "damaged" in sentence]
@@ -206,7 +212,7 @@ def test_a_real_run_is_drawn_while_it_goes_and_afterwards(tmp_path: Path):
         for block in module.model.blocks:
             block.attention.proj.weight.mul_(30)
     fit(tmp_path, [SpectralMonitor(2, ResidualRescaler()), draw], module=module)
-    assert any("from step 0 to step 4" in sentence for sentence in draw.drawn.sentences)
+    assert "steps 0 to 4" in (tmp_path / "early.html").read_text()
     after = read(report(tmp_path))
     assert {"heatmap", "ratio", "mlp_scale", "typical_token_residual", "events", "actions"} <= set(after.charts)
     assert len(after.charts) >= len(draw.drawn.charts) > 0
@@ -259,11 +265,11 @@ def test_damaged_files_are_told_and_never_a_traceback(tmp_path: Path):
         run.write_bytes(damaged if number % 4 else damaged[:place] + rng.randbytes(1) + damaged[place + 1 :])
         try:
             history = History.read(run)
-            words = "".join(story(history))
-            assert words.isprintable()
+            text = words(history)
+            assert text.isprintable()
             assert len(history.measurements) >= len(STEPS) - 3  # two places, and a lost line end
             drawn += 1
-            assert ("is damaged" in words) == (len(history.damaged) == 1)
+            assert ("is damaged" in text) == (len(history.damaged) == 1)
             told += bool(history.damaged)
             if number % 40 == 0:
                 report(run)
@@ -280,7 +286,7 @@ def test_damaged_files_are_told_and_never_a_traceback(tmp_path: Path):
 
 def test_every_table_has_the_numbers_of_the_run(tmp_path: Path):
     page = read(report(steered_run(tmp_path / "spectral.jsonl")))
-    (last,) = (row for row in page.rows if row[:2] == ["4", "model.blocks.4"] and row[5:] == ["above the zone"])
+    (last,) = (row for row in page.rows if row[:2] == ["4", "model.blocks.4"] and row[-1] == "above the safe zone")
     assert float(last[4]) == pytest.approx(ratio(4, 6), rel=1e-3)
     extremes = next(row for row in page.rows if row[:2] == ["0", "model.blocks.0"] and len(row) == 6 and row[2] == "1")
     wanted = [1.0, ratio(0, 6), 1.0, ratio(0, 6)]
@@ -294,7 +300,7 @@ def test_every_table_has_the_numbers_of_the_run(tmp_path: Path):
 
 def test_a_list_of_events_that_is_cut_says_so():
     events = tuple(Event("note", step, step, (0,), "crossed") for step in range(2001))
-    table = event_table(History({}, tuple(measurements(("a",))), events))
+    table = event_table(events)
     assert (table.title, len(table.rows), table.rows[0][0]) == ("Events, the last 2,000 of 2,001", 2000, "2,000")
 
 
@@ -314,7 +320,7 @@ def test_a_run_without_a_single_ratio_still_has_its_tables():
     layers = (LayerMeasurement(0, "a", 2.0, None, attention_reason="packed 4-bit weights"),)
     history = History({}, (Measurement(0, "circuit", layers), Measurement(5, "circuit", layers)))
     assert list(run_charts(history)) == ["mlp_norm"]
-    assert "1 block without a ratio at the end" in " ".join(story(history))
+    assert "Without a ratio: block 0." in words(history)
 
 
 def test_the_page_runs_two_scripts_by_their_hash_and_reaches_nothing(tmp_path: Path):
@@ -339,7 +345,7 @@ def test_hostile_names_are_text_and_short(tmp_path: Path):
     page = read(path)
     assert page.tags.count("script") == 2
     assert page.tags.count("img") == 0
-    names = [row[1] for row in page.rows if len(row) == 6 and row[0].isdigit()]
+    names = [row[1] for row in page.rows if len(row) >= 6 and row[0].isdigit()]
     assert {HOSTILE[0], HOSTILE[1], HOSTILE[2], HOSTILE[3], HOSTILE[4]} <= set(names)
     assert all(name.isprintable() and len(name) <= 100 for name in names)
 
@@ -358,56 +364,15 @@ def test_hostile_headers_do_no_harm(tmp_path: Path):
         assert not {"b", "i", "u"} & set(read(report(run)).tags)
 
 
-# The words.
-
-
-def test_the_story_of_a_run_in_words():
-    items = measurements(tuple("abcde"))
-    events = [Event("failure", 60, 20, (0,), "x"), Event("warning", 40, 20, (4,), "y")]
-    text = told(items, events, rescaler={"gain": 1})
-    assert "7 measurements of 5 blocks from step 0 to step 80, by the “circuit” linearization." in text
-    assert "Inside the safe zone (0.5, 2): 5 of 5 blocks at the start, 1 of 5 blocks at the end." in text
-    assert f"Farthest below: block 0 (a) at ρ = {ratio(0, 6):.4g}." in text
-    assert "1 failure, at step 60; 1 warning. x" in text
-    assert "The controller was on and moved no scale." in text
-
-
-def test_the_witness_of_the_tokens_is_told():
-    text = told(measurements(("a", "b")))
-    smallest = 0.5 * math.exp(-5 - 0.1)
-    assert f"Token residual behind block 1: 0.17 at step 10, {smallest:.2g} at step 60; smallest {smallest:.2g}" in text
-    assert "below 0.01: that happened." in text
-    assert "that did not happen" in told(measurements(("a", "b"))[:3])
-    assert "Tokens were not measured (geometry=True)" in told(measurements(("a",), tokens=False))
-
-
-def test_what_did_not_happen_is_told_as_well():
-    text = told(measurements(("c",) * 3, tokens=False)[:1])
-    assert "1 measurement of 3 blocks at step 0" in text
-    assert "Inside the safe zone (0.5, 2): 3 of 3 blocks." in text
-    assert "Farthest" not in text
-    assert "No failure, no warning." in text
-    assert "The run was watched, not steered." in text
-
-
-def test_actions_are_added_up(tmp_path: Path):
-    text = " ".join(story(History.read(steered_run(tmp_path / "spectral.jsonl"))))
-    assert "The controller moved scales of 2 blocks in 3 actions, from step 40 to step 60." in text
-    dry = History.read(steered_run(tmp_path / "spectral.jsonl"))
-    assert "The controller would have moved" in " ".join(story(replace(dry, header={"rescaler": {"dry_run": True}})))
-
-
-def test_jacobians_have_no_zone():
-    items = [replace(item, linearization="jacobian") for item in measurements(("a", "b"))]
-    text = told(items)
-    assert "No safe zone is known for ratios of Jacobians." in text
-    assert "Inside" not in text
+# The words (see also test_summary.py).
 
 
 def test_texts_are_cleared():
     assert clear("a\x00b\u202ec\nd\u2028") == "a�b�c�d�"
     assert clear("x" * 101) == "x" * 99 + "…"
     assert clear("ρ ‖W‖ 漢") == "ρ ‖W‖ 漢"
+    assert block_list([3]) == "block 3"
+    assert block_list([7, 0, 1, 2, 4]) == "blocks 0–2, 4, 7"
 
 
 # The charts.
@@ -417,14 +382,20 @@ def test_images_have_the_ratios_and_steps_of_the_run_in_columns_of_one_width():
     history = History({}, tuple(measurements(tuple("abcde"))))
     (renderer,) = heat_chart(history, _range(), (0.5, 2.0)).renderers
     data = renderer.data_source.data
-    painted = np.concatenate(data["image"], axis=1)
-    np.testing.assert_allclose(painted, history.values("ratio"), rtol=1e-4)
-    assert np.isnan(painted[1, 3])
-    np.testing.assert_array_equal(np.concatenate(data["step"], axis=1)[0], STEPS)
-    np.testing.assert_array_equal(np.concatenate(data["block"], axis=1)[:, 0], range(5))
-    edges = np.concatenate([[x + dw * k / image.shape[1] for k in range(image.shape[1])]
-                            for x, dw, image in zip(data["x"], data["dw"], data["image"], strict=True)])  # fmt: skip
-    np.testing.assert_allclose(edges, step_edges(STEPS)[:-1])
+    np.testing.assert_array_equal(data["y"], np.asarray(data["block"]) - 0.5)
+    for block, name in enumerate("abcde"):
+        row = [place for place, index in enumerate(data["block"]) if index == block]
+        painted = np.concatenate([data["image"][place] for place in row], axis=1)
+        np.testing.assert_allclose(painted[0], history.values("ratio")[block], rtol=1e-4)
+        assert np.isnan(painted[0, 3]) == (block == 1)
+        np.testing.assert_array_equal(np.concatenate([data["step"][place] for place in row], axis=1)[0], STEPS)
+        assert {data["name"][place] for place in row} == {name}
+        edges = [
+            data["x"][place] + data["dw"][place] * k / data["image"][place].shape[1]
+            for place in row
+            for k in range(data["image"][place].shape[1])
+        ]
+        np.testing.assert_allclose(edges, step_edges(STEPS)[:-1])
 
 
 def _range():
@@ -435,9 +406,8 @@ def _range():
 
 @pytest.mark.parametrize("zone", [(0.5, 2.0), (0.25, 3.0), (1.2, 3.0)])
 def test_colours_are_white_at_one_jump_at_the_zone_and_grow_beyond(zone: tuple[float, float]):
-    limit = 3
-    colours = np.array([[int(c[k : k + 2], 16) for k in (1, 3, 5)] for c in zone_palette(limit, zone)], dtype=float)
-    powers = (np.arange(SHADES) + 0.5) / SHADES * 2 * limit - limit
+    colours = np.array([[int(c[k : k + 2], 16) for k in (1, 3, 5)] for c in zone_palette(zone)], dtype=float)
+    powers = (np.arange(SHADES) + 0.5) / SHADES * 2 * LIMIT - LIMIT
     lightness = colours @ [0.299, 0.587, 0.114]
     jumps = np.abs(np.diff(lightness))
     for edge in np.log2(zone):
@@ -457,10 +427,24 @@ def test_values_of_a_chart_keep_four_digits_and_their_gaps():
     assert rounded(np.array([0.0, 1.0, 0.5])).tolist() == [0.0, 1.0, 0.5]
 
 
+def test_labels_of_axes_and_of_the_ends_of_lines_do_not_collide(tmp_path: Path):
+    drawn = run_charts(History.read(steered_run(tmp_path / "spectral.jsonl")))
+    ends = {name: drawn[name].right[0] for name in QUANTITIES}
+    assert set(ends["ratio"].major_label_overrides.values()) == {"0", "1", "2", "3", "4"}
+    assert set(ends["attention_norm"].major_label_overrides.values()) == {"0–4"}
+    for name, axis in ends.items():
+        chart, logarithmic = drawn[name], QUANTITIES[name][1] == "log"
+        reach = np.log if logarithmic else np.asarray
+        pixel = (reach(chart.y_range.end) - reach(chart.y_range.start)) / (chart.height - 90)
+        for ticks in (axis.ticker.ticks, chart.yaxis[0].ticker.ticks if logarithmic else []):
+            assert (np.diff(reach(sorted(ticks))) >= 10 * pixel).all(), name
+    edges = drawn["ratio"].yaxis[0].major_label_overrides
+    assert (edges[0.5], edges[2.0]) == ("zone 1/2", "zone 2")
+
+
 def test_steps_and_blocks_have_no_halves(tmp_path: Path):
     charts = run_charts(History.read(steered_run(tmp_path / "spectral.jsonl")))
     counted = [chart.xaxis[0] for chart in charts.values()] + [charts["heatmap"].yaxis[0], charts["actions"].yaxis[0]]
-    counted += [charts["ratio"].right[-1]]  # the scale of its colours
     assert [axis.ticker.min_interval for axis in counted] == [1] * len(counted)
 
 

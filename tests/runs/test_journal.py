@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import shutil
 import threading
+import time
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from full_disk import full_disk
+from torch import nn
 
 from lightning_spectral.alarms import Event
 from lightning_spectral.errors import ConfigurationError
@@ -20,7 +24,7 @@ from lightning_spectral.records import Forecast, FunctionalMeasurement, LayerMea
 from lightning_spectral.runs import journal as room
 from lightning_spectral.runs.entries import LONGEST, entries
 from lightning_spectral.runs.history import History, history_of
-from lightning_spectral.runs.journal import Journal
+from lightning_spectral.runs.journal import Journal, described_model
 
 HEADER = {"linearization": "circuit"}
 EVENT = {"level": "note", "step": 5, "since": 5, "blocks": [0], "message": "block 0 leaves", "forecast": None}
@@ -51,7 +55,9 @@ def plain(event: Event) -> dict[str, Any]:
 
 
 def measured(journal: Journal) -> list[dict[str, Any]]:
-    return [line.entry for line in journal.lines() if line.entry is not None and "layers" in line.entry]
+    """Return the measurements in a journal as plain values, without the time of writing."""
+    found = [line.entry for line in journal.lines() if line.entry is not None and "layers" in line.entry]
+    return [{name: value for name, value in entry.items() if name != "time"} for entry in found]
 
 
 def steps(journal: Journal | Path) -> list[int]:
@@ -446,3 +452,30 @@ def test_other_files_are_refused(tmp_path: Path, text: str):
     path.write_text(text)
     with pytest.raises(ConfigurationError, match=r"other.jsonl' does not begin with the header"):
         read_journal(path)
+
+
+def test_the_file_says_when_and_by_what_it_was_written(tmp_path: Path):
+    began = time.time()
+    journal = Journal(tmp_path / "spectral.jsonl", HEADER)
+    for step in (0, 5):
+        journal.append(measurement(step))
+    history = History.read(tmp_path / "spectral.jsonl")
+    assert history.header["versions"]["python"] == platform.python_version()
+    assert history.header["versions"]["torch"] == version("torch")
+    assert list(history.times) == [0, 5]
+    assert began - 1 < history.times[0] <= history.times[5] < time.time() + 1
+
+
+@pytest.mark.parametrize("wrong", [None, "noon", -1, 1e18, [1]])
+def test_a_wrong_time_spoils_no_measurement(tmp_path: Path, wrong: object):
+    entry = measurement(0).to_dict() | {"time": wrong}
+    (tmp_path / "spectral.jsonl").write_text(json.dumps(entry) + "\n")
+    history = History.read(tmp_path / "spectral.jsonl")
+    assert (history.steps, history.times, history.damaged) == ((0,), {}, {})
+
+
+def test_a_model_is_described_by_its_class_and_size():
+    tied = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    tied[1].weight = tied[0].weight
+    assert described_model(tied) == {"name": "Sequential", "parameters": 9}
+    assert described_model(nn.LazyLinear(3)) == {"name": "LazyLinear", "parameters": None}

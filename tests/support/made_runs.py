@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -87,3 +88,11 @@ def watched_run(path: Path, steps: tuple[int, ...] = STEPS, linearization: str =
         layers = tuple(LayerMeasurement(one.index, one.name, one.mlp_norm, one.attention_norm) for one in item)
         journal.append(Measurement(item.step, item.linearization, layers))
     return path
+
+
+def append_measurement(path: Path) -> None:
+    """Let a run go on for one measurement, 10 steps behind its last one."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    last = [line for line in lines if "layers" in line][-1]
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(last | {"step": last["step"] + 10}) + "\n")
