@@ -188,9 +188,8 @@ def documented_keys() -> dict[str, tuple[str, str]]:
     """Unit and meaning of every key in the table of SpectralMonitor's docstring."""
     text = inspect.getdoc(SpectralMonitor) or ""
     found = {}
-    for names, unit, meaning in re.findall(
-        r"^``(spectral(?:_health)?/\w+(?:, _\w+)*)``\s{2,}(\S+)\s{2,}(.+)$", text, re.MULTILINE
-    ):
+    row = r"^``(spectral(?:_health)?/\w+(?:, _\w+)*)``\s{2,}(\S+)\s{2,}(.+)$"
+    for names, unit, meaning in re.findall(row, text, re.MULTILINE):
         first, *others = names.split(", ")
         meaning = re.sub(r"^with ``\w+``: ", "", meaning.replace(" 0", " 0")).replace("``", "`")
         for name in (first, *(first.rpartition("_")[0] + other for other in others)):
