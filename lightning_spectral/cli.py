@@ -232,11 +232,19 @@ def _check_folder(path: str | None) -> None:
 
 def _show(text: str) -> None:
     """Write a table to standard output, on a terminal with what is outside the safe zone in colour (no-color.org)."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if not plain and getattr(sys.stdout, "isatty", bool)():
+    if _is_colourful(sys.stdout):
         for side, colour in _COLOURS.items():
-            text = re.sub(rf"(?m) {side}( the safe zone)?(?=$|; )", rf"\x1b[{colour}m\g<0>\x1b[0m", text)
+            text = re.sub(rf"(?m) {side}( the safe zone)?(?=$|; )", f"\x1b[{colour}m\\g<0>\x1b[0m", text)
     _say(sys.stdout, text)
+
+
+def _is_colourful(stream: Any) -> bool:
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):  # none, or closed
+        return False
 
 
 def _failed(message: str) -> int:

@@ -13,8 +13,7 @@ attention averages tokens, and an MLP does not (Dong, Cordonnier and Loukas, arX
 """
 
 from lightning_spectral.alarms.memory import Memory
-from lightning_spectral.alarms.messages import ON_RATIOS
 from lightning_spectral.alarms.rules import falling_tokens, observe
 from lightning_spectral.records import Event
 
-__all__ = ["ON_RATIOS", "Event", "Memory", "falling_tokens", "observe"]
+__all__ = ["Event", "Memory", "falling_tokens", "observe"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning_spectral.records.text import Table, Tabular
 __all__ = ["Comparison", "compare"]
 
 SAME = 0.01  # a ratio that changes by less is the same: norms are estimates
-LONGEST = 18  # characters of a name, so that a row has 80
+LONGEST = 15  # characters of a name, so that a row has 80
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -50,26 +51,37 @@ class Comparison(Tabular):
         return f"largest change: block {two.index} ({two.name}), ratio {_factor(changes[place])}, by {_mover(one, two)}"
 
     def _table(self) -> Table:
-        rows = []
-        for one, two, change in zip(self.before, self.after, self.log_ratio_changes(), strict=True):
-            pairs = ((one.mlp_norm, two.mlp_norm), (one.attention_norm, two.attention_norm), (one.ratio, two.ratio))
-            factor = "-" if change is None else _factor(change)
-            sides = self.before.side(one), self.after.side(two)
-            moved = sides[0] if sides[0] == sides[1] else f"{sides[0] or 'in'} → {sides[1] or 'in'}"
-            rows.append([str(one.index), _ending(one.name), *(_pair(*pair) for pair in pairs), factor, moved])
+        both = tuple(zip(self.before, self.after, strict=True))
+        columns = [
+            [str(one.index) for one, _ in both],
+            [_ending(one.name) for one, _ in both],
+            *(
+                _pairs([(getattr(one, name), getattr(two, name)) for one, two in both])
+                for name in ("mlp_norm", "attention_norm", "ratio")
+            ),
+            ["-" if change is None else _factor(change) for change in self.log_ratio_changes()],
+            [_where(self.before.side(one), self.after.side(two)) for one, two in both],
+        ]
         notes = [
             f"note on the one {when}: {note}"
             for when, measurement in (("before", self.before), ("after", self.after))
             for note in measurement.notes
         ]
-        columns = [">4", "<block", "^mlp", "^attention", "^ratio", ">change", "<"]
+        names = [">3", "<block", "^mlp", "^attention", "^ratio", ">change", "<"]
         title = f"before → after, linearization={self.after.linearization!r}, {self.after.zone_words}"
-        return Table(title, columns, rows, [self.summary(), *notes])
+        return Table(title, names, list(zip(*columns, strict=True)), [self.summary(), *notes])
 
 
-def _pair(before: float | None, after: float | None) -> str:
-    left, right = ("-" if value is None else format(value, ".3g") for value in (before, after))
-    return f"{left:>6} → {right:<6}"
+def _pairs(values: Sequence[tuple[float | None, float | None]]) -> list[str]:
+    """Return a column of "before → after", with the arrows below each other."""
+    texts = [["-" if value is None else format(value, ".3g") for value in pair] for pair in values]
+    left, right = (max((len(pair[side]) for pair in texts), default=0) for side in (0, 1))
+    return [f"{before:>{left}} → {after:<{right}}" for before, after in texts]
+
+
+def _where(before: str, after: str) -> str:
+    """Return the side of the safe zone that a block is on, behind an arrow if it has come to it."""
+    return after if before == after else f"→ {after or 'inside'}"
 
 
 def _factor(change: float) -> str:

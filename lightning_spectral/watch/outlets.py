@@ -15,7 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from lightning_spectral.alarms import ON_RATIOS, Event
+from lightning_spectral.alarms import Event
+from lightning_spectral.alarms.messages import ON_RATIOS
 from lightning_spectral.control.actions import described_action
 from lightning_spectral.control.law import Action
 from lightning_spectral.pages import one_screen

@@ -101,7 +101,7 @@ def test_the_exit_code_says_whether_a_ratio_is_outside(folder: Path, tmp_path: P
     assert main(["audit", str(outside), str(inside), "--fail-outside-zone"]) == 0  # the last one counts
     assert main(["audit", str(inside), str(outside), "--fail-outside-zone"]) == 3
     out, err = capsys.readouterr()
-    assert out.count("in → above") == 3
+    assert out.count("→ above") == 3
     assert err.splitlines()[-1] == f"lightning-spectral: {outside}: outside the safe zone (0.5, 2): blocks 0, 1, 2"
     assert main(["audit", str(outside), "--fail-outside-zone", "--safe-zone", "0.001", "1e6"]) == 0
     assert "safe zone (0.001, 1e+06)" in capsys.readouterr().out
@@ -145,7 +145,7 @@ def test_a_key_chooses_and_notes_are_shown(tmp_path: Path, capsys: Any):
     assert "audit(path, key='ema' or key='model'), or --key on the command line" in capsys.readouterr().err
     assert main(["audit", path, "--key", "ema", "--json", str(tmp_path / "out.json")]) == 0
     note = "matrices of the file belong to none of 2 blocks, though their like do: model.layers.2"
-    assert note in capsys.readouterr().out.splitlines()[-1]
+    assert note in capsys.readouterr().out.splitlines()[-2]
     assert note in json.loads((tmp_path / "out.json").read_text())["notes"][0]
     assert main(["audit", path, path, "--key", "ema", "--html", str(tmp_path / "page.html")]) == 0
     assert capsys.readouterr().out.count(note) == 2  # of the one before, and of the one after
@@ -274,7 +274,7 @@ def test_a_terminal_has_colours_unless_the_user_wants_none(
     assert main(["audit", str(folder), str(outside)]) == 0
     coloured = value == "xterm"
     assert out.getvalue().count("\x1b[31m above the safe zone\x1b[0m") == 3 * coloured
-    assert out.getvalue().count("\x1b[31m above\x1b[0m") == 3 * coloured
+    assert out.getvalue().count("→\x1b[31m above\x1b[0m\n") == 3 * coloured
     assert ("\x1b" in out.getvalue()) == coloured
 
 

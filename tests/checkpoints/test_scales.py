@@ -16,7 +16,7 @@ from zoo import example
 from lightning_spectral import ExactSVD, SpectralMonitor, attach_scales, audit, find_blocks, fuse_scales, measure
 from lightning_spectral.cli import main
 from lightning_spectral.errors import CheckpointError
-from lightning_spectral.records import compare
+from lightning_spectral.records import LayerMeasurement, Measurement, compare
 
 
 def numbers(measurement: Any) -> list[Any]:
@@ -70,7 +70,7 @@ def test_a_lightning_checkpoint_is_measured_as_its_model(steered: bool, tmp_path
     # Without blocks and without a config: by what the monitor has left in the checkpoint.
     assert numbers(audit(tmp_path / "last.ckpt", solver=ExactSVD())) == numbers(measure(module, solver=ExactSVD()))
     assert main(["audit", str(tmp_path / "last.ckpt")]) == 0
-    assert capsys.readouterr().out.splitlines() == str(audit(tmp_path / "last.ckpt")).splitlines()
+    assert capsys.readouterr().out.splitlines()[:-1] == str(audit(tmp_path / "last.ckpt")).splitlines()
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -116,10 +116,11 @@ def test_two_checkpoints_are_compared_by_the_change_of_the_log_ratio(tmp_path: P
     comparison = compare(before, audit(tmp_path / "b.pt", blocks, solver=ExactSVD()))
     assert comparison.log_ratio_changes() == pytest.approx((0, math.log(2), 0), abs=1e-6)
     first, head, *lines = str(comparison).splitlines()
-    assert first == "before -> after, linearization='circuit'"
-    assert head.split() == ["block", "mlp", "attention", "ratio", "Δ", "ln", "ratio"]
-    assert lines[1].startswith("   1  transformer.h.1")
-    assert lines[1].endswith("+0.6931")
+    assert first == "before → after, linearization='circuit', safe zone (0.5, 2)"
+    assert head.split() == ["block", "mlp", "attention", "ratio", "change"]
+    assert lines[1].startswith("  1  transformer.h.1")
+    assert "  ×2  " in lines[1] or lines[1].endswith("  ×2")
+    assert lines[3] == "largest change: block 1 (transformer.h.1), ratio ×2, by its MLP"
     with pytest.raises(CheckpointError, match="two checkpoints cannot be compared: one has 3 blocks by 'circuit', the"):
         compare(before, measure(model, blocks, linearization="paper"))
     for one, two in (("sum", "base"), ("delta", "sum")):
@@ -156,3 +157,45 @@ def test_a_pretrained_file_has_the_exact_norms(linearization: Any):
             true = float(torch.linalg.matrix_norm(matrix, ord=2))
             assert math.isclose(found or 0, true, rel_tol=1e-5)
             assert math.isclose(near or 0, true, rel_tol=1e-2)
+
+
+def measured(*norms: tuple[float | None, float | None]) -> Measurement:
+    return Measurement(
+        0, "circuit", tuple(LayerMeasurement(index, f"model.layers.{index}", *pair) for index, pair in enumerate(norms))
+    )
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        (((1.0, 1.0), (20.0, 2.0)), "largest change: block 1 (model.layers.1), ratio ×10, by its MLP"),
+        (((1.0, 1.0), (2.0, 10.0)), "largest change: block 1 (model.layers.1), ratio ×0.2, by its attention"),
+        (((1.5, 1.0), (2.5, 3.0)), "largest change: block 0 (model.layers.0), ratio ×1.5, by its MLP"),
+        (
+            ((1.0, 1.0), (4.0, 1.0)),
+            "largest change: block 1 (model.layers.1), ratio ×4, by both branches (MLP ×2, attention ×0.5)",
+        ),
+        # Both have grown, the attention a little: it was the MLP.
+        (((1.0, 1.0), (40.0, 4.0)), "largest change: block 1 (model.layers.1), ratio ×10, by its MLP"),
+        (((1.0, 1.005), (2.0, 2.0)), "largest change: none, every ratio is the same to 1%"),
+        (((1.0, None), (None, 2.0)), "largest change: none, every ratio is the same to 1%"),
+    ],
+)
+def test_the_largest_change_is_named_with_the_branch_that_made_it(after: Any, expected: str):
+    comparison = compare(measured((1.0, 1.0), (2.0, 2.0)), measured(*after))
+    assert comparison.summary() == expected
+    assert expected in str(comparison).splitlines()
+
+
+def test_a_comparison_fits_a_terminal_and_marks_what_is_outside():
+    before = measured(*[(1.0, 1.0), (1.0, 9.0), (1.0, 1.0), (16.0, 0.4), (1.0, None)] * 20)
+    after = measured(*[(2.0, 1.0), (1.0, 1.0), (1.0, 2.1), (48.0, 0.2), (1.0, 1.0)] * 20)
+    _, _, *rows = str(compare(before, after)).splitlines()
+    assert max(map(len, rows)) <= 80
+    assert [" ".join(row.split()[-2:]) for row in rows[:5]] == [
+        "→ above",
+        "→ inside",
+        "→ below",
+        "×6 above",
+        "1 -",  # a ratio that did not exist before
+    ]

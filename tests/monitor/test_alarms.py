@@ -210,5 +210,5 @@ def test_the_updates_of_the_measured_batch_are_compared(tmp_path: Path):
     for step in (0, 3, 6):
         pairs = [(layer["update_ratio"], layer["update_cosine"]) for layer in seen[step]]
         assert pairs == [pytest.approx(pair, rel=1e-4, abs=1e-5) for pair in module.updates[step]]
-    logged = {row["step"]: row["spectral/update_ratio/01"] for row in rows(tmp_path)}
+    logged = {row["step"]: row["spectral_blocks/update_ratio/01"] for row in rows(tmp_path)}
     assert float(logged["3"]) == pytest.approx(module.updates[3][1][0], rel=1e-4)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import PYTHONPATH
 from shells import BATCHES, GPT, SHELLS, Run, Tokens, built, loader, optimizer_of
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -565,3 +570,43 @@ def test_a_state_from_before_the_first_measurement_keeps_the_run(tmp_path: Path)
     again.step(1)
     again.close()
     assert [path.name for path in tmp_path.glob("*.jsonl")] == ["spectral.jsonl"]
+
+
+UNCLOSED = """
+import torch
+from shells import built, loader
+from lightning_spectral import Watch
+
+def loop():
+    model, watch = built(), None
+    for step, batch in enumerate(loader(), start=1):
+        if watch is None:
+            watch = Watch(model, "run", every_n_steps=1)
+        watch.before_step(batch["ids"])
+        model(batch["ids"])
+        watch.step(step)
+        if step == 2:
+            raise KeyboardInterrupt
+
+loop()
+"""
+
+
+def test_a_watch_that_nobody_closes_says_what_it_knows_at_the_exit_on_standard_error(tmp_path: Path):
+    """In a process without Lightning, in which nobody has configured logging."""
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", UNCLOSED], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "")
+    start, *_, last, place, command = done.stderr.splitlines()
+    assert start == "Watch: 3 blocks, all verified, measured every step"
+    assert "KeyboardInterrupt" in done.stderr
+    assert "spectral ratio ?mlp??/?attention??, linearization='circuit', step 2" in done.stderr
+    assert "3 of 3 blocks inside the safe zone; measured in" in last
+    assert (place, command) == (
+        "Watch: files are in run, and this makes a page of them:",
+        "lightning-spectral report run",
+    )
+    assert History.read(tmp_path / "run").steps == (0, 1, 2)
+    assert (tmp_path / "run" / "spectral.png").exists()
