@@ -574,16 +574,15 @@ def test_a_state_from_before_the_first_measurement_keeps_the_run(tmp_path: Path)
 
 UNCLOSED = """
 import torch
-from shells import built, loader
 from lightning_spectral import Watch
 
 def loop():
-    model, watch = built(), None
-    for step, batch in enumerate(loader(), start=1):
-        if watch is None:
-            watch = Watch(model, "run", every_n_steps=1)
-        watch.before_step(batch["ids"])
-        model(batch["ids"])
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+    model = torch.nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    watch = Watch(model, "run", every_n_steps=1, safe_zone=(0.01, 100.0))
+    for step in (1, 2, 3):
+        watch.before_step()
+        model(torch.randn(4, 5, 16))
         watch.step(step)
         if step == 2:
             raise KeyboardInterrupt
@@ -599,7 +598,8 @@ def test_a_watch_that_nobody_closes_says_what_it_knows_at_the_exit_on_standard_e
         [sys.executable, "-c", UNCLOSED], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "")
-    start, *_, last, place, command = done.stderr.splitlines()
+    copies, start, *_, last, place, command = done.stderr.splitlines()
+    assert "blocks 0, 1, 2 have the same weights" in copies
     assert start == "Watch: 3 blocks, all verified, measured every step"
     assert "KeyboardInterrupt" in done.stderr
     assert "spectral ratio ?mlp??/?attention??, linearization='circuit', step 2" in done.stderr
