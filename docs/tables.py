@@ -1,18 +1,21 @@
-"""Pages that nobody types: which architectures are supported, from the tests; which keys are logged, from the code.
+"""Tables that nobody types: supported architectures, from the tests; logged keys and the reference, from the code.
 
-They are written to ``docs/_generated`` before every build, and included by ``architectures.md`` and ``keys.md``.
+``make tables`` writes them into the pages between ``<!-- begin: name -->`` and ``<!-- end: name -->``. They are
+committed, so that a repository's browser shows them; ``tests/docs/test_tables.py`` fails when one is stale.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import topics
 import zoo
+from topics import between, first_sentence, table
 from zoo import Example, hugging_face
 from zoo.reasons import CROSS, expected_reasons, has_ratio
 
@@ -21,10 +24,7 @@ from lightning_spectral.alarms import Memory
 from lightning_spectral.records import FunctionalMeasurement, LayerMeasurement, OutputMeasurement, WeightSignals
 from lightning_spectral.runs.series import logged_values
 
-if TYPE_CHECKING:
-    from sphinx.application import Sphinx
-
-FOLDER = Path(__file__).parents[1] / "_generated"
+DOCS = Path(__file__).parent
 
 NORMS = {
     "pre": "in front",
@@ -51,26 +51,12 @@ HEADINGS = {
 }
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
-    """Write the pages whenever a build begins."""
-    app.connect("builder-inited", lambda app: write())
-    return {"parallel_read_safe": True}
-
-
-def write() -> None:
-    """Write both pages."""
-    FOLDER.mkdir(exist_ok=True)
-    for name, lines in (("architectures.md", architectures()), ("keys.md", keys())):
-        path, text = FOLDER / name, "\n".join(lines) + "\n"
-        if not path.exists() or path.read_text(encoding="utf-8") != text:  # another build may be reading it
-            path.write_text(text, encoding="utf-8")
-
-
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """A table of Markdown."""
-    for cells in (titles, ["---"] * len(titles), *rows):
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-    yield ""
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every page that has tables, and its text with tables that are up to date."""
+    made = {"architectures": architectures(), "keys": keys(), "reference": topics.for_browsers()}
+    for name, lines in made.items():
+        path = DOCS / f"{name}.md"
+        yield path, between(path.read_text(encoding="utf-8"), name, "\n".join(lines))
 
 
 # --- Architectures ----------------------------------------------------------------------------------------------------
@@ -224,13 +210,13 @@ def meaning_of_layer(name: str) -> str:
     raise ValueError(f"no record explains {name!r}")
 
 
-def first_sentence(text: str) -> str:
-    """The text up to its first full stop, in one line."""
-    return re.split(r"(?<=\.)\s", " ".join(text.split()).replace("``", "`"))[0]
-
-
 def in_order(key: str) -> int:
     """The order of the quantities in the records."""
     records = (LayerMeasurement, FunctionalMeasurement, WeightSignals)
     names = ["ratio", *(field.name for record in records for field in fields(record))]
     return names.index(key.split("/")[1])
+
+
+if __name__ == "__main__":
+    for page, text in pages():
+        page.write_text(text, encoding="utf-8")
