@@ -599,7 +599,7 @@ def test_a_watch_that_nobody_closes_says_what_it_knows_at_the_exit_on_standard_e
     )
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "")
     copies, start, *_, last, place, command = done.stderr.splitlines()
-    assert "blocks 0, 1, 2 have the same weights" in copies
+    assert "blocks 0, 1, 2 begin as copies" in copies
     assert start == "Watch: 3 blocks, all verified, measured every step"
     assert "KeyboardInterrupt" in done.stderr
     assert "spectral ratio ?mlp??/?attention??, linearization='circuit', step 2" in done.stderr
