@@ -123,14 +123,14 @@ def flops(operator: Operator, start: Start, iterations: int) -> Flops:
     """Return the operations of all products, projections and factorizations of one operator."""
     (first, k), t, d = columns(start), iterations, operator.width
     products = 2 * operator.weights * (padded(first) + padded(k) * (t - 1) + k * t)
-    # Step i projects k columns onto i·k, twice, and takes the projection out, twice. Two Gram matrices make the rest
-    # orthonormal. In the end the basis is combined.
-    projections = 4 * k**2 * d * t * (t + 2) + 2 * KEPT * k * d * (t + 1) + 4 * KEPT**2 * d
+    # Step i projects k columns onto i·k, twice, and takes the projection out, twice; it projects noise once. Two Gram
+    # matrices make the rest orthonormal. In the end the basis is combined.
+    projections = k**2 * d * t * (5 * t + 9) + 2 * KEPT * k * d * (t + 1) + 4 * KEPT**2 * d
     factorizations = 2 * k**2 * d * t + 2 * KEPT**2 * d
     if start != "cold":
         projections += 2 * (KEPT**2 + RANDOM**2) * d  # Grams that bound the change of the operator
     if start == "again":  # V has been iterated once by then, and [V X] is made orthonormal
-        projections += 12 * KEPT**2 * d + 4 * k**2 * d
+        projections += 14 * KEPT**2 * d + 4 * k**2 * d
         factorizations += 2 * KEPT**2 * d + 2 * k**2 * d
     if start != "warm":
         factorizations += k**2 * d  # the products of the start made to fit

@@ -124,15 +124,15 @@ class BlockKrylov:
         column = Z @ self.basis.mT
         rest = torch.baddbmm(Z, column, self.basis, alpha=-1)
         # Each step needs new noise: the old may be part of the basis by now. Rolled normal numbers are as good as new.
-        size = _NOISE[Z.dtype] * Z.abs().amax((1, 2), keepdim=True)
-        Q, L = factored(torch.addcmul(rest, size, self._noise.roll(self.steps, 1)))
+        noise, size = self._noise.roll(self.steps, 1), _NOISE[Z.dtype] * Z.abs().amax((1, 2), keepdim=True)
+        Q, L = factored(torch.addcmul(rest, size, noise))
         # The rest after one projection may be little more than its rounding error, and then not orthogonal to the
         # basis. Two projections are enough ("twice is enough", Kahan and Parlett), and so are two factorizations.
         again = Q @ self.basis.mT
         Q, L2 = factored(torch.baddbmm(Q, again, self.basis, alpha=-1))
-        # Z = column · basis + L·Q of the first pass, and that Q = again · basis + L2·Q of the second pass. The noise
-        # and rounding errors in L · again are left out of T, which is then exactly the projection.
-        self._columns.append(column)
+        # Z + noise = column · basis + L·Q of the first pass, and that Q = again · basis + L2·Q of the second pass. The
+        # second pass corrects the rounding errors of the first one; only the noise does not belong to T.
+        self._columns.append(column + L @ again - size * (noise @ self.basis.mT))
         self._coupling = (L @ L2).mT  # (batch, b, b)
         self._next = Q
 
