@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from lightning_spectral.records import (
 )
 from lightning_spectral.records.measurements import OutputKind
 from lightning_spectral.tokens import token_residual
-from lightning_spectral.watch.options import LOOKS
+from lightning_spectral.watch.options import Look
 from lightning_spectral.watch.outermost import Call, OutermostCalls
 from lightning_spectral.weights.paths import module_at
 
@@ -60,7 +60,7 @@ class BatchWatch:
         blocks: The blocks.
         calls: The calls of modules of the model that show the blocks; a call of the model is guessed where there are
             none. They are traced once, to see which constants follow the branches.
-        looks: What is looked at, among :data:`~lightning_spectral.watch.options.LOOKS`.
+        looks: What is looked at, among :data:`~lightning_spectral.watch.options.Look`.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class BatchWatch:
         blocks: Sequence[ResidualBlock],
         calls: Sequence[Call] = (),
         *,
-        looks: Collection[str] = LOOKS,
+        looks: Collection[str] = get_args(Look),
     ) -> None:
         self._model, self._blocks = model, blocks
         self._sees_tokens = "tokens" in looks

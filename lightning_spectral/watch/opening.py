@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from lightning_spectral.records import Measurement, ResidualBlock
 
-__all__ = ["doubts", "found", "nothing_to_compare"]
+__all__ = ["doubts", "found", "is_lazy", "nothing_to_compare"]
 
 
 def found(blocks: Sequence[ResidualBlock], measurement: Measurement, every_n_steps: int) -> str:
@@ -28,6 +28,11 @@ def nothing_to_compare(measurement: Measurement) -> str | None:
         f"{_many(measurement.layers)}, none with a spectral ratio, so there is nothing to compare "
         f"(block {first.index}, {first.name}: {first.reason})"
     )
+
+
+def is_lazy(measurement: Measurement) -> bool:
+    """Whether nothing could be measured yet, because layers get their weights in the first forward pass."""
+    return all("its layer is lazy" in (layer.reason or "") for layer in measurement)
 
 
 def doubts(blocks: Sequence[ResidualBlock]) -> Iterator[str]:

@@ -15,13 +15,12 @@ from lightning_spectral.linalg.solvers import SolverChoice, solver_named
 from lightning_spectral.measuring.signals import SIGNALS
 from lightning_spectral.records import ResidualBlock
 
-__all__ = ["LOOKS", "AutoRescale", "OnAlarm", "Options", "Wanted"]
-
-LOOKS = ("tokens", "updates", "logits")
-"""What can be looked at in a batch: tokens and samples, updates of the branches, attention logits."""
+__all__ = ["AutoRescale", "Look", "OnAlarm", "Options", "Wanted"]
 
 AutoRescale = bool | GainCeiling | ResidualRescaler
 OnAlarm = Literal["log", "checkpoint", "stop"]
+Look = Literal["tokens", "updates", "logits"]
+"""What can be looked at in a batch: tokens and samples, updates of the branches, attention logits."""
 Wanted = Sequence[ResidualBlock] | Mapping[str, Any] | None
 """Blocks, hints for finding them, or nothing."""
 
@@ -66,7 +65,7 @@ class Options:
         if not callable(self.on_alarm):
             checked["on_alarm"] = _checks.choice("on_alarm", self.on_alarm, get_args(OnAlarm))
         if not isinstance(self.geometry, bool):
-            checked["geometry"] = _checks.choices("geometry", self.geometry, LOOKS)
+            checked["geometry"] = _checks.choices("geometry", self.geometry, get_args(Look))
         checked["verbose"] = _checks.flag("verbose", self.verbose)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -84,8 +83,8 @@ class Options:
 
     @property
     def looks(self) -> tuple[str, ...]:
-        """What is looked at in a batch, among :data:`LOOKS`."""
-        return tuple(self.geometry) if not isinstance(self.geometry, bool) else LOOKS if self.geometry else ()
+        """What is looked at in a batch, among :data:`Look`."""
+        return tuple(self.geometry) if not isinstance(self.geometry, bool) else get_args(Look) if self.geometry else ()
 
     @property
     def law(self) -> Law | None:

@@ -10,6 +10,7 @@ wherever the callback stands that saves it, and a run that goes on from there me
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from lightning_spectral.watch.fingerprint import fingerprint, same_weights
 from lightning_spectral.watch.first_forward import FirstForward
 from lightning_spectral.watch.host import Host
 from lightning_spectral.watch.moved import copied_blocks, told_of_copies, trained_names, with_moved
-from lightning_spectral.watch.opening import doubts, found, nothing_to_compare
+from lightning_spectral.watch.opening import doubts, found, is_lazy, nothing_to_compare
 from lightning_spectral.watch.options import Options
 from lightning_spectral.watch.outermost import Call
 from lightning_spectral.watch.outlets import Outlets
@@ -100,6 +101,7 @@ class Session:
         self._share: Measurement | None = None  # of this process
         self._look: _Look | None = None
         self._latest: Measurement | None = None  # of all processes
+        self._introduced = False
         self._weights: dict[str, tuple[bool, int]] = {}  # fingerprint of those that were measured last
         self._trained: frozenset[str] = frozenset()  # parameters of blocks that the run trains
         self._weights_step = 0  # and what the loop had counted then
@@ -317,11 +319,12 @@ class Session:
                 f"{self._host.name} found residual scales that differ between processes at step {measurement.step}: "
                 "something else has changed them in one process. It steers no more in this run"
             )
-        first, self._latest = self._latest is None, measurement
+        self._latest = measurement
         self._look = _Look(measurement, index, meter, settled)
         _, memory = observe(self.series.memory, measurement)
         self.outlets.publish(self._values(measurement, memory))
-        if first:
+        if not self._introduced and not is_lazy(measurement):
+            self._introduced = True
             self._introduce(measurement, meter.blocks)
 
     def _introduce(self, measurement: Measurement, blocks: Sequence[ResidualBlock]) -> None:
@@ -329,7 +332,7 @@ class Session:
         if (nothing := nothing_to_compare(measurement)) is None:
             inform(f"{self._host.name}: {found(blocks, measurement, self._options.every_n_steps)}")
         else:
-            warn(f"{self._host.name}: {nothing}")
+            inform(f"{self._host.name}: {nothing}", logging.WARNING)
 
     def _take_part(self, meter: Meter, step: int) -> None:
         """Measure the share of this process."""

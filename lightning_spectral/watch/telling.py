@@ -46,11 +46,11 @@ def speak_like(name: str) -> None:
         LOG.setLevel(logging.NOTSET)
 
 
-def inform(message: str) -> None:
+def inform(message: str, level: int = logging.INFO) -> None:
     """Say something, in the first process."""
     if is_first_process():
         with suppress(Exception):  # of a closed stream
-            LOG.info(message)
+            LOG.log(level, message)
 
 
 def warn(message: str) -> None:

@@ -80,7 +80,12 @@ def lines(folder: Path, after: int = -1) -> list[dict[str, Any]]:
     """Return all that the journal says of later steps, but for the time it took."""
     path = folder / "spectral.jsonl"
     entries = [*read_journal(path)[1], *read_actions(path), *read_events(path)]
-    return [{key: entry[key] for key in entry if key != "seconds"} for entry in entries if entry["step"] > after]
+    hidden = ("seconds", "time")
+    return [{key: entry[key] for key in entry if key not in hidden} for entry in entries if entry["step"] > after]
+        {key: entry[key] for key in entry if key not in ("seconds", "time")}
+        for entry in entries
+        if entry["step"] > after
+    ]
 
 
 def assert_goes_on(straight: Path, resumed: Path, modules: tuple[LitGPT, LitGPT], step: int) -> None:

@@ -82,7 +82,7 @@ def frobenius_norms_of_groups(
         total = _empty(operator).new_zeros(groups)
         for block in torch.split(probes, _COLUMNS, dim=1):
             rows = operator.matmat(block).to(total.dtype)
-            total += rows.square().view(groups, -1).sum(1)
+            total += rows.square().reshape(groups, -1).sum(1)
         (norms,) = agreed([total.sqrt()], [operator.mesh])
         return norms
 
