@@ -82,10 +82,6 @@ def lines(folder: Path, after: int = -1) -> list[dict[str, Any]]:
     entries = [*read_journal(path)[1], *read_actions(path), *read_events(path)]
     hidden = ("seconds", "time")
     return [{key: entry[key] for key in entry if key not in hidden} for entry in entries if entry["step"] > after]
-        {key: entry[key] for key in entry if key not in ("seconds", "time")}
-        for entry in entries
-        if entry["step"] > after
-    ]
 
 
 def assert_goes_on(straight: Path, resumed: Path, modules: tuple[LitGPT, LitGPT], step: int) -> None:

@@ -96,10 +96,6 @@ def lines(folder: Path, after: int) -> list[dict[str, Any]]:
     entries = [*records(folder), *read_actions(folder / "spectral.jsonl")]
     hidden = ("seconds", "time")
     return [{key: entry[key] for key in entry if key not in hidden} for entry in entries if entry["step"] >= after]
-        {key: entry[key] for key in entry if key not in ("seconds", "time")}
-        for entry in entries
-        if entry["step"] >= after
-    ]
 
 
 @pytest.mark.parametrize(("place", "step"), [*((place, 4) for place in PLACES), (PLACES[0], 5)])
