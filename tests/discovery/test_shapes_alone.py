@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,13 +26,20 @@ LOOKING = {
     *("dbrx", "experts_looped", "experts_looped_idle", "experts_modules", "experts_modules_shared"),
     *("experts_modules_idle", "refused_masked_add", "torchtitan_experts"),
 }
-MODELS = [member.name for member in examples() if member.callable]
+# Recurrent layers refuse parameters and inputs on two devices, also where nothing is computed.
+RECURRENT = {"hybrid", "refused_recurrent"}
+# An index buffer without content is guessed, and then some branch is not what it is: it must not be verified.
+GUESSED = {"swin"}
+MODELS = [
+    member.name
+    for member in examples()
+    if member.callable and (os.environ.get("SPECTRAL_ZOO") == "all" or zlib.crc32(member.name.encode()) % 5 == 0)
+]
 
 
-@pytest.mark.zoo
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_on_the_meta_device_has_the_blocks_of_the_model_with_numbers(name: str, found: Search) -> None:
-    """Names, kinds, sites, factors, ends, scores and the self-check."""
+    """Names, kinds, sites, factors, ends, scores, self-check: of a fifth of the zoo, of all with SPECTRAL_ZOO=all."""
     member = example(name)
     args, kwargs = member.inputs(member.build())
     hollow = member.build().to("meta")
@@ -38,6 +47,11 @@ def test_a_model_on_the_meta_device_has_the_blocks_of_the_model_with_numbers(nam
     if name in LOOKING:
         with pytest.raises(ExampleInputError, match=r"on the meta device.*the model looks at its data, by '.*mater"):
             find_blocks(hollow, batch=args or kwargs)
+    elif name in RECURRENT:
+        with pytest.raises(ExampleInputError, match="not at the same device"):
+            find_blocks(hollow, batch=args or kwargs)
+    elif name in GUESSED:
+        assert not all(block.verified for block in find_blocks(hollow, batch=args or kwargs))
     elif expected.refusal is not None:
         with pytest.raises(BlocksNotFoundError, match="no residual block was found"):
             find_blocks(hollow, batch=args or kwargs)
