@@ -134,4 +134,4 @@ def test_damaged_blocks_are_measured_or_refused(plain: Any, tmp_path: Path):
         outcomes[False] += 1
         assert message.isprintable()
         assert len(message) < 1200
-    assert min(outcomes.values()) > 50  # both happen
+    assert min(outcomes.values()) > 20  # both happen
