@@ -74,7 +74,7 @@ def comparisons(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def test_every_case_is_looked_at(two: Seen, four: Seen):
-    assert all(rank.keys() == {*OF_TWO, "outside", "refusals", "operators"} for rank in two)
+    assert all(rank.keys() == {*OF_TWO, "outside", "found", "refusals", "operators"} for rank in two)
     assert all(rank.keys() == {*OF_FOUR, "operators"} for rank in four)
 
 
