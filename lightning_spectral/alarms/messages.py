@@ -151,7 +151,7 @@ RULES: Mapping[str, Callable[[Level, Sign, int, Memory, Measurement], Event]] = 
 def _told(level: Level, name: str, sign: Sign, since: int, measurement: Measurement, text: str) -> Event:
     """Add what to try, and where to read more."""
     advice = ADVICE[name]
-    text = f"{text}. Try: {WORDS[advice[0]]}. {sureness(name)}{_PAGE}#{name}"
+    text = f"{text}. Try: {WORDS[advice[0]]}. {sureness(name)}More: {_PAGE}#{name}"
     return _event(level, name, measurement, sign.layers, since, text, sign, advice)
 
 

@@ -37,11 +37,11 @@ QUALITY: Mapping[str, Quality] = {
 
 
 def sureness(name: str) -> str:
-    """Return a remark on how often a rule was right, which ends before the place to read more."""
+    """Return a sentence on how often a rule was right, empty for a rule without figures."""
     quality = QUALITY.get(name)
     if quality is None:
-        return "More: "
+        return ""
     return (
         f"How sure: this message came in {quality.told} of {quality.failing} such failures and in {quality.false} of "
-        f"{quality.healthy} healthy runs of the benchmark. More: "
+        f"{quality.healthy} healthy runs of the benchmark. "
     )

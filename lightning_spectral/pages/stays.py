@@ -13,6 +13,7 @@ import numpy as np
 from lightning_spectral.alarms.rules import told_side
 from lightning_spectral.display.figure import Floats
 from lightning_spectral.pages.words import clear, many
+from lightning_spectral.records.comparison import moved_by
 from lightning_spectral.runs.history import History
 
 __all__ = ["Stay", "branch_that_moved", "returned", "stays"]
@@ -130,17 +131,11 @@ def _exp(value: float) -> float:
 def branch_that_moved(stay: Stay) -> Literal["MLP", "attention", "both", "neither"]:
     """Return the branch that has moved the ratio outwards since the first measurement.
 
-    ln ρ has changed by ln(growth of the MLP) - ln(growth of the attention). A branch counts if its part has the sign of
-    the side and is at least half as large as the other part.
+    ln ρ has changed by ln(growth of the MLP) - ln(growth of the attention).
     """
     sign = 1 if stay.side == "above" else -1
     parts = sign * math.log(stay.mlp_growth), -sign * math.log(stay.attention_growth)
-    most = max(parts)
-    if most < STEADY:
-        return "neither"
-    if min(parts) > most / 2:
-        return "both"
-    return "MLP" if parts[0] == most else "attention"
+    return moved_by(*parts) if max(parts) >= STEADY else "neither"
 
 
 def _grown(factor: float) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lightning_spectral.errors import CheckpointError
 from lightning_spectral.records.measurements import LayerMeasurement, Measurement
 from lightning_spectral.records.text import Table, Tabular
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "moved_by"]
 
 SAME = 0.01  # a ratio that changes by less is the same: norms are estimates
 LONGEST = 15  # characters of a name, so that a row has 80
@@ -92,17 +92,30 @@ def _ending(name: str) -> str:
     return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
 
 
+def moved_by(mlp: float, attention: float) -> Literal["MLP", "attention", "both"]:
+    """Return the branch that has moved a ratio: both, where the smaller part is more than half of the larger one.
+
+    Args:
+        mlp: The part of the MLP in a change of ln ρ, positive if it has the direction of the change.
+        attention: That of the attention, whose norm moves ρ the other way.
+    """
+    if min(mlp, attention) > max(mlp, attention) / 2:
+        return "both"
+    return "MLP" if mlp > attention else "attention"
+
+
 def _mover(one: LayerMeasurement, two: LayerMeasurement) -> str:
-    """Name the branch that moved a ratio: both, where the one that moved less has a third of the change."""
+    """Name the branch that moved a ratio, with the factors of both if both did."""
     assert one.mlp_norm
     assert two.mlp_norm
     assert one.attention_norm
     assert two.attention_norm
     mlp, attention = math.log(two.mlp_norm / one.mlp_norm), math.log(one.attention_norm / two.attention_norm)
-    change = mlp + attention
-    if min(mlp / change, attention / change) >= 1 / 3:
+    sign = math.copysign(1.0, mlp + attention)
+    branch = moved_by(sign * mlp, sign * attention)
+    if branch == "both":
         return f"both branches (MLP {_factor(mlp)}, attention {_factor(-attention)})"
-    return "its MLP" if abs(mlp) > abs(attention) else "its attention"
+    return f"its {branch}"
 
 
 def compare(before: Measurement, after: Measurement) -> Comparison:

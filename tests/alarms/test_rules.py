@@ -263,7 +263,7 @@ def test_a_collapse_is_told_at_the_second_measurement_with_what_came_before_and_
         "FAILURE at step 20: the network gives every token the same answer. Behind block 5 (b.5) the tokens of a "
         "sample have been nearly identical since step 10: they differ by 0.005 of their size, by 0.66 at step 0"
         ". Try: restart with the norms in front of attention and MLP (norm_first=True in PyTorch's layers). "
-        f"{sureness('tokens_collapsed')}docs/monitor.md#tokens_collapsed"
+        f"{sureness('tokens_collapsed')}More: docs/monitor.md#tokens_collapsed"
     )
     assert failure.values == pytest.approx({"token_residual": 0.005, "token_residual_before": 0.66, "step_before": 0.0})
     assert failure.advice == ("pre_norm", "ceiling", "lower_rate", "warm_up")
@@ -390,8 +390,8 @@ def test_samples_that_are_one_are_a_failure_though_tokens_differ():
     assert (failure.name, failure.step, failure.since, failure.blocks) == ("samples_collapsed", 30, 20, ())
     assert failure.message == (
         "FAILURE at step 30: the network gives every input the same answer. Since step 20 the outputs for "
-        f"different samples have been nearly identical: they differ by 0.03 of their size"
-        f". Try: lower the learning rate to a tenth. {sureness('samples_collapsed')}docs/monitor.md#samples_collapsed"
+        "different samples have been nearly identical: they differ by 0.03 of their size. Try: lower the learning rate "
+        f"to a tenth. {sureness('samples_collapsed')}More: docs/monitor.md#samples_collapsed"
     )
 
 
@@ -491,7 +491,7 @@ def test_weights_that_stay_as_they_were_are_told_after_three_measurements():
     assert failure.message == (
         "FAILURE at step 30: the network does not learn. None of its 2 trainable attention and MLP branches has "
         "changed since step 0, not by one bit. Try: check that the optimizer was built from the parameters of the "
-        f"final model. {sureness('nothing_moves')}docs/monitor.md#nothing_moves"
+        f"final model. {sureness('nothing_moves')}More: docs/monitor.md#nothing_moves"
     )
 
 
@@ -525,7 +525,7 @@ def test_logits_in_the_hundreds_are_a_warning_once():
         "WARNING at step 40: attention begins to look at single tokens, and can hardly learn to look elsewhere. In "
         "block 1 (b.1) the largest attention logit has been above 100 since step 30 (now 300, 99 at step 20), and a "
         "softmax of such logits is nearly one-hot. Try: normalize queries and keys (QK-norm). "
-        f"{sureness('logits_exploding')}docs/monitor.md#logits_exploding"
+        f"{sureness('logits_exploding')}More: docs/monitor.md#logits_exploding"
     )
     for _ in range(3):
         run.take(attending(run.step, 3.0, 50.0, None))
