@@ -4,7 +4,7 @@
 #   make test         the tests, in two processes; TEST_ARGS="-n 0" for one
 #   make test-zoo          the slow tests that run over the zoo of models, on the members that make test leaves out
 #   make test-examples     what a reader runs: the examples, the experiments, every block of the documentation
-#   make test-distributed  several processes: every strategy, precision and mode, as a table; MATRIX=32-true for one
+#   make test-distributed  several processes: every strategy, precision and mode, as a table; MATRIX=32-true for one precision
 #   make docs         the documentation as pages, in docs/_build; a warning is an error
 #   make tables       the tables of the documentation that are made from code and tests
 #   make lint         style, docstrings and types
