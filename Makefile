@@ -2,7 +2,7 @@
 #
 #   make demo         train the example GPT and watch it (two minutes on two cores)
 #   make test         the tests, in two processes; TEST_ARGS="-n 0" for one
-#   make test-zoo          the slow tests that run over the zoo of models, on the members that make test leaves out
+#   make test-zoo          the slow tests that run over the zoo of models, on those that make test leaves out; ZOO=half for half of them
 #   make test-examples     what a reader runs: the examples, the experiments, every block of the documentation
 #   make test-distributed  several processes: every strategy, precision and mode, as a table; MATRIX=32-true for one precision
 #   make docs         the documentation as pages, in docs/_build; a warning is an error
@@ -24,6 +24,7 @@ BENCHMARKS = imports solver overhead memory discovery penalty rescale jacobian s
 PYTEST = -m pytest -n 2 --dist worksteal
 READERS = tests/examples tests/docs
 MATRIX = full
+ZOO = rest
 PROCESSES = tests/distributed
 
 .PHONY: demo test test-zoo test-examples test-distributed docs tables lint format test-oldest test-newest bench clean
@@ -35,7 +36,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python $(PYTEST) $(addprefix --ignore=,$(READERS) $(PROCESSES)) $(TEST_ARGS)
 
 test-zoo: $(VENV)/.installed-test
-	SPECTRAL_ZOO=rest $(BIN)/python $(PYTEST) -m zoo $(addprefix --ignore=,$(READERS) $(PROCESSES)) $(TEST_ARGS)
+	SPECTRAL_ZOO=$(ZOO) $(BIN)/python $(PYTEST) -m zoo $(addprefix --ignore=,$(READERS) $(PROCESSES)) $(TEST_ARGS)
 
 test-examples: $(VENV)/.installed-test
 	$(BIN)/python $(PYTEST) $(READERS) $(TEST_ARGS)

@@ -83,8 +83,7 @@ def restless_run(folder: Path, kind: type[Restless], monitors: list[Any]) -> dic
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "watched": {},
-    "tokens": {"geometry": True, "per_layer": True},
+    "watched": {"per_layer": True},
     "steered": {"auto_rescale": ResidualRescaler(learnable=False)},
 }
 

@@ -38,7 +38,6 @@ Shell = Callable[[Run], Any]
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "watched": {"every_n_steps": 2},
-    "tokens": {"every_n_steps": 2, "geometry": True},
     "signals": {"every_n_steps": 2, "signals": ("change", "stable_rank", "alignment", "logit_bound")},
     "ceiling": {"every_n_steps": 2, "auto_rescale": True},
     "learned": {"every_n_steps": 2, "auto_rescale": GainCeiling(learnable=True)},
@@ -108,9 +107,8 @@ def test_it_measures_what_the_lightning_shell_measures(other: Shell, options: di
 # Watching changes nothing.
 
 
-@pytest.mark.parametrize("options", [OPTIONS["watched"], OPTIONS["tokens"]], ids=["watched", "tokens"])
-def test_a_watched_run_is_bitwise_the_run_that_nobody_watches(shell: Shell, options: dict[str, Any], tmp_path: Path):
-    runs = [Run(tmp_path / str(number), options=wanted) for number, wanted in enumerate((None, options))]
+def test_a_watched_run_is_bitwise_the_run_that_nobody_watches(shell: Shell, tmp_path: Path):
+    runs = [Run(tmp_path / str(number), options=wanted) for number, wanted in enumerate((None, OPTIONS["watched"]))]
     for run in runs:
         shell(run)
     assert same(*(weights(run.model) for run in runs))
@@ -118,14 +116,14 @@ def test_a_watched_run_is_bitwise_the_run_that_nobody_watches(shell: Shell, opti
 
 def test_it_leaves_the_random_stream_alone(shell: Shell, tmp_path: Path):
     drawn = []
-    for number, options in enumerate((None, {"every_n_steps": 1, "geometry": True})):
+    for number, options in enumerate((None, {"every_n_steps": 1})):
         torch.manual_seed(3)
         shell(Run(tmp_path / str(number), options=options))
         drawn.append(torch.rand(3))
     assert torch.equal(*drawn)
 
 
-@pytest.mark.parametrize("options", [OPTIONS["tokens"], OPTIONS["ceiling"]], ids=["tokens", "ceiling"])
+@pytest.mark.parametrize("options", [OPTIONS["watched"], OPTIONS["ceiling"]], ids=["watched", "ceiling"])
 def test_it_leaves_no_hook_behind(shell: Shell, options: dict[str, Any], tmp_path: Path):
     run = Run(tmp_path, options=options)
     twin = built()
@@ -141,7 +139,7 @@ def test_a_loop_that_fails_leaves_no_hook_and_keeps_what_was_measured(shell: She
         if step == 3:
             raise ArithmeticError("the loss is gone")
 
-    run = Run(tmp_path, options={"every_n_steps": 1, "geometry": True}, between=fail)
+    run = Run(tmp_path, options={"every_n_steps": 1}, between=fail)
     bare = hooks(run.model)
     with pytest.raises(ArithmeticError, match="the loss is gone"):
         shell(run)
@@ -286,7 +284,7 @@ class Collapsing:
 
 
 def collapsing(tmp_path: Path, **options: Any) -> Run:
-    run = Run(tmp_path, steps=30, options={"every_n_steps": 1, "geometry": True, **options})
+    run = Run(tmp_path, steps=30, options={"every_n_steps": 1, **options})
     run.between = Collapsing(run.model)
     return run
 
