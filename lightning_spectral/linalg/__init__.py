@@ -3,7 +3,7 @@
 from lightning_spectral.linalg.jacobian import Jacobian
 from lightning_spectral.linalg.matrix import Matrix
 from lightning_spectral.linalg.norms.exact import ExactSVD
-from lightning_spectral.linalg.norms.frobenius import frobenius_norm, frobenius_norms_of_groups
+from lightning_spectral.linalg.norms.frobenius import frobenius_norm, frobenius_norm_is_cheap, frobenius_norms_of_groups
 from lightning_spectral.linalg.norms.randomized import RandomizedSVD
 from lightning_spectral.linalg.norms.solution import Memory, Solver, SolverState, SpectralNorm
 from lightning_spectral.linalg.operators import Adjoint, Diagonal, Gather, LinearOperator, Product, Scaled
@@ -30,5 +30,6 @@ __all__ = [
     "Stacked",
     "Sum",
     "frobenius_norm",
+    "frobenius_norm_is_cheap",
     "frobenius_norms_of_groups",
 ]

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_spectral.linalg.halves import multiplied_in_parts, reads_halves
-from lightning_spectral.linalg.operators import LinearOperator, balanced_by_largest, check_weight, vector_dtype
+from lightning_spectral.linalg.operators import (
+    LinearOperator,
+    balanced_by_largest,
+    check_weight,
+    sum_dtype,
+    vector_dtype,
+)
 
 __all__ = ["Matrix"]
 
@@ -73,7 +79,7 @@ class Matrix(LinearOperator):
         if self._by_columns:
             rows, columns = columns, rows
         # Squares of 1e-30 vanish in float32; only the Apple GPU has nothing wider.
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        dtype = sum_dtype(self.device)
         lengths = []
         for piece in self._pieces(self.dtype, small=True):
             piece = piece.to(dtype)

@@ -30,6 +30,7 @@ __all__ = [
     "check_weight",
     "dense_by_columns",
     "largest_mesh",
+    "sum_dtype",
     "vector_dtype",
 ]
 
@@ -314,6 +315,11 @@ def largest_mesh(operators: Iterable[LinearOperator]) -> DeviceMesh | None:
 def vector_dtype(weight: Tensor) -> torch.dtype:
     """Return float64 for a float64 weight, else float32: the dtype of the vectors it multiplies."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of long sums: float64, or float32 where the device has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def balanced_by_largest(operator: LinearOperator, largest: float) -> tuple[LinearOperator, int] | None:

@@ -103,7 +103,7 @@ class _Chain:
                     "a norm of single heads stands behind a matrix, through which no gradient goes"
                 )
             right = Product(*self.operators[place:])
-            probes, spread = _probes(right)
+            probes, spread = probes_of(right)
             generator = torch.Generator().manual_seed(0)
             sizes = frobenius_norms_of_groups(right, groups, generator=generator, n_probes=probes)
             factors = torch.where(sizes > 0, math.sqrt(right.shape[0] / groups) / sizes, 0.0)
@@ -255,12 +255,12 @@ def _divided(item: Linearized, differentiable: bool) -> Linearized:
         return item
     if differentiable:
         raise ConfigurationError("it is a sum of terms with norms of their own, through which no gradient goes")
-    probes, deviation = _probes(right)
+    probes, deviation = probes_of(right)
     size = frobenius_norm(right, generator=torch.Generator().manual_seed(0), n_probes=probes)
     return Linearized(Scaled(item.operator, math.sqrt(right.shape[0]) / float(size)), None, deviation + item.deviation)
 
 
-def _probes(operator: LinearOperator) -> tuple[int, float]:
+def probes_of(operator: LinearOperator) -> tuple[int, float]:
     """Return how many probes estimate a Frobenius norm, and the largest relative standard deviation that is left."""
     exact = operator.shape[1] <= EXACT_WIDTH
     probes = max(PROBES, operator.shape[1] if exact else 0)

@@ -18,21 +18,20 @@ from lightning_spectral.discovery.asked import check_blocks
 from lightning_spectral.discovery.find import asked_blocks
 from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg import SolverState, SpectralNorm, frobenius_norm
+from lightning_spectral.linalg import RandomizedSVD, SolverState, SpectralNorm
 from lightning_spectral.linalg.operators import largest_mesh
 from lightning_spectral.linalg.sharding.flattened import FlatShard
 from lightning_spectral.linalg.sharding.sharded import agreed, in_one_piece
 from lightning_spectral.linalg.solvers import SolverChoice, solver_named
 from lightning_spectral.measuring.jacobians import measure_functions
 from lightning_spectral.measuring.linearize import (
-    EXACT_WIDTH,
-    PROBES,
     Adapters,
     Linearized,
     WeightLinearization,
     linearize_kind,
 )
 from lightning_spectral.measuring.logit_bounds import logit_bound
+from lightning_spectral.measuring.norm_sizes import NormSize, norm_sizes
 from lightning_spectral.measuring.signals import NOTHING, SIGNALS, Signals, alignment, neighbours, signals_of
 from lightning_spectral.records import (
     Alternative,
@@ -121,6 +120,7 @@ class Meter:
         self._reasons: dict[Kind, str | None] = {}
         self._keys: tuple[str, ...] = ()
         self._state: SolverState | None = None
+        self._sizes: list[NormSize | None] = []
 
     def measure(self, step: int = 0, share: tuple[int, int] = (0, 1)) -> Measurement:
         """Measure every block now, or a share of them.
@@ -207,26 +207,31 @@ class Meter:
     def _solve(self, items: Sequence[Linearized], keys: tuple[str, ...]) -> tuple[list[SpectralNorm], list[Signals]]:
         """Return the spectral norms of the normalized operators, warm-started if they are the ones of last time."""
         operators = [item.operator for item in items]
-        before = self._state
-        if before is None or keys != self._keys:
-            before = self.solver.init(operators)
+        before, sizes = self._state, self._sizes
+        if before is None or keys != self._keys or len(sizes) != len(items):
+            before, sizes = self.solver.init(operators), [None] * len(items)
         before = replace(before, keeps_images="change" in self.signals)
         norms, self._state = self.solver.compute(operators, before)
         self._keys = keys
-        normalized = list(map(_normalized, norms, items, self._state.subspaces))
+        rights, carry = [item.normalized for item in items], isinstance(self.solver, RandomizedSVD)
+        self._sizes = norm_sizes(rights, self._state.subspaces, sizes, carry=carry)
+        normalized = list(map(_normalized, norms, items, self._sizes))
         known = (operators, norms, before.memories, self._state.memories)
         return normalized, [signals_of(self.signals, *found) for found in zip(*known, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the warm start as plain values and tensors."""
         state = None if self._state is None else self._state.state_dict()
-        return {"linearization": self.linearization, "keys": list(self._keys), "solver": state}
+        sizes = [None if size is None else size.state_dict() for size in self._sizes]
+        return {"linearization": self.linearization, "keys": list(self._keys), "solver": state, "sizes": sizes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the warm start of an earlier run; a state of another linearization or of other keys is dropped."""
         if state.get("linearization") != self.linearization or not state.get("solver"):
             return
         self._keys, self._state = tuple(state["keys"]), SolverState.from_state_dict(state["solver"])
+        sizes = state.get("sizes") or [None] * len(self._keys)
+        self._sizes = [None if size is None else NormSize.from_state_dict(size) for size in sizes]
 
 
 def measure(
@@ -316,23 +321,16 @@ def _key(paths: Iterable[Path]) -> str:
     return "||".join("|".join(f"{item.parameter}{item.layout}{item.rows}" for item in chain) for chain in factors)
 
 
-def _normalized(norm: SpectralNorm, item: Linearized, subspace: Tensor | None) -> SpectralNorm:
+def _normalized(norm: SpectralNorm, item: Linearized, size: NormSize | None) -> SpectralNorm:
     """Divide by the expected size of what enters a norm behind a matrix."""
-    right = item.normalized
-    if norm.value is None or (right is None and not item.deviation):
+    if norm.value is None or (size is None and not item.deviation):
         return norm
     value, deviation = norm.value, item.deviation
-    if right is not None:
-        probes = max(PROBES, right.shape[1] if right.shape[1] <= EXACT_WIDTH else 0)
-        generator = torch.Generator().manual_seed(0)
-        size = float(frobenius_norm(right, generator=generator, n_probes=probes, subspace=subspace))
-        if not size:
+    if item.normalized is not None and size is not None:
+        if not size.size:
             return SpectralNorm(None, None, EMPTY_NORM, norm.iterations)
-        value *= math.sqrt(right.shape[0]) / size
-        if right.shape[1] > probes and subspace is not None:
-            # Relative standard deviation of the estimate: at most 1 / √(2 · probes · r), r the stable rank.
-            largest = float(torch.linalg.matrix_norm(right.matmat(subspace), ord=2))
-            deviation += largest / size / math.sqrt(2 * probes)
+        value *= math.sqrt(item.normalized.shape[0]) / size.size
+        deviation += size.deviation
     return SpectralNorm(value, (norm.error_bound or 0.0) + _DEVIATIONS * deviation, None, norm.iterations)
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.linalg.matrix import Matrix
-from lightning_spectral.linalg.operators import Adjoint, Diagonal, LinearOperator, Product, Scaled
+from lightning_spectral.linalg.norms.precision import full_precision
+from lightning_spectral.linalg.operators import Adjoint, Diagonal, LinearOperator, Product, Scaled, sum_dtype
 from lightning_spectral.linalg.sharding.sharded import Sharded, agreed, balanced
 
-__all__ = ["frobenius_norm", "frobenius_norms_of_groups"]
+__all__ = ["frobenius_norm", "frobenius_norm_is_cheap", "frobenius_norms_of_groups"]
 
 # Columns multiplied at a time: at this width a product takes the least time per column.
 _COLUMNS = 16
@@ -43,7 +44,7 @@ def frobenius_norm(
     Returns:
         A scalar in float64, or float32 where the device has no float64. NaN if a weight is NaN or infinite.
     """
-    with torch.no_grad(), torch.autocast(operator.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(operator.device.type, enabled=False), full_precision():
         before = generator.get_state()
         (norm,) = agreed([_norm(operator, generator, n_probes, subspace)], [operator.mesh])
         # Between the fifth roots of the limits there is room for the intermediate products of a chain. Outside, they
@@ -56,6 +57,11 @@ def frobenius_norm(
             return norm.fill_(math.nan)
         generator.set_state(before)  # the same probes: balancing must not change the estimate
         return _norm(scaled[0], generator, n_probes, subspace) * 2.0 ** scaled[1]
+
+
+def frobenius_norm_is_cheap(operator: LinearOperator) -> bool:
+    """Whether :func:`frobenius_norm` is exact and reads every weight once, as for a matrix between diagonals."""
+    return len(_others(_factors(operator))) < 2
 
 
 def frobenius_norms_of_groups(
@@ -73,7 +79,7 @@ def frobenius_norms_of_groups(
         ``(groups,)``, as :func:`frobenius_norm`.
     """
     n = operator.shape[1]
-    with torch.no_grad(), torch.autocast(operator.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(operator.device.type, enabled=False), full_precision():
         if n <= n_probes:
             probes = torch.eye(n, dtype=operator.dtype, device=operator.device)
         else:
@@ -90,7 +96,7 @@ def frobenius_norms_of_groups(
 def _norm(operator: LinearOperator, generator: torch.Generator, n_probes: int, subspace: Tensor | None) -> Tensor:
     """Return ‖A‖_F, by the cheapest of the ways that :func:`frobenius_norm` names. No step guards against overflow."""
     factors = _factors(operator)
-    others = [factor for factor in factors if not isinstance(factor, Diagonal)]
+    others = _others(factors)
     if not others:
         norm: Tensor = torch.linalg.vector_norm(_gain(factors))
         return norm
@@ -102,6 +108,11 @@ def _norm(operator: LinearOperator, generator: torch.Generator, n_probes: int, s
     middle = factors.index(others[0])
     left, right = _gain(factors[:middle]), _gain(factors[middle + 1 :])
     return weight.weighted_norm(left, right) if weight is others[0] else weight.weighted_norm(right, left)
+
+
+def _others(factors: Sequence[LinearOperator]) -> list[LinearOperator]:
+    """Return the factors that are no diagonals."""
+    return [factor for factor in factors if not isinstance(factor, Diagonal)]
 
 
 def _factors(operator: LinearOperator) -> list[LinearOperator]:
@@ -121,8 +132,7 @@ def _factors(operator: LinearOperator) -> list[LinearOperator]:
 
 def _empty(operator: LinearOperator) -> Tensor:
     """Return an empty tensor with the device and dtype of sums."""
-    dtype = torch.float32 if operator.device.type == "mps" else torch.float64
-    return torch.empty(0, dtype=dtype, device=operator.device)
+    return torch.empty(0, dtype=sum_dtype(operator.device), device=operator.device)
 
 
 def _gain(diagonals: Sequence[LinearOperator]) -> Tensor | None:

@@ -14,12 +14,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_spectral.linalg.operators import sum_dtype
+
 __all__ = ["factored", "orthonormalized", "wide"]
 
 
 def wide(rows: Tensor) -> Tensor:
     """Convert to float64, or to float32 on the Apple GPU, which has nothing wider."""
-    return rows.to(torch.float32 if rows.device.type == "mps" else torch.float64)
+    return rows.to(sum_dtype(rows.device))
 
 
 def factored(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from lightning_spectral.linalg.operators import (
     balanced_by_largest,
     check_weight,
     dense_by_columns,
+    sum_dtype,
     vector_dtype,
 )
 from lightning_spectral.linalg.sharding.flattened import FlatShard, boxes
@@ -130,7 +131,7 @@ class Sharded(LinearOperator):
 
     def weighted_norm(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
         """Return √Σ (rowsᵢ · weightᵢⱼ · columnsⱼ)²; see :meth:`Matrix.weighted_norm`."""
-        total = torch.zeros((), dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+        total = torch.zeros((), dtype=sum_dtype(self.device), device=self.device)
         for matrix, r, c in self._tiles:
             left, right = (None if rows is None else rows[r]), (None if columns is None else columns[c])
             total = total + matrix.weighted_norm(left, right).square()
