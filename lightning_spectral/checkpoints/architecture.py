@@ -25,6 +25,7 @@ from lightning_spectral.checkpoints.source import Source, find_transformers_sour
 from lightning_spectral.checkpoints.untrusted import printable
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.errors import CheckpointError, SpectralError
+from lightning_spectral.linalg.threads import one_thread
 from lightning_spectral.records import ResidualBlock
 from lightning_spectral.weights.names import parameters_of
 
@@ -66,7 +67,7 @@ def from_config(
     Raises:
         CheckpointError: transformers does not know the architecture, or the checkpoint holds another one.
     """
-    with _quiet(), _one_thread():
+    with _quiet(), one_thread():
         try:
             make = _Architecture(entries, 4 * len(checkpoint.shapes) + 1000, _numbers(checkpoint.shapes))
             model = make.model({}, "meta")
@@ -202,17 +203,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(level)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run torch in one thread, which is faster for narrow models."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from traceback import walk_tb
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from lightning_spectral.discovery.trace.tape import Tape
 from lightning_spectral.errors import ExampleInputError
 from lightning_spectral.linalg.sharding.flattened import is_flattened
 from lightning_spectral.linalg.sharding.presence import is_dtensor, is_fully_sharded
+from lightning_spectral.linalg.threads import one_thread
 from lightning_spectral.passes.aside import kept
 
 __all__ = ["Pass", "attempted_calls", "passed", "recorded", "refuse_unreadable"]
@@ -139,7 +141,8 @@ def _search(
     for description, make in _arguments(module, args, kwargs):
         try:
             positional, named = make()
-            found = _pass(model, module, positional, named, description, symbolic)
+            with nullcontext() if args or kwargs else one_thread():  # guesses are small
+                found = _pass(model, module, positional, named, description, symbolic)
             if args or kwargs or not attends_to_one(found.tape):
                 return [found]
             poor = [found]  # attention over one position cannot show that it mixes positions: try a larger picture

@@ -23,6 +23,7 @@ from lightning_spectral.discovery.trace.probe import Prober, Region
 from lightning_spectral.discovery.trace.surprises import SURPRISES, surprise
 from lightning_spectral.discovery.trace.tape import Tape
 from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
+from lightning_spectral.linalg.threads import one_thread
 from lightning_spectral.records import Blocks, Branch, ResidualBlock
 
 __all__ = ["Found", "asked_blocks", "blocks_in_calls", "blocks_of", "find_blocks"]
@@ -226,7 +227,8 @@ def _blocks_on(model: nn.Module, passes: Sequence[Pass], hints: Mapping[str, Any
     notes: list[str] = []
     for item in passes:
         try:
-            on_tape = blocks_of(item.tape, model)
+            with one_thread():
+                on_tape = blocks_of(item.tape, model)
         except SURPRISES as error:
             refusals.append(surprise("the pass could not be read", error))
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
 import torch
@@ -17,11 +18,14 @@ from lightning_spectral.linalg.operators import (
     sum_dtype,
     vector_dtype,
 )
+from lightning_spectral.linalg.threads import all_threads
 
 __all__ = ["Matrix"]
 
 # Elements that are converted at a time for a weight that torch cannot multiply in place (16 bits, odd strides).
 _PIECE_SIZE = 1 << 18
+# Elements from which on a product takes longer than to wait for a thread that shares its core: some milliseconds.
+_LARGE = 1 << 22
 # Columns and rows of a product that CPUs multiply fastest.
 _COLUMNS = 16
 _ROWS = 1024
@@ -55,11 +59,13 @@ class Matrix(LinearOperator):
 
     def matmat(self, X: Tensor) -> Tensor:
         """Multiply: ``(n, k) -> (m, k)``."""
-        return self._down(X) if self._by_columns else self._across(X)
+        with self._threads():
+            return self._down(X) if self._by_columns else self._across(X)
 
     def adjoint(self, Y: Tensor) -> Tensor:
         """Multiply by the transpose: ``(m, k) -> (n, k)``."""
-        return self._across(Y) if self._by_columns else self._down(Y)
+        with self._threads():
+            return self._across(Y) if self._by_columns else self._down(Y)
 
     def dense(self) -> Tensor:
         """Convert the weight."""
@@ -87,6 +93,9 @@ class Matrix(LinearOperator):
         length = torch.cat(lengths)
         norm: Tensor = torch.linalg.vector_norm(length if rows is None else length * rows)
         return norm
+
+    def _threads(self) -> AbstractContextManager[None]:
+        return all_threads() if self.weight.numel() >= _LARGE else nullcontext()
 
     def _across(self, X: Tensor) -> Tensor:
         """Multiply the stored rows by a block: ``(p, k) -> (q, k)`` for stored rows ``(q, p)``."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_spectral.linalg import LinearOperator, frobenius_norm, frobenius_norm_is_cheap
-from lightning_spectral.linalg.norms.precision import full_precision
+from lightning_spectral.linalg.norms.precision import own_arithmetic
 from lightning_spectral.linalg.operators import sum_dtype
 from lightning_spectral.linalg.sharding.sharded import agreed
 from lightning_spectral.measuring.linearize import probes_of
@@ -120,18 +120,19 @@ def _squares(operators: Sequence[LinearOperator | None]) -> list[tuple[float, ..
     found: dict[int, Tensor] = {}
     meshes: list[DeviceMesh | None] = []
     probes: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
-    with torch.no_grad(), full_precision():
-        for i, operator in enumerate(operators):
-            if operator is None or operator.shape[1] <= 4 * _PROBES or frobenius_norm_is_cheap(operator):
-                continue
-            kind = (operator.shape[1], operator.dtype, operator.device)
-            if kind not in probes:
-                signs = torch.randint(0, 2, (kind[0], _PROBES), generator=torch.Generator().manual_seed(1))
-                probes[kind] = (2 * signs - 1).to(operator.device, operator.dtype)
-            meshes.append(operator.mesh)
+    for i, operator in enumerate(operators):
+        if operator is None or operator.shape[1] <= 4 * _PROBES or frobenius_norm_is_cheap(operator):
+            continue
+        kind = (operator.shape[1], operator.dtype, operator.device)
+        if kind not in probes:
+            generator = torch.Generator().manual_seed(1)
+            signs = torch.randint(0, 2, (kind[0], _PROBES), generator=generator, device=generator.device)
+            probes[kind] = (2 * signs - 1).to(operator.device, operator.dtype)
+        with own_arithmetic(operator.device):
             images = operator.matmat(probes[kind])
             found[i] = images.to(sum_dtype(operator.device)).square().sum(0)
-        together = agreed(list(found.values()), meshes)
-        numbers = torch.stack([x.to(together[0].device) for x in together]).tolist() if found else []
+        meshes.append(operator.mesh)
+    together = agreed(list(found.values()), meshes)
+    numbers = torch.stack([x.to(together[0].device) for x in together]).tolist() if found else []
     rows = dict(zip(found, map(tuple, numbers), strict=True))
     return [rows.get(i, ()) for i in range(len(operators))]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.linalg.matrix import Matrix
-from lightning_spectral.linalg.norms.precision import full_precision
+from lightning_spectral.linalg.norms.precision import own_arithmetic
 from lightning_spectral.linalg.operators import Adjoint, Diagonal, LinearOperator, Product, Scaled, sum_dtype
 from lightning_spectral.linalg.sharding.sharded import Sharded, agreed, balanced
 
@@ -44,7 +44,7 @@ def frobenius_norm(
     Returns:
         A scalar in float64, or float32 where the device has no float64. NaN if a weight is NaN or infinite.
     """
-    with torch.no_grad(), torch.autocast(operator.device.type, enabled=False), full_precision():
+    with own_arithmetic(operator.device):
         before = generator.get_state()
         (norm,) = agreed([_norm(operator, generator, n_probes, subspace)], [operator.mesh])
         # Between the fifth roots of the limits there is room for the intermediate products of a chain. Outside, they
@@ -79,7 +79,7 @@ def frobenius_norms_of_groups(
         ``(groups,)``, as :func:`frobenius_norm`.
     """
     n = operator.shape[1]
-    with torch.no_grad(), torch.autocast(operator.device.type, enabled=False), full_precision():
+    with own_arithmetic(operator.device):
         if n <= n_probes:
             probes = torch.eye(n, dtype=operator.dtype, device=operator.device)
         else:

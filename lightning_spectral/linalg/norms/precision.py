@@ -1,4 +1,4 @@
-"""Products in the precision of their factors, whatever the training has allowed itself."""
+"""The arithmetic of a solver, whatever the training has allowed itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["full_precision"]
+from lightning_spectral.linalg.threads import one_thread
+
+__all__ = ["full_precision", "own_arithmetic"]
+
+
+@contextmanager
+def own_arithmetic(device: torch.device) -> Iterator[None]:
+    """Compute without a graph, without autocast, in full precision, and small steps in one thread."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), full_precision(), one_thread():
+        yield
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from lightning_spectral.linalg.norms.exact import largest_singular
 from lightning_spectral.linalg.norms.iteration import Outcome, iterate
 from lightning_spectral.linalg.norms.krylov import BlockKrylov, Ritz
 from lightning_spectral.linalg.norms.orthonormal import orthonormalized
-from lightning_spectral.linalg.norms.precision import full_precision
+from lightning_spectral.linalg.norms.precision import own_arithmetic
 from lightning_spectral.linalg.norms.solution import (
     OUT_OF_RANGE,
     Memory,
@@ -128,7 +128,7 @@ class RandomizedSVD:
         norms: list[SpectralNorm] = [SpectralNorm(None, None)] * len(operators)
         for group in _side_by_side(operators, memories):
             device = operators[group[0][0]].device
-            with torch.no_grad(), torch.autocast(device.type, enabled=False), full_precision():
+            with own_arithmetic(device):
                 batches = []
                 for indices in group:
                     warm = [memory for i in indices if (memory := memories[i])]
