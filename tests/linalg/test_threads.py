@@ -49,7 +49,7 @@ def chain(width: int, hidden: int) -> LinearOperator:
 
 
 def test_small_steps_take_one_thread_and_large_products_take_all():
-    operator, solver = chain(512, matrices._LARGE // 512), RandomizedSVD()
+    operator, solver = chain(2048, matrices._LARGE // 2048), RandomizedSVD()
     with Seen() as seen:
         solver.compute([operator], solver.init([operator]))
     assert set(seen.counts) == {1, 3}
