@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -53,8 +53,8 @@ class Operator(NamedTuple):
     Attributes:
         width: Channels d of the residual stream.
         weights: Entries N of both matrices.
-        forward: Rows of the two blocks that a product makes, one behind each matrix.
-        adjoint: Rows of the two blocks that the transposed product makes.
+        forward: Rows of the blocks that a product adds up, one behind each matrix.
+        adjoint: Rows of the blocks that the transposed product adds up.
     """
 
     width: int
@@ -93,11 +93,19 @@ class Messages(NamedTuple):
     sums: int
 
 
-def operators(shape: Shape) -> list[Operator]:
-    """Return the operators of a model in the order in which they are solved: attention and MLP, block by block."""
+def operators(shape: Shape, stays: Collection[str] = ()) -> list[Operator]:
+    """Return the operators of a model in the order in which they are solved: attention and MLP, block by block.
+
+    Args:
+        shape: The model.
+        stays: The branches, ``"attention"`` and ``"mlp"``, of whose blocks only those behind the second matrix are
+            added up, because tensor parallelism leaves the first ones where they are read.
+    """
     d, f, v = shape.width, shape.hidden, shape.values
-    attention = Operator(d, d * v + d * d, forward=v + d, adjoint=d + d)  # heads are repeated behind W_v
-    mlp = Operator(d, 2 * d * f, forward=f + d, adjoint=f + d)
+    own = {"attention": (v, d), "mlp": (f, f)} | dict.fromkeys(stays, (0, 0))
+    (forward, adjoint), (up, down) = own["attention"], own["mlp"]
+    attention = Operator(d, d * v + d * d, forward=forward + d, adjoint=adjoint + d)  # heads are repeated behind W_v
+    mlp = Operator(d, 2 * d * f, forward=up + d, adjoint=down + d)
     return [attention, mlp] * shape.layers
 
 
@@ -144,21 +152,34 @@ def summed(operator: Operator, start: Start, iterations: int) -> float:
     return WORD * rows
 
 
-def multiplied(start: Start, iterations: int) -> int:
-    """Return the number of products by single matrices, two for each product by A and for each by Aᵀ."""
-    return 4 * iterations + 2 * (start == "again")
+def block_sums(start: Start, iterations: Sequence[int], stays: Collection[str] = ()) -> int:
+    """Return how often the operators of a batch add up blocks together.
+
+    Every product by a matrix ends in a sum: two for each product by A and for each by Aᵀ. An operator whose first
+    blocks stay where they are takes half as many, and waits for the others while they run.
+
+    Args:
+        start: Of all operators.
+        iterations: One number per operator, of attention and MLP in turn.
+        stays: See :func:`operators`.
+    """
+    half, whole = 0, 0
+    for name, t in zip(("attention", "mlp") * len(iterations), iterations, strict=False):
+        half, whole = (max(half, t), whole) if name in stays else (half, max(whole, t))
+    return 4 * whole + 2 * max(0, half - whole) + (2 if whole else 1) * (start == "again")
 
 
-def messages(shape: Shape, start: Start, iterations: Sequence[int]) -> Messages:
+def messages(shape: Shape, start: Start, iterations: Sequence[int], stays: Collection[str] = ()) -> Messages:
     """Return what one process contributes: every sum of blocks is one all-reduce, whatever the weights are cut along.
 
     Args:
         shape: The model.
         start: Of all operators.
         iterations: One number per operator.
+        stays: See :func:`operators`.
     """
-    items = operators(shape)
-    longest = [max(iterations[i : i + BATCH]) for i in range(0, len(items), BATCH)]
+    items = operators(shape, stays)
+    batches = [iterations[i : i + BATCH] for i in range(0, len(items), BATCH)]
     # The range with, if warm, the carried bounds; then the errors, after the first step or, if certified, the second.
     known, skipped = (8 if start == "cold" else 24), (0 if start == "warm" else 1)
     looks = sum(t - skipped for t in iterations)
@@ -169,7 +190,7 @@ def messages(shape: Shape, start: Start, iterations: Sequence[int]) -> Messages:
         agreed=len(items) * (gains + known + 16) + 32 * looks,
         gathered=len(items) * gains,
         # The gains of all operators: gathered, and taken from the first process; their norms.
-        sums=sum(multiplied(start, t) + 1 + t - skipped for t in longest) + 3,
+        sums=sum(block_sums(start, batch, stays) + 1 + max(batch) - skipped for batch in batches) + 3,
     )
 
 

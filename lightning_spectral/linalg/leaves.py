@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 from lightning_spectral.linalg.operators import Adjoint, LinearOperator, Product, Scaled
 from lightning_spectral.linalg.sums import Sum
 
-__all__ = ["Leaf", "Walk", "multiplied", "walk"]
+__all__ = ["Leaf", "Walk", "flat", "multiplied", "walk"]
+
+
+Factors = tuple[tuple[LinearOperator, bool], ...]
 
 
 class Leaf(NamedTuple):
@@ -21,11 +24,14 @@ class Leaf(NamedTuple):
         operator: An operator that is not composed of others.
         X: ``(n, k)``, or ``(m, k)`` where the transpose multiplies.
         transposed: Whether the transpose multiplies.
+        then: The factors that multiply the product next, first the nearest, each with whether its transpose does. Their
+            parts may be composed. Empty where something else happens to the product, such as an addition.
     """
 
     operator: LinearOperator
     X: Tensor
     transposed: bool
+    then: Factors = ()
 
     def multiplied(self) -> Tensor:
         """Return the product as the operator computes it."""
@@ -36,7 +42,7 @@ Walk = Generator[Leaf, Tensor, Tensor]
 """Yields the leaves in the order of multiplication, is sent each product, and returns the product of the whole."""
 
 
-def walk(operator: LinearOperator, X: Tensor, *, transposed: bool = False) -> Walk:
+def walk(operator: LinearOperator, X: Tensor, *, transposed: bool = False, then: Factors = ()) -> Walk:
     """Multiply a block of vectors by an operator, leaf by leaf.
 
     The walk itself only adds and scales, with a graph where ``X`` or the number of a ``Scaled`` has one. Its caller
@@ -48,11 +54,14 @@ def walk(operator: LinearOperator, X: Tensor, *, transposed: bool = False) -> Wa
         operator: The operator, ``(m, n)``.
         X: ``(n, k)``, or ``(m, k)`` where the transpose multiplies.
         transposed: Whether the transpose multiplies.
+        then: What multiplies the product of the whole next; see :class:`Leaf`.
     """
     match operator:
         case Product():
-            for factor in operator.operators if transposed else reversed(operator.operators):
-                X = yield from walk(factor, X, transposed=transposed)
+            factors = operator.operators if transposed else operator.operators[::-1]
+            for i, factor in enumerate(factors, 1):
+                rest = tuple((other, transposed) for other in factors[i:])
+                X = yield from walk(factor, X, transposed=transposed, then=rest + then)
             return X
         case Sum():
             terms = []
@@ -60,11 +69,26 @@ def walk(operator: LinearOperator, X: Tensor, *, transposed: bool = False) -> Wa
                 terms.append((yield from walk(term, X, transposed=transposed)))
             return torch.stack(terms).sum(0)
         case Adjoint():
-            return (yield from walk(operator.operator, X, transposed=not transposed))
+            return (yield from walk(operator.operator, X, transposed=not transposed, then=then))
         case Scaled():
-            return (yield from walk(operator.operator, X * operator.c, transposed=transposed))
+            return (yield from walk(operator.operator, X * operator.c, transposed=transposed, then=then))
         case _:
-            return (yield Leaf(operator, X, transposed))
+            return (yield Leaf(operator, X, transposed, then))
+
+
+def flat(factors: Factors) -> Iterator[tuple[LinearOperator, bool]]:
+    """Yield the leaves of factors in the order of multiplication, a sum as one of them; numbers are left out."""
+    for operator, transposed in factors:
+        match operator:
+            case Product():
+                parts = operator.operators if transposed else operator.operators[::-1]
+                yield from flat(tuple((part, transposed) for part in parts))
+            case Adjoint():
+                yield from flat(((operator.operator, not transposed),))
+            case Scaled():
+                yield from flat(((operator.operator, transposed),))
+            case _:
+                yield operator, transposed
 
 
 def multiplied(operator: LinearOperator, X: Tensor, answer: Callable[[Leaf], Tensor]) -> Tensor:

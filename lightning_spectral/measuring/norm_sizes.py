@@ -12,18 +12,16 @@ where the mean has the standard deviation of k differences over √k, and the di
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_spectral.linalg import LinearOperator, frobenius_norm, frobenius_norm_is_cheap
+from lightning_spectral.linalg import LinearOperator, Stacked, frobenius_norm, frobenius_norm_is_cheap
 from lightning_spectral.linalg.norms.precision import own_arithmetic
 from lightning_spectral.linalg.operators import sum_dtype
-from lightning_spectral.linalg.sharding.sharded import agreed
 from lightning_spectral.measuring.linearize import probes_of
 
 __all__ = ["NormSize", "norm_sizes"]
@@ -117,22 +115,22 @@ def _estimated(operator: LinearOperator, subspace: Tensor | None, squares: tuple
 
 def _squares(operators: Sequence[LinearOperator | None]) -> list[tuple[float, ...]]:
     """Return ‖Bg‖² for every vector g, read in a single transfer; nothing where all of ‖B‖_F is as cheap."""
-    found: dict[int, Tensor] = {}
-    meshes: list[DeviceMesh | None] = []
-    probes: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+    alike: dict[Hashable, dict[int, LinearOperator]] = {}
     for i, operator in enumerate(operators):
-        if operator is None or operator.shape[1] <= 4 * _PROBES or frobenius_norm_is_cheap(operator):
-            continue
-        kind = (operator.shape[1], operator.dtype, operator.device)
-        if kind not in probes:
-            generator = torch.Generator().manual_seed(1)
-            signs = torch.randint(0, 2, (kind[0], _PROBES), generator=generator, device=generator.device)
-            probes[kind] = (2 * signs - 1).to(operator.device, operator.dtype)
-        with own_arithmetic(operator.device):
-            images = operator.matmat(probes[kind])
-            found[i] = images.to(sum_dtype(operator.device)).square().sum(0)
-        meshes.append(operator.mesh)
-    together = agreed(list(found.values()), meshes)
-    numbers = torch.stack([x.to(together[0].device) for x in together]).tolist() if found else []
-    rows = dict(zip(found, map(tuple, numbers), strict=True))
-    return [rows.get(i, ()) for i in range(len(operators))]
+        if operator is not None and operator.shape[1] > 4 * _PROBES and not frobenius_norm_is_cheap(operator):
+            alike.setdefault((operator.shape, operator.dtype, operator.device), {})[i] = operator
+    found: dict[int, Tensor] = {}
+    for group in alike.values():
+        batch = Stacked(list(group.values()))
+        generator = torch.Generator().manual_seed(1)
+        signs = torch.randint(0, 2, (_PROBES, batch.shape[1]), generator=generator, device=generator.device)
+        rows = (2 * signs - 1).to(batch.device, batch.dtype)
+        with own_arithmetic(batch.device):
+            images = batch.matmat(rows.expand(len(batch), -1, -1)).to(sum_dtype(batch.device))
+            found.update(zip(group, batch.agreed(images.square().sum(2)), strict=True))
+    if not found:
+        return [()] * len(operators)
+    device = next(iter(found.values())).device
+    numbers = torch.stack([squares.to(device) for squares in found.values()]).tolist()
+    rows_of = dict(zip(found, map(tuple, numbers), strict=True))
+    return [rows_of.get(i, ()) for i in range(len(operators))]

@@ -37,8 +37,9 @@ OF_TWO = (
     "layouts",
     "wide",
     "wide_and_tensor_parallel",
+    "hidden_blocks_stay",
 )
-OF_FOUR = ("both", "both_uneven", "replicated_groups", "flat_groups")
+OF_FOUR = ("hidden_blocks_stay_in_their_row", "both", "both_uneven", "replicated_groups", "flat_groups")
 LABELS = {"index", "name", "mlp_expert", "mlp_reason", "attention_reason", "reason"}
 
 Seen = list[dict[str, Any]]
@@ -103,9 +104,24 @@ def test_processes_add_up_and_gather_nothing(seen: Seen):
 def test_what_travels_is_small_beside_the_smallest_weight(two: Seen, name: str):
     item = two[0][name]
     sizes = [size for operation, size in item["sharded_traffic"] if operation == "all_reduce"]
-    # 14 columns times the channels between the factors of both branches, which travel together.
-    assert max(sizes) == 14 * (384 + 768)
+    # 14 columns times the channels between the factors of both branches, which travel together. With tensor
+    # parallelism the channels of the MLP stay, and the second block of the MLP travels beside the first of attention.
+    assert max(sizes) == 14 * (384 + (384 if name == "wide_and_tensor_parallel" else 768))
     assert max(sizes) < item["smallest_weight"] / 8
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_hidden_blocks_are_not_added_up_where_each_process_reads_its_own(two: Seen, four: Seen, name: str):
+    width, operators = 96, 4
+    item = two[0]["hidden_blocks_stay"][name]
+    blocks = [size for _, size in item["sharded_traffic"] if size > operators * width]
+    # Two sums for every product by AᵀA, all of blocks of the width of the stream.
+    assert blocks
+    assert all(size % width == 0 for size in blocks)
+    assert max(blocks) == operators * (16 if name == "gemma2" else 14) * width
+    # Where sharding cuts the rows too, the hidden blocks are added up along its processes.
+    inside = four[0]["hidden_blocks_stay_in_their_row"][name]["sharded_traffic"]
+    assert len(inside) > len(item["sharded_traffic"])
 
 
 @pytest.mark.parametrize("name", ["not_finite", "flat_not_finite"])

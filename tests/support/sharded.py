@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
 from zoo import example
 
 from lightning_spectral import (
@@ -493,6 +495,46 @@ def wide(mesh: DeviceMesh) -> Any:
 def wide_and_tensor_parallel(mesh: DeviceMesh) -> Any:
     """The same with heads and channels cut."""
     return compared(lambda: GPT(384, 4, 4, 768, layers=1), tensor_parallel(mesh))
+
+
+def own_matrices(mesh: DeviceMesh) -> Callable[[nn.Module], Any]:
+    """Cut the heads and the hidden channels of Hugging Face layers, whose projections are matrices of their own."""
+    first = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    last = ("self_attn.o_proj", "mlp.down_proj")
+    plan = {name: ColwiseParallel() for name in first} | {name: RowwiseParallel() for name in last}
+
+    def shard(model: nn.Module) -> None:
+        for layer in model.model.layers:
+            parallelize_module(layer, mesh, plan)
+
+    return shard
+
+
+def own_model(kind: str) -> nn.Module:
+    """Build two blocks whose heads and hidden channels are no multiples of the width."""
+    settings = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 20}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **settings, **heads, pad_token_id=0, eos_token_id=1)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@case(2)
+def hidden_blocks_stay(mesh: DeviceMesh) -> Any:
+    """No process reads what another one has computed, but for the sum behind each branch."""
+    return {name: compared(partial(own_model, name), own_matrices(mesh)) for name in ("llama", "gemma2")}
+
+
+@case(4)
+def hidden_blocks_stay_in_their_row(mesh: DeviceMesh) -> Any:
+    """The same inside of sharding, which cuts the rows of both matrices."""
+
+    def shard(model: nn.Module) -> None:
+        own_matrices(mesh["tp"])(model)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh["dp"])
+
+    return {name: compared(partial(own_model, name), shard) for name in ("llama", "gemma2")}
 
 
 @case(4)

@@ -12,6 +12,7 @@ the first process (:func:`agreed`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard, final
 
 import torch
@@ -29,7 +30,7 @@ from lightning_spectral.linalg.operators import (
 )
 from lightning_spectral.linalg.sharding.flattened import FlatShard, boxes
 from lightning_spectral.linalg.sharding.presence import is_dtensor
-from lightning_spectral.linalg.sharding.tiles import Cut, held, stand_in, tiles
+from lightning_spectral.linalg.sharding.tiles import Cut, held, places, stand_in, tiles
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -91,10 +92,27 @@ class Sharded(LinearOperator):
         view = stand_in(weight.shape) if view is None else view
         if view.ndim not in (2, 3) or view.numel() == 0:
             raise ConfigurationError(f"weight must be read in 2 or 3 dimensions, got shape {tuple(view.shape)}.")
+        self._weight, self._view = weight, view
         self.shape, self.dtype = (view.shape[:-1].numel(), view.shape[-1]), vector_dtype(local)
         self.device = local.device
         # Tiles are views of the local part: optimizer steps in place are seen, and nothing is copied.
         self._tiles = [tile for part, indices in parts for tile in tiles(part, weight.shape, indices, view)]
+
+    def owners(self, mesh_dim: int, *, rows: bool) -> Tensor | None:
+        """Return which process along a dimension of the mesh holds each row, or column; the same on all processes.
+
+        Args:
+            mesh_dim: The dimension of the mesh.
+            rows: Whether rows are meant.
+
+        Returns:
+            ``(m,)`` or ``(n,)``, places along the dimension; ``None`` where none holds whole rows, or all of them.
+        """
+        if isinstance(self._weight, FlatShard) or mesh_dim not in self._dims:
+            return None
+        dim = self._weight.placements[mesh_dim].dim  # type: ignore[attr-defined]
+        found = places(self._view, self._weight.shape)[0 if rows else 1][dim]
+        return None if found is None else _owners(self._weight, mesh_dim, dim)[found]
 
     def share(self, X: Tensor, *, transposed: bool) -> Share:
         """Return the contribution of this process to ``W @ X``, or to ``Wᵀ @ X``."""
@@ -246,6 +264,22 @@ def _sharded_dims(weight: DTensor) -> tuple[int, ...]:
     return tuple(dims)
 
 
+def _owners(weight: DTensor, mesh_dim: int, dim: int) -> Tensor:
+    """Return the place along a dimension of the mesh of the process that holds each index of a weight's dimension."""
+    owners = torch.empty(weight.shape[dim], dtype=torch.long, device="cpu")
+    cutting = [i for i, item in enumerate(weight.placements) if getattr(item, "dim", None) == dim]
+    for coordinate in product(*(range(weight.device_mesh.size(i)) for i in cutting)):
+        cuts = [_cut(weight, i, place) for i, place in zip(cutting, coordinate, strict=True)]
+        owners[held(len(owners), cuts)] = coordinate[cutting.index(mesh_dim)]
+    return owners
+
+
+def _cut(weight: DTensor, mesh_dim: int, place: int) -> Cut:
+    """Return the cut of a weight along a dimension of the mesh, at a place along it."""
+    pieces = getattr(weight.placements[mesh_dim], "split_factor", 1)
+    return Cut(weight.device_mesh.size(mesh_dim), place, pieces)
+
+
 def _held(weight: DTensor) -> list[Tensor]:
     """Return the indices that this process holds, for every dimension of a weight."""
     coordinate = weight.device_mesh.get_coordinate()
@@ -253,6 +287,5 @@ def _held(weight: DTensor) -> list[Tensor]:
     cuts: list[list[Cut]] = [[] for _ in weight.shape]
     for mesh_dim, placement in enumerate(weight.placements):
         if not placement.is_replicate():
-            cut = Cut(weight.device_mesh.size(mesh_dim), coordinate[mesh_dim], getattr(placement, "split_factor", 1))
-            cuts[placement.dim].append(cut)  # type: ignore[attr-defined]
+            cuts[placement.dim].append(_cut(weight, mesh_dim, coordinate[mesh_dim]))  # type: ignore[attr-defined]
     return [held(size, several) for size, several in zip(weight.shape, cuts, strict=True)]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg.leaves import Walk, walk
+from lightning_spectral.linalg.leaves import Leaf, Walk, walk
 from lightning_spectral.linalg.operators import LinearOperator
+from lightning_spectral.linalg.sharding.hidden import unsummed
 from lightning_spectral.linalg.sharding.sharded import Sharded, Share, added, agreed
 
 __all__ = ["Stacked"]
@@ -86,6 +87,16 @@ def _in_turn(operator: LinearOperator, X: Tensor, turns: tuple[bool, ...]) -> Wa
     return X
 
 
+def _product(leaf: Leaf) -> Tensor | Share:
+    """Return the product of a leaf, or the share of this process where others have to add theirs."""
+    if not isinstance(leaf.operator, Sharded):
+        return leaf.multiplied()
+    share = leaf.operator.share(leaf.X, transposed=leaf.transposed)
+    left_out = unsummed(leaf)
+    dims = tuple(dim for dim in share.dims if dim not in left_out)
+    return share._replace(dims=dims) if dims else share.block
+
+
 def _side_by_side(walks: Sequence[Walk]) -> list[Tensor]:
     """Finish all walks, with one collective for the sharded leaves that all of them have reached.
 
@@ -100,9 +111,9 @@ def _side_by_side(walks: Sequence[Walk]) -> list[Tensor]:
     def go_on(i: int, total: Tensor | None) -> None:
         try:
             leaf = next(walks[i]) if total is None else walks[i].send(total)
-            while not isinstance(leaf.operator, Sharded):
-                leaf = walks[i].send(leaf.multiplied())
-            waiting[i] = leaf.operator.share(leaf.X, transposed=leaf.transposed)
+            while isinstance(product := _product(leaf), Tensor):
+                leaf = walks[i].send(product)
+            waiting[i] = product
         except StopIteration as stop:
             results[i] = stop.value
 

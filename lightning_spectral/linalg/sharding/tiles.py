@@ -12,7 +12,7 @@ The answer has three steps:
 
 1. `stand_in` makes a meta tensor in which entry i of the weight lies at address i + 1. The caller takes the view of
    this tensor that makes the matrix; its strides then tell which entry of the weight each matrix entry is.
-2. `_places` splits these entry numbers into one index per stored dimension. Either the rows of the matrix or its
+2. `places` splits these entry numbers into one index per stored dimension. Either the rows of the matrix or its
    columns walk along a stored dimension, not both. So the held part is a grid: held rows × held columns.
 3. `_runs` looks up the held indices, and collects successive rows (or columns) at one distance in memory. A run of rows
    and a run of columns make a tile, a strided view of the local tensor::
@@ -36,7 +36,7 @@ from torch import Tensor
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.matrix import Matrix
 
-__all__ = ["Cut", "Tile", "held", "stand_in", "tiles"]
+__all__ = ["Cut", "Tile", "held", "places", "stand_in", "tiles"]
 
 _NO_VIEW = "the weight is sharded, and it is rearranged on the way to a matrix in a way that is no view of it"
 
@@ -116,7 +116,7 @@ def tiles(local: Tensor, shape: torch.Size, indices: Sequence[Tensor], view: Ten
     Raises:
         ConfigurationError: If the matrix is no view of the weight, or not a rectangle of it.
     """
-    rows, columns = _places(view, shape)
+    rows, columns = places(view, shape)
     # Held rows and held columns are independent of each other, so every run of rows meets every run of columns.
     return [
         Tile(Matrix(_rectangle(local, row, column)), row.positions, column.positions)
@@ -142,7 +142,7 @@ class _Run(NamedTuple):
         return int(self.positions.stop - self.positions.start)
 
 
-def _places(view: Tensor, shape: torch.Size) -> tuple[list[Tensor | None], list[Tensor | None]]:
+def places(view: Tensor, shape: torch.Size) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Return where the rows and the columns of a view lie along every dimension of the stored weight.
 
     Entry (i, j) of the view is entry row[i] + column[j] of the weight, counted by rows. The index of entry e along a
