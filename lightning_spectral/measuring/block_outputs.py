@@ -11,19 +11,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from lightning_spectral.linalg.operators import sum_dtype
 from lightning_spectral.passes.listen import Listener, listen, stop_listening
 from lightning_spectral.records import ResidualBlock
 from lightning_spectral.tokens import effective_rank, token_residual
+from lightning_spectral.tokens.collapse import relative_residual
 from lightning_spectral.tokens.selection import select
 from lightning_spectral.weights.paths import module_at
 
 __all__ = ["BlockOutputs", "Geometry", "as_sequences"]
 
 MASSIVE = 100.0  # an activation is massive above this multiple of the median
-# The effective rank needs the eigenvalues of a Gram matrix, so it is computed from 1 sequence, with at most 256 evenly
-# spaced tokens. The residuals are of at most 8 evenly spaced sequences.
+# The effective rank needs the eigenvalues of a Gram matrix, so it is computed from 1 sequence, with at most 64 evenly
+# spaced tokens. It foretold no failure (docs/evidence.md), and eigenvalues for 256 tokens cost more than all the rest.
+# The residuals are of at most 8 evenly spaced sequences.
 _SEQUENCES = 8
-_RANK_TOKENS, _RANK_SEQUENCES = 256, 1
+_RANK_TOKENS, _RANK_SEQUENCES = 64, 1
 
 
 class Geometry(NamedTuple):
@@ -149,21 +152,23 @@ def _geometry(stream: Tensor, token_dims: Sequence[int]) -> Tensor:
         raise TypeError("the stream is a nested tensor, whose tokens have no regular layout")
     with torch.autocast(stream.device.type, enabled=False):
         X = as_sequences(stream, token_dims)
-        norm = torch.linalg.vector_norm(X, dtype=torch.float32 if X.device.type == "mps" else torch.float64)
+        norm = torch.linalg.vector_norm(X, dtype=sum_dtype(X.device))
         sizes = [norm, norm / math.sqrt(X.numel())]
         X = X[:: math.ceil(len(X) / _SEQUENCES)]
-        X = X.to(torch.float32 if X.device.type == "mps" else torch.float64)  # once for all that follows
+        narrow = X.dtype.itemsize < sum_dtype(X.device).itemsize
+        X = X.to(sum_dtype(X.device))  # once for all that follows
+        residual = relative_residual if narrow else token_residual
         nan = torch.full((), math.nan, device=X.device)
         typical, valid = select(X, massive=MASSIVE)
-        between = token_residual(typical.flatten(1)) if len(X) > 1 else nan  # the sample residual without massive ones
+        between = residual(typical.flatten(1)) if len(X) > 1 else nan  # the sample residual without massive ones
         if X.shape[1] < 2:  # a single token is always one vector
             return torch.stack([nan, nan, nan, between, *sizes])
         stride = math.ceil(X.shape[1] / _RANK_TOKENS)
         rank = effective_rank(X[:_RANK_SEQUENCES, ::stride], power=2)
-        typical = token_residual(typical, valid)
+        typical = residual(typical, valid)
         if X.shape[1] < 4:  # without its massive tokens, a sequence this short may have one token left
             typical = torch.where(valid.sum(-1) > 1, typical, math.nan)
-        return torch.stack([token_residual(X).nanmean(), typical.nanmean(), rank.nanmean(), between, *sizes])
+        return torch.stack([residual(X).nanmean(), typical.nanmean(), rank.nanmean(), between, *sizes])
 
 
 def _channel(stream: Tensor, token_dims: Sequence[int]) -> int | None:

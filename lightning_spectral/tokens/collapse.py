@@ -35,11 +35,32 @@ def token_residual(X: Tensor, mask: Tensor | None = None, *, massive: float | No
         >>> round(token_residual(torch.eye(2)).item(), 1)
         0.7
     """
-    X, valid = select(X, mask, massive=massive)
-    X, measurable = unit_scaled(X)
-    size = torch.linalg.vector_norm(X, dim=(-2, -1))
     everything = mask is None and massive is None
-    residual = torch.linalg.vector_norm(centred_tokens(X, None if everything else valid), dim=(-2, -1))
+    X, valid = select(X, mask, massive=massive)
+    X, _ = unit_scaled(X)
+    return relative_residual(X, None if everything else valid)
+
+
+def relative_residual(X: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return the token residual of tokens whose squares neither overflow nor vanish, as float32 in float64 does not.
+
+    Args:
+        X: ``(..., tokens, width)``, zero where a token does not count.
+        valid: ``(..., tokens)``, boolean; all tokens count without it, which is cheaper.
+
+    Returns:
+        As :func:`token_residual`.
+    """
+    size = torch.linalg.vector_norm(X, dim=(-2, -1))
+    if valid is None:
+        residual = torch.linalg.vector_norm(centred_tokens(X), dim=(-2, -1))
+    else:  # as centred_tokens(X, valid), with sums over tokens that count in place of two more copies
+        counts = valid.to(X.dtype)
+        first = valid.to(torch.uint8).argmax(-1, keepdim=True)[..., None].expand(*X.shape[:-2], 1, X.shape[-1])
+        X = X - X.gather(-2, first)
+        mean = counts[..., None, :] @ X / counts.sum(-1)[..., None, None].clamp(min=1)
+        residual = torch.linalg.vector_norm(torch.linalg.vector_norm(X - mean, dim=-1) * counts, dim=-1)
+    measurable = (size.detach() > 0) & size.detach().isfinite()
     return torch.where(measurable, residual / torch.where(measurable, size, 1.0), math.nan)
 
 
