@@ -155,14 +155,29 @@ class SpectralCallback(TrainerCallback, ExportableState):
                 "SpectralCallback(fuse_at_end=True)"
             )
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        model: Any = None,
+        **others: Any,
+    ) -> None:
+        """Measure the final weights when the Trainer logs how long the run took, which is the last thing it logs.
+
+        Behind that, reporters end their run. Whatever they are told later begins another one.
+        """
+        if logs is not None and "train_runtime" in logs:
+            entry = state.log_history.pop()  # many read their figures from the last one
+            self._close(args, state, control, model)
+            state.log_history.append(entry)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
     ) -> None:
-        """Measure the final weights; fold the scales if asked."""
-        if self._watch is None:
-            return
-        self._report(self._watch.close(), args, state, control, model)
-        self._watch = None
+        """Fold the scales if asked."""
+        self._close(args, state, control, model)
         if self._fuse_at_end:
             fuse_scales(model)
 
@@ -182,6 +197,12 @@ class SpectralCallback(TrainerCallback, ExportableState):
         unsaved = [name for name in settings if name not in plain]
         args = plain | ({"unsaved": unsaved} if unsaved else {})
         return {"args": args, "attributes": {"_state": kept or None}}
+
+    def _close(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any) -> None:
+        """Measure the final weights, and end the watch."""
+        if self._watch is not None:
+            self._report(self._watch.close(), args, state, control, model)
+            self._watch = None
 
     def _report(
         self,

@@ -487,6 +487,26 @@ def test_what_reports_in_transformers_gets_the_keys_at_the_measured_steps(tmp_pa
     assert any(b"train/spectral/ratio_median" in part for part in events)
 
 
+def test_what_reports_in_transformers_is_told_nothing_behind_its_end(tmp_path: Path):
+    """Trackio and MLflow end their run with the training; a value behind it would begin a second run."""
+
+    class Ending(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+            told.append(state.global_step if "spectral/ratio_max" in logs else "train_runtime" in logs)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            told.append("end")
+
+    told: list[int | bool | str] = []
+    arguments = TrainingArguments(str(tmp_path), max_steps=5, report_to=[], use_cpu=True, save_strategy="no")
+    callbacks = [Ending(), SpectralCallback(every_n_steps=2)]
+    trainer = Trainer(built(), arguments, train_dataset=Tokens(), callbacks=callbacks)
+    trainer.train()
+    assert told == [0, 2, 4, True, 5, "end"]
+    assert "train_runtime" in trainer.state.log_history[-1]
+    assert trainer.state.log_history[-2]["step"] == 5
+
+
 def test_a_checkpoint_of_a_steered_run_warns_of_from_pretrained(tmp_path: Path):
     run = Run(tmp_path, options=OPTIONS["ceiling"], model=unbalanced(), save_at=4)
     messages = told(lambda: SHELLS["transformers"](run))
