@@ -71,7 +71,7 @@ def prediction_figure(training: Results) -> Figure:
         x = np.exp(early[f"{RULES[rule]}: ln ρ"])
         for axes, (outcome, sign) in zip(column, (("tokens", -1.0), ("loss", 1.0)), strict=True):
             y = sign * statistics.outcomes(watched)[outcome]
-            if rule != "frobenius":  # no zone is known for Jacobians
+            if rule != "frobenius":  # no safe zone is known for Jacobians
                 axes.axvspan(0.5, 2.0, color=ZONE, alpha=0.35, linewidth=0, label="safe zone")
             for rate, colour in zip(rates, COLOURS, strict=False):
                 for depth, marker in zip(depths, MARKERS, strict=False):

@@ -40,7 +40,7 @@ class Recipe:
         batch_size: Windows per optimizer step.
         every_n_steps: Optimizer steps between two measurements of a law.
         watched_every: Optimizer steps between two measurements of the experiment, of every arm.
-        settled: The step from which on ratios are expected inside the zone.
+        settled: The step from which on ratios are expected inside the safe zone.
         held_out: Windows of held-out text.
     """
 

@@ -3,7 +3,7 @@
     python benchmarks/penalty.py
     python benchmarks/penalty.py --layers 12 --width 256 --steps 50
 
-Three copies of one model are trained in one process: without the penalty, with a penalty on ratios inside the zone
+Three copies of one model are trained in one process: without the penalty, with a penalty on ratios inside the safe zone
 (which has no gradient and needs no backward pass), and with one on ratios outside. Their steps alternate, so that
 whatever else the machine does meets all of them alike, and the extra time is the median over pairs of steps.
 """

@@ -10,7 +10,7 @@ Blocks are found in the model as it is: grouped key/value heads, a gated MLP and
 other causal language model of `transformers` takes the place of `LlamaForCausalLM`, a pretrained one too.
 
 What to look for: the table at the end; in the heatmap, when which block parts from the others; in the report, the same
-and more, with the numbers under the pointer. Blocks leave the zone here while the loss falls as it should: that is
+and more, with the numbers under the pointer. Blocks leave the safe zone here while the loss falls as it should: that is
 information about the model, not a fault.
 """
 

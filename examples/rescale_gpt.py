@@ -64,7 +64,7 @@ class Run:
 
     @property
     def inside(self) -> list[float]:
-        """Fraction of the blocks inside the zone at every measured step."""
+        """Fraction of the blocks inside the safe zone at every measured step."""
         return [
             sum(ZONE[0] < ratio < ZONE[1] for ratio in ratios) / len(ratios)
             for ratios in self.history.values("ratio").T
@@ -72,12 +72,12 @@ class Run:
 
     @property
     def arrival(self) -> int | None:
-        """The first measured step at which every block is inside the zone, ``None`` where there is none."""
+        """The first measured step at which every block is inside the safe zone, ``None`` where there is none."""
         return next((step for step, share in zip(self.steps, self.inside, strict=True) if share == 1), None)
 
     @property
     def settled(self) -> int | None:
-        """The first measured step from which every block is inside the zone to the end, ``None`` for none."""
+        """The first measured step from which every block is inside the safe zone to the end, ``None`` for none."""
         outside = [place for place, share in enumerate(self.inside) if share < 1]
         later = self.steps[outside[-1] + 1 :] if outside else self.steps
         return later[0] if later else None
@@ -173,7 +173,8 @@ def report(runs: list[Run], factor: float) -> None:
             f"{f'{min(scales):.3f} to {max(scales):.3f}':>15}"
         )
     print(
-        "\nall inside: first measurement with every block inside the zone; to the end: with all of them from there on\n"
+        "\nall inside: first measurement with every block inside the safe zone; to the end: with all of them from "
+        "then on\n"
         "spike: largest training loss after step 10 over the smallest one before it\n"
         "train, val: mean loss of the last 20 steps, loss at the last validation, in nats per byte\n"
         "scales: smallest and largest residual scale at the end"
@@ -195,7 +196,12 @@ def draw(runs: list[Run], factor: float) -> Figure:
             if run.steered:
                 draw_scales(axes[3], run)
         axes[3].set_xlabel("optimizer step", color=INK)
-    labels = ("spectral ratio ρ\n(range over the blocks)", "blocks inside\nthe zone", "loss, nats per byte", "scales")
+    labels = (
+        "spectral ratio ρ\n(range over the blocks)",
+        "blocks inside\nthe safe zone",
+        "loss, nats per byte",
+        "scales",
+    )
     for row, label in zip(grid, labels, strict=True):
         row[0].set_ylabel(label, color=INK)
     draw_rates(lower.subplots(), [run for run in runs if run.branch not in BRANCHES])
@@ -248,7 +254,7 @@ def draw_ratio(axes: Axes, run: Run) -> None:
 
 
 def draw_inside(axes: Axes, run: Run) -> None:
-    """Draw the fraction of the blocks inside the zone."""
+    """Draw the fraction of the blocks inside the safe zone."""
     axes.plot(run.steps, run.inside, label=name_of(run), **look(run))
     axes.set_ylim(-0.05, 1.05)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

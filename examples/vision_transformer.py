@@ -8,8 +8,8 @@ The images, 1,797 digits of 8 × 8 pixels, come with scikit-learn; the model is 
 `pip install '.[examples]'`.
 
 What to look for: first of all the accuracy, on images that were not trained on. The ratios say how the balance of MLP
-and attention moves over depth and time on the way there, not how good the model is. Blocks leave the zone, and there is
-a warning. It asks the tokens, which were measured too, and they say that nothing has collapsed.
+and attention moves over depth and time on the way there, not how good the model is. Blocks leave the safe zone, and
+there is a warning. It asks the tokens, which were measured too, and they say that nothing has collapsed.
 """
 
 from __future__ import annotations

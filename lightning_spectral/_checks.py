@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_spectral.errors import ConfigurationError
 
-__all__ = ["choice", "choices", "flag", "interval", "name", "number", "steps"]
+__all__ = ["choice", "choices", "flag", "interval", "linearization_of_weights", "name", "number", "steps"]
 
 
 def steps(argument: str, value: Any, *, least: int = 1) -> int:
@@ -39,8 +39,19 @@ def flag(argument: str, value: Any) -> bool:
 def choice(argument: str, value: Any, choices: tuple[Any, ...]) -> Any:
     """Return one of the choices."""
     if not any(value is known or (isinstance(value, str) and value == known) for known in choices):
-        raise ConfigurationError(f"{argument}={value!r}: expected {' or '.join(map(repr, choices))} in this version")
+        raise ConfigurationError(f"{argument}={value!r}: expected {' or '.join(map(repr, choices))}")
     return value
+
+
+def linearization_of_weights(value: Any, choices: tuple[Any, ...]) -> Any:
+    """Return one of the linearizations that need only weights. The message for Jacobians says where they are."""
+    if isinstance(value, str) and value == "jacobian":
+        expected = " or ".join(map(repr, choices))
+        raise ConfigurationError(
+            f"linearization={value!r}: expected {expected} here; Jacobians are measured once, on a batch: "
+            "measure(model, linearization='jacobian', batch=...)"
+        )
+    return choice("linearization", value, choices)
 
 
 def choices(argument: str, value: Any, known: tuple[str, ...]) -> tuple[str, ...]:

@@ -115,7 +115,7 @@ def _seen(block: BlockMemory, layer: LayerMeasurement, measurement: Measurement,
 
 
 def told_side(before: int, ratio: float, zone: tuple[float, float]) -> int:
-    """Return the side to tell, with hysteresis: of the zone (0.5, 2), a block leaves at 2 and is back at 1.8."""
+    """Return the side to tell, with hysteresis: of the safe zone (0.5, 2), a block leaves at 2 and is back at 1.8."""
     low, high = zone
     back = max(BACK, (low / high) ** 0.25)  # in a narrow zone, half of it is left between the two edges inside
     if ratio >= high or (before > 0 and ratio > back * high):

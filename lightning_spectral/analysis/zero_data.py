@@ -92,7 +92,7 @@ def covariance_trajectory(
         >>> [round(rank) for rank in trajectory.effective_rank]
         [27, 22, 20]
     """
-    _checks.choice("linearization", linearization, get_args(WeightLinearization))
+    _checks.linearization_of_weights(linearization, get_args(WeightLinearization))
     _checks.choice("missing", missing, ("raise", "identity"))
     blocks = with_scales(ModelWeights(model), asked_blocks(model, blocks, batch, "covariance_trajectory"))
     paths = (path for block in blocks for branch in block.branches for path in branch.paths)

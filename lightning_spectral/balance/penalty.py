@@ -97,7 +97,7 @@ def balance_penalty(
             return self.loss(batch) + 0.1 * balance_penalty(self)
 
     The penalty is the mean of hinge(ln ρ)² over the measurable blocks. ρ is the spectral ratio, and hinge is the
-    distance of ln ρ from the safe zone. Inside the zone the penalty is exactly 0, without gradient and without a
+    distance of ln ρ from the safe zone. Inside the safe zone the penalty is exactly 0, without gradient and without a
     backward pass. It depends only on the weights, so it need not be called in every step.
 
     The first call finds the blocks, in evaluation mode. Parameters, buffers, training flags and random streams are
@@ -136,7 +136,7 @@ def balance_penalty(
         True
     """
     low, high = map(math.log, _checks.interval("safe_zone", safe_zone))
-    _checks.choice("linearization", linearization, get_args(WeightLinearization))
+    _checks.linearization_of_weights(linearization, get_args(WeightLinearization))
     check_model(model, "balance_penalty")
     check_blocks(blocks, "balance_penalty(model, find_blocks(model))")
     memory = _MEMORIES.setdefault(model, _Memory())
@@ -147,7 +147,7 @@ def balance_penalty(
         chosen = solver_named(solver, _SOLVER)
         log_ratios = _log_ratios(weights, with_scales(weights, blocks), linearization, chosen, memory)
         excesses = [torch.clamp(torch.maximum(low - value, value - high), min=0) for value in log_ratios]
-        # A block inside the zone has no gradient. Leaving it out saves its backward pass.
+        # A block inside the safe zone has no gradient. Leaving it out saves its backward pass.
         outside = [excess for excess in excesses if excess > 0]
         if not outside:
             return torch.zeros_like(excesses[0], requires_grad=torch.is_grad_enabled())

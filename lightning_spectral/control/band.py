@@ -13,7 +13,7 @@ until the ratio is inside the inner zone:
     starts         ends                ends     starts      safe zone (0.5, 2), inner zone (0.7, 1.4)
 
 The ratio follows the scales exactly, d ln ρ / d ln(s_mlp / s_attention) = 1. With fixed weights, every action
-multiplies the error by 1 - gain. The error is the distance from ρ = 1. With the distance from the edge of the zone
+multiplies the error by 1 - gain. The error is the distance from ρ = 1. With the distance from the edge of the safe zone
 instead, the law would converge to the edge and never end.
 """
 
@@ -46,8 +46,8 @@ class ResidualRescaler:
         patience: Number of measurements in a row outside of the safe zone after which a ratio is steered.
         smoothing: Weight of the past in the moving average of ln ρ, in [0, 1).
         margin: Distance before the edge of the safe zone from which on a ratio counts as outside, in nats (0.2 is a
-            factor of 1.22). With 0, a drifting ratio is outside of the zone for ``patience`` measurements before the
-            law acts.
+            factor of 1.22). With 0, a drifting ratio is outside of the safe zone for ``patience`` measurements before
+            the law acts.
         inner_zone: Interval of ratios inside which steering ends. It contains 1 and lies inside the safe zone.
         mode: The scales that move: ``"mlp"``, ``"attention"``, or ``"both"``, in opposite directions and by one amount,
             so that their geometric mean stays.

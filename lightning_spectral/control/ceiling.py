@@ -11,14 +11,15 @@ This is exact, because n is proportional to s. The limit comes from four rules:
   the stream ends at a size of √(1 + κ²), whatever the depth (the same reason as for depth-scaled residuals). In
   training, branches grow to about ten times their initial norm. So both branches of a block end at the ceiling, where
   their ratio is 1.
-* Zone: if the ratio of a block is outside the safe zone less a margin, the limit of its stronger branch is the norm of
-  the weaker branch times the ratio at the edge. The weaker branch is never raised.
+* Safe zone: if the ratio of a block is outside the safe zone less a margin, the limit of its stronger branch is the
+  norm of the weaker branch times the ratio at the edge. The weaker branch is never raised.
 * Floor: no limit is below the floor, a fraction of the ceiling. Otherwise a branch that starts at zero would pull the
   other one down to zero. Hence a block of two weak branches may have any ratio.
 * Trained models: if the model was trained before the run, no limit is below the norm of the branch at the start, since
   lowering a trained branch would change the function of the model.
 
-The law remembers only the norms at the start. Applied twice to fixed weights, it does nothing the second time.
+The law remembers only the norms at the start, and what it has told. Applied twice to fixed weights, it does nothing the
+second time.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from lightning_spectral import _checks
 from lightning_spectral.control.law import Action, Reading, State
 from lightning_spectral.errors import ConfigurationError
 
-__all__ = ["GainCeiling", "strength"]
+__all__ = ["FLOORED", "GainCeiling", "strength"]
 
 _CRUMB = 1e-3  # nats: a smaller excess is not worth a move
 _WORDS = ("MLP", "attention")
+FLOORED = "lowered to its"  # in the reason of an action that leaves the ratio beyond the edge: no limit is lower
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,7 @@ class GainCeiling:
         """Check that the safe zone contains 1, also after the margin is taken off both ends.
 
         Raises:
-            ConfigurationError: The zone less its margins does not contain 1.
+            ConfigurationError: The safe zone less its margins does not contain 1.
         """
         low, high = map(math.log, safe_zone)
         if not low + self.margin < 0 < high - self.margin:
@@ -109,6 +111,8 @@ class GainCeiling:
         actions = tuple(action for action in found if action is not None)
         for action in actions:
             after[action.block]["begun"] = True
+            if action.held:
+                after[action.block]["stopped"] = True
         return actions, after
 
 
@@ -117,7 +121,7 @@ class _Bounds(NamedTuple):
 
     Attributes:
         ceiling: Largest norm of a branch.
-        floor: Smallest limit that the zone may set.
+        floor: Smallest limit that the safe zone may set.
         edges: Largest excess of the MLP over the attention, and of the attention over the MLP.
     """
 
@@ -126,23 +130,23 @@ class _Bounds(NamedTuple):
     edges: tuple[float, float]
 
 
-# An example for _action, with a ceiling of 0.3, a floor of 0.03 and the edge of the zone at a ratio of 1.4:
+# An example for _action, with a ceiling of 0.3, a floor of 0.03 and the edge of the safe zone at a ratio of 1.4:
 #
 #     MLP      attention        MLP      attention
 #     0.50     0.40      ──>    0.30     0.30          both at the ceiling
-#     0.25     0.10      ──>    0.14     0.10          the MLP at the edge of the zone
+#     0.25     0.10      ──>    0.14     0.10          the MLP at the edge of the safe zone
 #     0.25     0.001     ──>    0.03     0.001         the MLP at the floor, which the ratio may not undercut
 def _action(block: int, reading: Reading, state: State, bounds: _Bounds) -> Action | None:
     """Return the action that lowers the branches of a block to their limits, ``None`` if both are below."""
     norms = _log(reading.mlp_norm), _log(reading.attention_norm)
     starts = state.get("mlp", -math.inf), state.get("attention", -math.inf)
-    # The norms after the ceiling alone. The zone compares these, not the norms of now: both branches of a block may be
-    # lowered at once, and the partner of a branch counts as it will be.
+    # The norms after the ceiling alone. The safe zone compares these, not the norms of now: both branches of a block
+    # may be lowered at once, and the partner of a branch counts as it will be.
     caps = [
         None if norm is None else min(norm, max(bounds.ceiling, start))
         for norm, start in zip(norms, starts, strict=True)
     ]
-    changes, reasons = [0.0, 0.0], []
+    changes, reasons, held = [0.0, 0.0], [], False
     for place, scale in enumerate((reading.mlp, reading.attention)):
         norm, cap, beside = norms[place], caps[place], caps[1 - place]
         if norm is None or cap is None or scale is None:
@@ -151,11 +155,15 @@ def _action(block: int, reading: Reading, state: State, bounds: _Bounds) -> Acti
         limit = cap if beside is None else min(cap, max(beside + bounds.edges[place], least))
         if norm - limit > _CRUMB:
             changes[place] = limit - norm
-            what = "outside the safe zone" if limit < cap else "above its ceiling"
+            what = "outside the safe zone less its margin" if limit < cap else "above its ceiling"
+            if beside is not None and beside + bounds.edges[place] < limit == least:
+                held = True
+                what += f", {FLOORED} {'floor' if least == bounds.floor else 'norm at the start'}"
             reasons.append(f"{_WORDS[place]} {what}: {math.exp(norm):.4g}, limit {math.exp(limit):.4g}")
     if not reasons:
         return None
-    return Action(block, changes[0], changes[1], ", ".join(reasons), begins=not state["begun"])
+    held = held and not state.get("stopped", False)
+    return Action(block, changes[0], changes[1], ", ".join(reasons), begins=not state["begun"], held=held)
 
 
 def strength(gain: float, kinds: Iterable[int]) -> float:

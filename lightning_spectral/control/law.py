@@ -47,7 +47,7 @@ class Action:
         reason: The reason, in one clause.
         log_ratio: The smoothed ln ρ before the action; ``None`` for a law that does not smooth.
         begins: Whether steering of the block begins with this action.
-        held: Whether a bound cut this step short, and did not cut the step before.
+        held: Whether a bound or a floor cut this step short, and did not cut the step before.
         refused: Whether the guard refused to raise the attention in this step, and did not in the step before.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from traceback import walk_tb
@@ -153,6 +153,7 @@ def _search(
             if (args or kwargs) and not without_forward:
                 raise ExampleInputError(
                     f"the model cannot be run on the given example input: {type(error).__name__}: {error}"
+                    f"{_on_lists(args)}"
                 ) from error
             runs_itself |= not without_forward
             attempts.append(f"  {type(module).__name__} on {description}: {type(error).__name__}: {_short(error)}")
@@ -163,6 +164,13 @@ def _search(
         return []  # the module runs, but not on our guesses: its parts alone would show another model
     whole = [_search(model, args, kwargs, attempts, symbolic, part) for part in below]
     return [item for passes in whole for item in passes] if all(whole) else []  # one missing part makes a wrong model
+
+
+def _on_lists(args: Sequence[Any]) -> str:
+    """Return a remedy where a list came, as a DataLoader yields it: a list is one argument."""
+    if not any(isinstance(item, list) for item in args):
+        return ""
+    return ". A list is one argument: pass the input alone, batch=batch[0], or a tuple of all arguments, tuple(batch)"
 
 
 def _lacks_forward(module: nn.Module, error: BaseException) -> bool:

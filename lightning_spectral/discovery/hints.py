@@ -22,12 +22,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import Branch, BranchKind, End, Factor, FactorRole, Path, ResidualBlock
+from lightning_spectral.records.layout import ARITHMETIC, REDUCTIONS, VIEWS
 from lightning_spectral.weights.paths import resolve
 
 __all__ = ["with_hints"]
@@ -37,6 +39,7 @@ _FIRST: tuple[FactorRole, ...] = ("scale", "post_norm", "output", "down", "inner
 _ORDER: tuple[FactorRole, ...] = (*_FIRST, "value", "latent", "up", "pre_norm")
 _ENDS: tuple[FactorRole, ...] = ("post_norm", "output", "down", "value", "latent", "up")
 _KINDS: tuple[BranchKind, ...] = get_args(BranchKind)
+_STEPS = sorted({*VIEWS, *ARITHMETIC, *REDUCTIONS})
 
 
 def with_hints(
@@ -53,7 +56,8 @@ def with_hints(
         The blocks in the order of execution. If a hint adds a block, the order is that of the modules in the model.
 
     Raises:
-        ConfigurationError: A pattern matches no module, or a kind, a role or a parameter does not exist.
+        ConfigurationError: A pattern matches no module; a kind, a role, a layout or a parameter does not exist; what is
+            named as a site is no module, or as a factor no parameter; or two neighbouring matrices do not fit.
     """
     paths = [path for path, _ in model.named_modules()]
     found = {block.name: block for block in blocks}
@@ -80,6 +84,11 @@ def _matches(pattern: str, path: str) -> bool:
 def _hinted(model: nn.Module, path: str, block: ResidualBlock, branches: Mapping[str, Any]) -> ResidualBlock:
     """Override branches of a block; paths in the hints are relative to ``path``."""
     result = list(block.branches)
+    if not isinstance(branches, Mapping):
+        raise ConfigurationError(
+            f"hints: {path!r} came with {branches!r}; expected a dict from kinds of branches to their sites, such as "
+            "{'attention': 'attn', 'mlp': 'mlp'}"
+        )
     for kind, hint in branches.items():
         if kind not in _KINDS:
             raise ConfigurationError(f"hints: {kind!r} is not a kind of branch; expected one of {', '.join(_KINDS)}")
@@ -93,6 +102,10 @@ def _hinted(model: nn.Module, path: str, block: ResidualBlock, branches: Mapping
 
 def _branch(model: nn.Module, block: str, kind: BranchKind, hint: Any, known: Branch | None) -> Branch:
     """Return a hinted branch. What the hint leaves out comes from the known branch."""
+    if not isinstance(hint, str | Mapping):
+        raise ConfigurationError(
+            f"hints: {block}.{kind} came with {hint!r}; expected the path of its site, or a dict of 'site' and factors"
+        )
     given = {"site": hint} if isinstance(hint, str) else dict(hint)
     site = given.pop("site", None)
     index = given.pop("output_index", None)
@@ -100,10 +113,11 @@ def _branch(model: nn.Module, block: str, kind: BranchKind, hint: Any, known: Br
         raise ConfigurationError(
             f"hints: {block}.{kind} needs a 'site', the module whose output is added to the stream"
         )
-    path = known.site if site is None and known is not None else _absolute(model, block, str(site))
+    path = known.site if site is None and known is not None else _module(model, block, str(site))
     factors = tuple(
         sorted((_factor(model, block, role, value) for role, value in given.items()), key=lambda item: _rank(item.role))
     )
+    _check_neighbours(model, factors)
     paths = (Path(factors),) if factors else known.paths if known is not None else ()
     reason = None if paths else "the hint names a site but no factors, and the trace found none"
     element = known.output_index if index is None and known is not None else index
@@ -149,18 +163,79 @@ def _factor(model: nn.Module, block: str, role: str, value: Any) -> Factor:
         if role != "scale" and not role.endswith("_norm"):
             raise ConfigurationError(f"hints: {block}.{role} came with {value!r}; expected a parameter path")
         return Factor(role, None, constant=float(value))
-    given = {"parameter": value} if isinstance(value, str) else dict(value)
+    given = {"parameter": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
     unknown = set(given) - {"parameter", "layout", "rows"}
     if unknown or "parameter" not in given:
+        came = sorted(given) if given else repr(value)
         raise ConfigurationError(
-            f"hints: {block}.{role} came with {sorted(given)}; expected a parameter path, or a mapping with "
+            f"hints: {block}.{role} came with {came}; expected a parameter path, or a mapping with "
             "'parameter' and optionally 'layout' and 'rows'"
         )
     path = _absolute(model, block, given["parameter"])
-    layout = tuple(tuple(step) if isinstance(step, list | tuple) else (step,) for step in given.get("layout", ()))
-    rows = tuple(range(*item) for item in given["rows"]) if "rows" in given else None
-    size = resolve(model, path).shape[-1] if role.endswith("_norm") else None  # type: ignore[attr-defined]
-    return Factor(role, path, layout, rows, size=size)
+    tensor = _tensor(model, path)
+    size = tensor.shape[-1] if role.endswith("_norm") else None
+    return Factor(role, path, _layout(path, given.get("layout", ())), _rows(path, given.get("rows")), size=size)
+
+
+def _tensor(model: nn.Module, path: str) -> Tensor:
+    found = resolve(model, path)
+    if isinstance(found, Tensor):
+        return found
+    inner = [name for name, _ in found.named_parameters()] if isinstance(found, nn.Module) else []
+    meant = f"did you mean '{path}.{inner[0]}'?" if inner else "expected a parameter"
+    raise ConfigurationError(f"hints: {path!r} is a {type(found).__name__} and no parameter; {meant}")
+
+
+def _layout(path: str, value: Any) -> tuple[tuple[Any, ...], ...]:
+    steps = value if isinstance(value, list | tuple) else [value]
+    layout = tuple(tuple(step) if isinstance(step, list | tuple) else (step,) for step in steps)
+    if unknown := [step for step in layout if not step or step[0] not in _STEPS]:
+        raise ConfigurationError(
+            f"hints: {path} came with the layout {value!r}; {unknown[0]!r} begins with none of {', '.join(_STEPS)}"
+        )
+    return layout
+
+
+def _rows(path: str, value: Any) -> tuple[range, ...] | None:
+    if value is None:
+        return None
+    try:
+        return tuple(range(*item) for item in value)
+    except TypeError:
+        raise ConfigurationError(
+            f"hints: {path} came with rows={value!r}; expected pairs of the first row and the row behind the last, "
+            "such as [[64, 96]]"
+        ) from None
+
+
+def _check_neighbours(model: nn.Module, factors: Sequence[Factor]) -> None:
+    """Check that no whole matrix has more rows than the matrix in front of it takes columns.
+
+    One that holds queries, keys and values has.
+    """
+    matrices = [
+        (item, _tensor(model, item.parameter))
+        for item in factors
+        if item.parameter is not None and item.role in _ENDS and item.role != "post_norm"
+    ]
+    for (left, outer), (right, inner) in pairwise(matrices):
+        whole = not (left.layout or left.rows or right.layout or right.rows)
+        if whole and outer.ndim == inner.ndim == 2 and inner.shape[0] > outer.shape[1]:
+            rows, takes = inner.shape[0], outer.shape[1]
+            raise ConfigurationError(
+                f"hints: {right.parameter} has {rows} rows, and {left.parameter} takes {takes}; name the rows of the "
+                f"{right.role} matrix: {{'parameter': '…', 'rows': [[{rows - takes}, {rows}]]}}"
+            )
+
+
+def _module(model: nn.Module, block: str, relative: str) -> str:
+    """Return the path in the model of a module in a block."""
+    path = _absolute(model, block, relative)
+    if not isinstance(found := resolve(model, path), nn.Module):
+        raise ConfigurationError(
+            f"hints: {path!r} is a {type(found).__name__}; expected a module, whose output is added to the stream"
+        )
+    return path
 
 
 def _absolute(model: nn.Module, block: str, relative: str) -> str:

@@ -76,7 +76,7 @@ def _paint(axes: Axes, values: Floats, edges: Floats) -> ScalarMappable:
 
 
 def _enclose(axes: Axes, values: Floats, edges: Floats, zone: tuple[float, float]) -> None:
-    """Draw a line between every two neighbours on different sides of an edge of the zone."""
+    """Draw a line between every two neighbours on different sides of an edge of the safe zone."""
     from matplotlib.collections import LineCollection
 
     low, high = np.log(zone)
@@ -107,7 +107,7 @@ def _label(axes: Axes, blocks: int, linearization: str) -> None:
 
 
 def _scale(figure: Figure, axes: Axes, mesh: ScalarMappable, values: Floats, zone: tuple[float, float] | None) -> None:
-    """Add the colour bar with the edges of the zone. Colours are even in ln ρ; labels are values of ρ."""
+    """Add the colour bar with the edges of the safe zone. Colours are even in ln ρ; labels are values of ρ."""
     beyond = np.abs(values[np.isfinite(values)]) > LIMIT * math.log(2)
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=24, extend="both" if beyond.any() else "neither")
     powers = range(-LIMIT, LIMIT + 1)

@@ -17,6 +17,7 @@ from lightning_spectral.measuring.response import Response, derivative_error, re
 from lightning_spectral.measuring.updates import Update, UpdateWatch
 from lightning_spectral.records import Branch, FunctionalMeasurement, LayerMeasurement, Measurement, ResidualBlock
 from lightning_spectral.weights.model import refuse_lazy
+from lightning_spectral.weights.names import plain_name
 from lightning_spectral.weights.scaled import common_scale, scale_module
 
 __all__ = ["measure_functions", "update_ratios", "watch_updates"]
@@ -227,7 +228,7 @@ def _layer(
     bounds = [item.norm.error_bound for item in (mlp, attention) if isinstance(item, Response)]
     return LayerMeasurement(
         index=block.index,
-        name=block.name,
+        name=plain_name(block.name),
         mlp_norm=mlp.norm.value if isinstance(mlp, Response) else None,
         attention_norm=attention.norm.value if isinstance(attention, Response) else None,
         mlp_scale=_scale(model, block.mlp_branches),

@@ -45,6 +45,7 @@ from lightning_spectral.records import (
     WeightSignals,
 )
 from lightning_spectral.weights.model import ModelWeights
+from lightning_spectral.weights.names import plain_name
 from lightning_spectral.weights.protocol import Weights
 from lightning_spectral.weights.scaled import common_scale, with_scales
 from lightning_spectral.weights.stored import in_state_dict
@@ -108,8 +109,8 @@ class Meter:
         self.blocks = with_scales(weights, blocks)
         branches = (branch for block in self.blocks for kind in _kinds(block) for branch in kind)
         self._scales = {branch: path for branch in branches if (path := weights.log_scale(branch))}
-        self.linearization: WeightLinearization = _checks.choice(
-            "linearization", linearization, get_args(WeightLinearization)
+        self.linearization: WeightLinearization = _checks.linearization_of_weights(
+            linearization, get_args(WeightLinearization)
         )
         self.adapters: Adapters = _checks.choice("adapters", adapters, get_args(Adapters))
         self.solver = solver_named(solver)
@@ -418,7 +419,7 @@ def _layer(
     )
     return LayerMeasurement(
         index=block.index,
-        name=block.name,
+        name=plain_name(block.name),
         mlp_norm=mlp.norm,
         attention_norm=attention.norm,
         mlp_scale=common_scale([scales.get(branch, 1.0) for branch in block.mlp_branches]),

@@ -142,7 +142,7 @@ def shade_zone(plot: figure, zone: tuple[float, float] | None) -> None:
 
 
 def tick_ratios(plot: figure, zone: tuple[float, float] | None) -> None:
-    """Label an axis of ratios with powers of two and the edges of the zone, which the lines cannot cover there."""
+    """Label an axis of ratios with powers of two and the edges of the safe zone, which the lines cannot cover there."""
     low, high = math.ceil(math.log2(plot.y_range.start)), math.floor(math.log2(plot.y_range.end))
     every = math.ceil((high - low + 1) / _room(plot))
     labels = {2.0**power: power_of_two(power) for power in range(low, high + 1) if power % every == 0}

@@ -35,11 +35,12 @@ LINES = (
 """Title, caption and charts of every section that shows series."""
 
 EVENTS = (
-    "Circles: notes, such as a block that crossed an edge of the safe zone, or a controller at its bounds. Triangles: "
+    "Circles: notes, such as a block that crossed an edge of the safe zone, or a controller that stops. Triangles: "
     "warnings. Squares: failures; something is not finite, all tokens or all samples are one, or nothing moves. The "
     "list begins with the latest event."
 )
 ACTIONS = (
     "Number of blocks whose scales were moved after each measurement, and number of those that stay outside the safe "
-    "zone with a scale at its bound. The table has totals by block."
+    "zone because their law can do no more: ResidualRescaler stops at the bounds of the scales, GainCeiling at its "
+    "floor. The table has totals by block."
 )

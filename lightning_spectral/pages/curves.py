@@ -26,7 +26,7 @@ from lightning_spectral.pages.canvas import (
 )
 from lightning_spectral.pages.heat import heat_chart
 from lightning_spectral.pages.losses import logged_charts
-from lightning_spectral.pages.timeline import at_bounds, timeline
+from lightning_spectral.pages.timeline import is_ceiling, stopped, timeline
 from lightning_spectral.pages.words import clear, zone_of
 from lightning_spectral.records import Event
 from lightning_spectral.runs.history import History
@@ -166,12 +166,12 @@ def _events(events: Sequence[Event], x_range: Range1d) -> figure:
 
 
 def _actions(history: History, x_range: Range1d) -> figure:
-    """Draw after each measurement how many blocks were moved, and how many were not and stay outside at a bound."""
+    """Draw after each measurement how many blocks were moved, and how many were not and stay outside."""
     moved, held = ({step: set[int]() for step in history.steps} for _ in range(2))
     for action in history.actions:
         if action["step"] in moved and action["action"] in ("rescale", "hold"):
             (moved if action["action"] == "rescale" else held)[action["step"]].add(action["block"])
-    for block, column in np.argwhere(at_bounds(history)):
+    for block, column in np.argwhere(stopped(history)):
         held[history.steps[column]].add(int(block))
     steps = [step for step in history.steps if moved[step] or held[step]]
     counts = {"moved": [len(moved[step]) for step in steps], "held": [len(held[step] - moved[step]) for step in steps]}
@@ -179,11 +179,12 @@ def _actions(history: History, x_range: Range1d) -> figure:
     plot = canvas("actions", 240, x_range, y_range=(0, 1.1 * most))
     width = 0.8 * float(np.min(np.diff(history.steps), initial=np.ptp(history.steps) / 20 or 1.0))
     source = {"step": steps, **counts}
-    labels = ["scales moved", "outside, scales at the bounds"]
+    left = "left as they are" if is_ceiling(history) else "at the bounds"
+    labels = ["scales moved", f"outside, {left}" if is_ceiling(history) else f"outside, scales {left}"]
     style = {"width": width, "fill_color": ["#009e73", "#cc79a7"], "line_color": None, "legend_label": labels}
     bars = plot.vbar_stack(list(counts), x="step", source=source, **style)
     for bar in bars:
-        hover(plot, bar, [("step", "@step"), ("blocks moved", "@moved"), ("blocks at the bounds", "@held")])
+        hover(plot, bar, [("step", "@step"), ("blocks moved", "@moved"), (f"blocks {left}", "@held")])
     plot.xaxis.axis_label, plot.yaxis.axis_label = "optimizer step", "blocks"
     plot.yaxis.ticker = counting()
     legend_above(plot)

@@ -12,7 +12,7 @@ from lightning_spectral.alarms.signs import COLLAPSED
 from lightning_spectral.pages.facts import facts_of
 from lightning_spectral.pages.stays import Stay, returned, stays
 from lightning_spectral.pages.summary import Advice, Finding, Level, Summary
-from lightning_spectral.pages.timeline import since_at_bounds, timeline
+from lightning_spectral.pages.timeline import is_ceiling, since_stopped, timeline
 from lightning_spectral.pages.words import block_list, clear, damaged_lines, many, zone_of
 from lightning_spectral.records import Event
 from lightning_spectral.runs.history import History
@@ -40,7 +40,8 @@ class _Seen:
         over: Those that are, with the step at which they were over.
         broken: Name of the first logged loss that ends without being finite, and since when.
         lost: Blocks that had a ratio and have none at the end, and the step since which they have none.
-        bound: Blocks that are outside at the end with their scales at the bounds, and since when.
+        bound: Blocks that are outside at the end with their scales at the bounds, and since when: the band law.
+        left: Blocks that are outside at the end and that the ceiling law leaves there, and since when.
         outside: Blocks outside at the end, the farthest first.
     """
 
@@ -49,6 +50,7 @@ class _Seen:
     broken: tuple[str, int] | None
     lost: tuple[tuple[int, ...], int] | None
     bound: tuple[tuple[int, ...], int] | None
+    left: tuple[tuple[int, ...], int] | None
     outside: tuple[Stay, ...]
 
     @property
@@ -82,14 +84,16 @@ def _seen(history: History, logged: Logged) -> _Seen:
             over.append((ended, event.step))
     standing = sorted(active.values(), key=lambda event: (event.level != "failure", event.step))
     broken = ((curve.name, at) for curve in logged.losses if (at := curve.broke_at) is not None)
-    bound = since_at_bounds(history)
+    since = since_stopped(history)
+    at_an_end = (tuple(since), max(since.values())) if since else None
     zone = zone_of(history.measurements[-1])
     return _Seen(
         tuple(standing),
         tuple(over),
         next(broken, None),
         _lost(history),
-        (tuple(bound), max(bound.values())) if bound else None,
+        None if is_ceiling(history) else at_an_end,
+        at_an_end if is_ceiling(history) else None,
         () if zone is None else stays(history, zone),
     )
 
@@ -140,16 +144,25 @@ def _steered(history: History, seen: _Seen) -> Iterator[Finding]:
     rescaler = history.header.get("rescaler")
     if not rescaler and not history.actions:
         return
-    measured = sum(layer.ratio is not None for layer in history.measurements[-1])
     if seen.bound is not None:
         blocks, step = seen.bound
         bounds = "" if not isinstance(rescaler, dict) else f" {tuple(rescaler['bounds'])}"
-        yield Finding(
-            "warning",
-            f"{len(blocks)} of {many(measured, 'block')} stay outside with their scales at the bounds{bounds} since "
-            f"step {step:,}: {block_list(blocks)}.",
-        )
+        how = f"outside, with scales at the bounds{bounds} since step {step:,}"
+        yield Finding("warning", f"{_staying(history, blocks)} {how}: {block_list(blocks)}.")
     yield Finding("information", _moves(history))
+    if seen.left is not None:
+        blocks, step = seen.left
+        yield Finding(
+            "information",
+            f"{_staying(history, blocks)} outside, and the controller leaves that so since step {step:,}: "
+            f"{block_list(blocks)}. GainCeiling raises no branch. It lowers none below its floor and, in a trained "
+            "model, none below its norm at the start.",
+        )
+
+
+def _staying(history: History, blocks: Sequence[int]) -> str:
+    measured = sum(layer.ratio is not None for layer in history.measurements[-1])
+    return f"{len(blocks)} of {many(measured, 'block')} {'stays' if len(blocks) == 1 else 'stay'}"
 
 
 def _moves(history: History) -> str:
@@ -159,10 +172,12 @@ def _moves(history: History) -> str:
         return "The controller was on and moved no scale."
     dry = " would have" if isinstance(rescaler, dict) and rescaler.get("dry_run") else ""
     steps = [action["step"] for action in moves]
+    first, last = min(steps), max(steps)
+    when = f"at step {first:,}" if first == last else f"from step {first:,} to step {last:,}"
     scales = [scale for layer in history.measurements[-1] for scale in (layer.mlp_scale, layer.attention_scale)]
     return (
         f"The controller{dry} moved scales of {many(len({action['block'] for action in moves}), 'block')} in "
-        f"{many(len(moves), 'action')}, from step {min(steps):,} to step {max(steps):,}. Scales end between "
+        f"{many(len(moves), 'action')}, {when}. Scales end between "
         f"{min(scales):.3g} and {max(scales):.3g}."
     )
 
@@ -182,11 +197,12 @@ def _informing(history: History, seen: _Seen) -> Iterator[Finding]:
         yield Finding("good", f"All {many(measured, 'block')} end inside the safe zone {edges}.")
     elif measured:
         count = f"{len(seen.outside)} of {many(measured, 'block')}"
-        yield Finding("information", f"{count} end outside the safe zone {edges}. That is information, not a fault.")
+        end = f"{'ends' if len(seen.outside) == 1 else 'end'} outside the safe zone {edges}"
+        yield Finding("information", f"{count} {end}. That is information, not a fault.")
     yield from (Finding("information", str(stay)) for stay in seen.outside[:LISTED])
     if len(seen.outside) > LISTED:
         rest = block_list(stay.index for stay in seen.outside[LISTED:])
-        yield Finding("information", f"Nearer to the zone, and outside too: {rest}. The table of blocks has them.")
+        yield Finding("information", f"Nearer to the safe zone, and outside too: {rest}. The table of blocks has them.")
     if back := sorted(returned(history, zone)):
         when = ", ".join(f"block {block} since step {step:,}" for block, step in back[:LISTED])
         more = f" and {len(back) - LISTED} more" if len(back) > LISTED else ""
@@ -234,13 +250,17 @@ def _advice(history: History, seen: _Seen) -> Iterator[Advice]:
     if not names and (seen.broken is not None or seen.lost is not None):
         names = ["not_finite"]
     for name in names:
-        yield Advice(_in_order([WORDS[item] for item in ADVICE[name]]), f"{MONITOR}#{name}")
+        tried = "ceiling" if is_ceiling(history) else None  # the controller of this very run
+        yield Advice(_in_order([WORDS[item] for item in ADVICE[name] if item != tried]), f"{MONITOR}#{name}")
     if seen.bound is not None:
-        text = (
-            f"Leave {block_list(seen.bound[0])} as they are, or let the controller go further: "
-            "ResidualRescaler(bounds=…)."
-        )
+        text = f"Leave {block_list(seen.bound[0])} alone, or let the controller go further: ResidualRescaler(bounds=…)."
         yield Advice(text, f"{STEERING}#the-band-law")
+    if seen.left is not None:
+        text = (
+            f"Leave {block_list(seen.left[0])} alone. In a model that starts untrained, a lower floor lets the "
+            "controller go further: GainCeiling(floor=…)."
+        )
+        yield Advice(text, f"{STEERING}#the-ceiling-law")
     if moving := [stay.index for stay in seen.outside if stay.moves]:
         yield Advice(f"Watch {block_list(moving)}: outside, and still moving.", f"{MONITOR}#ratios")
     if seen.outside and not seen.active:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["cells", "heat_chart", "zone_palette"]
 
 SHADES = 128
-PALE, STRONG = 0.3, 0.5  # share of the palette used just inside, and just outside, an edge of the zone
+PALE, STRONG = 0.3, 0.5  # share of the palette used just inside, and just outside, an edge of the safe zone
 
 
 def heat_chart(history: History, x_range: Range1d, zone: tuple[float, float] | None) -> figure:
@@ -89,10 +89,10 @@ def _pieces(ratios: Floats, steps: Sequence[int], names: Mapping[int, str]) -> I
 
 
 def zone_palette(zone: tuple[float, float] | None) -> tuple[str, ...]:
-    """Return the colours of ratios from 2**-LIMIT to 2**LIMIT: white at 1, pale inside the zone, strong outside.
+    """Return the colours of ratios from 2**-LIMIT to 2**LIMIT: white at 1, pale inside the safe zone, strong outside.
 
     Args:
-        zone: Edges of the zone, where the colours jump; ``None`` for a scale without a jump.
+        zone: Edges of the safe zone, where the colours jump; ``None`` for a scale without a jump.
     """
     from bokeh.palettes import RdBu11, interp_palette
 

@@ -29,9 +29,9 @@ class Stay:
     Attributes:
         index: Index of the block.
         name: Its module path, safe to show.
-        side: The side of the zone.
+        side: The side of the safe zone.
         ratio: ρ at the end.
-        excess: Distance to the edge of the zone, in ln ρ.
+        excess: Distance to the edge of the safe zone, in ln ρ.
         since: Step at which the stay began; ``None`` for a block that was outside from the first measurement on.
         first: Step of the first measurement of the block.
         mlp_growth: Norm of the MLP at the end over the norm at the first measurement.

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_spectral.control.ceiling import FLOORED
 from lightning_spectral.pages.words import block_list, clear, zone_of
 from lightning_spectral.records import Event
 from lightning_spectral.runs.history import History
 
-__all__ = ["at_bounds", "since_at_bounds", "timeline"]
+__all__ = ["is_ceiling", "since_stopped", "stopped", "timeline"]
 
 Flags = NDArray[np.bool_]
 
@@ -37,26 +38,57 @@ def timeline(history: History) -> tuple[Event, ...]:
     return tuple(sorted([*told, *_steering(history)], key=lambda event: event.step))
 
 
-def at_bounds(history: History) -> Flags:
-    """Return which block was outside the safe zone with a scale at a bound, shape ``(blocks, measurements)``."""
+def is_ceiling(history: History) -> bool:
+    """Whether the ceiling law steers the run. It stops at its floor; the band law stops at the bounds of the scales."""
     rescaler = history.header.get("rescaler")
-    bounds: Any = rescaler.get("bounds") if isinstance(rescaler, dict) and not rescaler.get("dry_run") else None
+    return isinstance(rescaler, dict) and rescaler.get("law") == "GainCeiling"
+
+
+def stopped(history: History) -> Flags:
+    """Return which block was outside the safe zone where its law can do no more, shape ``(blocks, measurements)``."""
+    rescaler = history.header.get("rescaler")
     ratios = history.values("log_ratio")
     zone = zone_of(history.measurements[-1])
-    if zone is None or not _is_interval(bounds):
+    if zone is None or not isinstance(rescaler, dict) or rescaler.get("dry_run"):
         return np.zeros(ratios.shape, dtype=bool)
     low, high = np.log(zone)
+    with np.errstate(invalid="ignore"):
+        outside: Flags = (ratios <= low) | (ratios >= high)
+    if not is_ceiling(history):
+        return outside & _at_bounds(history, rescaler)
+    # No law acts on the measurement that ends a run: there a block counts if it counted in the one before.
+    left = outside & _left_alone(history, rescaler)
+    left[:, -1] &= left[:, -2] if len(history.steps) > 1 else False
+    return left
+
+
+def _at_bounds(history: History, rescaler: Mapping[str, Any]) -> Flags:
+    """Return which block has a scale at a bound."""
+    bounds: Any = rescaler.get("bounds")
+    scales = [history.values(name) for name in ("mlp_scale", "attention_scale")]
+    if not _is_interval(bounds):
+        return np.zeros(scales[0].shape, dtype=bool)
     with np.errstate(invalid="ignore", divide="ignore"):
-        scales = [np.log(history.values(name)) for name in ("mlp_scale", "attention_scale")]
-        outside = (ratios <= low) | (ratios >= high)
-        held = [np.abs(scale - math.log(bound)) < NEAR for scale in scales for bound in bounds]
-    at_one: Flags = outside & np.logical_or.reduce(held)
+        held = [np.abs(np.log(scale) - math.log(bound)) < NEAR for scale in scales for bound in bounds]
+    at_one: Flags = np.logical_or.reduce(held)
     return at_one
 
 
-def since_at_bounds(history: History) -> Mapping[int, int]:
-    """Return the blocks that are outside with a scale at a bound at the end, and the step since which they are."""
-    table = at_bounds(history)
+def _left_alone(history: History, rescaler: Mapping[str, Any]) -> Flags:
+    """Return which block the ceiling law has not moved, or only to its floor or to its norm at the start."""
+    warmup = rescaler.get("warmup_steps")
+    place = {step: column for column, step in enumerate(history.steps)}
+    free: Flags = np.zeros(history.values("log_ratio").shape, dtype=bool)
+    free[:] = np.asarray(history.steps) >= (warmup if isinstance(warmup, int) else 0)
+    for action in history.actions:
+        if action["step"] in place and action["block"] < len(free) and FLOORED not in action["reason"]:
+            free[action["block"], place[action["step"]]] = False
+    return free
+
+
+def since_stopped(history: History) -> Mapping[int, int]:
+    """Return the blocks that :func:`stopped` names at the end, and the step since which it does."""
+    table = stopped(history)
     free = [np.flatnonzero(~row) for row in table]
     return {
         block: history.steps[int(off[-1]) + 1 if off.size else 0]
@@ -81,7 +113,7 @@ def _for_a_table(event: Event, history: History) -> Event:
 
 
 def _crossed(event: Event, history: History) -> str | None:
-    """Say which blocks crossed an edge of the zone, all of them: the message names the first few."""
+    """Say which blocks crossed an edge of the safe zone, all of them: the message names the first few."""
     measured = {item.step: item for item in history.measurements}.get(event.step)
     if measured is None:
         return None
@@ -125,6 +157,8 @@ def _steering(history: History) -> Iterator[Event]:
 def _kind(reason: str) -> str:
     if reason.startswith(HELD):
         return "the bounds of the scales stop the controller"
+    if FLOORED in reason:
+        return "the controller has come to a floor, or to a norm at the start"
     return "attention is not raised, because the token residual falls" if REFUSED in reason else "moves"
 
 

@@ -39,7 +39,7 @@ def block_list(blocks: Iterable[int]) -> str:
 
 
 def zone_of(measurement: Measurement) -> tuple[float, float] | None:
-    """Return the safe zone, ``None`` for Jacobians, for which nobody has calibrated a zone."""
+    """Return the safe zone, ``None`` for Jacobians, for which nobody has calibrated a safe zone."""
     return measurement.safe_zone if measurement.has_zone else None
 
 
@@ -86,7 +86,7 @@ def _inside(measurement: Measurement, zone: tuple[float, float]) -> str | None:
 
 
 def _excess(layer: LayerMeasurement, zone: tuple[float, float]) -> float:
-    """Return how far a ratio is outside the zone, in ln ρ; negative inside."""
+    """Return how far a ratio is outside the safe zone, in ln ρ; negative inside."""
     assert layer.log_ratio is not None
     low, high = np.log(zone)
     return float(max(low - layer.log_ratio, layer.log_ratio - high))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +16,8 @@ from lightning_spectral.records.text import Table, Tabular
 __all__ = ["Comparison", "compare", "moved_by"]
 
 SAME = 0.01  # a ratio that changes by less is the same: norms are estimates
-LONGEST = 15  # characters of a name, so that a row has 80
+WIDTH = 80  # characters of a line
+LONGEST, LEAST = 15, 8  # characters of a name: numbers lose digits before a name has less than the second
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -51,32 +54,52 @@ class Comparison(Tabular):
         return f"largest change: block {two.index} ({two.name}), ratio {_factor(changes[place])}, by {_mover(one, two)}"
 
     def _table(self) -> Table:
-        both = tuple(zip(self.before, self.after, strict=True))
-        columns = [
-            [str(one.index) for one, _ in both],
-            [_ending(one.name) for one, _ in both],
-            *(
-                _pairs([(getattr(one, name), getattr(two, name)) for one, two in both])
-                for name in ("mlp_norm", "attention_norm", "ratio")
-            ),
-            ["-" if change is None else _factor(change) for change in self.log_ratio_changes()],
-            [_where(self.before.side(one), self.after.side(two)) for one, two in both],
-        ]
+        for digits in (3, 2, 1):
+            columns = self._columns(digits)
+            room = WIDTH - sum(2 + max(map(len, [name, *column])) for name, column in columns.items())
+            if room >= LEAST:
+                break
+        names = {"block": [_ending(layer.name, min(room, LONGEST)) for layer in self.after]}
+        columns = {"": columns.pop(""), **names, **columns}
         notes = [
             f"note on the one {when}: {note}"
             for when, measurement in (("before", self.before), ("after", self.after))
             for note in measurement.notes
         ]
-        names = [">3", "<block", "^mlp", "^attention", "^ratio", ">change", "<"]
         title = f"before → after, linearization={self.after.linearization!r}, {self.after.zone_words}"
-        return Table(title, names, list(zip(*columns, strict=True)), [self.summary(), *notes])
+        below = [line for text in (self.summary(), *notes) for line in _lines(text)]
+        aligned = [side + name for side, name in zip("><^^^><", columns, strict=True)]
+        return Table(title, aligned, list(zip(*columns.values(), strict=True)), below)
+
+    def _columns(self, digits: int) -> dict[str, list[str]]:
+        """Return all columns but the names, which get what is left of a line."""
+        both = tuple(zip(self.before, self.after, strict=True))
+        pairs = {"mlp": "mlp_norm", "attention": "attention_norm", "ratio": "ratio"}
+        return {
+            "": [f"{one.index:>3}" for one, _ in both],
+            **{
+                name: _pairs([(getattr(one, key), getattr(two, key)) for one, two in both], digits)
+                for name, key in pairs.items()
+            },
+            "change": ["-" if change is None else _factor(change, digits) for change in self.log_ratio_changes()],
+            " ": [_where(self.before.side(one), self.after.side(two)) for one, two in both],
+        }
 
 
-def _pairs(values: Sequence[tuple[float | None, float | None]]) -> list[str]:
+def _pairs(values: Sequence[tuple[float | None, float | None]], digits: int) -> list[str]:
     """Return a column of "before → after", with the arrows below each other."""
-    texts = [["-" if value is None else format(value, ".3g") for value in pair] for pair in values]
+    texts = [["-" if value is None else _number(value, digits) for value in pair] for pair in values]
     left, right = (max((len(pair[side]) for pair in texts), default=0) for side in (0, 1))
     return [f"{before:>{left}} → {after:<{right}}" for before, after in texts]
+
+
+def _number(value: float, digits: int) -> str:
+    """Return a number with three digits, or with fewer where these make it long: 1.23e-12, 1e-12."""
+    text = f"{value:.3g}"
+    if digits == 3 or (len(text) <= 5 and "e" not in text):
+        return text
+    short = f"{value:.{digits}g}" if "e" not in text else f"{value:.{digits - 1}e}"
+    return re.sub(r"e\+?(-?)0*", r"e\1", short)
 
 
 def _where(before: str, after: str) -> str:
@@ -84,12 +107,17 @@ def _where(before: str, after: str) -> str:
     return after if before == after else f"→ {after or 'inside'}"
 
 
-def _factor(change: float) -> str:
-    return f"×{math.exp(change):.3g}"
+def _factor(change: float, digits: int = 3) -> str:
+    return f"×{_number(math.exp(change), digits)}"
 
 
-def _ending(name: str) -> str:
-    return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
+def _ending(name: str, most: int) -> str:
+    return name if len(name) <= most else f"…{name[len(name) - most + 1 :]}"
+
+
+def _lines(text: str) -> list[str]:
+    """Return a text in lines that a terminal shows whole."""
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def moved_by(mlp: float, attention: float) -> Literal["MLP", "attention", "both"]:

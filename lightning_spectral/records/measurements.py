@@ -263,10 +263,10 @@ class Measurement(Tabular):
     def zone_words(self) -> str:
         """The safe zone in words, for a title."""
         low, high = self.safe_zone
-        return f"safe zone ({low:g}, {high:g})" if self.has_zone else "no zone is known"
+        return f"safe zone ({low:g}, {high:g})" if self.has_zone else "no safe zone is known"
 
     def side(self, layer: LayerMeasurement) -> Literal["above", "below", ""]:
-        """Return the side of the safe zone that a layer is on; empty inside, and where there is no ratio or no zone."""
+        """Return the side of the safe zone that a layer is on; empty inside, without a ratio or without a safe zone."""
         low, high = self.safe_zone
         if not self.has_zone or layer.ratio is None or low < layer.ratio < high:
             return ""
@@ -296,7 +296,7 @@ class Measurement(Tabular):
     def summary(self) -> dict[str, float]:
         """Return the summary values of the measurement, by the names they are logged under.
 
-        Values that do not exist (a model without a single measurable ratio, a linearization without a zone) are absent.
+        Values that do not exist (no measurable ratio, a linearization without a safe zone) are absent.
         Where weights or the stream are not finite, values of them are NaN: what is left would look healthy.
         """
         values = self._of_ratios()

@@ -208,7 +208,7 @@ def _measurement(entry: Mapping[str, Any]) -> Measurement:
     """Rebuild a measurement from the values of :meth:`Measurement.to_dict`."""
     low, high = map(_size, listed(entry["safe_zone"]))
     if not 0 < low < high:
-        raise ValueError(f"the zone is ({low}, {high})")
+        raise ValueError(f"the safe zone is ({low}, {high})")
     layers = tuple(map(_layer, listed(entry["layers"])))
     step, seconds = _count(entry["step"]), _optional(_size)(entry["seconds"]) or 0.0
     linearization: Any = text(entry["linearization"])

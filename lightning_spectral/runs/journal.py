@@ -1,8 +1,8 @@
 """The file of a run: ``spectral.jsonl``, one JSON object a line.
 
 The first line describes the run. Each further line is one measurement (:meth:`Measurement.to_dict`), one event (a block
-leaves the zone, a warning, a failure) or one action of the controller. Lines are written in one piece and synced to the
-disk, so that a crash costs at most the lines that are being written.
+leaves the safe zone, a warning, a failure) or one action of the controller. Lines are written in one piece and synced
+to the disk, so that a crash costs at most the lines that are being written.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lightning_spectral.records import Measurement, ResidualBlock
 from lightning_spectral.runs.durable import append, replace
 from lightning_spectral.runs.entries import FORMAT, VERSION, Line, entries
 from lightning_spectral.runs.predecessor import News, Predecessor, Superseded, aside_names, take_over
+from lightning_spectral.weights.names import plain_name
 
 __all__ = ["Journal", "described", "described_model"]
 
@@ -195,9 +196,9 @@ def described(block: ResidualBlock) -> dict[str, Any]:
     attention, mlp = block.attention, block.mlp
     return {
         "index": block.index,
-        "name": block.name,
-        "attention": None if attention is None else attention.site,
-        "mlp": None if mlp is None else mlp.site,
+        "name": plain_name(block.name),
+        "attention": None if attention is None else plain_name(attention.site),
+        "mlp": None if mlp is None else plain_name(mlp.site),
         "verified": block.verified,
     }
 

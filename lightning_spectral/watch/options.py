@@ -55,7 +55,7 @@ class Options:
             check_blocks(self.blocks, "blocks=find_blocks(model), or hints as a dict")
         checked = {
             "every_n_steps": _checks.steps("every_n_steps", self.every_n_steps),
-            "linearization": _checks.choice("linearization", self.linearization, ("circuit", "paper")),
+            "linearization": _checks.linearization_of_weights(self.linearization, ("circuit", "paper")),
             "safe_zone": _checks.interval("safe_zone", self.safe_zone),
             "signals": _checks.choices("signals", self.signals, SIGNALS),
             "per_layer": _checks.flag("per_layer", self.per_layer),

@@ -608,7 +608,7 @@ def test_an_example_batch_helps_where_no_input_can_be_guessed() -> None:
     [
         ({"safe_zone": (2.0, 0.5)}, r"safe_zone=\(2.0, 0.5\): expected two ratios, 0 < low < high"),
         ({"safe_zone": 3}, "safe_zone=3: expected two ratios"),
-        ({"linearization": "jacobian"}, "linearization='jacobian': expected 'circuit' or 'paper' in this version"),
+        ({"linearization": "jacobian"}, "expected 'circuit' or 'paper' here; Jacobians are measured once"),
     ],
 )
 def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -36,12 +36,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def changed(folder: Path, target: Path, factor: float) -> Path:
-    """The same model with larger MLP branches."""
+def changed(folder: Path, target: Path, factor: float, attention: float = 1.0) -> Path:
+    """The same model with larger MLP branches, and with larger attention."""
     model: Any = example("llama").build()
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.up_proj.weight.mul_(factor)
+            layer.self_attn.v_proj.weight.mul_(attention)
     model.save_pretrained(target)
     return target
 
@@ -88,6 +89,28 @@ def test_two_checkpoints_are_a_table_of_changes(folder: Path, tmp_path: Path, ca
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["log_ratio_change"] == pytest.approx([0.693147] * 3, abs=1e-5)
     assert len(written["before"]["layers"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((1e-12, 1e9), (1e9, 1e-12)), ((3.3e-12, 1.0), (3.3e-6, 1.0)), ((1234.5, 1e-4), (1.0, 98765.0))],
+)
+def test_a_comparison_of_extreme_norms_has_80_columns(
+    folder: Path,
+    tmp_path: Path,
+    before: tuple[float, float],
+    after: tuple[float, float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+):
+    """Numbers lose digits before the names of blocks become unreadable, and long lines are broken."""
+    monkeypatch.chdir(tmp_path)
+    changed(folder, Path("a"), *before), changed(folder, Path("b"), *after)
+    assert main(["audit", "a", "b", "--safe-zone", "1.23456e-5", "123456.7"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert re.search(r"^  0  (model\.layers|…[\w.]*)\.0 .* → .* → .* → .* ×", lines[4])
+    assert re.search(r"largest change: block \d \(model\.layers\.\d\), ratio ×[\d.e+-]+, by ", " ".join(lines))
 
 
 def test_the_exit_code_says_whether_a_ratio_is_outside(folder: Path, tmp_path: Path, capsys: Any):
@@ -148,7 +171,8 @@ def test_a_key_chooses_and_notes_are_shown(tmp_path: Path, capsys: Any):
     assert note in capsys.readouterr().out.splitlines()[-2]
     assert note in json.loads((tmp_path / "out.json").read_text())["notes"][0]
     assert main(["audit", path, path, "--key", "ema", "--html", str(tmp_path / "page.html")]) == 0
-    assert capsys.readouterr().out.count(note) == 2  # of the one before, and of the one after
+    out = capsys.readouterr().out
+    assert out.replace("\n  ", " ").count(note) == 2  # of the one before, and of the one after
     assert note in (tmp_path / "page.html").read_text()
 
 

@@ -17,6 +17,7 @@ from lightning_spectral.errors import ConfigurationError
 
 ZONE = (0.5, 2.0)
 CASES = 2000
+MARGIN = "outside the safe zone less its margin"
 LAW = GainCeiling(ceiling=2.0, margin=0.2, floor=0.1)  # one block of two branches: the ceiling is 2 / √2 = 1.41
 
 
@@ -55,10 +56,15 @@ def lowered(seen: Reading, action: Action | None) -> Reading:
             (1.4142, 1.4142),
             "MLP above its ceiling: 5, limit 1.414, attention above its ceiling: 5, limit 1.414",
         ),
-        (1.2, 0.3, (0.4912, 0.3), "MLP outside the safe zone: 1.2, limit 0.4912"),
-        (0.3, 1.2, (0.3, 0.4912), "attention outside the safe zone: 1.2, limit 0.4912"),
-        (9.0, 0.3, (0.4912, 0.3), "MLP outside the safe zone: 9, limit 0.4912"),
-        (1.2, 0.01, (0.1414, 0.01), "MLP outside the safe zone: 1.2, limit 0.1414"),  # the floor
+        (1.2, 0.3, (0.4912, 0.3), f"MLP {MARGIN}: 1.2, limit 0.4912"),
+        (0.3, 1.2, (0.3, 0.4912), f"attention {MARGIN}: 1.2, limit 0.4912"),
+        (9.0, 0.3, (0.4912, 0.3), f"MLP {MARGIN}: 9, limit 0.4912"),
+        (
+            1.2,
+            0.01,
+            (0.1414, 0.01),
+            "MLP outside the safe zone less its margin, lowered to its floor: 1.2, limit 0.1414",
+        ),
         (0.12, 0.01, (0.12, 0.01), None),  # below it: any ratio
         (0.3, 0.2, (0.3, 0.2), None),
         (1.2, None, (1.2, None), None),
@@ -105,6 +111,22 @@ def test_the_start_of_a_trained_model_is_no_reason_to_lower_it():
     _, state = only(LAW, reading(20.0, 0.0, trained=True))
     action, _ = only(LAW, reading(20.0, 8.0), state)
     assert (action.mlp, 8 * math.exp(action.attention)) == (0.0, pytest.approx(math.sqrt(2)))
+
+
+def test_that_the_law_can_do_no_more_is_told_once():
+    """A branch that grows on is lowered to its floor each time, and the ratio stays outside."""
+    seen = reading(0.5, 0.2)
+    first, state = only(LAW, seen)
+    assert (first.begins, first.held) == (True, False)
+    floor, state = only(LAW, reading(0.5, 0.01), state)
+    assert (floor.begins, floor.held, floor.moves) == (False, True, True)
+    again, state = only(LAW, reading(0.3, 0.01), state)
+    assert (again.held, again.moves) == (False, True)
+    assert "lowered to its floor" in again.reason
+    _, state = only(LAW, reading(20.0, 4.0, trained=True))
+    grown, _ = only(LAW, reading(30.0, 3.0), state)
+    assert grown.held
+    assert grown.reason == "MLP above its ceiling, lowered to its norm at the start: 30, limit 20"
 
 
 # Laws

@@ -79,7 +79,8 @@ def test_a_full_hint_measures_a_model_that_cannot_run(opaque: Opaque) -> None:
 
 def test_factors_are_put_in_the_order_of_the_product(opaque: Opaque) -> None:
     """However the hint lists them; an inner norm stands between the two matrices."""
-    attention = {"pre_norm": "norm.weight", "value": "qkv.weight", "scale": 2, "site": "out", "output": "out.weight"}
+    value = {"parameter": "qkv.weight", "rows": [[2 * WIDTH, 3 * WIDTH]]}
+    attention = {"pre_norm": "norm.weight", "value": value, "scale": 2, "site": "out", "output": "out.weight"}
     mlp = {"site": "down", "up": "up.weight", "inner_norm": "up.bias", "down": "down.weight", "post_norm": "norm.bias"}
     block = find_blocks(opaque, hints={"layers.0": {"attention": attention, "mlp": mlp}})[0]
     roles = [[factor.role for factor in branch.factors] for branch in block.branches]
@@ -164,8 +165,9 @@ def test_a_hint_gives_factors_to_a_branch_that_has_a_reason() -> None:
 
 def test_a_hint_leaves_adapters_out() -> None:
     """They are no part of a chain that the user lists."""
+    value = {"parameter": "attn.c_attn.base.weight", "rows": [[64, 96]]}
     base = {
-        "attention": {"output": "attn.c_proj.base.weight", "value": "attn.c_attn.base.weight"},
+        "attention": {"output": "attn.c_proj.base.weight", "value": value},
         "mlp": {"down": "mlp.c_proj.base.weight", "up": "mlp.c_fc.base.weight"},
     }
     found, hinted = found_and_hinted("low_rank_updates", {"transformer.h.*": base})
@@ -187,7 +189,8 @@ def test_a_hint_for_one_branch_drops_no_other() -> None:
 
 def test_a_hint_forces_the_kind_of_a_branch() -> None:
     """The branch at the hinted site is that branch, whatever the trace took it for: it is not listed twice."""
-    hint = {"attention": {"site": "attn", "output": "attn.out.weight", "value": "attn.into.weight"}}
+    value = {"parameter": "attn.into.weight", "rows": [[32, 64]]}
+    hint = {"attention": {"site": "attn", "output": "attn.out.weight", "value": value}}
     _, hinted = found_and_hinted("hybrid", {"body.layers.2": hint})
     assert [(branch.kind, branch.site) for branch in hinted[2].branches] == [
         ("attention", "body.layers.2.attn"),
@@ -262,6 +265,33 @@ def test_the_element_of_an_output_may_be_named() -> None:
             r"came with \['columns', 'parameter'\]",
         ),
         ({"layers.*": {"mlp": {"site": "down", "down": 3.0, "up": "up.weight"}}}, r"down.*3\.0"),
+        ({"layers.*": "attention"}, r"'layers\.0' came with 'attention'; expected a dict from kinds of branches to"),
+        ({"layers.*": {"mlp": ["down"]}}, r"layers\.0\.mlp came with \['down'\]; expected the path of its site, or"),
+        ({"layers.*": {"mlp": "down.weight"}}, r"'layers\.0\.down\.weight' is a Parameter; expected a module"),
+        (
+            {"layers.*": {"mlp": {"site": "down", "down": "down", "up": "up.weight"}}},
+            r"'layers\.0\.down' is a Linear and no parameter; did you mean 'layers\.0\.down\.weight'\?",
+        ),
+        (
+            {"layers.*": {"mlp": {"site": "down", "down": "down.weight", "pre_norm": "norm"}}},
+            r"'layers\.0\.norm' is a LayerNorm and no parameter; did you mean 'layers\.0\.norm\.weight'\?",
+        ),
+        (
+            {"layers.*": {"mlp": {"site": "down", "down": ["down.weight"]}}},
+            r"layers\.0\.down came with \['down\.weight'\]; expected a parameter path",
+        ),
+        (
+            {"layers.*": {"attention": {"site": "out", "output": "out.weight", "value": "qkv.weight"}}},
+            r"qkv\.weight has 48 rows, and layers\.0\.out\.weight takes 16; name the rows .*'rows': \[\[32, 48\]\]",
+        ),
+        (
+            {"layers.*": {"mlp": {"site": "down", "down": {"parameter": "down.weight", "rows": [0, 8]}}}},
+            r"down\.weight came with rows=\[0, 8\]; expected pairs of the first row and the row behind the last",
+        ),
+        (
+            {"layers.*": {"mlp": {"site": "down", "down": {"parameter": "down.weight", "layout": ["spin"]}}}},
+            r"down\.weight came with the layout \['spin'\]; \('spin',\) begins with none of abs, add, ",
+        ),
     ],
 )
 def test_a_hint_that_does_not_fit_is_refused_with_what_was_expected(

@@ -285,6 +285,8 @@ def test_given_input_that_fails_is_reported_with_its_error() -> None:
         find_blocks(Floats(), batch=torch.ones(2, 5, WIDTH + 1))
     with pytest.raises(ExampleInputError, match=r"given example input: TypeError: .*unexpected keyword argument 'ids'"):
         find_blocks(Floats(), batch={"ids": torch.ones(2, 5, WIDTH)})
+    with pytest.raises(ExampleInputError, match=r"not list\. A list is one argument: .* batch=batch\[0\]"):
+        find_blocks(Floats(), batch=[torch.ones(2, 5, WIDTH), torch.ones(2)])
 
 
 def test_given_input_may_be_positional_or_by_name() -> None:

@@ -121,7 +121,7 @@ def run_command(words: Sequence[str], desk: Path) -> str:
 
 
 def run_ours(words: Sequence[str]) -> str:
-    """Run ``lightning-spectral``; that a ratio is outside the zone is an answer too."""
+    """Run ``lightning-spectral``; that a ratio is outside the safe zone is an answer too."""
     printed, complaint = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
         code = main([str(path) for word in words for path in in_a_shell(PLACEHOLDERS.get(word, word))])

@@ -270,12 +270,12 @@ def test_a_measurement_names_the_part_that_it_is_of():
     for part, said, zone in (
         ("sum", "", "safe zone (0.5, 2)"),
         ("base", "adapters='base', ", "safe zone (0.5, 2)"),
-        ("delta", "adapters='delta', ", "no zone is known"),
+        ("delta", "adapters='delta', ", "no safe zone is known"),
     ):
         measurement = measure(model, adapters=part)
         assert str(measurement).splitlines()[0].endswith(f"linearization='circuit', {said}step 0, {zone}")
         assert measurement.to_dict().get("adapters", "sum") == measurement.adapters == part
-        assert ("above the safe zone" in str(measurement)) == (part == "sum")  # of the delta, no zone is known
+        assert ("above the safe zone" in str(measurement)) == (part == "sum")  # of the delta, no safe zone is known
 
 
 def test_arguments_are_checked():

@@ -15,6 +15,7 @@ from zoo import example
 
 from lightning_spectral import Measurement, ResidualBlock, attach_scales, find_blocks, measure
 from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.runs.journal import described
 from lightning_spectral.watch.fingerprint import fingerprint
 from lightning_spectral.weights.model import ModelWeights
 from lightning_spectral.weights.stored import in_state_dict
@@ -108,7 +109,9 @@ def test_a_compiled_model_and_its_state_dict_have_one_name():
     model, blocks = built("nanogpt")
     compiled: Any = torch.compile(model)
     inner = find_blocks(compiled)
-    assert inner[0].name.startswith("_orig_mod.")
+    assert inner[0].name.startswith("_orig_mod.")  # the path to the module
+    assert layers(measure(compiled, inner)) == layers(measure(model, blocks))  # and what is measured has the plain name
+    assert all("_orig_mod" not in str(described(block)) for block in inner)
     for state_dict in (compiled.state_dict(), model.state_dict()):
         for names in (blocks, inner):
             assert layers(measure(state_dict, names)) == layers(measure(model, blocks))

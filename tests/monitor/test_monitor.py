@@ -553,7 +553,10 @@ def test_weights_that_are_not_finite_are_counted_and_stop_nothing(tmp_path: Path
         ({"every_n_steps": 0}, r"every_n_steps=0: expected an integer of at least 1"),
         ({"every_n_steps": 2.5}, r"every_n_steps=2\.5: expected an integer"),
         ({"every_n_steps": True}, r"every_n_steps=True: expected an integer"),
-        ({"linearization": "jacobian"}, r"linearization='jacobian': expected 'circuit' or 'paper' in this version"),
+        (
+            {"linearization": "jacobian"},
+            r"'circuit' or 'paper' here; .*measure\(model, linearization='jacobian', batch",
+        ),
         ({"linearization": None}, r"linearization=None: expected 'circuit' or 'paper'"),
         ({"safe_zone": (2.0, 0.5)}, r"safe_zone=\(2\.0, 0\.5\): expected two ratios, 0 < low < high"),
         ({"safe_zone": (0.0, 2.0)}, r"safe_zone=\(0\.0, 2\.0\): expected two ratios"),

@@ -90,7 +90,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", [Restless, PickyRestless])
 def test_a_module_that_keeps_everything_trains_bitwise_alike(tmp_path: Path, kind: type[Restless]):
-    """With generators, memories, counters, logs, hooks and globals; steered inside the zone as well."""
+    """With generators, memories, counters, logs, hooks and globals; steered inside the safe zone as well."""
     alone = restless_run(tmp_path / "alone", kind, [])
     assert len(alone["curve"]) > 6
     for name, options in WAYS.items():

@@ -96,6 +96,7 @@ def told(items: Sequence[Measurement], events: Sequence[Event] = (), **header: o
 def test_the_page_lies_beside_the_file_of_the_run(tmp_path: Path):
     run = steered_run(tmp_path / "version_0" / "spectral.jsonl")
     assert report(run) == report(run.parent) == report(tmp_path) == run.with_suffix(".html")
+    assert "are in the source repository of lightning_spectral" in run.with_suffix(".html").read_text()  # no dead links
     assert report(run, tmp_path / "page.html") == tmp_path / "page.html"
     assert not list(tmp_path.rglob("*.tmp"))
 

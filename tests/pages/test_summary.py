@@ -19,7 +19,7 @@ from lightning_spectral.pages.findings import summary_of
 from lightning_spectral.pages.stays import STEADY, branch_that_moved, returned, stays
 from lightning_spectral.pages.summary import Finding, Summary
 from lightning_spectral.pages.tables import Table, norms_table
-from lightning_spectral.pages.timeline import at_bounds, since_at_bounds, timeline
+from lightning_spectral.pages.timeline import since_stopped, stopped, timeline
 from lightning_spectral.records import LayerMeasurement, Measurement
 from lightning_spectral.runs.history import History
 from lightning_spectral.runs.logged import NOTHING, Curve, Logged
@@ -120,7 +120,7 @@ def test_blocks_that_came_back_are_told_apart():
     history = run_of([1.0, 3.0, 3.0, 1.0, 1.0], [1.0] * 5, [1.0, 1.0, 1.0, 1.0, 3.0])
     assert list(returned(history, ZONE)) == [(0, 30)]
     text = texts(summary_of(history, NOTHING))
-    assert "1 of 3 blocks end outside the safe zone (0.5, 2). That is information, not a fault." in text
+    assert "1 of 3 blocks ends outside the safe zone (0.5, 2). That is information, not a fault." in text
     assert "Outside before, and back inside: block 0 since step 30." in text
 
 
@@ -214,24 +214,62 @@ def steered(scales: Sequence[float], ratios: Sequence[float], header: Mapping[st
 def test_a_controller_at_its_bounds_is_the_first_thing_that_is_said():
     scales, ratios = [1.0, 0.5, 0.26, 0.25, 0.25], [0.1, 0.2, 0.3, 0.3, 0.3]
     history = steered(scales, ratios, {"bounds": [0.25, 4.0]})
-    assert at_bounds(history).tolist() == [[False, False, True, True, True]]
-    assert since_at_bounds(history) == {0: 20}
+    assert stopped(history).tolist() == [[False, False, True, True, True]]
+    assert since_stopped(history) == {0: 20}
     summary = summary_of(history, NOTHING)
     assert summary.verdict.level == "warning"
     assert summary.findings[0].text == (
-        "1 of 1 block stay outside with their scales at the bounds (0.25, 4.0) since step 20: block 0."
+        "1 of 1 block stays outside, with scales at the bounds (0.25, 4.0) since step 20: block 0."
     )
     assert "ResidualRescaler(bounds=…)" in summary.advice[0].text
     for inside in ([*ratios[:-1], 0.6], [1.0] * 5):
-        assert since_at_bounds(steered(scales, inside, {"bounds": [0.25, 4.0]})) == {}
+        assert since_stopped(steered(scales, inside, {"bounds": [0.25, 4.0]})) == {}
     for header in ({}, {"bounds": None}, {"bounds": [0, 4]}, {"bounds": [0.25, 4.0], "dry_run": True}):
-        assert not at_bounds(steered(scales, ratios, header)).any()
+        assert not stopped(steered(scales, ratios, header)).any()
+
+
+def test_a_block_that_the_ceiling_law_leaves_outside_is_told_in_the_words_of_that_law():
+    """Its settings have no bounds. It does no more for a block without an action, or for one at its floor."""
+    header = {"law": "GainCeiling", "warmup_steps": 10}
+    ratios = [9.0, 9.0, 9.0, 9.0, 9.0]
+    lowered = action(10, 0) | {"reason": "MLP outside the safe zone less its margin: 9, limit 4"}
+    floored = action(30, 0) | {"reason": "MLP outside the safe zone less its margin, lowered to its floor: 4, limit 3"}
+    history = replace(steered([1.0] * 5, ratios, header), actions=(lowered, floored))
+    assert stopped(history).tolist() == [[False, False, True, True, True]]  # warm-up, an action that goes on
+    summary = summary_of(history, NOTHING)
+    assert summary.verdict.level != "warning"
+    assert (
+        "1 of 1 block stays outside, and the controller leaves that so since step 20: block 0. GainCeiling raises no "
+        "branch. It lowers none below its floor and, in a trained model, none below its norm at the start."
+    ) in texts(summary)
+    assert "bounds" not in texts(summary)
+    assert any(advice.text.endswith("GainCeiling(floor=…).") for advice in summary.advice)
+    just_left = steered([1.0] * 3, [1.0, 1.0, 9.0], header)  # the law did not act on the last measurement
+    moving = replace(history, actions=tuple(lowered | {"step": step} for step in (10, 20, 30)))
+    assert stopped(just_left).tolist() == [[False, False, False]]
+    assert stopped(moving).tolist() == [[False, False, False, False, False]]
+    for other in (just_left, moving, steered([1.0] * 5, ratios, header | {"dry_run": True})):
+        assert since_stopped(other) == {}
+
+
+def test_a_run_that_the_ceiling_law_steers_is_not_advised_to_try_it():
+    events = (Event("warning", 10, 0, (0,), "x", name="tokens_collapsing"),)
+    for header, tries in (({}, True), ({"rescaler": {"law": "GainCeiling"}}, False)):
+        advice = summary_of(replace(run_of([1.0, 1.2]), header=header, events=events), NOTHING).advice
+        assert ("auto_rescale=True" in advice[0].text) is tries
+        assert advice[0].text.startswith("Try this first: restart with ")
+
+
+def test_one_measurement_of_a_steered_run_tells_nothing_of_its_law():
+    assert since_stopped(steered([1.0], [9.0], {"law": "GainCeiling", "warmup_steps": 0})) == {}
 
 
 def test_actions_are_added_up(tmp_path: Path):
     history = History.read(steered_run(tmp_path / "spectral.jsonl"))
     text = "The controller moved scales of 2 blocks in 3 actions, from step 40 to step 60."
     assert text in texts(summary_of(history, NOTHING))
+    once = replace(history, actions=tuple(item for item in history.actions if item["step"] == 60))
+    assert "2 blocks in 2 actions, at step 60." in texts(summary_of(once, NOTHING))
     dry = replace(history, header={"rescaler": {"dry_run": True}})
     assert "The controller would have moved" in texts(summary_of(dry, NOTHING))
     idle = replace(history, actions=())
@@ -241,13 +279,15 @@ def test_actions_are_added_up(tmp_path: Path):
 def test_what_the_controller_begins_and_cannot_do_are_events():
     held = {"reason": "held by the bounds of the scales, ratio too low"}
     low = {"reason": "ratio too low"}
+    floor = {"reason": "MLP outside the safe zone less its margin, lowered to its floor: 4, limit 3"}
     actions = [action(10, 0) | low, action(10, 1) | low, action(20, 0) | low, action(20, 1) | held,
-               action(40, 0) | low, action(40, 1) | held]  # fmt: skip
+               action(40, 0) | low, action(40, 1) | held, action(50, 0) | floor]  # fmt: skip
     events = timeline(run_of([1.0] * 6, [1.0] * 6, actions=tuple(actions)))
     assert [(event.step, event.message) for event in events] == [
         (10, "controller begins to steer, ratio too low: blocks 0–1"),
         (20, "the bounds of the scales stop the controller: block 1"),
         (40, "controller begins to steer, ratio too low: block 0"),
+        (50, "the controller has come to a floor, or to a norm at the start: block 0"),
     ]
 
 
@@ -301,7 +341,7 @@ def test_of_many_blocks_the_farthest_have_sentences_and_the_rest_a_list():
     assert len(blocks) == 12
     assert blocks[0].startswith("Block 39 (b39): above since step 10, still rising")
     assert f"ρ = {ratio(39, 6):.4g}" in blocks[0]
-    assert "Nearer to the zone, and outside too: blocks 0–1, 3–27." in texts(summary)
+    assert "Nearer to the safe zone, and outside too: blocks 0–1, 3–27." in texts(summary)
 
 
 def test_the_facts_of_a_run():

@@ -110,7 +110,7 @@ def test_values_of_a_run_that_diverged_are_missing(tmp_path: Path):
         (["step"], -1, "found -1, expected a whole number from 0 to"),
         (["step"], True, "found True, expected a whole number"),
         (["step"], 10**30, "expected a whole number from 0 to"),
-        (["safe_zone"], [2.0, 0.5], "the zone is"),
+        (["safe_zone"], [2.0, 0.5], "the safe zone is"),
         (["safe_zone"], [0.5], "not enough values"),
         (["layers"], 5, "found 5, expected a list"),
         (["layers", 0, "index"], 10**6, "block 1000000"),
