@@ -48,14 +48,14 @@ from lightning_spectral.weights.protocol import Weights
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Adapters", "Linearized", "WeightLinearization", "linearize", "linearize_kind"]
+__all__ = ["Adapters", "Linearized", "WeightLinearization", "linearize", "linearize_kind", "probes_of"]
 
 WeightLinearization = Literal["circuit", "paper"]
 Adapters = Literal["sum", "base", "delta"]
 
 _PAPER = ("scale", "output", "down", "up")
 
-PROBES, EXACT_WIDTH = 128, 512
+_PROBES, _EXACT_WIDTH = 128, 512
 """Random vectors that estimate the Frobenius norm which a norm layer divides by; up to this width it is exact."""
 
 
@@ -262,8 +262,8 @@ def _divided(item: Linearized, differentiable: bool) -> Linearized:
 
 def probes_of(operator: LinearOperator) -> tuple[int, float]:
     """Return how many probes estimate a Frobenius norm, and the largest relative standard deviation that is left."""
-    exact = operator.shape[1] <= EXACT_WIDTH
-    probes = max(PROBES, operator.shape[1] if exact else 0)
+    exact = operator.shape[1] <= _EXACT_WIDTH
+    probes = max(_PROBES, operator.shape[1] if exact else 0)
     return probes, 0.0 if exact else 1 / math.sqrt(2 * probes)
 
 

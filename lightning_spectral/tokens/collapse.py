@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.tokens.selection import centred_tokens, select, unit_scaled
 
-__all__ = ["sample_residual", "token_residual", "token_similarity"]
+__all__ = ["relative_residual", "sample_residual", "token_residual", "token_similarity"]
 
 
 def token_residual(X: Tensor, mask: Tensor | None = None, *, massive: float | None = None) -> Tensor:
