@@ -3,7 +3,7 @@
 #   make demo         train the example GPT and watch it (two minutes on two cores)
 #   make test         the tests, in two processes; TEST_ARGS="-n 0" for one
 #   make test-zoo          the slow tests that run over the zoo of models, on those that make test leaves out; ZOO=half for half of them
-#   make test-examples     what a reader runs: the examples, the experiments, every block of the documentation
+#   make test-examples     what a reader runs: the examples, the experiments, every block of the documentation, loops without Lightning
 #   make test-distributed  several processes: every strategy, precision and mode, as a table; MATRIX=32-true for one precision
 #   make docs         the documentation as pages, in docs/_build; a warning is an error
 #   make tables       the tables of the documentation that are made from code and tests
@@ -20,9 +20,9 @@ BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 # Neighbouring tests stay together, as they share what their modules prepare, until a process has nothing left to do.
 # Without the experiments, which train for long: evidence, evidence_steering, post_norm, wrong_starts, alarms.
-BENCHMARKS = imports solver overhead memory discovery penalty rescale jacobian sharded scaling audit report audit_large
+BENCHMARKS = imports solver overhead memory discovery penalty rescale jacobian sharded scaling audit report audit_large busy norms_behind
 PYTEST = -m pytest -n 2 --dist worksteal
-READERS = tests/examples tests/docs
+READERS = tests/examples tests/docs tests/shells
 MATRIX = full
 ZOO = rest
 PROCESSES = tests/distributed

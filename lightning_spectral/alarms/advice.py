@@ -29,7 +29,7 @@ WORDS: Mapping[str, str] = {
 ADVICE: Mapping[str, tuple[str, ...]] = {
     "not_finite": ("go_back", "check_mask", "check_data", "qk_norm"),
     "tokens_collapsed": ("pre_norm", "ceiling", "lower_rate", "warm_up"),
-    "samples_collapsed": ("lower_rate", "ceiling", "stop_gradient"),
+    "samples_collapsed": ("ceiling", "lower_rate", "stop_gradient"),
     "logits_exploding": ("qk_norm", "lower_rate"),
     "nothing_moves": ("give_to_optimizer", "check_rate", "check_gradients"),
     "tokens_collapsing": ("ceiling", "lower_attention", "lower_rate"),

@@ -149,8 +149,8 @@ RULES: Mapping[str, Callable[[Level, Sign, int, Memory, Measurement], Event]] = 
 
 
 def _told(level: Level, name: str, sign: Sign, since: int, measurement: Measurement, text: str) -> Event:
-    """Add what to try, and where to read more."""
-    advice = ADVICE[name]
+    """Add what to try, without what the run does already, and where to read more."""
+    advice = tuple(item for item in ADVICE[name] if not (measurement.is_scaled and item == "ceiling"))
     text = f"{text}. Try: {WORDS[advice[0]]}. {sureness(name)}More: {_PAGE}#{name}"
     return _event(level, name, measurement, sign.layers, since, text, sign, advice)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -84,15 +85,16 @@ def _carried(before: NormSize | None, squares: tuple[float, ...]) -> NormSize | 
     """Carry a size on, ``None`` where the change is too large for it."""
     if before is None or not squares or len(before.squares) != len(squares):
         return None
-    changes = torch.tensor(squares, dtype=torch.float64) - torch.tensor(before.squares, dtype=torch.float64)
+    changes = [new - old for new, old in zip(squares, before.squares, strict=True)]
+    if not all(map(math.isfinite, changes)):
+        return None
     size, known = before.anchor
-    square = size**2 + float(changes.mean())
-    # NaN and infinity fail both comparisons.
+    square = size**2 + mean(changes)
     if not 0 < square < math.inf:
         return None
     # ‖B‖_F = √square, whose relative deviation is half of that of the square.
-    added = float(changes.std()) / math.sqrt(len(squares)) / (2 * square)
-    if not added <= _CARRIED:
+    added = stdev(changes) / math.sqrt(len(squares)) / (2 * square)
+    if added > _CARRIED:
         return None
     return NormSize(math.sqrt(square), known * size**2 / square + added, before.anchor, before.squares)
 

@@ -342,6 +342,11 @@ class Measurement(Tabular):
             values["output_residual"] = self.output.sample_residual
         return values
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether some branch has a residual scale other than 1."""
+        return any(layer.mlp_scale != 1.0 or layer.attention_scale != 1.0 for layer in self)
+
     def to_dataframe(self) -> DataFrame:
         """Return a ``pandas.DataFrame`` with a row for every block.
 
@@ -369,15 +374,21 @@ class Measurement(Tabular):
         )
 
     def _table(self) -> Table:
-        # Scales are shown where there are any: most models have none.
-        scaled = any(layer.mlp_scale != 1.0 or layer.attention_scale != 1.0 for layer in self)
         part = "" if self.adapters == "sum" else f"adapters={self.adapters!r}, "
         title = (
             f"spectral ratio ‖mlp‖₂/‖attention‖₂, linearization={self.linearization!r}, {part}step {self.step}, "
             f"{self.zone_words}"
         )
-        columns = [">4", "<block", ">10mlp", ">10attention", ">8ratio", *([">13scales"] if scaled else []), "<"]
-        rows = [_row(layer, self._note(layer), scaled=scaled) for layer in self]
+        columns = [
+            ">4",
+            "<block",
+            ">10mlp",
+            ">10attention",
+            ">8ratio",
+            *([">13scales"] if self.is_scaled else []),
+            "<",
+        ]  # most models have no scales
+        rows = [_row(layer, self._note(layer), scaled=self.is_scaled) for layer in self]
         return Table(title, columns, rows, [f"note: {note}" for note in self.notes])
 
     def _note(self, layer: LayerMeasurement) -> str:

@@ -371,6 +371,16 @@ def test_the_last_block_of_every_stack_is_looked_at():
 POOLED = OutputMeasurement(0.8, 0.9, kind="sample")
 
 
+def test_a_run_that_is_steered_is_not_told_to_steer():
+    run = Watched()
+    for step in (0, 10, 20):
+        found = measured(step, [1.0] * 6, HEALTHY, samples=1e-6)
+        run.take(replace(found, layers=tuple(replace(layer, mlp_scale=0.7) for layer in found.layers)))
+    assert run.events[-1].name == "samples_collapsed"
+    assert run.events[-1].advice == ("lower_rate", "stop_gradient")
+    assert "auto_rescale" not in run.events[-1].message
+
+
 @pytest.mark.parametrize("kind", ["sample", "stream"])
 def test_tokens_that_are_or_may_be_pooled_may_agree(kind: OutputKind):
     pooled, run = OutputMeasurement(0.8, 0.9, kind), Watched()
@@ -390,8 +400,9 @@ def test_samples_that_are_one_are_a_failure_though_tokens_differ():
     assert (failure.name, failure.step, failure.since, failure.blocks) == ("samples_collapsed", 30, 20, ())
     assert failure.message == (
         "FAILURE at step 30: the network gives every input the same answer. Since step 20 the outputs for "
-        "different samples have been nearly identical: they differ by 0.03 of their size. Try: lower the learning rate "
-        f"to a tenth. {sureness('samples_collapsed')}More: docs/monitor.md#samples_collapsed"
+        "different samples have been nearly identical: they differ by 0.03 of their size. Try: restart with "
+        "auto_rescale=True, with which the monitor limits how strongly attention and MLP act. "
+        f"{sureness('samples_collapsed')}More: docs/monitor.md#samples_collapsed"
     )
 
 

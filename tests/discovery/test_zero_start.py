@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 from zoo import example
 
 from lightning_spectral import find_blocks, measure
@@ -38,3 +39,31 @@ def test_even_a_model_of_zeros_is_understood(name):
     found = find_blocks(model, batch=args or kwargs)
     assert found == before
     assert all(layer.ratio is None for layer in measure(model, found))
+
+
+class Offset(nn.Module):
+    """A gain 1 + g."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.full((width,), -0.4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale every channel."""
+        return x * (self.g + 1.0)
+
+
+def test_a_gain_that_is_made_of_a_parameter_may_begin_at_zero_too():
+    """No parameter is zero there: 1 + g is, for g = −1."""
+    chosen = example("plain_layer_scale")
+    model = chosen.build()
+    for layer in [module for module in model.modules() if hasattr(module, "ls1")]:
+        layer.ls1, layer.ls2 = Offset(32), Offset(32)
+    args, kwargs = chosen.inputs(model)
+    before = find_blocks(model, batch=args or kwargs)
+    assert all(branch.reason is None for block in before for branch in block.branches)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".g"):
+                parameter.fill_(-1.0)
+    assert find_blocks(model, batch=args or kwargs) == before

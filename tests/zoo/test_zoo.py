@@ -255,7 +255,7 @@ def test_attention_on_one_token_is_its_matrix(name: str) -> None:
     model = member.build()
     x = torch.randn(2, 1, 1, 32, generator=torch.Generator().manual_seed(0))
     for block, branches in member.matrices(model).items():
-        found = [getattr(model.get_submodule(block), key, None) for key in ATTENTION_NAMES]
+        found = [getattr(model.get_submodule(block.partition(" + ")[0]), key, None) for key in ATTENTION_NAMES]
         for attention in filter(None, found):
             arguments = 3 if isinstance(attention, nn.MultiheadAttention) else 1
             with torch.no_grad():

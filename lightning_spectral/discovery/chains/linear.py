@@ -335,7 +335,8 @@ class LinearPart:
         # comparison use the same made-up numbers.
         if value in tape.names:
             weight = tape.wide(value)
-            return made_up(weight) if weight.is_floating_point() and is_mute(weight) else weight
+            mute = weight.is_floating_point() and (is_mute(weight) or self.steps.prober.makes_mute(value))
+            return made_up(weight) if mute else weight
         operation = tape.producer(value)
         assert operation is not None
         found = execute(tape, operation, self._fixed)[operation.outputs.index(value)]

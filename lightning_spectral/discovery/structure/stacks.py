@@ -153,8 +153,11 @@ def _before(tape: Tape, kept: int, written: int) -> int | None:
         producer = tape.producer(value)
         carrier = None if producer is None else _carrier(tape, producer)
         fits = carrier is not None and tape.tensors[carrier].numel() >= whole
-        # Go on through views even after the branch depends on the value: the layout of the stack itself is wanted.
-        if tape.depends(written, value) and not (fits and producer is not None and moved_input(producer) is not None):
+        # Go on even after the branch depends on the value: through views, because the layout of the stack itself is
+        # wanted, and through a product that makes the stream to be read and the kept ones at once.
+        at_once = tape.tensors[value].numel() > whole
+        goes_on = fits and producer is not None and (at_once or moved_input(producer) is not None)
+        if tape.depends(written, value) and not goes_on:
             return value
         if carrier is None or not fits:
             return None

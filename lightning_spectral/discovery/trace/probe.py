@@ -217,6 +217,19 @@ class Prober:
                     content[item] = made_up(like)
         return content
 
+    def makes_mute(self, parameter: int) -> bool:
+        """Whether a gain that is made of this parameter alone hides what it multiplies, such as 1 + g for g = −1."""
+        return parameter in self._makers
+
+    @cached_property
+    def _makers(self) -> set[int]:
+        tape = self.tape
+        values = (value for value in range(len(tape.tensors)) if tape.made_of_parameters(value))
+        made = (value for value in values if value not in tape.names and tape.tensors[value].is_floating_point())
+        gains = (value for value in made if sum(size > 1 for size in tape.shape(value)) < 2)
+        parents = ((value, tape.parents_with_names(value)) for value in gains)
+        return {names[0] for value, names in parents if len(names) == 1 and is_mute(tape.tensors[value])}
+
     def _is_gate_at_zero(self, region: Region, operation: Operation, value: int) -> bool:
         """Whether a value is a gate that is zero and does not come from the stream, such as adaLN-Zero's."""
         gate = is_multiplication(operation) and not self.tape.depends(value, region.stream)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -55,12 +57,27 @@ class Manifold(nn.Module):
         return streams
 
 
+class AtOnce(nn.Module):
+    """One branch: a single product makes the stream that it reads and the streams that are kept."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.maps = nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, STREAMS + 1)
+        self.branch_norm, self.branch = nn.LayerNorm(HIDDEN), branch
+        self.write = nn.Parameter(torch.rand(STREAMS, 1))
+
+    def forward(self, streams: Tensor) -> Tensor:
+        """Mix n streams to one that is read and n that are kept."""
+        read, kept = (self.maps(self.norm(streams)).softmax(-2).mT @ streams).split([1, STREAMS], dim=-2)
+        return kept + self.write * self.branch(self.branch_norm(read.squeeze(-2))).unsqueeze(-2)
+
+
 class Streams(nn.Module):
     """A stack of such blocks on copies of its input, summed at the end."""
 
-    def __init__(self, block: type[nn.Module], dim: int) -> None:
+    def __init__(self, layers: Iterable[nn.Module], dim: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(block() for _ in range(3))
+        self.layers = nn.ModuleList(layers)
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,6 +99,18 @@ def matrices(model: nn.Module) -> Matrices:
     }
 
 
+def matrices_in_turn(model: nn.Module) -> Matrices:
+    """The matrices of every pair of branches."""
+    pairs = zip(model.layers[::2], model.layers[1::2], strict=True)
+    return {
+        f"layers.{2 * index} + layers.{2 * index + 1}": {
+            "attention": [attention_matrix(first.branch).detach()],
+            "mlp": [mlp_matrix(second.branch).detach()],
+        }
+        for index, (first, second) in enumerate(pairs)
+    }
+
+
 def inputs(model: nn.Module) -> Inputs:
     """Token vectors."""
     return (floats(BATCH, TOKENS, HIDDEN),), {}
@@ -98,10 +127,28 @@ def members() -> list[Example]:
         )
         for index in range(3)
     )
+    pairs = tuple(
+        ExpectedBlock(
+            f"layers.{2 * index} + layers.{2 * index + 1}",
+            (f"layers.{2 * index}.branch", f"layers.{2 * index}.branch.c_proj"),
+            (f"layers.{2 * index + 1}.branch", f"layers.{2 * index + 1}.branch.c_proj"),
+            whole=False,
+        )
+        for index in range(2)
+    )
     return [
         Example(
+            "streams_at_once",
+            seeded(lambda: Streams([AtOnce(kind()) for kind in (CausalSelfAttention, MLP) * 2], -2)),
+            inputs,
+            pairs,
+            identity=False,
+            matrices=matrices_in_turn,
+            note="one product makes the stream that is read and those that are kept; branches in turn in one list",
+        ),
+        Example(
             "streams_hyper_connections",
-            seeded(lambda: Streams(HyperConnection, 0)),
+            seeded(lambda: Streams((HyperConnection() for _ in range(3)), 0)),
             inputs,
             blocks,
             identity=False,
@@ -110,7 +157,7 @@ def members() -> list[Example]:
         ),
         Example(
             "streams_manifold_constrained",
-            seeded(lambda: Streams(Manifold, -2)),
+            seeded(lambda: Streams((Manifold() for _ in range(3)), -2)),
             inputs,
             blocks,
             identity=False,
