@@ -112,6 +112,11 @@ class Outlets:
             self._journal = self._try("beginning the journal", Journal, path, header, resume_step=resume_step)
         self._tell()
 
+    @property
+    def has_folder(self) -> bool:
+        """Whether this process writes files."""
+        return self._journal is not None and self._journal.path is not None
+
     def write(
         self, series: Series, measurement: Measurement, events: Sequence[Event], actions: Sequence[Action]
     ) -> None:

@@ -330,7 +330,8 @@ class Session:
     def _introduce(self, measurement: Measurement, blocks: Sequence[ResidualBlock]) -> None:
         """Say what is measured, or warn that there is nothing to compare."""
         if (nothing := nothing_to_compare(measurement)) is None:
-            inform(f"{self._host.name}: {found(blocks, measurement, self._options.every_n_steps)}")
+            unwritten = "" if self.outlets.has_folder else "; no file is written, because the run has no folder"
+            inform(f"{self._host.name}: {found(blocks, measurement, self._options.every_n_steps)}{unwritten}")
         else:
             inform(f"{self._host.name}: {nothing}", logging.WARNING)
 

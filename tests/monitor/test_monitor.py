@@ -411,11 +411,16 @@ def test_barebones_switches_it_off_with_one_line(tmp_path: Path, caplog: pytest.
     ]
 
 
-def test_without_a_logger_only_the_logs_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_logger_logs_and_files_are_lost_and_the_first_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO)
     trainer = fit(tmp_path, SpectralMonitor(every_n_steps=2), logger=False)
     assert "spectral/ratio_max" in trainer.callback_metrics
     assert not list(tmp_path.rglob("*spectral*"))
+    said = "measured every 2 steps; no file is written, because the run has no folder"
+    assert any(text.endswith(said) for text in console(caplog))
 
 
 @pytest.mark.parametrize("flags", [{"limit_train_batches": 0}, {"max_steps": 0}, {"overfit_batches": 1}])
