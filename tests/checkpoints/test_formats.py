@@ -93,6 +93,7 @@ def test_a_format_that_is_not_read_is_named(kind: str, tmp_path: Path):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning")  # torch 2.15
 def test_what_torch_and_numpy_write_besides_state_dicts_is_named(tmp_path: Path):
     module, batch = nn.Linear(3, 3), torch.randn(1, 3)
     torch.jit.save(torch.jit.trace(module, batch), tmp_path / "script.pt")
