@@ -168,10 +168,12 @@ class SpectralCallback(TrainerCallback, ExportableState):
 
         Behind that, reporters end their run. Whatever they are told later begins another one.
         """
-        if logs is not None and "train_runtime" in logs:
+        if self._watch is not None and logs is not None and "train_runtime" in logs:
             entry = state.log_history.pop()  # many read their figures from the last one
-            self._close(args, state, control, model)
-            state.log_history.append(entry)
+            try:
+                self._close(args, state, control, model)
+            finally:
+                state.log_history.append(entry)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any

@@ -13,8 +13,8 @@ from lightning_spectral.linalg.sums import Sum
 
 __all__ = ["Leaf", "Walk", "flat", "multiplied", "walk"]
 
-
 Factors = tuple[tuple[LinearOperator, bool], ...]
+"""Operators that multiply one after the other, each with whether its transpose does."""
 
 
 class Leaf(NamedTuple):
@@ -24,8 +24,8 @@ class Leaf(NamedTuple):
         operator: An operator that is not composed of others.
         X: ``(n, k)``, or ``(m, k)`` where the transpose multiplies.
         transposed: Whether the transpose multiplies.
-        then: The factors that multiply the product next, first the nearest, each with whether its transpose does. Their
-            parts may be composed. Empty where something else happens to the product, such as an addition.
+        then: The factors that multiply the product next, the nearest first; they may be composed. Empty where something
+            else happens to the product, such as an addition.
     """
 
     operator: LinearOperator

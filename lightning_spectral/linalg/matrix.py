@@ -24,8 +24,8 @@ __all__ = ["Matrix"]
 
 # Elements that are converted at a time for a weight that torch cannot multiply in place (16 bits, odd strides).
 _PIECE_SIZE = 1 << 18
-# Elements from which on a product is worth a second thread. On two quiet cores it gains 1.0 to 1.3
-# below, and up to 1.6 above. Beside two busy processes it loses 2 at any size, and 2 to 30 where products are small.
+# Elements from which on a product takes more than one thread (benchmarks/busy.py). On two quiet cores a second thread
+# makes smaller products up to 1.6 times as fast. Beside other work it makes them 2 to 70 times as slow.
 _LARGE = 1 << 24
 # Columns and rows of a product that CPUs multiply fastest.
 _COLUMNS = 16

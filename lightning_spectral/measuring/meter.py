@@ -214,6 +214,7 @@ class Meter:
         before = replace(before, keeps_images="change" in self.signals)
         norms, self._state = self.solver.compute(operators, before)
         self._keys = keys
+        # Other solvers are references: what they are compared with must not be carried on.
         rights, carry = [item.normalized for item in items], isinstance(self.solver, RandomizedSVD)
         self._sizes = norm_sizes(rights, self._state.subspaces, sizes, carry=carry)
         normalized = list(map(_normalized, norms, items, self._sizes))

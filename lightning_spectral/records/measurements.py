@@ -379,16 +379,9 @@ class Measurement(Tabular):
             f"spectral ratio ‖mlp‖₂/‖attention‖₂, linearization={self.linearization!r}, {part}step {self.step}, "
             f"{self.zone_words}"
         )
-        columns = [
-            ">4",
-            "<block",
-            ">10mlp",
-            ">10attention",
-            ">8ratio",
-            *([">13scales"] if self.is_scaled else []),
-            "<",
-        ]  # most models have no scales
-        rows = [_row(layer, self._note(layer), scaled=self.is_scaled) for layer in self]
+        scaled = self.is_scaled  # most models have no scales
+        columns = [">4", "<block", ">10mlp", ">10attention", ">8ratio", *([">13scales"] if scaled else []), "<"]
+        rows = [_row(layer, self._note(layer), scaled=scaled) for layer in self]
         return Table(title, columns, rows, [f"note: {note}" for note in self.notes])
 
     def _note(self, layer: LayerMeasurement) -> str:

@@ -52,14 +52,7 @@ def relative_residual(X: Tensor, valid: Tensor | None = None) -> Tensor:
         As :func:`token_residual`.
     """
     size = torch.linalg.vector_norm(X, dim=(-2, -1))
-    if valid is None:
-        residual = torch.linalg.vector_norm(centred_tokens(X), dim=(-2, -1))
-    else:  # as centred_tokens(X, valid), with sums over tokens that count in place of two more copies
-        counts = valid.to(X.dtype)
-        first = valid.to(torch.uint8).argmax(-1, keepdim=True)[..., None].expand(*X.shape[:-2], 1, X.shape[-1])
-        X = X - X.gather(-2, first)
-        mean = counts[..., None, :] @ X / counts.sum(-1)[..., None, None].clamp(min=1)
-        residual = torch.linalg.vector_norm(torch.linalg.vector_norm(X - mean, dim=-1) * counts, dim=-1)
+    residual = torch.linalg.vector_norm(centred_tokens(X, valid), dim=(-2, -1))
     measurable = (size.detach() > 0) & size.detach().isfinite()
     return torch.where(measurable, residual / torch.where(measurable, size, 1.0), math.nan)
 

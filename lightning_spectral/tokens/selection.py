@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_spectral._checks import number
 from lightning_spectral.errors import ConfigurationError
+from lightning_spectral.linalg.operators import sum_dtype
 
 __all__ = ["centred_tokens", "massive_activations", "select", "unit_scaled"]
 
@@ -39,7 +40,7 @@ def select(X: Tensor, mask: Tensor | None = None, *, massive: float | None = Non
         raise ConfigurationError(
             f"mask has the shape {tuple(mask.shape)}: expected {expected}, the shape of X without width"
         )
-    X = X.to(torch.float32 if X.device.type == "mps" else torch.float64)
+    X = X.to(sum_dtype(X.device))
     valid = X.new_ones(X.shape[:-1], dtype=torch.bool) if mask is None else mask.to(X.device, torch.bool)
     if mask is not None:
         X = X.masked_fill(~valid[..., None], 0.0)

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.errors import ConfigurationError
-from lightning_spectral.linalg.leaves import Leaf, Walk, walk
+from lightning_spectral.linalg.leaves import Factors, Leaf, Walk, walk
 from lightning_spectral.linalg.operators import LinearOperator
 from lightning_spectral.linalg.sharding.hidden import unsummed
 from lightning_spectral.linalg.sharding.sharded import Sharded, Share, added, agreed
 
 __all__ = ["Stacked"]
+
+Kept = dict[tuple[LinearOperator, bool, Factors], tuple[int, ...]]
+"""The dimensions of the mesh along which the product of a leaf is not added up, by what makes a leaf."""
 
 
 class Stacked:
@@ -24,16 +27,18 @@ class Stacked:
 
     Args:
         operators: At least one operator; all of one shape, dtype and device.
+        kept: Answers of :func:`~lightning_spectral.linalg.sharding.hidden.unsummed` about these operators so far.
 
     Raises:
         ConfigurationError: If the operators differ in shape, dtype or device.
     """
 
-    def __init__(self, operators: Sequence[LinearOperator]) -> None:
+    def __init__(self, operators: Sequence[LinearOperator], kept: Kept | None = None) -> None:
         kinds = {(operator.shape, operator.dtype, operator.device) for operator in operators}
         if len(kinds) != 1:
             raise ConfigurationError(f"Stacked operators must agree in shape, dtype and device, got {kinds}.")
         self.operators = tuple(operators)
+        self._kept: Kept = {} if kept is None else kept
         ((self.shape, self.dtype, self.device),) = kinds
         self.sharded = any(operator.mesh is not None for operator in operators)
 
@@ -67,7 +72,7 @@ class Stacked:
     def _together(self, rows: Tensor, turns: tuple[bool, ...]) -> Tensor:
         """Multiply by every operator, or by its transpose, in turn; partial sums of all operators travel together."""
         walks = [_in_turn(A, x.mT, turns) for A, x in zip(self.operators, rows, strict=True)]
-        return torch.stack([block.mT for block in _side_by_side(walks)])
+        return torch.stack([block.mT for block in _side_by_side(walks, self._kept)])
 
     def agreed(self, numbers: Tensor) -> Tensor:
         """Return numbers that a decision depends on, ``(batch, ...)``, as the first process has them."""
@@ -77,7 +82,7 @@ class Stacked:
 
     def select(self, indices: Sequence[int]) -> Stacked:
         """Return the operators at the given positions."""
-        return Stacked([self.operators[i] for i in indices])
+        return Stacked([self.operators[i] for i in indices], self._kept)
 
 
 def _in_turn(operator: LinearOperator, X: Tensor, turns: tuple[bool, ...]) -> Walk:
@@ -87,17 +92,19 @@ def _in_turn(operator: LinearOperator, X: Tensor, turns: tuple[bool, ...]) -> Wa
     return X
 
 
-def _product(leaf: Leaf) -> Tensor | Share:
+def _product(leaf: Leaf, kept: Kept) -> Tensor | Share:
     """Return the product of a leaf, or the share of this process where others have to add theirs."""
     if not isinstance(leaf.operator, Sharded):
         return leaf.multiplied()
     share = leaf.operator.share(leaf.X, transposed=leaf.transposed)
-    left_out = unsummed(leaf)
-    dims = tuple(dim for dim in share.dims if dim not in left_out)
+    place = (leaf.operator, leaf.transposed, leaf.then)
+    if place not in kept:  # each leaf is multiplied again and again
+        kept[place] = unsummed(leaf)
+    dims = tuple(dim for dim in share.dims if dim not in kept[place])
     return share._replace(dims=dims) if dims else share.block
 
 
-def _side_by_side(walks: Sequence[Walk]) -> list[Tensor]:
+def _side_by_side(walks: Sequence[Walk], kept: Kept) -> list[Tensor]:
     """Finish all walks, with one collective for the sharded leaves that all of them have reached.
 
     Only a sharded leaf needs other processes. Each walk runs ahead to its next one; then one collective serves all::
@@ -111,7 +118,7 @@ def _side_by_side(walks: Sequence[Walk]) -> list[Tensor]:
     def go_on(i: int, total: Tensor | None) -> None:
         try:
             leaf = next(walks[i]) if total is None else walks[i].send(total)
-            while isinstance(product := _product(leaf), Tensor):
+            while isinstance(product := _product(leaf, kept), Tensor):
                 leaf = walks[i].send(product)
             waiting[i] = product
         except StopIteration as stop:
