@@ -179,7 +179,7 @@ def logged(*, geometry: bool = False, rescaled: int | None = None, per_layer: bo
         names = [item.name for item in fields(WeightSignals) if not item.name.endswith("_moved")]
         seen["weights"] = WeightSignals(**dict.fromkeys(names, 1.0))
     layer = LayerMeasurement(7, "blocks.7", 1.0, 1.0, **seen)
-    output = OutputMeasurement(0.5) if geometry else None
+    output = OutputMeasurement(0.5, pooled_residual=0.5) if geometry else None
     measurement = Measurement(0, "circuit", (layer,), output=output)
     return set(logged_values(measurement, Memory(), "spectral", per_layer=per_layer, rescaled=rescaled))
 

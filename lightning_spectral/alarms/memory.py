@@ -85,6 +85,7 @@ class Memory:
         rules: The memory of each rule, by its name.
         finite: Step of the last measurement in which everything was finite.
         told_drifting: Number of drifting blocks in the last event about drift.
+        pooled: The last values of ln r, with their steps; r is the sample residual of what the output is made of.
     """
 
     blocks: Mapping[int, BlockMemory] = field(default_factory=dict)
@@ -93,6 +94,7 @@ class Memory:
     rules: Mapping[str, RuleMemory] = field(default_factory=dict)
     finite: int | None = None
     told_drifting: int = 0
+    pooled: Sequence[Point] = ()
 
     @property
     def drifting(self) -> frozenset[int]:

@@ -14,7 +14,7 @@ from statistics import median
 from lightning_spectral.alarms.advice import ADVICE, WORDS
 from lightning_spectral.alarms.memory import BlockMemory, Memory, line_through
 from lightning_spectral.alarms.quality import sureness
-from lightning_spectral.alarms.signs import Sign, samples_collapsed
+from lightning_spectral.alarms.signs import COLLAPSED, Sign, samples_collapsed
 from lightning_spectral.records import Event, LayerMeasurement, Measurement
 from lightning_spectral.records.events import Level
 
@@ -95,8 +95,12 @@ def _tokens_collapsed(level: Level, sign: Sign, since: int, memory: Memory, meas
 
 
 def _samples_collapsed(level: Level, sign: Sign, since: int, memory: Memory, measurement: Measurement) -> Event:
-    of, name = (sign.layers[0], "sample_residual") if sign.layers else (None, "output_residual")
-    where = "the outputs" if of is None else f"what leaves block {of.index} ({of.name})"
+    if sign.layers:
+        where, name = f"what leaves block {sign.layers[0].index} ({sign.layers[0].name})", "sample_residual"
+    elif sign.values.get("pooled_residual", 1.0) < COLLAPSED:
+        where, name = "the vectors that the output is made of, such as class tokens,", "pooled_residual"
+    else:
+        where, name = "the outputs", "output_residual"
     text = (
         f"the network gives every input the same answer. Since step {since} {where} for different samples have been "
         f"nearly identical: they differ by {sign.values[name]:.2g} of their size"
@@ -193,7 +197,9 @@ def _numbers(values: Mapping[str, float]) -> str:
     """Say the residuals of a sign that has gone."""
     if "token_residual" in values:
         return f"they differ by {_tokens(values)}"
-    found = next((values[name] for name in ("output_residual", "sample_residual") if name in values), None)
+    found = next(
+        (values[name] for name in ("output_residual", "pooled_residual", "sample_residual") if name in values), None
+    )
     return "" if found is None else f"they differ by {found:.2g} of their size"
 
 

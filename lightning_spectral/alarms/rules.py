@@ -16,7 +16,7 @@ from lightning_spectral.alarms.memory import (
     RuleMemory,
     line_through,
 )
-from lightning_spectral.alarms.signs import Look, log_residual
+from lightning_spectral.alarms.signs import Look, log_residual, logarithm
 from lightning_spectral.records import Event, LayerMeasurement, Measurement
 from lightning_spectral.records.events import Level
 
@@ -75,7 +75,9 @@ def observe(memory: Memory, measurement: Measurement) -> tuple[tuple[Event, ...]
     before = {layer.index: memory.blocks.get(layer.index, BlockMemory()) for layer in measurement}
     now = {layer.index: _seen(before[layer.index], layer, measurement, settling=settling) for layer in measurement}
     known = {**memory.blocks, **now}
-    memory = replace(memory, blocks=known, began=began, measurements=memory.measurements + 1)
+    pooled = None if measurement.output is None else measurement.output.pooled_residual
+    series = memory.pooled if pooled is None else (*memory.pooled, (measurement.step, logarithm(pooled)))[-CHECKS:]
+    memory = replace(memory, blocks=known, began=began, measurements=memory.measurements + 1, pooled=series)
     crossed = [layer for layer in measurement if now[layer.index].told != before[layer.index].told]
     events = [messages.crossing(crossed, now, measurement)] if crossed else []
     told, memory = _drift(memory, measurement)

@@ -18,6 +18,7 @@ __all__ = [
     "Look",
     "Sign",
     "log_residual",
+    "logarithm",
     "logits_exploding",
     "not_finite",
     "nothing_moves",
@@ -65,7 +66,12 @@ Look = Callable[[Memory, Measurement], Sign | None]
 def log_residual(layer: LayerMeasurement) -> float | None:
     """Return ln r without massive activations, which can hide a collapse of the other tokens or look like one."""
     residual = layer.typical_token_residual
-    return None if residual is None else math.log(max(residual, _LEAST))
+    return None if residual is None else logarithm(residual)
+
+
+def logarithm(residual: float) -> float:
+    """Return ln r, finite for a residual of 0 too."""
+    return math.log(max(residual, _LEAST))
 
 
 def not_finite(memory: Memory, measurement: Measurement) -> Sign:
@@ -98,21 +104,26 @@ def tokens_collapsed(memory: Memory, measurement: Measurement) -> Sign | None:
 
 
 def samples_collapsed(memory: Memory, measurement: Measurement) -> Sign | None:
-    """See whether the stream, or the embedding that a model makes of a sample, is the same for all samples.
+    """See whether the stream, what the output is made of, or the embedding of a sample is the same for all samples.
 
-    Other outputs are left out, because they may rightly be nearly the same. A language model begins with the
-    frequencies of its tokens, the queries of a detector differ more than pictures do, and a number to be predicted may
-    have a mean that is large beside its deviations.
+    What the output is made of is the class token, the last token or the mean of some, see
+    :class:`~lightning_spectral.records.OutputMeasurement`. Outputs other than embeddings are left out, because they may
+    rightly be nearly the same. A language model begins with the frequencies of its tokens, the queries of a detector
+    differ more than pictures do, and a number to be predicted may have a mean that is large beside its deviations.
     """
     ends = [layer for layer in stack_ends(measurement) if layer.sample_residual is not None]
     spread = _spread_of_embeddings(measurement)
-    if not ends and spread is None:
+    pooled = None if measurement.output is None else measurement.output.pooled_residual
+    if not ends and spread is None and pooled is None:
         return None
-    values = {} if spread is None else {"output_residual": spread}
+    values = {"output_residual": spread, "pooled_residual": pooled}
     if ends:
         values["sample_residual"] = min(layer.sample_residual or 0.0 for layer in ends)
     alike = [layer for layer in ends if _alike(layer.sample_residual, measurement)]
-    return Sign(bool(alike) or (spread is not None and spread < _EMBEDDINGS_ALIKE), alike[:1], values=values)
+    one_embedding = spread is not None and spread < _EMBEDDINGS_ALIKE
+    reads_the_same = _alike(pooled, measurement) and not _rises(memory.pooled)
+    known = {name: value for name, value in values.items() if value is not None}
+    return Sign(bool(alike) or one_embedding or reads_the_same, alike[:1], values=known)
 
 
 def tokens_collapsing(memory: Memory, measurement: Measurement) -> Sign | None:

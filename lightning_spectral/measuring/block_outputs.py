@@ -19,7 +19,7 @@ from lightning_spectral.tokens.collapse import relative_residual
 from lightning_spectral.tokens.selection import select
 from lightning_spectral.weights.paths import module_at
 
-__all__ = ["BlockOutputs", "Geometry", "as_sequences"]
+__all__ = ["BlockOutputs", "Geometry", "as_sequences", "channel_of", "end_of"]
 
 MASSIVE = 100.0  # an activation is massive above this multiple of the median
 # The effective rank needs the eigenvalues of a Gram matrix, so it is computed from 1 sequence, with at most 64 evenly
@@ -66,7 +66,7 @@ class BlockOutputs:
     def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
         shared = next((block.token_dims for block in blocks if block.token_dims), (1,))
         self._model = model
-        self._blocks = [(block.index, _end(block), block.token_dims or shared) for block in blocks]
+        self._blocks = [(block.index, end_of(block), block.token_dims or shared) for block in blocks]
         self._listeners: list[Listener] = []
         self.numbers: dict[int, Tensor] = {}
         self.widths: set[int] = set()
@@ -108,7 +108,7 @@ def _read(*numbers: float) -> Geometry:
     return Geometry(tokens, typical, rank, samples, *numbers[4:])
 
 
-def _end(block: ResidualBlock) -> str | None:
+def end_of(block: ResidualBlock) -> str | None:
     """Return the path of the module that returns the stream behind a block, ``None`` if no module does.
 
     A block may be several modules instead of one. It then ends with the last of them, unless this module is itself the
@@ -130,7 +130,7 @@ class _Outputs:
         output = call()
         try:
             for leaf in tree_leaves(output):
-                channel = _channel_of(leaf, self._token_dims)
+                channel = channel_of(leaf, self._token_dims)
                 if channel is not None:
                     with _disable_current_modes():  # nothing of it concerns them, and each costs time at every step
                         self._outputs.numbers[self._index] = _geometry(leaf.detach(), self._token_dims)
@@ -141,7 +141,7 @@ class _Outputs:
         return output
 
 
-def _channel_of(leaf: Any, token_dims: tuple[int, ...]) -> int | None:
+def channel_of(leaf: Any, token_dims: tuple[int, ...]) -> int | None:
     """Return the dimension of the channels of a stream, ``None`` for all else."""
     return _channel(leaf, token_dims) if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
 

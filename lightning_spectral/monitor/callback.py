@@ -54,6 +54,7 @@ class SpectralMonitor(Callback):
     ``spectral/sample_residual_min``          1      with ``geometry``: smallest sample residual of one
     ``spectral/attention_logit_max``          1      with ``geometry``: largest attention logit of a few samples
     ``spectral/output_residual``              1      with ``geometry``: sample residual of the model's output
+    ``spectral/pooled_residual``              1      with ``geometry``: sample residual of what the output is made of
     ``spectral_health/alarm``                 1      1 while a failure is on, else 0
     ``spectral_health/drifting``              count  blocks outside that drift away from where they had settled
     ``spectral_health/unmeasured``            count  branches that exist but could not be measured

@@ -81,6 +81,10 @@ class OutputMeasurement:
             one of the width of the stream, which may be the stream itself, and may be pooled behind the model.
         width: Numbers in a vector.
         finite: Whether every number of it is finite, in both.
+        pooled_residual: The sample residual of what the output is made of: of each of the few samples, the mean of the
+            tokens behind the last block that it depends on. That is the class token, or the last one, or all but the
+            padding. Known for the kind ``"sample"``, and for ``"stream"`` where the loss reads one vector of each
+            sample; not where weights are sharded.
     """
 
     sample_residual: float | None
@@ -88,6 +92,7 @@ class OutputMeasurement:
     kind: OutputKind = "token"
     width: int = 0
     finite: bool = True
+    pooled_residual: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,8 +343,9 @@ class Measurement(Tabular):
         logits = [layer.functional.attention_logit for layer in self.layers if layer.functional is not None]
         if seen := [logit for logit in logits if logit is not None]:
             values["attention_logit_max"] = max(seen)
-        if self.output is not None and self.output.sample_residual is not None:
-            values["output_residual"] = self.output.sample_residual
+        for name, quantity in (("output_residual", "sample_residual"), ("pooled_residual", "pooled_residual")):
+            if (value := getattr(self.output, quantity, None)) is not None:
+                values[name] = value
         return values
 
     @property

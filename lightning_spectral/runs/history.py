@@ -218,9 +218,10 @@ def _measurement(entry: Mapping[str, Any]) -> Measurement:
 
 
 def _output(entry: Mapping[str, Any]) -> OutputMeasurement:
-    few, batch = (_optional(number)(entry.get(name)) for name in ("sample_residual", "batch_residual"))
+    names = ("sample_residual", "batch_residual", "pooled_residual")
+    few, batch, pooled = (_optional(number)(entry.get(name)) for name in names)
     kind: OutputKind = one_of(entry["kind"], get_args(OutputKind))
-    return OutputMeasurement(few, batch, kind, _count(entry["width"]), bool(entry["finite"]))
+    return OutputMeasurement(few, batch, kind, _count(entry["width"]), bool(entry["finite"]), pooled)
 
 
 def _layer(entry: Mapping[str, Any]) -> LayerMeasurement:

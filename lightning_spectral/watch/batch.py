@@ -17,35 +17,31 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from lightning_spectral.errors import ExampleInputError
 from lightning_spectral.linalg.sharding.presence import is_dtensor, is_wrapped_by_fsdp
 from lightning_spectral.measuring.attention_logits import AttentionLogits
-from lightning_spectral.measuring.block_outputs import BlockOutputs, Geometry
+from lightning_spectral.measuring.block_outputs import BlockOutputs, Geometry, end_of
 from lightning_spectral.measuring.jacobians import watch_updates
+from lightning_spectral.measuring.readout import Readout
 from lightning_spectral.measuring.updates import Update, UpdateWatch
 from lightning_spectral.passes.aside import evaluated
 from lightning_spectral.records import (
     FunctionalMeasurement,
     LayerMeasurement,
     Measurement,
-    OutputMeasurement,
     ResidualBlock,
 )
-from lightning_spectral.records.measurements import OutputKind
-from lightning_spectral.tokens import token_residual
 from lightning_spectral.watch.options import Look
 from lightning_spectral.watch.outermost import Call, OutermostCalls
+from lightning_spectral.watch.outputs import Outputs
 from lightning_spectral.weights.paths import module_at
 
 __all__ = ["BatchWatch"]
 
 # A quarter of the samples are looked at, but no fewer and no more than these.
 _FEWEST, _MOST = 4, 8
-_NUMBERS = 4096  # of a longer output of a sample, so many evenly spaced ones are looked at
 
 
 class BatchWatch:
@@ -78,12 +74,14 @@ class BatchWatch:
         self._logits = AttentionLogits(model, blocks) if "logits" in looks else None
         # In a stream of (tokens, batch, width) nobody knows which dimension of the arguments the samples are in.
         self._samples_first = not any(block.token_dims == (0,) for block in blocks)
+        self._sees_output = self._sees_tokens and self._samples_first
         self._sharded = False
         self._outermost: OutermostCalls | None = None
         self._within: dict[nn.Module, frozenset[int]] = {}  # blocks in a module, by index
         self._unseen: set[int] = set()
         self._sizes: dict[nn.Module, int] = {}  # numbers in the arguments of the calls that were looked at
-        self._spreads: dict[str, tuple[Tensor, bool, int]] = {}
+        self._output = Outputs(self._outputs.widths)
+        self._reads = True  # whether the rest of a pass behind the last block can be recorded
         self._error: Exception | None = None
 
     @property
@@ -106,7 +104,8 @@ class BatchWatch:
             return
         self._unseen = {block.index for block in self._blocks}
         self._sharded = _is_sharded(self._model)
-        self._within, self._sizes, self._spreads, self._error = _within(self._model, self._blocks), {}, {}, None
+        self._within, self._sizes, self._error = _within(self._model, self._blocks), {}, None
+        self._output.clear()
         for watch in (self._outputs, self._logits, self._updates):
             if watch is not None:
                 watch.numbers.clear()
@@ -129,13 +128,15 @@ class BatchWatch:
         geometry = self._outputs.values()
         updates = {} if self._updates is None else self._updates.updates
         logits = {} if self._logits is None else self._logits.values()
+        output = self._output.measurement()
+        self._output.clear()
         if error is not None:
             raise error
         layers = [
             _layer(layer, geometry.get(layer.index), updates.get(layer.index), logits.get(layer.index))
             for layer in measurement
         ]
-        return replace(measurement, layers=tuple(layers), output=self._output())
+        return replace(measurement, layers=tuple(layers), output=output)
 
     def _hear(self, call: Call, make: Callable[[], Any]) -> Any:
         looks = torch.is_grad_enabled() and self._shows_more(call)
@@ -148,7 +149,8 @@ class BatchWatch:
         result = make()
         if looks and self._error is None:
             try:
-                self._note("batch", result, call.samples)
+                if self._sees_output:
+                    self._output.note_batch(result, call.samples, call.places(_few(call)))
             except Exception as error:
                 self._error = error
         return result
@@ -167,19 +169,24 @@ class BatchWatch:
     @torch.no_grad()  # also to take the samples: activation checkpointing counts what is saved for a backward pass
     def _look(self, call: Call) -> None:
         """Run a few samples of a call aside, or all of them where the model does not take fewer."""
-        few = call
-        if self._samples_first and call.samples is not None:
-            few = call.shortened(min(_MOST, max(_FEWEST, call.samples // 4)))
+        few = call if not self._samples_first else call.shortened(_few(call))
+        reads = self._reads and self._sees_output and not self._sharded
         try:
-            self._run(few)
+            self._run(few, reads=reads)
         except torch.OutOfMemoryError:
             raise
         except Exception:
-            if few is call or self._sharded:  # another process may not fail, and would wait for a pass of this one
+            if self._sharded:  # another process may not fail, and would wait for a pass of this one
                 raise
-            self._run(call)
+            if reads:
+                self._reads = False
+                self._look(call)
+            elif few is not call:
+                self._run(call, reads=False)
+            else:
+                raise
 
-    def _run(self, call: Call) -> None:
+    def _run(self, call: Call, *, reads: bool) -> None:
         with evaluated(self._model, call.args, call.kwargs), ExitStack() as stack:
             for watch in (self._outputs, self._updates):
                 if watch is not None:
@@ -187,44 +194,26 @@ class BatchWatch:
                     stack.callback(watch.stop)
             if self._logits is not None:
                 stack.enter_context(self._logits)
+            readout = stack.enter_context(self._readout(call)) if reads else None
             result = call.module(*call.args, **call.kwargs)
-            self._note("few", result, call.samples)
+            if self._sees_output:
+                self._output.note_few(result, call.samples, readout)
 
-    @torch.no_grad()
-    def _note(self, what: str, result: Any, samples: int | None) -> None:
-        """Note how far the output is from being the same for all samples; of several calls, the last counts."""
-        if not (self._sees_tokens and self._samples_first) or samples is None or samples < 2:
-            return
-        leaves = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point())
-        output = next((leaf for leaf in leaves if leaf.dim() > 1 and leaf.shape[0] == samples), None)
-        if output is None or not output.numel():
-            return
-        flat = output.detach().flatten(1)
-        with torch.autocast(flat.device.type, enabled=False), _disable_current_modes():
-            spread = token_residual(flat[:, :: math.ceil(flat.shape[1] / _NUMBERS)])
-        self._spreads[what] = (
-            torch.stack([spread, flat.isfinite().all().to(spread.dtype)]),
-            output.dim() > 2,
-            output.shape[-1],
-        )
+    def _readout(self, call: Call) -> Readout:
+        """Return what listens to the last block of a call, and stands in front of all that listens there."""
+        last = max(self._within[call.module])
+        block = next(block for block in self._blocks if block.index == last)
+        name = end_of(block)
+        return Readout(None if name is None else module_at(self._model, name), block.token_dims or (1,))
 
-    def _output(self) -> OutputMeasurement | None:
-        if not self._spreads:
-            return None
-        numbers = {what: spread.tolist() for what, (spread, *_) in self._spreads.items()}
-        few, batch = (numbers.get(what, (math.nan, 1.0)) for what in ("few", "batch"))
-        _, for_tokens, width = next(iter(self._spreads.values()))
-        of_stream = width in self._outputs.widths
-        kind: OutputKind = "sample" if not for_tokens else "stream" if of_stream else "token"
-        return OutputMeasurement(_known(few[0]), _known(batch[0]), kind, width, bool(few[1] and batch[1]))
+
+def _few(call: Call) -> int:
+    """Return how many samples of a call are looked at."""
+    return min(_MOST, max(_FEWEST, (call.samples or 0) // 4))
 
 
 def _is_sharded(model: nn.Module) -> bool:
     return any(map(is_wrapped_by_fsdp, model.modules())) or any(map(is_dtensor, model.parameters()))
-
-
-def _known(number: float) -> float | None:
-    return None if math.isnan(number) else number
 
 
 def _layer(

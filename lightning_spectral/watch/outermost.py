@@ -38,11 +38,11 @@ class Call:
         """The length of the first tensor, which is taken for the number of samples; ``None`` without tensors."""
         return next((len(tensor) for tensor in self.tensors if tensor.dim()), None)
 
-    def shortened(self, samples: int) -> Call:
-        """Return the call on some samples from all over the batch, as copies. Tensors of another length stay whole.
+    def places(self, samples: int) -> list[int] | None:
+        """Return the places of some samples from all over the batch, ``None`` where all of them are needed.
 
-        The whole call is returned where it has integers of another length: edges of a graph and bounds of packed
-        sequences point at samples. On a GPU, an index that points at none breaks off the whole run.
+        All are needed where the call has integers of another length: edges of a graph and bounds of packed sequences
+        point at samples. On a GPU, an index that points at none breaks off the whole run.
 
         The places are multiples of the golden ratio: evenly spaced ones would all be of one class in a batch that goes
         through the classes in turn.
@@ -52,8 +52,14 @@ class Call:
         """
         whole = self.samples
         if whole is None or whole <= samples or self._may_point_at_samples(whole):
+            return None
+        return sorted(nsmallest(samples, range(whole), key=lambda place: place * _GOLDEN % 1))
+
+    def shortened(self, samples: int) -> Call:
+        """Return the call on the samples at :meth:`places`, as copies. Tensors of another length stay whole."""
+        whole, kept = self.samples, self.places(samples)
+        if kept is None:
             return self
-        kept = sorted(nsmallest(samples, range(whole), key=lambda place: place * _GOLDEN % 1))
 
         def some(tensor: Tensor) -> Tensor:
             return tensor[kept] if tensor.dim() and len(tensor) == whole else tensor

@@ -34,7 +34,7 @@ _SIGNALS = ("mlp_change", "attention_change", "mlp_stable_rank", "attention_stab
 _OWN = 6 + len(_SIGNALS)  # numbers per block of the one process that measured it
 _LARGEST = 4  # numbers per block of every process, whose largest counts
 _KINDS: tuple[OutputKind, ...] = get_args(OutputKind)
-_OUTPUT = 5  # numbers of the output of the model
+_OUTPUT = 6  # numbers of the output of the model
 
 
 class Peers:
@@ -175,14 +175,16 @@ def _layer(
 def _output(output: OutputMeasurement | None) -> list[float]:
     if output is None:
         return [math.nan] * _OUTPUT
-    residuals = _number(output.sample_residual), _number(output.batch_residual)
+    residuals = map(_number, (output.sample_residual, output.batch_residual, output.pooled_residual))
     return [*residuals, float(_KINDS.index(output.kind)), float(output.width), float(output.finite)]
 
 
-def _read_output(few: float, batch: float, kind: float, width: float, finite: float) -> OutputMeasurement | None:
+def _read_output(
+    few: float, batch: float, pooled: float, kind: float, width: float, finite: float
+) -> OutputMeasurement | None:
     if math.isnan(kind):
         return None
-    return OutputMeasurement(_value(few), _value(batch), _KINDS[int(kind)], int(width), finite == 1.0)
+    return OutputMeasurement(_value(few), _value(batch), _KINDS[int(kind)], int(width), finite == 1.0, _value(pooled))
 
 
 def _signals(numbers: Sequence[float], moved: Sequence[float]) -> WeightSignals | None:

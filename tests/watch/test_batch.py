@@ -285,7 +285,7 @@ def test_a_recomputation_in_the_backward_pass_starts_no_pass(reentrant: bool, ge
     model.forward = forward  # type: ignore[method-assign]
     watch = BatchWatch(model, blocks)
     run = watch._run
-    watch._run = lambda call: (passes.append(call.module is model), run(call))  # type: ignore[method-assign]
+    watch._run = lambda call, reads: (passes.append(call.module is model), run(call, reads=reads))  # type: ignore[method-assign]
     watch.start()
     model(x).mean().backward()
     watch.stop()
