@@ -81,7 +81,7 @@ class BatchWatch:
         self._unseen: set[int] = set()
         self._sizes: dict[nn.Module, int] = {}  # numbers in the arguments of the calls that were looked at
         self._output = Outputs(self._outputs.widths)
-        self._reads = True  # whether the rest of a pass behind the last block can be recorded
+        self._unread: set[nn.Module] = set()  # modules whose pass shows nothing of what their output is made of
         self._error: Exception | None = None
 
     @property
@@ -170,7 +170,7 @@ class BatchWatch:
     def _look(self, call: Call) -> None:
         """Run a few samples of a call aside, or all of them where the model does not take fewer."""
         few = call if not self._samples_first else call.shortened(_few(call))
-        reads = self._reads and self._sees_output and not self._sharded
+        reads = self._sees_output and not self._sharded and call.module not in self._unread
         try:
             self._run(few, reads=reads)
         except torch.OutOfMemoryError:
@@ -178,8 +178,8 @@ class BatchWatch:
         except Exception:
             if self._sharded:  # another process may not fail, and would wait for a pass of this one
                 raise
-            if reads:
-                self._reads = False
+            if reads:  # a head that cannot be recorded
+                self._unread.add(call.module)
                 self._look(call)
             elif few is not call:
                 self._run(call, reads=False)
@@ -197,7 +197,9 @@ class BatchWatch:
             readout = stack.enter_context(self._readout(call)) if reads else None
             result = call.module(*call.args, **call.kwargs)
             if self._sees_output:
-                self._output.note_few(result, call.samples, readout)
+                self._output.note_few(result, call.samples, readout, sharded=self._sharded)
+                if self._output.kind != "sample":
+                    self._unread.add(call.module)
 
     def _readout(self, call: Call) -> Readout:
         """Return what listens to the last block of a call, and stands in front of all that listens there."""

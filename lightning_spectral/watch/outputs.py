@@ -26,12 +26,15 @@ class Outputs:
 
     Args:
         widths: The widths of the streams that were heard, as the pass aside fills them.
+
+    Attributes:
+        kind: Of the output that was noted last.
     """
 
     def __init__(self, widths: set[int]) -> None:
         self._widths = widths
         self._spreads: dict[str, Tensor] = {}  # residual over samples, whether all is finite
-        self._kind: OutputKind = "sample"
+        self.kind: OutputKind = "sample"
         self._width = 0
         self._few: Tensor | None = None
         self._pooled: Tensor | None = None
@@ -55,24 +58,25 @@ class Outputs:
             spread = token_residual(flat[:, :: math.ceil(flat.shape[1] / _NUMBERS)])
         self._spreads[what] = torch.stack([spread, flat.isfinite().all().to(spread.dtype)])
         self._width = output.shape[-1]
-        self._kind = "sample" if output.dim() < 3 else "stream" if self._width in self._widths else "token"
+        self.kind = "sample" if output.dim() < 3 else "stream" if self._width in self._widths else "token"
         return output
 
-    def note_few(self, result: Any, samples: int | None, readout: Readout | None) -> None:
+    def note_few(self, result: Any, samples: int | None, readout: Readout | None, *, sharded: bool) -> None:
         """Note what the pass aside has returned.
 
         Args:
             result: Of the pass.
             samples: How many it has run.
             readout: What has listened to the last block; ``None`` where nothing has.
+            sharded: Whether weights are sharded: then a stream may be too, and is not kept.
         """
         output = self._note("few", result, samples)
         self._few = self._pooled = None
-        if output is None or readout is None:
+        if output is None:
             return
-        if self._kind == "sample":
+        if self.kind == "sample" and readout is not None:
             self._pooled = readout.pooled_residual(output)
-        elif self._kind == "stream" and output.dim() == 3:
+        elif self.kind == "stream" and output.dim() == 3 and not sharded:
             self._few = output.detach()
 
     def note_batch(self, result: Any, samples: int | None, few: Sequence[int] | None) -> None:
@@ -109,7 +113,7 @@ class Outputs:
         numbers.append(nothing[:1] if pooled is None else pooled.reshape(1).to(nothing))
         few, few_finite, batch, batch_finite, read = torch.cat(numbers).tolist()
         finite = bool(few_finite and batch_finite)
-        return OutputMeasurement(_known(few), _known(batch), self._kind, self._width, finite, _known(read))
+        return OutputMeasurement(_known(few), _known(batch), self.kind, self._width, finite, _known(read))
 
 
 def _known(number: float) -> float | None:
