@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -27,6 +26,7 @@ from lightning_spectral.linalg.sharding.presence import is_dtensor
 from lightning_spectral.linalg.solvers import SolverChoice
 from lightning_spectral.records import ResidualBlock
 from lightning_spectral.runs.series import Series
+from lightning_spectral.watch.exits import at_exit, not_at_exit
 from lightning_spectral.watch.options import AutoRescale, OnAlarm, Options, Wanted
 from lightning_spectral.watch.outlets import Folder, Outlet
 from lightning_spectral.watch.search import blocks_of, trained_parameters
@@ -234,8 +234,8 @@ class Watch:
     def abandon(self) -> None:
         """End without another measurement: write, print and draw what there is, and leave no hook in the model.
 
-        A watch that nobody closes does so when the interpreter exits, as behind an exception. A signal that ends the
-        process at once, as SIGTERM does by default, leaves it no time: only ``spectral.jsonl`` is there then.
+        A watch that nobody closes does so when the interpreter exits, as behind an exception, and at SIGTERM, unless
+        the program handles this signal itself.
         """
         if not self._closed:
             self._closed = True
@@ -283,7 +283,7 @@ class Watch:
             self._session = Session(
                 self.options, self._series, steering, blocks, host, self.should_measure, goes_on=self._goes_on
             )
-            atexit.register(self._at_exit)
+            at_exit(self._at_exit)
             self._session.begin()
         return self._session
 
@@ -296,7 +296,7 @@ class Watch:
         self._session.before_step()
 
     def _release(self) -> None:
-        atexit.unregister(self._at_exit)
+        not_at_exit(self._at_exit)
         while self._hooks:
             self._hooks.pop().remove()
         if self._steering is not None:

@@ -6,8 +6,10 @@ import copy
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -608,18 +610,38 @@ loop()
 """
 
 
-def test_a_watch_that_nobody_closes_says_what_it_knows_at_the_exit_on_standard_error(tmp_path: Path):
+TERMINATED = "__import__('os').kill(__import__('os').getpid(), 15)"
+FORKED = f"""import os
+            child = os.fork()
+            if not child:
+                {TERMINATED}
+            assert os.WTERMSIG(os.waitpid(child, 0)[1]) == 15
+            assert not os.path.exists("run/spectral.png")  # which is drawn at the end
+            {TERMINATED}"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("raise KeyboardInterrupt", 1), (TERMINATED, -15), (FORKED, -15)], ids=["ctrl-c", "term", "fork"]
+)
+def test_a_watch_that_nobody_closes_says_what_it_knows_at_the_exit_on_standard_error(
+    end: str, code: int, tmp_path: Path
+):
     """In a process without Lightning, in which nobody has configured logging."""
     environment = os.environ | {"PYTHONPATH": PYTHONPATH, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", UNCLOSED], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", UNCLOSED.replace("raise KeyboardInterrupt", end)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert done.returncode
+    assert done.returncode == code, done.stderr
     assert done.stdout == ""
     copies, start, *_, last, place, command = done.stderr.splitlines()
     assert "blocks 0, 1, 2 begin as copies" in copies
     assert start == "Watch: 3 blocks, all verified, measured every step"
-    assert "KeyboardInterrupt" in done.stderr
+    assert ("KeyboardInterrupt" in done.stderr) == (code == 1)
     assert "spectral ratio ?mlp??/?attention??, linearization='circuit', step 2" in done.stderr
     assert "3 of 3 blocks inside the safe zone; measured in" in last
     assert (place, command) == (
@@ -628,3 +650,27 @@ def test_a_watch_that_nobody_closes_says_what_it_knows_at_the_exit_on_standard_e
     )
     assert History.read(tmp_path / "run").steps == (0, 1, 2)
     assert (tmp_path / "run" / "spectral.png").exists()
+
+
+def test_a_program_keeps_its_own_way_to_handle_the_signal_and_gets_the_default_back():
+    def watched() -> None:
+        watch = Watch(built())
+        watch.before_step()
+        during.append(signal.getsignal(signal.SIGTERM))
+        watch.close()
+
+    during: list[Any] = []
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        for handler in (signal.SIG_DFL, signal.SIG_IGN, lambda *_: None):
+            signal.signal(signal.SIGTERM, handler)
+            watched()
+            assert signal.getsignal(signal.SIGTERM) is handler
+            assert (during[-1] is handler) == (handler is not signal.SIG_DFL)
+            thread = threading.Thread(target=watched)
+            thread.start()
+            thread.join()
+            assert during[-1] is signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(during) == 6
