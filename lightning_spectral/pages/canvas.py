@@ -79,6 +79,7 @@ def canvas(name: str, height: int, x_range: Range1d, **options: Any) -> figure:
         **options,
     )
     plot.toolbar.logo = None
+    plot.toolbar.stylesheets = ["@media print { :host { display: none; } }"]  # the page's own do not reach into it
     _style_axes(plot)
     return plot
 
