@@ -78,6 +78,7 @@ TOPICS = {
         "records.Factor",
         "records.End",
         "records.Scores",
+        "records.StreamAt",
         "records.Projection",
     ],
     "Errors": [

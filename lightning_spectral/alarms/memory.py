@@ -85,7 +85,10 @@ class Memory:
         rules: The memory of each rule, by its name.
         finite: Step of the last measurement in which everything was finite.
         told_drifting: Number of drifting blocks in the last event about drift.
-        pooled: The last values of ln r, with their steps; r is the sample residual of what the output is made of.
+        spreads: The last values of ln r, with their steps: of what :func:`~lightning_spectral.alarms.signs.spreads`
+            names, over tokens or over samples.
+        firsts: The first value of each of them in the run.
+        peaks: The largest value of each of them in the run.
     """
 
     blocks: Mapping[int, BlockMemory] = field(default_factory=dict)
@@ -94,7 +97,9 @@ class Memory:
     rules: Mapping[str, RuleMemory] = field(default_factory=dict)
     finite: int | None = None
     told_drifting: int = 0
-    pooled: Sequence[Point] = ()
+    spreads: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    firsts: Mapping[str, float] = field(default_factory=dict)
+    peaks: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def drifting(self) -> frozenset[int]:

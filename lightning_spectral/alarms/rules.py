@@ -16,7 +16,7 @@ from lightning_spectral.alarms.memory import (
     RuleMemory,
     line_through,
 )
-from lightning_spectral.alarms.signs import Look, log_residual, logarithm
+from lightning_spectral.alarms.signs import Look, log_residual
 from lightning_spectral.records import Event, LayerMeasurement, Measurement
 from lightning_spectral.records.events import Level
 
@@ -75,9 +75,8 @@ def observe(memory: Memory, measurement: Measurement) -> tuple[tuple[Event, ...]
     before = {layer.index: memory.blocks.get(layer.index, BlockMemory()) for layer in measurement}
     now = {layer.index: _seen(before[layer.index], layer, measurement, settling=settling) for layer in measurement}
     known = {**memory.blocks, **now}
-    pooled = None if measurement.output is None else measurement.output.pooled_residual
-    series = memory.pooled if pooled is None else (*memory.pooled, (measurement.step, logarithm(pooled)))[-CHECKS:]
-    memory = replace(memory, blocks=known, began=began, measurements=memory.measurements + 1, pooled=series)
+    memory = replace(memory, blocks=known, began=began, measurements=memory.measurements + 1)
+    memory = _spread(memory, measurement)
     crossed = [layer for layer in measurement if now[layer.index].told != before[layer.index].told]
     events = [messages.crossing(crossed, now, measurement)] if crossed else []
     told, memory = _drift(memory, measurement)
@@ -114,6 +113,19 @@ def _seen(block: BlockMemory, layer: LayerMeasurement, measurement: Measurement,
     told = told_side(block.told, layer.ratio, measurement.safe_zone)
     block = replace(block, side=side, told=told, since=since, times=times, ratios=ratios, settled=settled)
     return replace(block, warned=_warned(block, step))
+
+
+def _spread(memory: Memory, measurement: Measurement) -> Memory:
+    """Add how far tokens and samples are from being one."""
+    now = {name: signs.logarithm(value, least=signs.ROUNDING) for name, value in signs.spreads(measurement).items()}
+    series = {name: (*memory.spreads.get(name, ()), (measurement.step, value))[-CHECKS:] for name, value in now.items()}
+    peaks = {name: max(value, memory.peaks.get(name, value)) for name, value in now.items()}
+    return replace(
+        memory,
+        spreads={**memory.spreads, **series},
+        firsts={**now, **memory.firsts},
+        peaks={**memory.peaks, **peaks},
+    )
 
 
 def told_side(before: int, ratio: float, zone: tuple[float, float]) -> int:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lightning_spectral.alarms.memory import Memory, Point, line_through
+from lightning_spectral.alarms.memory import WARMUP_STEPS, Memory, Point, line_through
 from lightning_spectral.alarms.trends import forecast
 from lightning_spectral.records import Forecast, LayerMeasurement, Measurement
 
@@ -23,6 +23,7 @@ __all__ = [
     "not_finite",
     "nothing_moves",
     "samples_collapsed",
+    "spreads",
     "stack_ends",
     "tokens_collapsed",
     "tokens_collapsing",
@@ -38,6 +39,8 @@ _EMBEDDING, _EMBEDDINGS_ALIKE = 8, 0.05
 LARGE_LOGIT = 100.0
 TOWARD = 0.1  # a fall over depth counts only if it ends below this token residual
 RISING = math.log(1.2)  # a residual rises if it has grown by this, in ln r, since the measurement before
+FAR = math.log(3.0)  # a residual has fallen, or risen, if it is this far from its peak, or its first value, in ln r
+ROUNDING = 3e-7  # below this residual, tokens and samples differ by rounding
 _LEAST = 1e-12  # a residual of 0 counts as this, because trends are fitted to ln r
 
 
@@ -69,9 +72,9 @@ def log_residual(layer: LayerMeasurement) -> float | None:
     return None if residual is None else logarithm(residual)
 
 
-def logarithm(residual: float) -> float:
-    """Return ln r, finite for a residual of 0 too."""
-    return math.log(max(residual, _LEAST))
+def logarithm(residual: float, *, least: float = _LEAST) -> float:
+    """Return ln r, finite for a residual of 0 too: a smaller one counts as the least."""
+    return math.log(max(residual, least))
 
 
 def not_finite(memory: Memory, measurement: Measurement) -> Sign:
@@ -87,7 +90,8 @@ def tokens_collapsed(memory: Memory, measurement: Measurement) -> Sign | None:
 
     Where the model has one output for a sample, its tokens may rightly agree at the end: then samples have to agree
     too. So they have where it returns the stream, which the training step may pool. A residual that rises is a collapse
-    that ends.
+    that ends. One that has risen since the run began, and not fallen since, belongs to a model whose tokens begin
+    alike, such as one that begins with convolutions and BatchNorm: their biases are in all tokens.
     """
     ends = [layer for layer in stack_ends(measurement) if layer.typical_token_residual is not None]
     if not ends:
@@ -97,6 +101,7 @@ def tokens_collapsed(memory: Memory, measurement: Measurement) -> Sign | None:
         for layer in ends
         if _below(layer.typical_token_residual)
         and not _rises(memory.blocks[layer.index].residuals)
+        and not _came_apart(memory, f"token_residual/{layer.index}")
         and (_keeps_tokens_apart(measurement) or _alike(layer.sample_residual, measurement))
     ]
     worst = min(alike or ends, key=lambda layer: layer.typical_token_residual or 0.0)
@@ -110,20 +115,63 @@ def samples_collapsed(memory: Memory, measurement: Measurement) -> Sign | None:
     :class:`~lightning_spectral.records.OutputMeasurement`. Outputs other than embeddings are left out, because they may
     rightly be nearly the same. A language model begins with the frequencies of its tokens, the queries of a detector
     differ more than pictures do, and a number to be predicted may have a mean that is large beside its deviations.
+
+    A healthy model may begin with one output for all: a LayerScale of 1e-5 hides what a class token has seen. So
+    class tokens and embeddings have to have come closer, or to stay the same to rounding, and so has a stream of one
+    token, which class tokens have to themselves.
     """
     ends = [layer for layer in stack_ends(measurement) if layer.sample_residual is not None]
-    spread = _spread_of_embeddings(measurement)
-    pooled = None if measurement.output is None else measurement.output.pooled_residual
-    if not ends and spread is None and pooled is None:
+    known = spreads(measurement)
+    values = {name: value for name, value in known.items() if name in ("output_residual", "pooled_residual")}
+    if not ends and not values:
         return None
-    values = {"output_residual": spread, "pooled_residual": pooled}
+    alike = [
+        layer
+        for layer in ends
+        if _alike(layer.sample_residual, measurement) and not _came_apart(memory, f"sample_residual/{layer.index}")
+    ]
+    alike = [layer for layer in alike if layer.token_residual is not None or _is_rounding(layer, memory, measurement)]
+    embeddings, pooled = values.get("output_residual"), values.get("pooled_residual")
+    of_one = embeddings is not None and embeddings < _EMBEDDINGS_ALIKE and _fell(memory, "output_residual", measurement)
+    reads_one = _alike(pooled, measurement) and _fell(memory, "pooled_residual", measurement)
+    reads_one = reads_one and not _rises(memory.spreads["pooled_residual"])
     if ends:
-        values["sample_residual"] = min(layer.sample_residual or 0.0 for layer in ends)
-    alike = [layer for layer in ends if _alike(layer.sample_residual, measurement)]
-    one_embedding = spread is not None and spread < _EMBEDDINGS_ALIKE
-    reads_the_same = _alike(pooled, measurement) and not _rises(memory.pooled)
-    known = {name: value for name, value in values.items() if value is not None}
-    return Sign(bool(alike) or one_embedding or reads_the_same, alike[:1], values=known)
+        values = {**values, "sample_residual": min(layer.sample_residual or 0.0 for layer in ends)}
+    return Sign(bool(alike) or of_one or reads_one, alike[:1], values=values)
+
+
+def spreads(measurement: Measurement) -> dict[str, float]:
+    """Return how far tokens and samples are from being one, where known: of embeddings, and of every block."""
+    output = measurement.output
+    found = {
+        "output_residual": _spread_of_embeddings(measurement),
+        "pooled_residual": None if output is None else output.pooled_residual,
+    }
+    for layer in stack_ends(measurement):
+        found[f"token_residual/{layer.index}"] = layer.typical_token_residual
+        found[f"sample_residual/{layer.index}"] = layer.sample_residual
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _fell(memory: Memory, name: str, measurement: Measurement) -> bool:
+    """Whether a spread has fallen in this run, or is nothing but rounding in a run that is under way."""
+    value = memory.spreads[name][-1][1]
+    rounding = value <= math.log(ROUNDING) and _under_way(memory, measurement)
+    return memory.peaks[name] - value > FAR or rounding
+
+
+def _came_apart(memory: Memory, name: str) -> bool:
+    """Whether a spread has risen since the run began, and not fallen since."""
+    value = memory.spreads[name][-1][1]
+    return value - memory.firsts[name] > FAR and memory.peaks[name] - value <= FAR
+
+
+def _is_rounding(layer: LayerMeasurement, memory: Memory, measurement: Measurement) -> bool:
+    return (layer.sample_residual or 0.0) <= ROUNDING and _under_way(memory, measurement)
+
+
+def _under_way(memory: Memory, measurement: Measurement) -> bool:
+    return measurement.step - (memory.began or 0) >= WARMUP_STEPS
 
 
 def tokens_collapsing(memory: Memory, measurement: Measurement) -> Sign | None:

@@ -15,6 +15,7 @@ from lightning_spectral.discovery.inputs import arguments_of
 from lightning_spectral.discovery.structure.branches import FoundBranch, alike, branches_of, finished
 from lightning_spectral.discovery.structure.ends import EndFinder
 from lightning_spectral.discovery.structure.groups import Groups, named_groups, settled_kinds
+from lightning_spectral.discovery.structure.heard import stream_behind
 from lightning_spectral.discovery.structure.parts import unseen
 from lightning_spectral.discovery.structure.residual import residual_adds
 from lightning_spectral.discovery.structure.selfcheck import SelfCheck
@@ -195,7 +196,8 @@ def _checked(groups: Groups, records: Mapping[str, tuple[Branch, ...]], check: S
             problem = "attention and an MLP share one site, so neither can be scaled by itself"
         evidence = "trace" if problem is None else f"trace; not verified: {problem}"
         dims = _token_dims(check.tape, members, check.prober)
-        blocks.append(ResidualBlock(index, name, records[name], problem is None, evidence, dims))
+        stream = stream_behind(check.tape, name, members)
+        blocks.append(ResidualBlock(index, name, records[name], problem is None, evidence, dims, stream))
     return blocks
 
 

@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_spectral.linalg.operators import sum_dtype
 from lightning_spectral.passes.listen import Listener, listen, stop_listening
-from lightning_spectral.records import ResidualBlock
+from lightning_spectral.records import ResidualBlock, StreamAt
 from lightning_spectral.tokens import effective_rank, token_residual
 from lightning_spectral.tokens.collapse import relative_residual
 from lightning_spectral.tokens.selection import select
 from lightning_spectral.weights.paths import module_at
 
-__all__ = ["BlockOutputs", "Geometry", "as_sequences", "channel_of", "end_of"]
+__all__ = ["BlockOutputs", "Geometry", "as_sequences", "channel_of", "place_of", "stream_in"]
 
 MASSIVE = 100.0  # an activation is massive above this multiple of the median
 # The effective rank needs the eigenvalues of a Gram matrix, so it is computed from 1 sequence, with at most 64 evenly
@@ -66,7 +66,7 @@ class BlockOutputs:
     def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
         shared = next((block.token_dims for block in blocks if block.token_dims), (1,))
         self._model = model
-        self._blocks = [(block.index, end_of(block), block.token_dims or shared) for block in blocks]
+        self._blocks = [(block.index, place_of(block), block.token_dims or shared) for block in blocks]
         self._listeners: list[Listener] = []
         self.numbers: dict[int, Tensor] = {}
         self.widths: set[int] = set()
@@ -76,10 +76,10 @@ class BlockOutputs:
         """Begin to listen; nothing happens if it listens already. What was heard before stays."""
         if self._listeners:
             return
-        for index, name, token_dims in self._blocks:
-            module = None if name is None else module_at(self._model, name)
+        for index, place, token_dims in self._blocks:
+            module = None if place.module is None else module_at(self._model, place.module)
             if module is not None:
-                self._listeners += listen([module], _Outputs(self, index, token_dims))
+                self._listeners += listen([module], _Outputs(self, index, place, token_dims))
 
     def stop(self) -> None:
         """Remove the listeners from the model."""
@@ -108,37 +108,52 @@ def _read(*numbers: float) -> Geometry:
     return Geometry(tokens, typical, rank, samples, *numbers[4:])
 
 
-def end_of(block: ResidualBlock) -> str | None:
-    """Return the path of the module that returns the stream behind a block, ``None`` if no module does.
+def place_of(block: ResidualBlock) -> StreamAt:
+    """Return where the stream behind a block is heard.
 
-    A block may be several modules instead of one. It then ends with the last of them, unless this module is itself the
-    site of a branch: the output of a site is the branch, not the stream.
+    Where no pass says it, a block of several modules ends with the last of them, unless this module is itself the site
+    of a branch: the output of a site is the branch, not the stream.
     """
+    if block.stream is not None:
+        return block.stream
     *first, last = block.modules
-    return None if first and any(branch.site == last for branch in block.branches) else last
+    return StreamAt(None if first and any(branch.site == last for branch in block.branches) else last)
+
+
+def stream_in(leaves: Sequence[Any], place: StreamAt, token_dims: tuple[int, ...]) -> int | None:
+    """Return the position of the stream among the leaves of the arguments, or of the result; ``None`` for none."""
+    tensors = [number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    likely = tensors[:1] if place.taken else tensors
+    return next((number for number in likely if channel_of(leaves[number], token_dims) is not None), None)
 
 
 class _Outputs:
     """Listener of one block. Its exceptions are kept and never reach the user's forward pass."""
 
-    def __init__(self, outputs: BlockOutputs, index: int, token_dims: tuple[int, ...]) -> None:
-        self._outputs, self._index, self._token_dims = outputs, index, token_dims
+    def __init__(self, outputs: BlockOutputs, index: int, place: StreamAt, token_dims: tuple[int, ...]) -> None:
+        self._outputs, self._index, self._place, self._token_dims = outputs, index, place, token_dims
 
     def __call__(
-        self, module: nn.Module, call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if self._place.taken:
+            self._note((args, kwargs))  # before the module can change it in place
+            return call()
         output = call()
+        self._note(output)
+        return output
+
+    def _note(self, values: Any) -> None:
         try:
-            for leaf in tree_leaves(output):
-                channel = channel_of(leaf, self._token_dims)
-                if channel is not None:
-                    with _disable_current_modes():  # nothing of it concerns them, and each costs time at every step
-                        self._outputs.numbers[self._index] = _geometry(leaf.detach(), self._token_dims)
-                    self._outputs.widths.add(leaf.shape[channel])
-                    break
+            leaves = tree_leaves(values)
+            number = stream_in(leaves, self._place, self._token_dims)
+            if number is not None:
+                leaf = leaves[number]
+                with _disable_current_modes():  # nothing of it concerns them, and each costs time at every step
+                    self._outputs.numbers[self._index] = _geometry(leaf.detach(), self._token_dims)
+                self._outputs.widths.add(leaf.shape[_channel(leaf, self._token_dims) or 0])
         except Exception as error:
             self._outputs.error = error
-        return output
 
 
 def channel_of(leaf: Any, token_dims: tuple[int, ...]) -> int | None:

@@ -7,7 +7,7 @@ output says it. It is exactly zero at a token that is not read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_spectral.linalg.operators import sum_dtype
-from lightning_spectral.measuring.block_outputs import MASSIVE, as_sequences, channel_of
+from lightning_spectral.measuring.block_outputs import MASSIVE, as_sequences, place_of, stream_in
 from lightning_spectral.passes.listen import Listener, listen, stop_listening
+from lightning_spectral.records import ResidualBlock
 from lightning_spectral.tokens import token_residual
+from lightning_spectral.weights.paths import module_at
 
 __all__ = ["Readout", "pooled_residual"]
 
@@ -59,12 +61,14 @@ class Readout:
     is changed in place later is no part of it.
 
     Args:
-        module: The module that returns the stream behind the last block; ``None`` where no module does.
-        token_dims: The dimensions of its tokens.
+        model: The model.
+        block: Its last block in the pass.
     """
 
-    def __init__(self, module: nn.Module | None, token_dims: Sequence[int]) -> None:
-        self._modules, self._token_dims = [] if module is None else [module], tuple(token_dims)
+    def __init__(self, model: nn.Module, block: ResidualBlock) -> None:
+        self._place, self._token_dims = place_of(block), block.token_dims or (1,)
+        module = None if self._place.module is None else module_at(model, self._place.module)
+        self._modules = [] if module is None else [module]
         self._listeners: list[Listener] = []
         self._stream: Tensor | None = None
 
@@ -80,14 +84,21 @@ class Readout:
         stop_listening(self._listeners)
         self._stream = None
 
-    def _hear(self, module: nn.Module, call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _hear(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._place.taken:
+            return call(self._recorded((args, kwargs)))
         torch.set_grad_enabled(False)  # a module that is called again begins anew
-        leaves, spec = tree_flatten(call())
-        place = next((place for place, leaf in enumerate(leaves) if channel_of(leaf, self._token_dims) is not None), -1)
-        if place >= 0 and not torch.is_inference_mode_enabled():
-            torch.set_grad_enabled(True)
-            self._stream = leaves[place].detach().requires_grad_()
-            leaves[place] = self._stream.clone()
+        return self._recorded(call())
+
+    def _recorded(self, values: Any) -> Any:
+        """Return values with the stream among them as the beginning of what is recorded."""
+        leaves, spec = tree_flatten(values)
+        number = stream_in(leaves, self._place, self._token_dims)
+        if number is None or torch.is_inference_mode_enabled():
+            return values
+        torch.set_grad_enabled(True)
+        self._stream = leaves[number].detach().requires_grad_()
+        leaves[number] = self._stream.clone()
         return tree_unflatten(leaves, spec)
 
     def pooled_residual(self, output: Tensor) -> Tensor | None:

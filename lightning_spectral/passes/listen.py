@@ -20,8 +20,9 @@ __all__ = ["Hear", "Listener", "compiled_call", "listen", "stop_listening"]
 
 _DOOR = "_compiled_call_impl"
 
-Hear = Callable[[nn.Module, Callable[[], Any], tuple[Any, ...], dict[str, Any]], Any]
-"""Takes a module, its call and the arguments; makes the call and returns its result."""
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Hear = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Takes a module, its call and the arguments; makes the call, with other arguments if given, and returns its result."""
 
 
 class Listener:
@@ -49,7 +50,12 @@ class Listener:
         call = self.behind or self._module._call_impl
         if self.stopped or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return call(*args, **kwargs)
-        return self._hear(self._module, lambda: call(*args, **kwargs), args, kwargs)
+
+        def make(new: Arguments | None = None) -> Any:
+            positional, named = new or (args, kwargs)
+            return call(*positional, **named)
+
+        return self._hear(self._module, make, args, kwargs)
 
     def stop(self) -> None:
         """Stop listening. Several listeners may stand in a row; stopped ones leave it from the front."""

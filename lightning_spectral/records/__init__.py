@@ -17,6 +17,7 @@ from lightning_spectral.records.blocks import (
     Projection,
     ResidualBlock,
     Scores,
+    StreamAt,
     alternatives,
 )
 from lightning_spectral.records.comparison import Comparison, compare
@@ -50,6 +51,7 @@ __all__ = [
     "Projection",
     "ResidualBlock",
     "Scores",
+    "StreamAt",
     "WeightSignals",
     "alternatives",
     "compare",

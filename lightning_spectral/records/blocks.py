@@ -21,6 +21,7 @@ __all__ = [
     "Projection",
     "ResidualBlock",
     "Scores",
+    "StreamAt",
     "alternatives",
 ]
 
@@ -210,6 +211,19 @@ def _options(branch: Branch) -> list[Alternative]:
     return [Alternative(expert, tuple(paths)) for expert, paths in found.items()]
 
 
+@dataclass(frozen=True, slots=True)
+class StreamAt:
+    """Where a stream is heard: in what a module returns, or in what it takes.
+
+    Attributes:
+        module: Path of the module; ``None`` where no module returns or takes the stream.
+        taken: Whether the stream is the first tensor among its arguments, instead of in its result.
+    """
+
+    module: str | None
+    taken: bool = False
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class ResidualBlock:
     """One layer of the stack: it adds its branches to the residual stream.
@@ -225,6 +239,7 @@ class ResidualBlock:
         evidence: How the block was found: ``"trace"``, ``"hints"``, and what the verification found where it failed.
         token_dims: Dimensions of the stream along which the block mixes positions, which is where its tokens stand:
             ``(1,)`` for ``(batch, tokens, width)``; empty where no branch mixes any.
+        stream: Where the stream behind the block is heard; ``None`` for a block that no pass was recorded of.
 
     Example:
         >>> find_blocks(model)[0]
@@ -237,6 +252,7 @@ class ResidualBlock:
     verified: bool = False
     evidence: str = "trace"
     token_dims: tuple[int, ...] = ()
+    stream: StreamAt | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         """Return the index, the name and the sites."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, get_args
 
-from lightning_spectral.records import Branch, BranchKind, End, Factor, FactorRole, Path, ResidualBlock
+from lightning_spectral.records import Branch, BranchKind, End, Factor, FactorRole, Path, ResidualBlock, StreamAt
 from lightning_spectral.records.layout import ARITHMETIC, REDUCTIONS, VIEWS
 from lightning_spectral.records.values import MAX_ITEMS, listed, module_path, of_type, one_of, real, remark, whole
 
@@ -49,6 +49,7 @@ def to_plain(blocks: Iterable[ResidualBlock]) -> dict[str, Any]:
             "verified": block.verified,
             "evidence": block.evidence,
             "token_dims": list(block.token_dims),
+            "stream": None if block.stream is None else [block.stream.module, block.stream.taken],
         }
         for block in blocks
     ]
@@ -85,6 +86,7 @@ def from_plain(plain: Any) -> tuple[ResidualBlock, ...]:
 
 
 def _block(plain: dict[Any, Any], factors: list[Factor]) -> ResidualBlock:
+    stream = plain.get("stream")
     return ResidualBlock(
         whole(plain.get("index")),
         module_path(plain.get("name")),
@@ -92,7 +94,15 @@ def _block(plain: dict[Any, Any], factors: list[Factor]) -> ResidualBlock:
         verified=of_type(plain.get("verified"), bool),
         evidence=remark(plain.get("evidence")),
         token_dims=tuple(whole(item) for item in listed(plain.get("token_dims"))),
+        stream=None if stream is None else _stream_at(stream),
     )
+
+
+def _stream_at(plain: Any) -> StreamAt:
+    if len(listed(plain)) != 2:
+        raise ValueError(f"a stream is heard at {plain!r}: expected a module and whether it takes the stream")
+    module, taken = plain
+    return StreamAt(None if module is None else module_path(module), of_type(taken, bool))
 
 
 def _branch(plain: dict[Any, Any], factors: list[Factor]) -> Branch:

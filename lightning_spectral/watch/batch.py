@@ -22,7 +22,7 @@ from torch import nn
 from lightning_spectral.errors import ExampleInputError
 from lightning_spectral.linalg.sharding.presence import is_dtensor, is_wrapped_by_fsdp
 from lightning_spectral.measuring.attention_logits import AttentionLogits
-from lightning_spectral.measuring.block_outputs import BlockOutputs, Geometry, end_of
+from lightning_spectral.measuring.block_outputs import BlockOutputs, Geometry
 from lightning_spectral.measuring.jacobians import watch_updates
 from lightning_spectral.measuring.readout import Readout
 from lightning_spectral.measuring.updates import Update, UpdateWatch
@@ -204,9 +204,7 @@ class BatchWatch:
     def _readout(self, call: Call) -> Readout:
         """Return what listens to the last block of a call, and stands in front of all that listens there."""
         last = max(self._within[call.module])
-        block = next(block for block in self._blocks if block.index == last)
-        name = end_of(block)
-        return Readout(None if name is None else module_at(self._model, name), block.token_dims or (1,))
+        return Readout(self._model, next(block for block in self._blocks if block.index == last))
 
 
 def _few(call: Call) -> int:

@@ -313,6 +313,18 @@ def test_tokens_that_come_apart_are_no_failure():
     assert run.events == []
 
 
+@pytest.mark.parametrize("every", [1, 5])
+def test_tokens_that_begin_alike_and_come_apart_are_no_failure(every: int):
+    """LeViT of vit-pytorch, whose biases in front of BatchNorm are in all tokens; it learns."""
+    rising = [3e-9, 1.2e-6, 2.8e-6, 6e-6, 1.1e-5, 2e-5, 1e-4, 4e-4, 9e-4, 0.002, 0.004, 0.006, 0.007, 0.007, 0.008]
+    alike, run = OutputMeasurement(0.001, 0.07, "sample", 10), Watched()
+    for residual in rising[::every]:
+        run.see([1.0] * 6, [residual] * 6, samples=residual, output=alike)
+    assert run.events == []
+    run.see([1.0] * 6, [1e-3] * 6, times=2, samples=1e-3, output=alike)  # a fall behind it is one
+    assert run.names() == ["tokens_collapsed"]
+
+
 def test_noise_of_equal_tokens_is_no_rise():
     run = Watched()
     for residual in (1e-7, 3e-7, 1e-7, 6e-7):
@@ -394,7 +406,7 @@ def test_tokens_that_are_or_may_be_pooled_may_agree(kind: OutputKind):
 
 def test_samples_that_are_one_are_a_failure_though_tokens_differ():
     run = Watched()
-    run.see([1.0] * 6, HEALTHY, times=2, samples=0.5, output=POOLED)
+    run.see([1.0] * 6, HEALTHY, times=2, samples=0.5, output=replace(POOLED, width=8))
     run.see([1.0] * 6, HEALTHY, times=2, samples=0.5, output=OutputMeasurement(0.004, 0.03, kind="sample", width=8))
     (failure,) = run.events
     assert (failure.name, failure.step, failure.since, failure.blocks) == ("samples_collapsed", 30, 20, ())
@@ -420,6 +432,73 @@ def test_samples_that_are_one_are_a_failure_though_tokens_differ():
 def test_samples_that_are_alike_for_a_reason_are_no_failure(samples: float | None, output: OutputMeasurement | None):
     run = Watched()
     run.see([1.0] * 6, HEALTHY, times=5, samples=samples, output=output)
+    assert run.events == []
+
+
+def read_off(pooled: float, batch: float = 0.9) -> OutputMeasurement:
+    return OutputMeasurement(0.5, batch, kind="sample", width=2, pooled_residual=pooled)
+
+
+@pytest.mark.parametrize(("pooled", "batch"), [(0.005, 0.2), (5e-5, 0.9)])
+def test_class_tokens_that_become_one_are_a_failure_of_a_model_with_two_outputs(pooled: float, batch: float):
+    run = Watched()
+    run.see([1.0] * 6, HEALTHY, times=2, samples=0.5, output=read_off(0.4))
+    run.see([1.0] * 6, HEALTHY, times=2, samples=0.5, output=read_off(pooled, batch))
+    (failure,) = run.events
+    assert (failure.name, failure.step, failure.since, failure.blocks) == ("samples_collapsed", 30, 20, ())
+    assert (
+        "Since step 20 the vectors that the output is made of, such as class tokens, for different samples have been "
+        f"nearly identical: they differ by {pooled:.2g} of their size"
+    ) in failure.message
+    run.see([1.0] * 6, HEALTHY, times=3, samples=0.5, output=read_off(0.4))
+    assert run.events[-1].name == "samples_collapsed_over"
+    assert run.events[-1].message.endswith(
+        "different samples give different outputs again (they differ by 0.4 of their size)"
+    )
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        [1e-5] * 30,  # a LayerScale of 1e-5 hides what a class token has seen, and a warm-up lasts
+        [2e-5 * 1.3**n for n in range(30)],  # it comes to see
+        [0.4, 0.4, 5e-5, 1e-2, 3e-2],  # a collapse that ends
+        [0.4, 0.005, 0.4, 0.4, 0.4],  # one batch of one class
+        [0.02] * 30,
+    ],
+)
+def test_class_tokens_that_have_not_come_closer_are_no_failure(series: list[float]):
+    run = Watched()
+    for pooled in series:
+        run.see([1.0] * 6, HEALTHY, samples=0.5, output=read_off(pooled, 0.1))
+    assert run.events == []
+
+
+def test_a_few_class_tokens_of_one_class_in_a_batch_of_several_are_no_failure():
+    run = Watched()
+    run.see([1.0] * 6, HEALTHY, times=2, samples=0.5, output=read_off(0.4))
+    run.see([1.0] * 6, HEALTHY, times=5, samples=0.5, output=read_off(0.005, 0.9))
+    assert run.events == []
+
+
+def test_class_tokens_that_see_nothing_are_told_when_the_run_is_under_way():
+    run = Watched()
+    run.see([1.0] * 6, HEALTHY, times=20, samples=0.5, output=read_off(0.0, 0.0))
+    assert [(event.name, event.step) for event in run.events] == [("samples_collapsed", 110)]
+
+
+@pytest.mark.parametrize(("samples", "told"), [(1e-5, []), (1e-8, [("samples_collapsed", 110)])])
+def test_a_stream_of_class_tokens_alone_may_begin_alike(samples: float, told: list[tuple[str, int]]):
+    run = Watched()
+    for step in range(0, 200, 10):
+        (layer,) = measured(step, [1.0], [0.5], samples=samples)
+        run.take(Measurement(step, "circuit", (replace(layer, token_residual=None, typical_token_residual=None),)))
+    assert [(event.name, event.step) for event in run.events] == told
+
+
+def test_embeddings_that_begin_alike_in_a_healthy_run_are_no_failure():
+    run = Watched()
+    run.see([1.0] * 6, HEALTHY, times=20, samples=0.5, output=OutputMeasurement(0.02, 0.03, kind="sample", width=1000))
     assert run.events == []
 
 

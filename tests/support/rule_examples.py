@@ -36,7 +36,13 @@ def _run(change: Change, output: OutputMeasurement | None = None) -> Iterator[Ev
     memory = Memory()
     for step in range(0, 70, 10):
         layers = (change(layer, step) for layer in _layers())
-        now = output if step >= 20 else None
+        now = (
+            None
+            if output is None
+            else output
+            if step >= 20
+            else replace(output, sample_residual=0.4, batch_residual=0.5)
+        )
         events, memory = observe(memory, Measurement(step, "circuit", tuple(layers), output=now))
         yield from events
 

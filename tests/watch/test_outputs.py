@@ -384,7 +384,7 @@ def test_a_class_token_that_sees_nothing_is_a_failure(place: int, generator: tor
     model = ClassTokenFirst(place)
     blocks, memory, told = find_blocks(model), Memory(), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(4):
+    for step in range(5):
         x = ids(generator)
 
         def train(x: Tensor = x) -> None:
@@ -395,13 +395,13 @@ def test_a_class_token_that_sees_nothing_is_a_failure(place: int, generator: tor
         _, measurement = looked(model, train, blocks)
         assert measurement.layers[-1].sample_residual > 0.1  # the other tokens differ
         events, memory = observe(
-            memory, Measurement(10 * step, "circuit", measurement.layers, output=measurement.output)
+            memory, Measurement(50 * step, "circuit", measurement.layers, output=measurement.output)
         )
         told += [event for event in events if event.level == "failure"]
     assert [event.name for event in told] == ([] if place else ["samples_collapsed"])
     if not place:
-        assert told[0].step == 10
-        assert "Since step 0 the vectors that the output is made of, such as class tokens, for different" in (
+        assert told[0].step == 150
+        assert "Since step 100 the vectors that the output is made of, such as class tokens, for different" in (
             told[0].message
         )
         assert told[0].values["pooled_residual"] < 1e-6
