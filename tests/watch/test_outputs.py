@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_run import CONTEXT, VOCABULARY, WIDTH, TinyGPT
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -357,6 +358,42 @@ def test_one_layer_that_is_used_three_times_is_read_behind_the_last(generator: t
     model, x = Shared(), ids(generator)
     blocks, expected = find_blocks(model), truth(model, x)
     assert output_of(model, lambda: model(x).square().mean().backward(), blocks).pooled_residual == expected
+
+
+@pytest.mark.parametrize("kind", ["sample", "stream"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_compiled_models_are_compiled_no_more(kind: str, wrapped: bool, generator: torch.Generator):
+    class Plain(Classifier):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.tokens(ids)
+            for block in self.blocks:
+                x = block(x)
+            return x if kind == "stream" else self.head(self.norm(self.read(x)))
+
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model, counter, x = Plain(), CompileCounter(), ids(generator)
+    blocks, expected = find_blocks(model), truth(model, x)
+    if wrapped:
+        made: nn.Module = nn.ModuleDict({"inner": torch.compile(model, backend=counter)})
+        called = made["inner"]
+        blocks = find_blocks(made, hints={"inner._orig_mod.blocks.*": {"attention": "attention", "mlp": "mlp"}})
+    else:
+        model.compile(backend=counter)
+        made = called = model
+
+    def step() -> None:
+        output = called(x)
+        (output if kind == "sample" else output[:, -1]).square().mean().backward()
+
+    step()
+    compiled = counter.frame_count, counter.op_count
+    for _ in range(2):
+        output = output_of(made, step, blocks)
+        assert (output.kind, output.pooled_residual) == (kind, expected)
+        step()
+    assert (counter.frame_count, counter.op_count) == compiled
+    assert compiled[0] > 0
 
 
 # A collapse that shows nowhere else
