@@ -207,6 +207,17 @@ def test_it_prints_on_pages(opened: Page):
     assert 2 <= len(re.findall(rb"/Type\s*/Page\b", document)) <= 12
 
 
+def test_tools_are_not_printed(opened: Page):
+    shown = """return deep(document).filter((e) => e.className === "bk-Toolbar bk-above")
+        .map((e) => getComputedStyle(e).display)"""
+    assert set(opened.run(shown)) == {"flex"}
+    opened.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        assert set(opened.run(shown)) == {"none"}
+    finally:
+        opened.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
 def test_hostile_names_do_no_harm(page: Page, folder: Path):
     page.open(report(steered_run(folder / "hostile.jsonl", HOSTILE)))
     shown = page.hover("ratio", 60, ratio(4, 5))
