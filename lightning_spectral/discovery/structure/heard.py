@@ -36,7 +36,7 @@ def stream_behind(tape: Tape, name: str, members: Sequence[FoundBranch]) -> Stre
     if any(tape.depends(value, add.output) for value in results):
         return StreamAt(last)
     if add.stack is None:  # of streams side by side, no module has the one of this block
-        once = [call for call in tape.calls if call.path and runs[call.path] == 1]
+        once = [call for call in tape.calls if runs[call.path] == 1]
         for call in once:
             if call.inputs[:1] == (add.output,):
                 return StreamAt(call.path, taken=True)
