@@ -22,7 +22,7 @@ MEMBERS = [
     if not member.expected_refusal and not member.needs_process_group and member.callable and not member.compiled
 ]
 # In these a block is a head on a pooled token, or no module takes or returns the stream by itself.
-WITHOUT = {"siglip_vision": 1, "mmdit": 2}
+WITHOUT = {"siglip_vision": 1, "mmdit": 2, "x_transformers_macaron": 1}
 ONE_TOKEN = {"vit_cait": 2}  # blocks of a class token alone
 TOKENS_FIRST = {
     "tokens_first",
