@@ -284,6 +284,7 @@ class Watch:
                 self.options, self._series, steering, blocks, host, self.should_measure, goes_on=self._goes_on
             )
             at_exit(self._at_exit)
+            weakref.finalize(self, not_at_exit, self._at_exit).atexit = False  # nobody closed it, and nobody can
             self._session.begin()
         return self._session
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from lightning_spectral.alarms import Event
 from lightning_spectral.errors import ConfigurationError, ExampleInputError
 from lightning_spectral.hugging_face import SpectralCallback
 from lightning_spectral.linalg import ExactSVD, RandomizedSVD
+from lightning_spectral.watch import exits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty"),
@@ -652,7 +654,9 @@ def test_a_watch_that_nobody_closes_says_what_it_knows_at_the_exit_on_standard_e
     assert (tmp_path / "run" / "spectral.png").exists()
 
 
-def test_a_program_keeps_its_own_way_to_handle_the_signal_and_gets_the_default_back():
+def test_a_program_keeps_its_own_way_to_handle_the_signal_and_gets_the_default_back(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(exits, "_actions", [])  # of watches that other tests have left open
+
     def watched() -> None:
         watch = Watch(built())
         watch.before_step()
@@ -674,3 +678,13 @@ def test_a_program_keeps_its_own_way_to_handle_the_signal_and_gets_the_default_b
     finally:
         signal.signal(signal.SIGTERM, before)
     assert len(during) == 6
+
+
+def test_a_watch_that_is_gone_is_not_asked_at_the_exit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(exits, "_actions", [])
+    watch = Watch(built())
+    watch.before_step()
+    assert len(exits._actions) == 1
+    del watch
+    gc.collect()
+    assert exits._actions == []
