@@ -128,9 +128,10 @@ def samples_collapsed(memory: Memory, measurement: Measurement) -> Sign | None:
     alike = [
         layer
         for layer in ends
-        if _alike(layer.sample_residual, measurement) and not _came_apart(memory, f"sample_residual/{layer.index}")
+        if _alike(layer.sample_residual, measurement)
+        and not _came_apart(memory, f"sample_residual/{layer.index}")
+        and (layer.token_residual is not None or _is_rounding(layer, memory, measurement))
     ]
-    alike = [layer for layer in alike if layer.token_residual is not None or _is_rounding(layer, memory, measurement)]
     embeddings, pooled = values.get("output_residual"), values.get("pooled_residual")
     of_one = embeddings is not None and embeddings < _EMBEDDINGS_ALIKE and _fell(memory, "output_residual", measurement)
     reads_one = _alike(pooled, measurement) and _fell(memory, "pooled_residual", measurement)
