@@ -14,9 +14,11 @@ from torch.utils._pytree import tree_leaves
 from lightning_spectral.linalg.operators import sum_dtype
 from lightning_spectral.passes.listen import Listener, listen, stop_listening
 from lightning_spectral.records import ResidualBlock, StreamAt
-from lightning_spectral.tokens import effective_rank, token_residual
+from lightning_spectral.tokens import token_residual
 from lightning_spectral.tokens.collapse import relative_residual
+from lightning_spectral.tokens.ranks import shares_effective_rank
 from lightning_spectral.tokens.selection import select
+from lightning_spectral.tokens.spectrum import gram, moment_shares
 from lightning_spectral.weights.paths import module_at
 
 __all__ = ["BlockOutputs", "Geometry", "as_sequences", "channel_of", "place_of", "stream_in"]
@@ -26,7 +28,7 @@ MASSIVE = 100.0  # an activation is massive above this multiple of the median
 # spaced tokens. It foretold no failure (docs/evidence.md), and eigenvalues for 256 tokens cost more than all the rest.
 # The residuals are of at most 8 evenly spaced sequences.
 _SEQUENCES = 8
-_RANK_TOKENS, _RANK_SEQUENCES = 64, 1
+_RANK_TOKENS = 64
 
 
 class Geometry(NamedTuple):
@@ -68,7 +70,7 @@ class BlockOutputs:
         self._model = model
         self._blocks = [(block.index, place_of(block), block.token_dims or shared) for block in blocks]
         self._listeners: list[Listener] = []
-        self.numbers: dict[int, Tensor] = {}
+        self.numbers: dict[int, _Seen] = {}
         self.widths: set[int] = set()
         self.error: Exception | None = None
 
@@ -99,13 +101,35 @@ class BlockOutputs:
             raise error
         if not measured:
             return {}
-        numbers = torch.stack([*measured.values()]).tolist()
-        return {index: _read(*block) for index, block in zip(measured, numbers, strict=True)}
+        numbers = torch.stack([seen.numbers for seen in measured.values()])
+        rows = torch.cat([_ranks([*measured.values()])[:, None], numbers], 1).tolist()
+        return {index: _read(*row) for index, row in zip(measured, rows, strict=True)}
 
 
 def _read(*numbers: float) -> Geometry:
-    tokens, typical, rank, samples = (None if math.isnan(number) else number for number in numbers[:4])
+    rank, tokens, typical, samples = (None if math.isnan(number) else number for number in numbers[:4])
     return Geometry(tokens, typical, rank, samples, *numbers[4:])
+
+
+class _Seen(NamedTuple):
+    """What was heard of one block: its residuals and sizes, and the Gram matrix that its effective rank is made of."""
+
+    numbers: Tensor
+    gram: Tensor | None
+    size: int = 0
+
+
+def _ranks(seen: Sequence[_Seen]) -> Tensor:
+    """Return the effective ranks. Matrices of one shape have one call: on CUDA each call waits for the device."""
+    ranks = seen[0].numbers.new_full((len(seen),), math.nan)
+    alike: dict[tuple[int, int], list[int]] = {}
+    for place, (_, G, size) in enumerate(seen):
+        if G is not None:
+            alike.setdefault((len(G), size), []).append(place)
+    for (_, size), places in alike.items():
+        G = torch.stack([G for place in places if (G := seen[place].gram) is not None])
+        ranks[places] = shares_effective_rank(moment_shares(G, size=size), power=2).to(ranks)
+    return ranks
 
 
 def place_of(block: ResidualBlock) -> StreamAt:
@@ -162,28 +186,29 @@ def channel_of(leaf: Any, token_dims: tuple[int, ...]) -> int | None:
 
 
 @torch.no_grad()
-def _geometry(stream: Tensor, token_dims: Sequence[int]) -> Tensor:
+def _geometry(stream: Tensor, token_dims: Sequence[int]) -> _Seen:
     if stream.is_nested:
         raise TypeError("the stream is a nested tensor, whose tokens have no regular layout")
     with torch.autocast(stream.device.type, enabled=False):
-        X = as_sequences(stream, token_dims)
-        norm = torch.linalg.vector_norm(X, dtype=sum_dtype(X.device))
-        sizes = [norm, norm / math.sqrt(X.numel())]
-        X = X[:: math.ceil(len(X) / _SEQUENCES)]
-        narrow = X.dtype.itemsize < sum_dtype(X.device).itemsize
-        X = X.to(sum_dtype(X.device))  # once for all that follows
+        whole = as_sequences(stream, token_dims)
+        # Once for all that follows.
+        X = whole[:: math.ceil(len(whole) / _SEQUENCES)].to(sum_dtype(whole.device))
+        narrow = whole.dtype.itemsize < X.dtype.itemsize
+        norm = torch.linalg.vector_norm(X if len(X) == len(whole) else whole, dtype=X.dtype)
+        sizes = [norm, norm / math.sqrt(whole.numel())]
         residual = relative_residual if narrow else token_residual
         nan = torch.full((), math.nan, device=X.device)
         typical, valid = select(X, massive=MASSIVE)
         between = residual(typical.flatten(1)) if len(X) > 1 else nan  # the sample residual without massive ones
         if X.shape[1] < 2:  # a single token is always one vector
-            return torch.stack([nan, nan, nan, between, *sizes])
-        stride = math.ceil(X.shape[1] / _RANK_TOKENS)
-        rank = effective_rank(X[:_RANK_SEQUENCES, ::stride], power=2)
+            return _Seen(torch.stack([nan, nan, between, *sizes]), None)
+        few = X[0, :: math.ceil(X.shape[1] / _RANK_TOKENS)]
+        G, measurable = gram(few)
         typical = residual(typical, valid)
         if X.shape[1] < 4:  # without its massive tokens, a sequence this short may have one token left
             typical = torch.where(valid.sum(-1) > 1, typical, math.nan)
-        return torch.stack([residual(X).nanmean(), typical.nanmean(), rank.nanmean(), between, *sizes])
+        numbers = torch.stack([residual(X).nanmean(), typical.nanmean(), between, *sizes])
+        return _Seen(numbers, torch.where(measurable, G, math.nan), max(few.shape))
 
 
 def _channel(stream: Tensor, token_dims: Sequence[int]) -> int | None:

@@ -47,7 +47,8 @@ def select(X: Tensor, mask: Tensor | None = None, *, massive: float | None = Non
     if massive is not None:
         tokens, dimensions = _massive(X, number("massive", massive, 1.0, math.inf, above=True))
         valid = valid & ~tokens
-        X = X.masked_fill(tokens[..., None] | dimensions[..., None, :], 0.0)
+        # Products: a masked fill takes twice as long. What is massive is finite, so that 0 times it is 0.
+        X = (X * (~tokens)[..., None]).mul_((~dimensions)[..., None, :])
     return X, valid
 
 
@@ -88,8 +89,13 @@ def massive_activations(X: Tensor, mask: Tensor | None = None, *, multiple: floa
 
 
 def _massive(X: Tensor, multiple: float) -> tuple[Tensor, Tensor]:
-    size = X.detach().abs()
-    return _outliers(size.amax(-1), multiple), _outliers(size.amax(-2), multiple)
+    tokens, dimensions = (_peaks(X.detach(), dim) for dim in (-1, -2))
+    return _outliers(tokens, multiple), _outliers(dimensions, multiple)
+
+
+def _peaks(X: Tensor, dim: int | tuple[int, int]) -> Tensor:
+    """Return the largest magnitudes along dimensions, without a copy of X."""
+    return torch.maximum(X.amax(dim), X.amin(dim).neg())
 
 
 def _outliers(peaks: Tensor, multiple: float) -> Tensor:
@@ -110,14 +116,15 @@ def centred_tokens(X: Tensor, valid: Tensor | None = None) -> Tensor:
     Returns:
         ``(..., tokens, width)``.
     """
+    # In place from the first difference on: the memory of a copy costs more than what is done to it.
     if valid is None:
         X = X - X[..., :1, :]
-        return X - X.mean(-2, keepdim=True)
+        return X.sub_(X.mean(-2, keepdim=True))
     first = valid.to(torch.uint8).argmax(-1, keepdim=True)[..., None].expand(*X.shape[:-2], 1, X.shape[-1])
-    absent = ~valid[..., None]
-    X = (X - X.gather(-2, first)).masked_fill_(absent, 0.0)
+    present = valid[..., None].to(X.dtype)
+    X = (X - X.gather(-2, first)).mul_(present)
     count = valid.sum(-1)[..., None, None].clamp(min=1)
-    return (X - X.sum(-2, keepdim=True) / count).masked_fill_(absent, 0.0)
+    return X.addcmul_(X.sum(-2, keepdim=True) / count, present, value=-1)
 
 
 def unit_scaled(X: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +138,7 @@ def unit_scaled(X: Tensor) -> tuple[Tensor, Tensor]:
         finite, is not measurable and comes back as zeros.
     """
     # Detached: results that are invariant to scale have no gradient along it.
-    size = X.detach().abs().amax((-2, -1))
+    size = _peaks(X.detach(), (-2, -1))
     measurable = (size > 0) & size.isfinite()
     scale = torch.where(measurable, size, 1.0)[..., None, None]
     return (X / scale).masked_fill_(~measurable[..., None, None], 0.0), measurable

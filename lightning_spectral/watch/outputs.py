@@ -56,7 +56,8 @@ class Outputs:
         flat = output.detach().flatten(1)
         with torch.autocast(flat.device.type, enabled=False), _disable_current_modes():
             spread = token_residual(flat[:, :: math.ceil(flat.shape[1] / _NUMBERS)])
-        self._spreads[what] = torch.stack([spread, flat.isfinite().all().to(spread.dtype)])
+            ends = torch.stack([flat.amax(), flat.amin()])  # NaN and infinities are among them
+        self._spreads[what] = torch.stack([spread, ends.isfinite().all().to(spread.dtype)])
         self._width = output.shape[-1]
         self.kind = "sample" if output.dim() < 3 else "stream" if self._width in self._widths else "token"
         return output

@@ -175,7 +175,7 @@ def test_a_failure_in_a_hook_is_kept_for_whoever_asks(monkeypatch: pytest.Monkey
     def broken(*_: Any, **__: Any) -> Tensor:
         raise ValueError("no rank today")
 
-    monkeypatch.setattr("lightning_spectral.measuring.block_outputs.effective_rank", broken)
+    monkeypatch.setattr("lightning_spectral.measuring.block_outputs.gram", broken)
     model = TinyGPT().eval()
     outputs = BlockOutputs(model, find_blocks(model))
     outputs.start()
