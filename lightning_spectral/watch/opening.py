@@ -35,12 +35,17 @@ def is_lazy(measurement: Measurement) -> bool:
     return all("its layer is lazy" in (layer.reason or "") for layer in measurement)
 
 
-def doubts(blocks: Sequence[ResidualBlock]) -> Iterator[str]:
-    """Say which numbers are not to be trusted."""
-    doubtful = [block for block in blocks if block.doubt is not None]
+def doubts(measurement: Measurement) -> Iterator[str]:
+    """Say which norms are not to be trusted."""
+    doubtful = [
+        layer
+        for layer in measurement
+        if layer.doubt is not None and (layer.mlp_norm is not None or layer.attention_norm is not None)
+    ]
     if doubtful:
+        of = f"{len(doubtful)} of {_many(measurement.layers)}"
         first = f"{doubtful[0].name}: {doubtful[0].doubt}"
-        yield f"{len(doubtful)} of {len(blocks)} blocks are not verified, so their numbers may be wrong ({first})"
+        yield f"{of} are not verified, so their numbers may be wrong ({first})"
 
 
 def _many(blocks: Sequence[object]) -> str:

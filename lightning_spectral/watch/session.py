@@ -251,7 +251,7 @@ class Session:
         self._trained = trained_names(model, self.meter.blocks, self._host.trained())
         self.series.blocks = to_plain(blocks)
         copies = copied_blocks(self.meter.weights, self.meter.blocks) or ()
-        for note in (*getattr(blocks, "notes", ()), *doubts(blocks), *map(told_of_copies, copies)):
+        for note in (*getattr(blocks, "notes", ()), *map(told_of_copies, copies)):
             inform(f"{self._host.name}: {note}")
         if options.looks:
             self._batch_watch = BatchWatch(model, blocks, calls, looks=options.looks)
@@ -328,7 +328,9 @@ class Session:
             self._introduce(measurement, meter.blocks)
 
     def _introduce(self, measurement: Measurement, blocks: Sequence[ResidualBlock]) -> None:
-        """Say what is measured, or warn that there is nothing to compare."""
+        """Say what is measured and what is doubtful, or warn that there is nothing to compare."""
+        for doubt in doubts(measurement):
+            inform(f"{self._host.name}: {doubt}")
         if (nothing := nothing_to_compare(measurement)) is None:
             unwritten = "" if self.outlets.has_folder else "; no file is written, because the run has no folder"
             inform(f"{self._host.name}: {found(blocks, measurement, self._options.every_n_steps)}{unwritten}")

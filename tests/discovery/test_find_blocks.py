@@ -14,7 +14,7 @@ from zoo.reasons import CROSS, MIXER, REASONS, expected_reasons, has_ratio
 
 from lightning_spectral import find_blocks
 from lightning_spectral.errors import BlocksNotFoundError
-from lightning_spectral.records import Branch
+from lightning_spectral.records import Branch, StreamAt
 
 ALL = [member.name for member in examples()]
 WITH_BLOCKS = [member.name for member in examples() if not member.expected_refusal]
@@ -206,6 +206,61 @@ def test_experts_that_are_added_up_are_one_branch(count: int):
     for block in find_blocks(model):
         assert [branch.site for branch in block.branches] == [f"{block.name}.attn", f"{block.name}.mlp"]
         assert len(block.mlp.paths) == count
+
+
+def test_blocks_outside_of_any_list_are_the_modules_that_hold_their_branches() -> None:
+    def layer() -> nn.Module:
+        return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+    class Plain(nn.Module):
+        def __init__(self, **layers: nn.Module) -> None:
+            super().__init__()
+            for name, module in layers.items():
+                self.add_module(name, module)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for module in self.children():
+                x = module(x)
+            return x
+
+    class ClassToken(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[:, 0]
+
+    models = {
+        ("encoder",): ClassToken(encoder=layer()),
+        ("first", "second"): Plain(first=layer(), second=layer()),
+        ("inner.a", "inner.b"): Plain(inner=Plain(a=layer(), b=layer()), norm=nn.LayerNorm(8)),
+        ("one", "body.0", "body.1"): Plain(one=layer(), body=nn.Sequential(layer(), layer())),
+        ("",): layer(),
+    }
+    for names, model in models.items():
+        blocks = find_blocks(model, batch=torch.randn(2, 5, 8))
+        assert tuple(block.name for block in blocks) == names
+        assert [block.stream for block in blocks] == [StreamAt(name) for name in names]
+        assert all(block.verified and block.modules == (block.name,) for block in blocks)
+
+
+def test_sums_of_integers_are_no_streams() -> None:
+    """Graphs of different size lie in a row, and go to their places in a batch: index arithmetic of torch_geometric."""
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+        def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+            counts = torch.zeros(2, dtype=torch.long).scatter_add(0, graph, torch.ones_like(graph))
+            begins = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            place = torch.arange(len(graph)) - begins[graph]
+            place = place + graph * 5
+            dense = x.new_zeros(10, 8)
+            dense[place] = x
+            return self.encoder(dense.view(2, 5, 8)).flatten(0, 1)[place]
+
+    blocks = find_blocks(Packed(), batch=(torch.randn(8, 8), torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])))
+    assert [(block.name, block.verified) for block in blocks] == [("encoder", True)]
+    assert blocks.notes == ()
 
 
 @pytest.mark.parametrize("error", [KeyError, AttributeError, AssertionError, ZeroDivisionError])

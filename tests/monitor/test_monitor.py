@@ -391,6 +391,29 @@ def test_blocks_that_are_not_verified_are_told_at_the_start_in_the_table_and_in_
     assert all("something is left of the operation 'addmm'" in layer["doubt"] for layer in records[0]["layers"])
 
 
+class Decoding(nn.Module):
+    """Two convolutions around a shortcut, and a nonlinearity on the sum: what a U-Net puts behind its Transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Conv1d(16, 16, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.leaky_relu(x + self.two(self.one(x.mT).relu()).mT)
+
+
+def test_no_number_is_doubted_that_is_not_there(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    module = LitGPT()
+    module.model.blocks = nn.ModuleList([*module.model.blocks, Decoding(), Decoding()])
+    fit(tmp_path, SpectralMonitor(1), module=module, max_steps=1)
+    _, records = read_journal(tmp_path / "spectral.jsonl")
+    assert [layer["doubt"] is None for layer in records[0]["layers"]] == [True] * BLOCKS + [False] * 2
+    said = [record.getMessage() for record in caplog.records]
+    assert any(f"{BLOCKS + 2} blocks, {BLOCKS} with a ratio, {BLOCKS} verified" in line for line in said)
+    assert not any("may be wrong" in line for line in said)
+
+
 # Flags of the Trainer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import types
+import warnings
 import weakref
 from array import array
 from collections import deque
@@ -34,7 +35,9 @@ def _picture(thing: Any, seen: dict[int, Any]) -> Any:
     seen[id(thing)] = thing
     number, name = id(thing), type(thing).__name__
     if name in ITERATORS:
-        return number, name, repr(thing.__reduce__())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # from 3.12 on: that 3.14 copies no itertools
+            return number, name, repr(thing.__reduce__())
     for kind, state in STATES.items():
         if isinstance(thing, kind):
             return number, name, state(thing)

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -33,7 +34,8 @@ def named_groups(tape: Tape, modules: Mapping[str, nn.Module], branches: Sequenc
 
     Such an entry is complete. A complete entry that contains another complete entry is a stack of blocks, not a block.
     A branch without a complete entry belongs to the innermost entry around its modules. If its modules lie in several
-    lists, it belongs to the innermost entry around its site; without any container, to the module around its modules.
+    lists, it belongs to the innermost entry around its site. Without any container, every module around its modules is
+    an entry; if none of them is complete, the branch belongs to the module around its own.
     A block that is called several times is listed once.
 
     Then three corrections follow. A group that does the same to several streams is split into one block per stream. A
@@ -75,15 +77,16 @@ def _by_container(modules: Mapping[str, nn.Module], branches: Sequence[FoundBran
     members: dict[str, dict[str, FoundBranch]] = {}
     entries = {id(branch): _entries(modules, branch) for branch in branches}
     for branch in branches:
-        for entry in entries[id(branch)]:
+        for entry in entries[id(branch)] or _prefixes(branch.modules):
             members.setdefault(entry, {}).setdefault(branch.site.path, branch)
     complete = [entry for entry, held in members.items() if _is_complete(list(held.values()))]
-    stacks = {entry for entry in complete if any(other.startswith(f"{entry}.") for other in complete)}
+    stacks = {entry for entry in complete if any(_is_inside(other, entry) for other in complete)}
     groups: Groups = {}
     taken: set[tuple[str, str]] = set()
     for branch in branches:
         own = entries[id(branch)]
-        whole = [entry for entry in own if entry in complete and entry not in stacks]
+        around = own or _prefixes(branch.modules)
+        whole = [entry for entry in around if entry in complete and entry not in stacks]
         name = (whole or own or [".".join(common_parts(branch.modules)[:-1])])[0]
         if (name, branch.site.path) not in taken:
             taken.add((name, branch.site.path))
@@ -98,10 +101,18 @@ def _entries(modules: Mapping[str, nn.Module], branch: FoundBranch) -> list[str]
 
 def _around(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[str]:
     """Return the container entries around all of some paths, the innermost first."""
-    parts = common_parts(paths)
-    prefixes = [(".".join(parts[:depth]), ".".join(parts[: depth - 1])) for depth in range(len(parts), 0, -1)]
     containers = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-    return [entry for entry, parent in prefixes if isinstance(modules.get(parent), containers)]
+    return [entry for entry, parent in pairwise(_prefixes(paths)) if isinstance(modules.get(parent), containers)]
+
+
+def _prefixes(paths: Iterable[str]) -> list[str]:
+    """Return the modules around all of some paths, the innermost first and the whole model last."""
+    parts = common_parts(paths)
+    return [".".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
+
+
+def _is_inside(path: str, outer: str) -> bool:
+    return path != outer and (not outer or path.startswith(f"{outer}."))
 
 
 def _paired(tape: Tape, groups: Groups) -> Groups:

@@ -250,7 +250,12 @@ def multiplied_input(tape: Tape, operation: Operation) -> tuple[int, Multiplier]
 
 
 def addends(tape: Tape, operation: Operation) -> tuple[int, ...]:
-    """Return the values that the operation adds up: data of the size of the result. Fewer than two mean no sum."""
+    """Return the values that the operation adds up: data of the size of the result. Fewer than two mean no sum.
+
+    Integers are places of tokens, in a packed batch for instance, and never a stream.
+    """
+    if not any(tape.is_real(value) for value in operation.outputs):
+        return ()
     if is_addition(operation):
         size = tape.shape(operation.outputs[0])
         return tuple(value for value in operation.inputs if tape.is_data(value) and tape.shape(value) == size)

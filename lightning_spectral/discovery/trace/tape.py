@@ -125,6 +125,10 @@ class Tape:
         """Return the shape of a value."""
         return self.places[value].shape
 
+    def is_real(self, value: int) -> bool:
+        """Whether the value has numbers with a fraction (or complex ones), not integers or truth values."""
+        return self.tensors[value].is_floating_point() or self.tensors[value].is_complex()
+
     def depends(self, value: int, on: int) -> bool:
         """Whether ``value`` is ``on`` or was computed from it."""
         return bool(self.ancestors[value] >> on & 1)
@@ -204,11 +208,10 @@ class Tape:
     def filled(self, value: int, number: float = 0.0) -> Tensor:
         """Return a tensor for a value with the same number everywhere, in the layout and the dtype of its content."""
         like = self.tensors[value]
-        floats = like.is_floating_point() or like.is_complex()
         return torch.full_like(
             like,
             number,
-            dtype=probe_dtype(like) if floats else like.dtype,
+            dtype=probe_dtype(like) if self.is_real(value) else like.dtype,
             device=probe_device(like.device),
             requires_grad=False,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from types import FunctionType
@@ -88,8 +89,10 @@ def _proxy(proxy: Any) -> object | None:
 def _copied(iterator: Any) -> object | None:
     """Return a copy of an iterator, ``None`` where it cannot be copied."""
     try:
-        copy: object = _copy(iterator)
-        return copy
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # from 3.12 on: that 3.14 copies no itertools
+            copy: object = _copy(iterator)
+            return copy
     except TypeError:  # a generator in it, or a Python that no longer copies iterators
         return None
 
