@@ -15,7 +15,7 @@ the cᵢ are numbers. If the factors miss a permutation, a gain or a term, the t
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -71,7 +71,12 @@ class LinearPart:
         # Values are numbered in the order of execution, so sorting them is a topological order.
         for value in sorted(self._needed(target, sources)):
             if value not in made:
-                made[value] = self._laid_out(value, self._carried(value, self.steps.step(value), made))
+                moves = self._moves(value, sources)
+                made[value] = (
+                    self._laid_out(value, self._carried(value, self.steps.step(value), made))
+                    if moves
+                    else self.tape.filled(value)
+                )
         return made[target]
 
     def end_channel(self, channel: int) -> int:
@@ -107,6 +112,26 @@ class LinearPart:
         Returns:
             The source channel of each target channel, −1 where no channel feeds it; ``None`` where channels are mixed.
         """
+        # A hundred experts are added up one after the other: from each sum on, the way is the same for all before it.
+        while (further := self._further(source, target[0], held)) is not None:
+            source = further
+        return self._fed_by(source, target, held)
+
+    def _further(self, source: tuple[int, int], end: int, held: Sequence[int]) -> tuple[int, int] | None:
+        """Return a value that every way to the end leads through, and that has the same channels in the same places."""
+        (value, dimension), tape = source, self.tape
+        further = self.region.exit_of(value)
+        if further is None or further in (end, *held) or not tape.depends(end, further):
+            return None
+        have, want = tape.shape(value), tape.shape(further)
+        if len(have) != len(want) or have[dimension] != want[dimension]:
+            return None
+        in_place = self._fed_by(source, (further, dimension), held) == tuple(range(have[dimension]))
+        return (further, dimension) if in_place else None
+
+    def _fed_by(
+        self, source: tuple[int, int], target: tuple[int, ...], held: Sequence[int]
+    ) -> tuple[int, ...] | None:
         local = self.region.local
         question = ("fed by", self.mixes_tokens, local(source[0]), source[1], local(target[0]), *target[1:])
         question = (*question, "held", *map(local, held))
@@ -222,12 +247,16 @@ class LinearPart:
         width = math.prod(result.shape[dimension] for dimension in dimensions)
         return result.movedim(dimensions, tuple(range(-len(dimensions), 0))).reshape(-1, width)
 
-    def _needed(self, target: int, sources: Container[int]) -> set[int]:
-        """Return the values on the linear ways to a target. The search stops at the sources."""
+    def _moves(self, value: int, sources: Iterable[int]) -> bool:
+        """Whether a value depends on a source. A value that does not is zero, as the stream is."""
+        return any(self.tape.depends(value, source) for source in sources)
+
+    def _needed(self, target: int, sources: Collection[int]) -> set[int]:
+        """Return the values on the linear ways to a target. The search stops at the sources, and where all is zero."""
         seen, queue = {target}, [target]
         while queue:
             value = queue.pop()
-            if value in sources:
+            if value in sources or not self._moves(value, sources):
                 continue
             further = [item for item in self._carriers(value) if item not in seen]
             seen.update(further)

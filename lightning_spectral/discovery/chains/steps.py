@@ -23,7 +23,6 @@ from lightning_spectral.discovery.trace.operations import (
     addends,
     base_name,
     is_addition,
-    is_allocation,
     is_broadcast,
     is_contraction,
     is_join,
@@ -94,7 +93,7 @@ class Steps:
         if value == stream:
             return Step("stream")
         operation = tape.producer(value)
-        if not tape.depends(value, stream) or operation is None or is_allocation(operation):
+        if not tape.depends(value, stream) or operation is None:
             return Step("none")
         if not tape.tensors[value].numel():
             return Step("none")  # an expert without a token: its siblings show how it is built

@@ -102,6 +102,27 @@ class Region:
         return self_map
 
 
+    def exit_of(self, value: int) -> int | None:
+        """Return the first value behind another that every way to the output leads through.
+
+        ``None`` for the output, and outside of the region.
+        """
+        return self._exits.get(value)
+
+    @cached_property
+    def _exits(self) -> dict[int, int]:
+        """The immediate dominator of each value in the reversed graph, found as in ``_gateways``."""
+        exits: dict[int, int] = {}
+        for value in self.values[-2::-1]:
+            readers = (self.tape.operations[reader] for reader in self.tape.readers[value])
+            found, *others = sorted({item for reader in readers for item in reader.outputs if item in self._local})
+            for other in others:
+                while found != other:
+                    found, other = sorted((exits[min(found, other)], max(found, other)))
+            exits[value] = found
+        return exits
+
+
 class Prober:
     """Asks numerical questions about regions, and remembers each answer for all regions of the same program.
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from lightning_spectral.discovery.trace.contents import Contents
+from lightning_spectral.discovery.trace.operations import is_allocation
 from lightning_spectral.discovery.trace.replay import restored
 from lightning_spectral.discovery.trace.symbols import Symbols, looks_at_data
 from lightning_spectral.discovery.trace.tape import Call, Operation, Place, Ref, Tape
@@ -136,11 +137,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Add an operation with its outputs, and return its first output."""
         tape = self.tape
         tape.operations.append(operation)
+        parents = () if is_allocation(operation) else operation.inputs  # the shape of the data is no data
         operation.outputs = tuple(
-            tape.add_value(tensor, place, operation.index, operation.inputs)
+            tape.add_value(tensor, place, operation.index, parents)
             for tensor, place in zip(tensors, places, strict=True)
         )
-        for parent in operation.inputs:
+        for parent in parents:
             tape.readers[parent].append(operation.index)
         return operation.outputs[0] if operation.outputs else -1
 
