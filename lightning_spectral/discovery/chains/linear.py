@@ -118,20 +118,21 @@ class LinearPart:
         return self._fed_by(source, target, held)
 
     def _further(self, source: tuple[int, int], end: int, held: Sequence[int]) -> tuple[int, int] | None:
-        """Return a value that every way to the end leads through, and that has the same channels in the same places."""
+        """Return a value that every way to the end leads through, and that has the same channels in the same order."""
         (value, dimension), tape = source, self.tape
         further = self.region.exit_of(value)
         if further is None or further in (end, *held) or not tape.depends(end, further):
             return None
         have, want = tape.shape(value), tape.shape(further)
-        if len(have) != len(want) or have[dimension] != want[dimension]:
+        place = dimension % len(have)
+        if place == len(have) - 1:  # tokens may be laid out anew, and channels stay the last
+            place = len(want) - 1
+        if place >= len(want) or have[dimension] != want[place]:
             return None
-        in_place = self._fed_by(source, (further, dimension), held) == tuple(range(have[dimension]))
-        return (further, dimension) if in_place else None
+        in_order = self._fed_by(source, (further, place), held) == tuple(range(want[place]))
+        return (further, place) if in_order else None
 
-    def _fed_by(
-        self, source: tuple[int, int], target: tuple[int, ...], held: Sequence[int]
-    ) -> tuple[int, ...] | None:
+    def _fed_by(self, source: tuple[int, int], target: tuple[int, ...], held: Sequence[int]) -> tuple[int, ...] | None:
         local = self.region.local
         question = ("fed by", self.mixes_tokens, local(source[0]), source[1], local(target[0]), *target[1:])
         question = (*question, "held", *map(local, held))

@@ -276,10 +276,10 @@ class Steps:
 
     def _is_narrow(self, value: int, operation: Operation) -> bool:
         """Whether the value has one entry per token, as a router's weight has. A gate has one entry per channel."""
-        whole = self.tape.shape(operation.outputs[0])
+        whole, channel = self.tape.shape(operation.outputs[0]), self._channel_of(operation)
         while True:
             shape = self.tape.shape(value)
-            if not shape or not whole or (shape[-1] == 1 and whole[-1] != 1):
+            if not shape or not whole or (shape[channel:][:1] == (1,) and whole[channel] != 1):
                 return True
             producer = self.tape.producer(value)
             if producer is None or not is_broadcast(producer):
@@ -287,6 +287,19 @@ class Steps:
             value = producer.inputs[0]
             if len(self.tape.shape(value)) < len(whole):
                 return producer.name == "unsqueeze" and not self.tape.shape(value)
+
+    def _channel_of(self, operation: Operation) -> int:
+        """Return the dimension of the channels of a product of data, counted from the end.
+
+        That is the last one, or the one before where experts were put behind the channels and a sum adds them up.
+        """
+        tape, output = self.tape, operation.outputs[0]
+        rank = len(tape.shape(output))
+        if rank <= len(tape.shape(self.region.stream)):
+            return -1
+        readers = (tape.operations[reader] for reader in tape.readers[output])
+        added = (reader.args[1] for reader in readers if base_name(reader) == "sum" and len(reader.args) > 1)
+        return -2 if any([dim % rank for dim in dims] == [rank - 1] for dims in added) else -1
 
     def _is_narrow_beside(self, operation: Operation, value: int) -> bool:
         """Whether another operand than the given value has one entry per token."""

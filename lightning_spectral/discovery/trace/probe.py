@@ -101,7 +101,6 @@ class Region:
             self_map[value] = self.common_source(parents)
         return self_map
 
-
     def exit_of(self, value: int) -> int | None:
         """Return the first value behind another that every way to the output leads through.
 
