@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def test_an_error_comes_at_the_turn_of_its_block_and_ends_the_rest(blocks: Any):
         begun.append(block.index)
         if block.index == 1:
             raise CheckpointError("damaged here")
+        time.sleep(0.01)  # else all are done before the thread that gets the error has its turn
         return block.index
 
     many = blocks * 50
