@@ -139,6 +139,43 @@ MASKS = {
 }
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["values of all heads in one product", "head by head"])
+def test_heads_in_one_parameter_are_added_up_and_are_no_experts(together: bool) -> None:
+    """Head h has entry h of each parameter, and a loop adds up what the heads write."""
+    heads, size = 4, 8
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = (nn.Parameter(torch.randn(heads, WIDTH, size) / 4) for _ in range(3))
+            self.out = nn.Parameter(torch.randn(heads, size, WIDTH) / 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights = (self.query, self.key, self.value)
+            if together:
+                seen = F.scaled_dot_product_attention(*(torch.einsum("btd,hdk->bhtk", x, item) for item in weights))
+                return sum(seen[:, head] @ self.out[head] for head in range(heads))
+            total = torch.zeros_like(x)
+            for head in range(heads):
+                total = total + F.scaled_dot_product_attention(*(x @ item[head] for item in weights)) @ self.out[head]
+            return total
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.mlp = Attention(), nn.Sequential(nn.Linear(WIDTH, 48), nn.GELU(), nn.Linear(48, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attention(F.layer_norm(x, (WIDTH,)))
+            return x + self.mlp(F.layer_norm(x, (WIDTH,)))
+
+    model = nn.Sequential(Layer(), Layer())
+    for layer, block in zip(measure(model, batch=torch.randn(2, 6, WIDTH), solver=ExactSVD()), model, strict=True):
+        attention = block.attention
+        whole = sum(attention.out[head].mT @ attention.value[head].mT for head in range(heads))
+        assert layer.attention_norm == pytest.approx(norm(whole), rel=1e-5)
+
+
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_is_attention_whoever_is_masked(mask: str) -> None:
     """Nobody looks at the first position, or the pattern is one-hot: nothing moves when that position does."""

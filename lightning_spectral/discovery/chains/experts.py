@@ -58,9 +58,9 @@ def with_all_experts(
     for chain in chains:
         if chain.factors in known:  # an expert that another expert's family already has
             continue
-        family = _stacked(modules, chain.factors)
+        family = _batched(modules, chain.factors)
         if chain.selective and not family:
-            family = _listed(modules, chain.factors, levels[_make(chain.factors)])
+            family = _picked(modules, chain.factors) or _listed(modules, chain.factors, levels[_make(chain.factors)])
         if chain.selective and family:
             found.update(dict.fromkeys(family))
             known.update(path.factors for path in family)
@@ -98,19 +98,25 @@ def _make(chain: Chain) -> tuple[int, ...]:
     return tuple(name.count(".") for name in _matrix_names(chain))
 
 
-def _stacked(modules: Mapping[str, nn.Module], chain: Chain) -> list[Path]:
-    """Return one path per expert for experts along dimension 0 of a parameter, batched or picked; else none."""
+def _batched(modules: Mapping[str, nn.Module], chain: Chain) -> list[Path]:
+    """Return one path per expert for experts along dimension 0 of a parameter, in one product; else none."""
+    stacks = [factor for factor in chain if factor.role in MATRICES and STACK in factor.layout]
+    return _one_each(chain, STACK, _count(modules, stacks[0], STACK)) if stacks else []
+
+
+def _picked(modules: Mapping[str, nn.Module], chain: Chain) -> list[Path]:
+    """Return one path per expert for experts along dimension 0 of every matrix, picked one by one; else none."""
     matrices = [factor for factor in chain if factor.role in MATRICES]
-    stacks = [factor for factor in matrices if STACK in factor.layout]
-    if stacks:
-        count = _count(modules, stacks[0], stacks[0].layout.index(STACK))
-        return [Path(_map_layout(chain, STACK, number, count), number) for number in range(count)]
-    picked = [[step for step in factor.layout if step[:2] == ("select", 0)] for factor in matrices]
-    if len(matrices) > 1 and all(steps and steps[0] == picked[0][0] for steps in picked):
-        step = picked[0][0]
-        count = _count(modules, matrices[0], matrices[0].layout.index(step))
-        return [Path(_map_layout(chain, step, number, count), number) for number in range(count)] if count > 1 else []
-    return []
+    steps = {next((step for step in factor.layout if step[:2] == ("select", 0)), None) for factor in matrices}
+    step = steps.pop()
+    if len(matrices) < 2 or steps or step is None:
+        return []
+    counts = {_count(modules, factor, step) for factor in matrices}
+    return _one_each(chain, step, counts.pop()) if len(counts) == 1 and counts != {1} else []
+
+
+def _one_each(chain: Chain, step: tuple[object, ...], count: int) -> list[Path]:
+    return [Path(_map_layout(chain, step, number, count), number) for number in range(count)]
 
 
 def _map_layout(chain: Chain, step: tuple[object, ...], number: int, count: int) -> Chain:
@@ -138,11 +144,11 @@ def _map_layout(chain: Chain, step: tuple[object, ...], number: int, count: int)
     return tuple(result)
 
 
-def _count(modules: Mapping[str, nn.Module], factor: Factor, position: int) -> int:
-    """Return the size of dimension 0 before the step that picks from it."""
+def _count(modules: Mapping[str, nn.Module], factor: Factor, step: tuple[object, ...]) -> int:
+    """Return the size of dimension 0 before the step of a layout that picks from it."""
     assert factor.parameter is not None
     tensor = resolve(modules[""], factor.parameter)
-    for name, *arguments in factor.layout[:position]:
+    for name, *arguments in factor.layout[: factor.layout.index(step)]:
         tensor = getattr(tensor, name)(*arguments)
     return int(tensor.shape[0])  # type: ignore[attr-defined]
 
