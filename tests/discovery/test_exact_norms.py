@@ -410,3 +410,34 @@ def test_a_norm_is_no_gate_of_what_it_normalizes() -> None:
     (block,) = find_blocks(model, batch=(torch.randn(2, 9, WIDTH), torch.randn(2, WIDTH)))
     assert [branch.site for branch in block.branches] == ["post_1", "post_2"]
     assert block.verified, block.evidence
+
+
+ACTIVATIONS = {
+    "GELU": (lambda h: 0.5 * h * (1 + torch.erf(h / 2**0.5)), 1.0),
+    "GELU by tanh": (lambda h: 0.5 * h * (1 + torch.tanh(0.8 * (h + 0.044715 * h**3))), 1.0),
+    "Mish": (lambda h: h * torch.tanh(F.softplus(h)), 1.0),
+    "Snake": (lambda h: h + torch.sin(h) ** 2, 1.0),
+    "Snake, the wave first": (lambda h: torch.sin(h) ** 2 + h, 1.0),
+    "half SiLU": (lambda h: 0.5 * F.silu(h), 0.5),
+    "SiLU and a shortcut": (lambda h: h + F.silu(h), 2.0),
+    "a wave": (torch.sin, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_counts_by_its_slope_far_from_zero_however_it_is_written(name: str) -> None:
+    activation, slope = ACTIVATIONS[name]
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = CausalSelfAttention()
+            self.up, self.down = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attention(F.layer_norm(x, (WIDTH,)))
+            return x + self.down(activation(self.up(F.layer_norm(x, (WIDTH,)))))
+
+    model = nn.Sequential(Layer(), Layer())
+    for layer, block in zip(measure(model, batch=torch.randn(2, 6, WIDTH), solver=ExactSVD()), model, strict=True):
+        assert layer.mlp_norm == pytest.approx(slope * norm(block.down.weight @ block.up.weight), rel=1e-5)

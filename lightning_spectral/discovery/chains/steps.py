@@ -6,6 +6,7 @@ The routes of a branch (``routes``) and its linear part (``linear``) are both re
 
     silu(gate(x)) * up(x)       mul      gate        sources = up       the half that is linear
     0.5 * y * (1 + erf(y))      mul      activation  sources = y        two operands that are functions of one value
+    y + sin(y)²                 add      activation  sources = y
     softmax(s) @ v              bmm      mixing      carrier = v
     p[:, :, None] * expert(x)   mul      gate        selective          one entry per token: a router's weight
 """
@@ -170,7 +171,9 @@ class Steps:
         tape, name = self.tape, base_name(operation)
         inputs = tuple(dict.fromkeys(item for item in operation.inputs if tape.depends(item, self.region.stream)))
         if is_addition(operation) or len(addends(tape, operation)) > 1:
-            return Step("sum", inputs)
+            # h + sin(h)² is one activation of h, and not h beside another activation.
+            of_itself = len(inputs) > 1 and self.region.common_source(inputs) in inputs
+            return (self._written_activation(value, inputs) if of_itself else None) or Step("sum", inputs)
         if is_join(operation):
             return Step("join", inputs)
         scattered = scattered_inputs(operation)
