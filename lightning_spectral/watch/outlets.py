@@ -100,6 +100,7 @@ class Outlets:
         self._is_old = False  # what is shown is of an older measurement
         self._failed: set[str] = set()
         self._untold: list[tuple[str, bool]] = []  # texts, and whether they are grave
+        self._grave: list[str] = []  # the failures and warnings of this run, in a few words each
         self._next_picture = time.monotonic() + PAUSE
 
     def open(self, header: Mapping[str, Any], resume_step: int | None) -> None:
@@ -134,6 +135,7 @@ class Outlets:
                     self._try(what, place.announce, event, f"{self.prefix}/events", series.batches)
         said = [event for event in events if self._verbose or event.name not in ON_RATIOS]
         self._untold += [(f"{self.speaker}, {event.message}", event.level != "note") for event in said]
+        self._grave += [f"{event.level} {event.name} at step {event.step}" for event in events if event.level != "note"]
         self._draw_now_and_then(series.batches)
         self._tell()
 
@@ -167,7 +169,7 @@ class Outlets:
         self._tell()
 
     def finish(self, measurement: Measurement | None, index: int) -> None:
-        """Write what the journal could not write, print the last measurement and where the files are, draw the run.
+        """Write what the journal could not write, print the last measurement and what was told, draw the run.
 
         Args:
             measurement: The last measurement, ``None`` where there was none.
@@ -177,6 +179,9 @@ class Outlets:
             self._try("writing the journal", self._journal.close)
         text = None if measurement is None else self._try("printing", one_screen, measurement)
         self._untold += [] if text is None else [(text, False)]
+        if self._grave:  # they were told hours ago, between lines of others
+            self._untold.append((f"{self.speaker}: told in this run: {', '.join(self._grave)}", False))
+            self._grave = []
         if self._journal is not None and self._journal.path is not None and measurement is not None:
             self._untold.append((f"{self.speaker}: {_whereabouts(self._journal.path)}", False))
         self._draw(index)

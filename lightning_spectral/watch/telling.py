@@ -72,8 +72,22 @@ def warn_here(message: str) -> None:
     if LOG.level > logging.WARNING:  # of its own: many set Lightning's to ERROR, to be spared its information
         return
     try:
-        warnings.warn(message, stacklevel=4)
+        if _all_are_ignored():
+            LOG.handle(LOG.makeRecord(LOG.name, logging.WARNING, __file__, 0, message, (), None))
+        else:
+            warnings.warn(message, stacklevel=4)
     except Warning:
         raise
     except Exception:  # a closed stream: nobody reads it
         return
+
+
+def _all_are_ignored() -> bool:
+    """Whether the program ignores every warning, as many do for the sake of other libraries.
+
+    A filter that names a text or a module is somebody's decision about these warnings, and is obeyed.
+    """
+    for action, text, category, module, _ in warnings.filters:
+        if issubclass(UserWarning, category):
+            return action == "ignore" and text is None and module is None
+    return False

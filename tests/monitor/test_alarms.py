@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,17 @@ def test_a_collapse_is_announced_once_and_written_everywhere(tmp_path: Path):
     assert len(read_journal(tmp_path / "spectral.jsonl")[1]) < len(lines) - 1  # events are no measurements
     (read,) = [event for event in History.read(tmp_path / "spectral.jsonl").events if event.level == "failure"]
     assert (read.name, read.advice[0], read.values) == ("tokens_collapsed", "pre_norm", failure["values"])
+
+
+def test_the_end_says_what_was_told_although_all_warnings_are_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(tmp_path, SpectralMonitor(1), module=collapsed())
+    (failure,) = [event for event in read_events(tmp_path / "spectral.jsonl") if event["level"] == "failure"]
+    said = [record.getMessage() for record in caplog.records if record.name == "lightning_spectral"]
+    assert said.count(f"SpectralMonitor, {failure['message']}") == 1
+    table = next(place for place, line in enumerate(said) if line.startswith("spectral ratio"))
+    assert said[table + 1] == "SpectralMonitor: told in this run: failure tokens_collapsed at step 1"
 
 
 @pytest.mark.parametrize("settings", [{}, {"geometry": False}, {"on_alarm": "stop"}, {"auto_rescale": True}])

@@ -296,6 +296,37 @@ def test_a_mistake_that_shows_only_in_the_middle_of_a_run_does_not_end_it(tmp_pa
 # Messages.
 
 
+@pytest.mark.parametrize(
+    ("filters", "logged"),
+    [
+        ([{}], True),  # the first line of many scripts and notebooks: filterwarnings("ignore")
+        ([{"category": UserWarning}], True),
+        ([{"category": DeprecationWarning}, {}], True),
+        ([{"message": "heard"}], False),
+        ([{"module": ".*"}], False),
+        ([{"category": DeprecationWarning}], False),
+    ],
+    ids=str,
+)
+def test_who_ignores_the_warnings_of_others_hears_ours(
+    filters: list[dict[str, Any]], logged: bool, caplog: pytest.LogCaptureFixture
+):
+    lightning = logging.getLogger("lightning.pytorch")
+    before = lightning.level
+    lightning.setLevel(logging.ERROR)  # as many do, too
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for given in reversed(filters):
+                warnings.filterwarnings("ignore", **given)
+            warn("heard")
+    finally:
+        lightning.setLevel(before)
+    records = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert records == ([("WARNING", "heard")] if logged else [])
+    assert [str(item.message) for item in seen] == (["heard"] if filters == [{"category": DeprecationWarning}] else [])
+
+
 def test_messages_can_be_muted_by_the_name_of_the_package(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     package = logging.getLogger("lightning_spectral")
