@@ -209,7 +209,7 @@ def draw(runs: list[Run], factor: float) -> Figure:
     for axes, place in zip(figure.axes, [place for place in places for _ in BRANCHES], strict=False):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(color="#999999", labelcolor=INK, labelsize=9)
-        axes.legend(fontsize=8, frameon=False, loc=place)
+        axes.legend(fontsize=8, framealpha=0.85, edgecolor="none", loc=place)  # over lines, readable
     return figure
 
 
