@@ -2,11 +2,12 @@
 
     python benchmarks/discovery.py
     python benchmarks/discovery.py --threads 1 --width 512
-    python benchmarks/discovery.py --large      # the second table alone
+    python benchmarks/discovery.py --large      # the third table alone
 
 The first table has the example's GPT at several depths; forward passes and discoveries alternate. The second table has
-models of true sizes. Their weights are on the meta device, but those of the last one, which are real. Each runs in a
-process of its own, because the peak of memory is that of a process.
+one block whose experts are modules of a list and are run one after the other. The third table has models of true
+sizes. Their weights are on the meta device, but those of the last one, which are real. Each runs in a process of its
+own, because the peak of memory is that of a process.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from machine import describe
 from memory import MEBI, RESET, resident
+from torch import nn
 
 from lightning_spectral import find_blocks
 
@@ -61,10 +63,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[6, 12, 24, 48, 96])
     parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--experts", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, help="fewer than the cores, where other work shares them")
-    parser.add_argument("--large", action="store_true", help="the second table alone")
-    parser.add_argument("--case", choices=LARGE, help="one row of the second table alone")
+    parser.add_argument("--large", action="store_true", help="the third table alone")
+    parser.add_argument("--case", choices=LARGE, help="one row of the third table alone")
     return parser.parse_args()
 
 
@@ -90,8 +93,40 @@ def beside_a_pass(args: argparse.Namespace) -> None:
         print(f"{depth:>6}   {forward:>10.3f} s   {found:>9.3f} s   {found - forward:>7.3f} s   {verified:>8}")
 
 
+class Experts(nn.Module):
+    """A mixture: each token is sent to 2 experts of a list."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, count, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)) for _ in range(count)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add up what the experts make of their tokens."""
+        flat = x.flatten(0, 1)
+        weights, chosen = self.router(flat).softmax(-1).topk(2)
+        total = torch.zeros_like(flat)
+        for place, expert in enumerate(self.experts):
+            rows, slots = torch.where(chosen == place)
+            total.index_add_(0, rows, expert(flat[rows]) * weights[rows, slots, None])
+        return total.view_as(x)
+
+
+def experts_in_a_list(args: argparse.Namespace) -> None:
+    """Print one row per number of experts, medians over the repeats."""
+    print(f"\n{'experts':>7}   {'find_blocks':>11}   {'verified':>8}")
+    for count in args.experts:
+        layer = nn.TransformerEncoderLayer(64, 4, batch_first=True, norm_first=True).eval()
+        layer.linear1, layer.linear2, layer.activation = Experts(count, 64), nn.Identity(), nn.Identity()
+        find = partial(find_blocks, nn.Sequential(layer), batch=torch.randn(4, 128, 64))
+        found = statistics.median(seconds(find) for _ in range(args.repeats))
+        print(f"{count:>7}   {found:>9.2f} s   {sum(block.verified for block in find()):>8}")
+
+
 def large_case(name: str) -> None:
-    """Print one row of the second table: of one search, the first of the process."""
+    """Print one row of the third table: of one search, the first of the process."""
     import transformers  # takes seconds
 
     warnings.simplefilter("ignore")
@@ -115,7 +150,7 @@ def large_case(name: str) -> None:
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -125,6 +160,7 @@ def main() -> None:
     print(describe())
     if not args.large:
         beside_a_pass(args)
+        experts_in_a_list(args)
     if not RESET.exists():
         raise SystemExit("the peak of memory is read from /proc, which this machine does not have")
     print(
