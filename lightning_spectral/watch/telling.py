@@ -72,10 +72,10 @@ def warn_here(message: str) -> None:
     if LOG.level > logging.WARNING:  # of its own: many set Lightning's to ERROR, to be spared its information
         return
     try:
-        if _all_are_ignored():
-            LOG.handle(LOG.makeRecord(LOG.name, logging.WARNING, __file__, 0, message, (), None))
-        else:
+        if not _all_are_ignored():
             warnings.warn(message, stacklevel=4)
+        elif LOG.manager.disable < logging.WARNING:
+            LOG.handle(LOG.makeRecord(LOG.name, logging.WARNING, __file__, 0, message, (), None))
     except Warning:
         raise
     except Exception:  # a closed stream: nobody reads it

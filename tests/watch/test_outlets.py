@@ -327,6 +327,17 @@ def test_who_ignores_the_warnings_of_others_hears_ours(
     assert [str(item.message) for item in seen] == (["heard"] if filters == [{"category": DeprecationWarning}] else [])
 
 
+def test_who_ignores_warnings_and_disables_logging_hears_nothing(caplog: pytest.LogCaptureFixture):
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warn("heard")
+    finally:
+        logging.disable(logging.NOTSET)
+    assert not caplog.records
+
+
 def test_messages_can_be_muted_by_the_name_of_the_package(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     package = logging.getLogger("lightning_spectral")

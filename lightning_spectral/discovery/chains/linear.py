@@ -72,11 +72,8 @@ class LinearPart:
         for value in sorted(self._needed(target, sources)):
             if value not in made:
                 moves = self._moves(value, sources)
-                made[value] = (
-                    self._laid_out(value, self._carried(value, self.steps.step(value), made))
-                    if moves
-                    else self.tape.filled(value)
-                )
+                content = self._carried(value, self.steps.step(value), made) if moves else self.tape.filled(value)
+                made[value] = self._laid_out(value, content)
         return made[target]
 
     def end_channel(self, channel: int) -> int:
