@@ -17,6 +17,7 @@ from lightning_spectral.alarms.quality import sureness
 from lightning_spectral.alarms.signs import COLLAPSED, Sign, samples_collapsed
 from lightning_spectral.records import Event, LayerMeasurement, Measurement
 from lightning_spectral.records.events import Level
+from lightning_spectral.records.text import numbered
 
 __all__ = ["ON_RATIOS", "RULES", "crossing", "drift", "relief"]
 
@@ -39,7 +40,7 @@ def crossing(layers: Sequence[LayerMeasurement], blocks: Mapping[int, BlockMemor
     """Make the note of blocks that crossed an edge of the safe zone."""
     where = {-1: "is below", 0: "is back in", 1: "is above"}
     clauses = [
-        f"block {layer.index} ({layer.name}) {where[blocks[layer.index].told]} the safe zone at {layer.ratio:.4g}"
+        f"block {numbered(layer)} {where[blocks[layer.index].told]} the safe zone at {layer.ratio:.4g}"
         for layer in layers
     ]
     low, high = measurement.safe_zone
@@ -56,7 +57,7 @@ def drift(layers: Sequence[LayerMeasurement], blocks: Mapping[int, BlockMemory],
         start = block.ratios[0][0]
         pace = "" if line is None else f", times {math.exp(line.slope * (line.at - start)):.3g} since step {start}"
         settled = f"had settled at {math.exp(median(block.settled)):.3g}"
-        where = f"block {layer.index} ({layer.name}) at {layer.ratio:.4g}, outside since step {block.since}"
+        where = f"block {numbered(layer)} at {layer.ratio:.4g}, outside since step {block.since}"
         clauses.append(f"{where}, {settled}{pace}")
     since = min(blocks[layer.index].since for layer in layers)
     text = f"ratios move away from where they had settled: {_listed(clauses)}. A ratio alone does not show a failure"
@@ -76,7 +77,7 @@ def _not_finite(level: Level, sign: Sign, since: int, memory: Memory, measuremen
     else:
         layer = sign.layers[0]
         part = "what leaves block" if sign.branch is None else f"the {_branch(sign.branch)} of block"
-        where = f"{part} {layer.index} ({layer.name}) is the first that is not finite"
+        where = f"{part} {numbered(layer)} is the first that is not finite"
     known = "" if memory.finite is None else f"; at step {memory.finite} everything was finite"
     grew = _grew(memory, measurement)
     text = f"the network computes with NaN or infinity. At step {measurement.step} {where}{known}{grew}"
@@ -87,7 +88,7 @@ def _tokens_collapsed(level: Level, sign: Sign, since: int, memory: Memory, meas
     layer, samples = sign.layers[0], samples_collapsed(memory, measurement)
     also = ", and different samples give the same output" if samples is not None and samples.seen else ""
     text = (
-        f"the network gives every token the same answer. Behind block {layer.index} ({layer.name}) the tokens of a "
+        f"the network gives every token the same answer. Behind block {numbered(layer)} the tokens of a "
         f"sample have been nearly identical since step {since}: they differ by {_tokens(sign.values)}{also}"
         f"{_balance(memory, measurement)}"
     )
@@ -96,7 +97,7 @@ def _tokens_collapsed(level: Level, sign: Sign, since: int, memory: Memory, meas
 
 def _samples_collapsed(level: Level, sign: Sign, since: int, memory: Memory, measurement: Measurement) -> Event:
     if sign.layers:
-        where, name = f"what leaves block {sign.layers[0].index} ({sign.layers[0].name})", "sample_residual"
+        where, name = f"what leaves block {numbered(sign.layers[0])}", "sample_residual"
     elif sign.values.get("pooled_residual", 1.0) < COLLAPSED:
         where, name = "the vectors that the output is made of, such as class tokens,", "pooled_residual"
     else:
@@ -122,8 +123,8 @@ def _logits_exploding(level: Level, sign: Sign, since: int, memory: Memory, meas
     before = f", {values['attention_logit_before']:.3g} at step {values['step_before']:.0f}"
     earlier = before if values["step_before"] < measurement.step else ""
     text = (
-        f"attention begins to look at single tokens, and can hardly learn to look elsewhere. In block {layer.index} "
-        f"({layer.name}) the largest attention logit has been above 100 since step {since} (now "
+        f"attention begins to look at single tokens, and can hardly learn to look elsewhere. In block "
+        f"{numbered(layer)} the largest attention logit has been above 100 since step {since} (now "
         f"{values['attention_logit']:.3g}{earlier}), and a softmax of such logits is nearly one-hot"
     )
     return _told(level, "logits_exploding", sign, since, measurement, text)
@@ -136,7 +137,7 @@ def _tokens_collapsing(level: Level, sign: Sign, since: int, memory: Memory, mea
         between = "" if earliest == latest else f" ({earliest} to {latest})"
         coming = f"; at this pace they are identical by step {at}{between}"
     text = (
-        f"the network begins to give every token the same answer. Behind block {layer.index} ({layer.name}) the tokens "
+        f"the network begins to give every token the same answer. Behind block {numbered(layer)} the tokens "
         f"of a sample differ by only {_tokens(sign.values)}{coming}{_balance(memory, measurement)}"
     )
     return _told(level, "tokens_collapsing", sign, since, measurement, text)

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_spectral.control.law import Action
 from lightning_spectral.records import Measurement
+from lightning_spectral.records.text import numbered
 
 __all__ = ["described_action", "news"]
 
@@ -42,7 +43,7 @@ def news(actions: Sequence[Action], measurement: Measurement, *, dry_run: bool) 
         layer = measurement.layers[action.block]
         seen = "" if action.log_ratio is None else f" at {math.exp(action.log_ratio):.4g}"
         what = f"{action.reason}{seen}"
-        listed.append(f"block {layer.index} ({layer.name}): {what}")
+        listed.append(f"block {numbered(layer)}: {what}")
     more = f"; and {len(told) - TOLD_AT_ONCE} more" if len(told) > TOLD_AT_ONCE else ""
     verb = "would steer (dry run)" if dry_run else "steering"
     return f"residual scales, step {measurement.step}, {verb}: {'; '.join(listed)}{more}"

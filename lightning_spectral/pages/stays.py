@@ -14,6 +14,7 @@ from lightning_spectral.alarms.rules import told_side
 from lightning_spectral.display.figure import Floats
 from lightning_spectral.pages.words import clear, many
 from lightning_spectral.records.comparison import moved_by
+from lightning_spectral.records.text import numbered
 from lightning_spectral.runs.history import History
 
 __all__ = ["Stay", "branch_that_moved", "returned", "stays"]
@@ -75,7 +76,7 @@ class Stay:
 
     def __str__(self) -> str:
         """Return one sentence."""
-        head = f"Block {self.index} ({self.name}): {self.side} {self.when}, {self.course}, ρ = {self.ratio:.4g}"
+        head = f"Block {numbered(self)}: {self.side} {self.when}, {self.course}, ρ = {self.ratio:.4g}"
         if self.mlp_growth == self.attention_growth == 1.0:
             return f"{head}."
         return f"{head}; its MLP {_grown(self.mlp_growth)}, its attention {_grown(self.attention_growth)}."

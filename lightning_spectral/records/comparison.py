@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from lightning_spectral.errors import CheckpointError
 from lightning_spectral.records.measurements import LayerMeasurement, Measurement
-from lightning_spectral.records.text import Table, Tabular
+from lightning_spectral.records.text import Table, Tabular, numbered
 
 __all__ = ["Comparison", "compare", "moved_by"]
 
@@ -51,7 +51,7 @@ class Comparison(Tabular):
         if place is None or abs(changes[place]) < SAME:
             return f"largest change: none, every ratio is the same to {SAME:.0%}"
         one, two = self.before.layers[place], self.after.layers[place]
-        return f"largest change: block {two.index} ({two.name}), ratio {_factor(changes[place])}, by {_mover(one, two)}"
+        return f"largest change: block {numbered(two)}, ratio {_factor(changes[place])}, by {_mover(one, two)}"
 
     def _table(self) -> Table:
         for digits in (3, 2, 1):

@@ -5,9 +5,24 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-__all__ = ["Table", "Tabular", "writable"]
+__all__ = ["Named", "Table", "Tabular", "numbered", "writable"]
+
+
+class Named(Protocol):
+    """What has the index and the module path of a block."""
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+
+def numbered(block: Named) -> str:
+    """Return ``"3 (blocks.3)"``; the number alone for a block that is the whole model and has no name."""
+    return f"{block.index} ({block.name})" if block.name else str(block.index)
 
 
 @dataclass(frozen=True, slots=True)

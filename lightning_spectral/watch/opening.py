@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lightning_spectral.records import Measurement, ResidualBlock
+from lightning_spectral.records.text import numbered
 
 __all__ = ["doubts", "found", "is_lazy", "nothing_to_compare"]
 
@@ -26,7 +27,7 @@ def nothing_to_compare(measurement: Measurement) -> str | None:
     first = measurement.layers[0]
     return (
         f"{_many(measurement.layers)}, none with a spectral ratio, so there is nothing to compare "
-        f"(block {first.index}, {first.name}: {first.reason})"
+        f"(block {numbered(first)}: {first.reason})"
     )
 
 
@@ -44,7 +45,7 @@ def doubts(measurement: Measurement) -> Iterator[str]:
     ]
     if doubtful:
         of = f"{len(doubtful)} of {_many(measurement.layers)}"
-        first = f"{doubtful[0].name}: {doubtful[0].doubt}"
+        first = f"{doubtful[0].name or 'the model'}: {doubtful[0].doubt}"
         yield f"{of} are not verified, so their numbers may be wrong ({first})"
 
 

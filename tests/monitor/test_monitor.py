@@ -359,7 +359,7 @@ def test_a_run_without_anything_to_compare_is_warned_of_at_the_start(tmp_path: P
     (warned,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warned == (
         f"SpectralMonitor: {BLOCKS} blocks, none with a spectral ratio, so there is nothing to compare "
-        "(block 0, model.blocks.0: attention: the block has none)"
+        "(block 0 (model.blocks.0): attention: the block has none)"
     )
     assert not any("measured every" in text for text in console(caplog))
 

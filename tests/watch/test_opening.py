@@ -1,0 +1,26 @@
+"""What a run says of itself at its start."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_spectral import measure
+from lightning_spectral.watch.opening import doubts, nothing_to_compare
+
+
+@pytest.mark.parametrize(("name", "named"), [("", ""), ("layers.0", " (layers.0)")])
+def test_a_block_that_is_the_whole_model_has_no_empty_brackets(name: str, named: str):
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    measurement = measure(model, batch=torch.randn(2, 5, 8))
+    (layer,) = measurement.layers
+    assert layer.name == ""
+    layer = replace(layer, name=name, mlp_norm=None, mlp_reason="it is zero", doubt="it is odd")
+    measurement = replace(measurement, layers=(layer,))
+    expected = f"1 block, none with a spectral ratio, so there is nothing to compare (block 0{named}: mlp: it is zero)"
+    assert nothing_to_compare(measurement) == expected
+    (doubt,) = doubts(measurement)
+    assert doubt.endswith(f"so their numbers may be wrong ({name or 'the model'}: it is odd)")
