@@ -14,10 +14,12 @@ class Named(Protocol):
     """What has the index and the module path of a block."""
 
     @property
-    def index(self) -> int: ...
+    def index(self) -> int:
+        """The index of the block."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The module path of the block."""
 
 
 def numbered(block: Named) -> str:
