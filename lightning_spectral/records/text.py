@@ -1,4 +1,4 @@
-"""Tables of text, for a terminal and for a notebook."""
+"""Text for a terminal and for a notebook: tables, and how a block is called."""
 
 from __future__ import annotations
 

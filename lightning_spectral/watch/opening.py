@@ -44,9 +44,9 @@ def doubts(measurement: Measurement) -> Iterator[str]:
         if layer.doubt is not None and (layer.mlp_norm is not None or layer.attention_norm is not None)
     ]
     if doubtful:
-        of = f"{len(doubtful)} of {_many(measurement.layers)}"
+        many = f"{len(doubtful)} of {len(measurement.layers)} blocks"
         first = f"{doubtful[0].name or 'the model'}: {doubtful[0].doubt}"
-        yield f"{of} are not verified, so their numbers may be wrong ({first})"
+        yield f"{many} are not verified, so their numbers may be wrong ({first})"
 
 
 def _many(blocks: Sequence[object]) -> str:

@@ -254,17 +254,17 @@ def addends(tape: Tape, operation: Operation) -> tuple[int, ...]:
 
     Integers are places of tokens, in a packed batch for instance, and never a stream.
     """
-    if not any(tape.is_real(value) for value in operation.outputs):
-        return ()
+    size = tape.shape(operation.outputs[0]) if operation.outputs else ()
+
+    def fits(value: int) -> bool:
+        return tape.is_data(value) and tape.shape(value) == size and tape.is_real(value)
+
     if is_addition(operation):
-        size = tape.shape(operation.outputs[0])
-        return tuple(value for value in operation.inputs if tape.is_data(value) and tape.shape(value) == size)
+        return tuple(filter(fits, operation.inputs))
     if base_name(operation) == "sum":
         stack = tape.producer(operation.inputs[0])
-        if stack is not None and stack.name == "stack" and len(stack.inputs) > 1:
-            size = tape.shape(operation.outputs[0])
-            if all(tape.is_data(value) and tape.shape(value) == size for value in stack.inputs):
-                return stack.inputs
+        if stack is not None and stack.name == "stack" and len(stack.inputs) > 1 and all(map(fits, stack.inputs)):
+            return stack.inputs
     return ()
 
 
