@@ -1,8 +1,9 @@
 """Scales inside an optimizer.
 
-Four separate questions:
+Five separate questions:
 
 * ``check_optimized``: is every trainable scale in a parameter group?
+* ``trained_beside``: does an optimizer train scales that the law alone should move?
 * ``forget_momentum`` and ``own_copies``: what else must change when the law moves a scale?
 * ``lost_steps``: are the steps of 16-bit scales smaller than the distance between two 16-bit numbers?
 * ``with_fresh_scales``: how can an optimizer with scales load a state that was saved without them?
@@ -28,9 +29,11 @@ __all__ = [
     "check_optimized",
     "forget_momentum",
     "held",
+    "in_groups",
     "lost_steps",
     "own_copies",
     "plain_order",
+    "trained_beside",
     "with_fresh_scales",
 ]
 
@@ -59,9 +62,7 @@ def check_optimized(optimizers: Sequence[Optimizer], scales: ResidualScales) -> 
     Raises:
         ConfigurationError: A scale is in no optimizer, so that it would never learn.
     """
-    trained = {
-        id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
-    }
+    trained = in_groups(optimizers)
     lost = [site for site, scale in scales.named_parameters() if scale.requires_grad and id(scale) not in trained]
     if lost:
         raise ConfigurationError(
@@ -70,6 +71,27 @@ def check_optimized(optimizers: Sequence[Optimizer], scales: ResidualScales) -> 
             'optimizer.add_param_group({"params": attach_scales(self).parameters()}); or let the controller alone move '
             "them, auto_rescale=ResidualRescaler(learnable=False)"
         )
+
+
+def trained_beside(optimizers: Iterable[Optimizer], scales: ResidualScales) -> str | None:
+    """Say that optimizers train scales of a law that says ``learnable=False``; ``None`` if they train none.
+
+    The law attaches no such scales. The user has attached them before.
+    """
+    trained = in_groups(optimizers)
+    found = [site for site, scale in scales.named_parameters() if scale.requires_grad and id(scale) in trained]
+    if not found:
+        return None
+    return (
+        f"an optimizer trains {len(found)} of {len(scales)} residual scales (the first is at {found[0]!r}), and the "
+        "law has learnable=False, by which it alone would move them. Attach them with attach_scales(model, "
+        "learnable=False), or give the law learnable=True"
+    )
+
+
+def in_groups(optimizers: Iterable[Optimizer]) -> set[int]:
+    """Return the identities of all parameters in the groups of some optimizers."""
+    return {id(item) for optimizer in optimizers for group in optimizer.param_groups for item in group["params"]}
 
 
 def forget_momentum(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> None:

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral.control.band import ResidualRescaler
 from lightning_spectral.control.law import Law
+from lightning_spectral.control.optimizers import in_groups
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.records import Branch, ResidualBlock
@@ -78,6 +79,10 @@ class SteeredModel:
         """Whether the scales belong to a model, or to none yet."""
         return self.scales is None or self.scales.model is model
 
+    def call(self, model: str) -> str:
+        """Return the call that attaches the scales that the law asks for to a model of this name."""
+        return f"attach_scales({model})" if self.rescaler.learnable else f"attach_scales({model}, learnable=False)"
+
     def set_up(self) -> None:
         """Begin a run: scales that the model has by now count as its own."""
         self._attached = 0
@@ -128,7 +133,7 @@ class SteeredModel:
         if not len(scales) and not self.rescaler.dry_run:
             raise ConfigurationError(
                 f"{type(model).__name__} is built or parallelized in configure_model, after callbacks could attach "
-                "anything to it: call lightning_spectral.attach_scales(self) there, before fully_shard"
+                f"anything to it: call lightning_spectral.{self.call('self')} there, before fully_shard"
             )
         self._take(scales)
 
@@ -185,7 +190,7 @@ class SteeredModel:
             raise ConfigurationError(
                 f"{len(lost)} residual scale(s) would be lost: the processes of this strategy send back only weights "
                 "that your module has already, and these scales cannot be folded into weights "
-                f"({lost[0].reason}). Call attach_scales(module) before trainer.fit(module)"
+                f"({lost[0].reason}). Call {self.call('module')} before trainer.fit(module)"
             )
 
     def fold(self) -> int:
@@ -237,7 +242,7 @@ def _untrained(model: nn.Module, blocks: Sequence[ResidualBlock], optimizers: It
     If no block is trained, the result is empty: the optimizers then hold other tensors than the model, such as
     flattened ones.
     """
-    trained = {id(item) for optimizer in optimizers for group in optimizer.param_groups for item in group["params"]}
+    trained = in_groups(optimizers)
     groups = [[(branch.site, parameters_of(model, branch)) for branch in block.branches] for block in blocks]
     idle = [group for group in groups if not any(id(item) in trained for _, items in group for item in items)]
     return set() if len(idle) == len(groups) else {site for group in idle for site, _ in group}

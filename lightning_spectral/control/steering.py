@@ -22,6 +22,7 @@ from lightning_spectral.control.optimizers import (
     held,
     lost_steps,
     plain_order,
+    trained_beside,
     with_fresh_scales,
 )
 from lightning_spectral.control.steered import Kind, SteeredModel, scales_in
@@ -40,7 +41,7 @@ class Steering(SteeredModel):
         safe_zone: The interval of ratios that counts as balanced.
 
     Attributes:
-        doubt: What to tell the user about the optimizers, known after :meth:`begin`; ``None`` for nothing.
+        doubts: What to tell the user about the optimizers, known after :meth:`begin`.
         disarmed: Whether the law is off, because the scales of several processes have come apart.
 
     Raises:
@@ -51,7 +52,7 @@ class Steering(SteeredModel):
         rescaler.check(safe_zone)
         super().__init__(rescaler)
         self.safe_zone = safe_zone
-        self.doubt: str | None = None
+        self.doubts: tuple[str, ...] = ()
         self.disarmed = False
         self._liveness: Liveness | None = None
         self._moves = Moves()
@@ -69,7 +70,8 @@ class Steering(SteeredModel):
             return
         self.leave_untrained_alone(optimizers)
         check_optimized(optimizers, self.scales)
-        self.doubt = check_muon(optimizers, self.scales.named_parameters())
+        beside = None if self.rescaler.learnable else trained_beside(optimizers, self.scales)
+        self.doubts = tuple(filter(None, (check_muon(optimizers, self.scales.named_parameters()), beside)))
         every = [item.log_scale for item in scales_in(self.scales.model)]
         completed = partial(with_fresh_scales, scales=every, order=plain_order(self.scales.model))
         self._handles += [

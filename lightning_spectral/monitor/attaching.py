@@ -126,7 +126,7 @@ class Attachment:
         if brings_back_own_weights(trainer.strategy):
             steering.check_foldable()
         steering.begin(trainer.optimizers)
-        for told in (steering.held_still(), steering.doubt):
+        for told in (steering.held_still(), *steering.doubts):
             if told is not None:
                 inform(told)
 
@@ -168,7 +168,7 @@ class Attachment:
         if count := self.steering.fold():
             inform(
                 f"SpectralMonitor folded {count} residual scales into the weights, because the main process gets back "
-                "only weights that its module has. To keep them as scales, call attach_scales(module) before "
+                f"only weights that its module has. To keep them as scales, call {self.steering.call('module')} before "
                 "trainer.fit(module)"
             )
 

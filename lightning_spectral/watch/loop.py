@@ -158,7 +158,7 @@ class Watch:
         named = None if host.wanted is None else blocks_of(host.model, host.wanted)
         steering.attach(host.model, named, batch=batch)
         steering.begin(host.optimizers)
-        for told in (steering.held_still(), steering.doubt):
+        for told in (steering.held_still(), *steering.doubts):
             if told is not None:
                 inform(f"{host.name}: {told}")
 

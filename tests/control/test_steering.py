@@ -497,6 +497,27 @@ def test_a_model_that_is_built_late_gets_its_scales_right_after(tmp_path: Path):
     assert losses[0] == losses[1]
 
 
+def test_scales_that_learn_beside_a_law_that_says_otherwise_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    early, kept = LitGPT(), LitGPT()
+    attach_scales(early)
+    attach_scales(kept, learnable=False)
+    told = []
+    for module in (BuiltLateWithScales(), early, kept):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "lightning_spectral"):
+            fit(tmp_path, SpectralMonitor(2, auto_rescale=True), module=module)
+        told.append("an optimizer trains 6 of 6 residual scales (the first is at 'model.blocks.0.att" in caplog.text)
+    assert told == [True, True, False]
+    assert "attach_scales(model, learnable=False)" not in caplog.text
+
+
+@pytest.mark.parametrize(("law", "settings"), [(LEARNED, "self"), (True, "self, learnable=False")])
+def test_a_model_that_is_built_late_names_the_scales_that_the_law_asks_for(law: Any, settings: str):
+    steering = Steering(GainCeiling() if law is True else law, ZONE)
+    with pytest.raises(ConfigurationError, match=rf"call lightning_spectral.attach_scales\({settings}\) there"):
+        steering.adopt(TinyGPT(), find_blocks(TinyGPT()))
+
+
 def test_a_model_that_no_input_can_be_guessed_for_needs_one(tmp_path: Path):
     with pytest.raises(ExampleInputError, match="example_input_array"):
         fit(tmp_path, SpectralMonitor(2, True), module=PickyLitGPT())

@@ -7,11 +7,14 @@ import os
 import sys
 from pathlib import Path
 
-from processes import join, leave
+import shells
+from processes import join, leave, whole
 from shells import SHELLS, Run, built
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from lightning_spectral import History
+from lightning_spectral import History, attach_scales
 from lightning_spectral.control import GainCeiling
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -24,15 +27,28 @@ def strong() -> nn.Module:
     return model
 
 
+def sharded(run: Run) -> object:
+    """Train as the plain loop does, with weights that are cut by hand."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    attach_scales(run.model, learnable=False)
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for part in (*run.model.blocks, run.model):
+        fully_shard(part, mesh=mesh)
+    return shells.loop(run, run.model, shells.optimizer_of(run.model), shells.loader(), lambda loss: loss.backward())
+
+
+ALL = SHELLS | {"sharded": sharded}
+
+
 def seen(shell: str, folder: Path) -> dict[str, object]:
     """Train with one shell, and return what the law did to this process's scales and what the first process wrote."""
     run = Run(folder / shell, options={"every_n_steps": 2, "auto_rescale": GainCeiling()}, model=strong())
-    SHELLS[shell](run)
+    ALL[shell](run)
     if distributed.is_initialized():
         distributed.barrier()
     history = History.read(run.journal)
     return {
-        "scales": {name: float(item) for name, item in run.model.named_parameters() if "log_scale" in name},
+        "scales": {name: float(whole(item)) for name, item in run.model.named_parameters() if "log_scale" in name},
         "steps": history.steps,
         "ratios": history.values("ratio").tolist(),
         "tokens": history.values("token_residual").tolist(),
@@ -41,8 +57,8 @@ def seen(shell: str, folder: Path) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    target, *shells = sys.argv[1:]
+    target, *names = sys.argv[1:]
     join(Path(target))  # before Trainers do, which use the group that is there
-    found = {shell: seen(shell, Path(target)) for shell in shells}
+    found = {shell: seen(shell, Path(target)) for shell in names}
     Path(target, f"{RANK}.json").write_text(json.dumps(found))
     leave()

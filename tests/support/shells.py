@@ -134,7 +134,7 @@ def lightning(run: Run) -> Any:
     return monitor
 
 
-def _loop(run: Run, model: Any, optimizer: Any, batches: Any, backward: Callable[[Tensor], None]) -> Any:
+def loop(run: Run, model: Any, optimizer: Any, batches: Any, backward: Callable[[Tensor], None]) -> Any:
     if run.options is None:
         watch = None
         _train(run, model, optimizer, batches, backward, _Nobody(), step=0)
@@ -195,7 +195,7 @@ def plain(run: Run) -> Any:
     run.folder.mkdir(parents=True, exist_ok=True)
     _attach_early(run)
     model = run.model if WORLD == 1 else DistributedDataParallel(run.model)
-    return _loop(run, model, optimizer_of(run.model), loader(), lambda loss: loss.backward())
+    return loop(run, model, optimizer_of(run.model), loader(), lambda loss: loss.backward())
 
 
 def fabric(run: Run) -> Any:
@@ -204,7 +204,7 @@ def fabric(run: Run) -> Any:
     launched = Fabric(accelerator="cpu", devices=WORLD, strategy="auto" if WORLD == 1 else "ddp")
     launched.launch()
     model, optimizer = launched.setup(run.model, optimizer_of(run.model))
-    return _loop(
+    return loop(
         run, model, optimizer, launched.setup_dataloaders(loader(), use_distributed_sampler=False), launched.backward
     )
 
