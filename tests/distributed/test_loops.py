@@ -24,6 +24,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_all_processes_know_and_do_the_same(both: Any, shell: str):
     one, two = (process[shell] for process in both)
     assert one == two
+    assert one["cut"] is (shell in ("sharded", "accelerated"))
     assert one["steps"] == [0, 2, 4, 6]
     assert one["moves"]
     assert any(value < 0 for value in one["scales"].values())

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import shells
 from processes import join, leave, whole
@@ -13,6 +14,7 @@ from shells import SHELLS, Run, built
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from lightning_spectral import History, attach_scales
 from lightning_spectral.control import GainCeiling
@@ -37,7 +39,21 @@ def sharded(run: Run) -> object:
     return shells.loop(run, run.model, shells.optimizer_of(run.model), shells.loader(), lambda loss: loss.backward())
 
 
-ALL = SHELLS | {"sharded": sharded}
+def accelerated(run: Run) -> object:
+    """Train with the Trainer of transformers, whose weights accelerate cuts, which it does on accelerators only."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    def cut(trainer: Any) -> None:
+        state, block = trainer.accelerator.state, type(run.model.blocks[0]).__name__
+        settings = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": [block]}
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+        state.distributed_type, trainer.is_fsdp_enabled = DistributedType.FSDP, True
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False, **settings)
+
+    return shells.transformers(run, cut)
+
+
+ALL = SHELLS | {"sharded": sharded, "accelerated": accelerated}
 
 
 def seen(shell: str, folder: Path) -> dict[str, object]:
@@ -49,6 +65,7 @@ def seen(shell: str, folder: Path) -> dict[str, object]:
     history = History.read(run.journal)
     return {
         "scales": {name: float(whole(item)) for name, item in run.model.named_parameters() if "log_scale" in name},
+        "cut": all(isinstance(item, DTensor) for item in run.model.parameters()),
         "steps": history.steps,
         "ratios": history.values("ratio").tolist(),
         "tokens": history.values("token_residual").tolist(),

@@ -218,7 +218,7 @@ def _attach_early(run: Run) -> None:
         attach_scales(run.model)
 
 
-def transformers(run: Run) -> Any:
+def transformers(run: Run, prepare: Callable[[Any], None] = lambda trainer: None) -> Any:
     from transformers import Trainer as HuggingFaceTrainer
     from transformers import TrainerCallback, TrainingArguments
 
@@ -267,6 +267,7 @@ def transformers(run: Run) -> Any:
                 control.should_training_stop = state.global_step >= stop
 
         trainer.add_callback(Stop())
+    prepare(trainer)
     trainer.train(resume_from_checkpoint=resume)
     return callback
 
