@@ -16,6 +16,7 @@ from lightning_spectral.discovery.chains.multipliers import multiplier_factors
 from lightning_spectral.discovery.chains.recipes import attribute_path
 from lightning_spectral.discovery.chains.scores import scores_of
 from lightning_spectral.discovery.chains.steps import Steps
+from lightning_spectral.discovery.structure.layouts import turned_over
 from lightning_spectral.discovery.structure.residual import Refusal, ResidualAdd, Term, goes_on
 from lightning_spectral.discovery.structure.sites import Site, choose_site, usable_modules
 from lightning_spectral.discovery.trace.hankel import entrywise
@@ -73,6 +74,7 @@ def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> tupl
     usable = usable_modules(tape, adds)
     found: list[FoundBranch] = []
     refusals: list[Refusal] = []
+    turned = turned_over(tape, adds, prober)
     for add in adds:
         try:
             grouped = list(_grouped(tape, add, prober, usable))
@@ -81,6 +83,8 @@ def branches_of(tape: Tape, adds: Sequence[ResidualAdd], prober: Prober) -> tupl
             refusals.append(Refusal(add.output, surprise(what, error)))
             continue
         for kind, terms, neighbours in grouped:
+            if kind == "mlp" and add.output in turned:
+                kind, neighbours = "mixer", tape.shape(add.stream)[-1] - 1
             others = [term for term in (add.skip, *add.branches, *add.others) if term not in terms]
             site = choose_site(tape, add, terms, others, usable)
             if site is None and not goes_on(tape, add.output):
