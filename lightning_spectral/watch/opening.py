@@ -13,7 +13,9 @@ __all__ = ["doubts", "found", "is_lazy", "nothing_to_compare"]
 def found(blocks: Sequence[ResidualBlock], measurement: Measurement, every_n_steps: int) -> str:
     """Say what is measured, and how often: "8 blocks, all verified, measured every 10 steps"."""
     with_ratio = sum(layer.ratio is not None for layer in measurement)
-    part = "" if with_ratio == len(blocks) else f"{with_ratio} with a ratio, "
+    part = "" if with_ratio == len(blocks) else f"{with_ratio or 'none'} with a ratio, "
+    if not with_ratio and _begins_at_zero(measurement):
+        part = "none with a ratio while norms are zero, "
     verified = sum(block.verified for block in blocks)
     checked = f"{'all' if verified == len(blocks) else verified or 'none'} verified"
     every = "step" if every_n_steps == 1 else f"{every_n_steps} steps"
@@ -21,14 +23,22 @@ def found(blocks: Sequence[ResidualBlock], measurement: Measurement, every_n_ste
 
 
 def nothing_to_compare(measurement: Measurement) -> str | None:
-    """Say that no block has a ratio, and why the first one has none; ``None`` where some block has one."""
+    """Say that no block has a ratio, and why the first one has none; ``None`` where some block has one or will have."""
     if any(layer.ratio is not None for layer in measurement) or not measurement.layers:
+        return None
+    if _begins_at_zero(measurement):
         return None
     first = measurement.layers[0]
     return (
         f"{_many(measurement.layers)}, none with a spectral ratio, so there is nothing to compare "
         f"(block {numbered(first)}: {first.reason})"
     )
+
+
+def _begins_at_zero(measurement: Measurement) -> bool:
+    """Whether some block has no ratio because a branch begins at zero, as many initializations have it."""
+    pairs = ((layer.mlp_norm, layer.attention_norm) for layer in measurement)
+    return any(None not in pair and 0 in pair for pair in pairs)
 
 
 def is_lazy(measurement: Measurement) -> bool:
