@@ -231,7 +231,7 @@ class ResidualBlock:
     Attributes:
         index: Position in the order of execution, from 0.
         name: Module path of the block. Where no module is around its branches and no other's: what is around each of
-            them, joined by ``" + "``.
+            them, joined by ``" + "``; for a block on one of several streams, its first and its last branch.
         branches: Every branch in the order of execution.
         verified: Whether the zero and the linear test passed: with every site multiplied by zero the block passes the
             stream on (up to its norms, constant factors, and what is added that does not come from this stream), and

@@ -38,9 +38,10 @@ def named_groups(tape: Tape, modules: Mapping[str, nn.Module], branches: Sequenc
     an entry; if none of them is complete, the branch belongs to the module around its own.
     A block that is called several times is listed once.
 
-    Then three corrections follow. A group that does the same to several streams is split into one block per stream. A
-    group with attention alone and a group with an MLP alone, neighbours on one stream, are joined. If every block that
-    begins with an MLP has another MLP behind it, that MLP joins the block: half an MLP on each side.
+    Then three corrections follow. A group on several streams is split into one block per stream, named by its
+    first and its last branch, if it does the same to all, has a block on each, or the streams differ in width. A group with attention alone and a
+    group with an MLP alone, neighbours on one stream, are joined. If every block that begins with an MLP has another
+    MLP behind it, that MLP joins the block: half an MLP on each side.
 
     Args:
         tape: The recorded forward pass.
@@ -54,7 +55,7 @@ def named_groups(tape: Tape, modules: Mapping[str, nn.Module], branches: Sequenc
 
 
 def _stream_by_stream(tape: Tape, groups: Groups) -> Groups:
-    """Split a group that has equal branches on several streams, such as a stream of text and one of a picture."""
+    """Split a group with a block on each of several streams: text and a picture, a sequence and its pairs."""
     result: Groups = {}
     for name, members in groups.items():
         streams: list[list[FoundBranch]] = []
@@ -65,11 +66,17 @@ def _stream_by_stream(tape: Tape, groups: Groups) -> Groups:
             else:
                 own.append(branch)
         alike = len({tuple(sorted(branch.kind for branch in stream)) for stream in streams}) == 1
-        if len(streams) > 1 and alike and len(streams[0]) > 1:
-            result |= {" + ".join(branch.site.path for branch in stream): stream for stream in streams}
+        whole = (alike and len(streams[0]) > 1) or all(_is_complete(stream) for stream in streams)
+        widths = {tape.shape(stream[0].add.output)[-1] for stream in streams}
+        if len(streams) > 1 and (whole or len(widths) > 1):
+            result |= {_name_on_stream(stream): stream for stream in streams}
         else:
             result[name] = members
     return result
+
+
+def _name_on_stream(branches: Sequence[FoundBranch]) -> str:
+    return " + ".join(dict.fromkeys(branch.site.path for branch in (branches[0], branches[-1])))
 
 
 def _by_container(modules: Mapping[str, nn.Module], branches: Sequence[FoundBranch]) -> Groups:

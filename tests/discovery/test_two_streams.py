@@ -1,0 +1,149 @@
+"""Blocks that keep a stream of tokens and a stream of pairs of tokens, as models of proteins do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_spectral import History, Watch, find_blocks, measure
+
+WIDTH, PAIRS, TOKENS = 16, 8, 5
+
+
+class Attention(nn.Module):
+    """Attention along the last but one dimension, with a bias for each pair of positions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+
+
+class Transition(nn.Sequential):
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+
+
+class Both(nn.Module):
+    """Attention along rows, along columns and a transition for pairs; then attention and a transition for tokens."""
+
+    def __init__(self, width: int = PAIRS) -> None:
+        super().__init__()
+        self.rows, self.columns, self.pairs = Attention(width), Attention(width), Transition(width)
+        self.bias = nn.Linear(width, 1)
+        self.attention, self.transition = Attention(WIDTH), Transition(WIDTH)
+
+    def forward(self, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        z = z + self.rows(z)
+        z = z + self.columns(z.transpose(1, 2)).transpose(1, 2)
+        z = z + self.pairs(z)
+        s = s + self.attention(s, self.bias(z).squeeze(-1))
+        return s + self.transition(s), z
+
+
+class PairsWithoutAttention(Both):
+    """Nothing attends on the stream of pairs."""
+
+    def forward(self, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        z = z + self.pairs(z)
+        s = s + self.attention(s, self.bias(z).squeeze(-1))
+        return s + self.transition(s), z
+
+
+class Model(nn.Module):
+    def __init__(self, block: type[Both], width: int) -> None:
+        super().__init__()
+        self.tokens, self.begin = nn.Linear(4, WIDTH), nn.Linear(4, width)
+        self.blocks = nn.ModuleList(block(width) for _ in range(2))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s, z = self.tokens(x), self.begin(x)[:, :, None] * self.begin(x)[:, None]
+        for block in self.blocks:
+            s, z = block(s, z)
+        return self.head(s) + z.mean()
+
+
+def norm(*factors: Tensor) -> float:
+    product = factors[0]
+    for factor in factors[1:]:
+        product = product @ factor
+    return float(torch.linalg.matrix_norm(product.detach(), 2))
+
+
+def of_attention(*parts: Attention) -> float:
+    """Of the sum of the branches; γ is not 1."""
+    width = parts[0].out.weight.shape[0]
+    return norm(sum(part.out.weight @ part.qkv.weight[2 * width :] @ part.norm.weight.diag() for part in parts))
+
+
+def of_transition(part: Transition) -> float:
+    return norm(part[3].weight, part[1].weight, part[0].weight.diag())
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+    return model.double()
+
+
+@pytest.mark.parametrize("width", [PAIRS, WIDTH])
+def test_a_block_on_each_of_two_streams_is_two_blocks(width: int):
+    torch.manual_seed(0)
+    model = shaken(Model(Both, width))
+    batch = torch.randn(2, TOKENS, 4, dtype=torch.float64)
+    blocks = find_blocks(model, batch=batch)
+    assert [block.name for block in blocks] == [
+        f"blocks.{i}.{first} + blocks.{i}.{last}"
+        for i in range(2)
+        for first, last in (("rows", "pairs"), ("attention", "transition"))
+    ]
+    assert all(block.verified for block in blocks)
+    layers = iter(measure(model, blocks, batch=batch))
+    for own in model.blocks:
+        pairs, tokens = next(layers), next(layers)
+        assert pairs.mlp_norm == pytest.approx(of_transition(own.pairs), rel=1e-6)
+        assert pairs.attention_norm == pytest.approx(of_attention(own.rows, own.columns), rel=1e-6)
+        assert tokens.mlp_norm == pytest.approx(of_transition(own.transition), rel=1e-6)
+        assert tokens.attention_norm == pytest.approx(of_attention(own.attention), rel=1e-6)
+
+
+def test_a_stream_of_another_width_takes_no_norm_from_a_block():
+    torch.manual_seed(0)
+    model = shaken(Model(PairsWithoutAttention, PAIRS))
+    batch = torch.randn(2, TOKENS, 4, dtype=torch.float64)
+    for i, own in enumerate(model.blocks):
+        pairs, tokens = measure(model, batch=batch).layers[2 * i : 2 * i + 2]
+        assert (pairs.name, pairs.reason) == (f"blocks.{i}.pairs", "attention: the block has none")
+        assert pairs.mlp_norm == pytest.approx(of_transition(own.pairs), rel=1e-6)
+        assert tokens.mlp_norm == pytest.approx(of_transition(own.transition), rel=1e-6)
+        assert tokens.attention_norm == pytest.approx(of_attention(own.attention), rel=1e-6)
+
+
+def test_the_tokens_of_both_streams_are_heard(tmp_path: Path):
+    torch.manual_seed(0)
+    model, batch = Model(Both, PAIRS), torch.randn(4, TOKENS, 4)
+    expected = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: expected.extend([output[1], output[0]]))
+    model(batch)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with Watch(model, tmp_path, optimizers=optimizer, every_n_steps=1) as watch:
+        watch.before_step(batch)
+        model(batch).square().mean().backward()
+        optimizer.step()
+        watch.step(1)
+    heard = History.read(tmp_path).values("token_residual")[:, 0]
+    streams = [stream.detach().double().flatten(1, -2) for stream in expected[:4]]
+    spreads = [(x - x.mean(1, keepdim=True)).norm(dim=(1, 2)) / x.norm(dim=(1, 2)) for x in streams]
+    assert heard == pytest.approx([spread.mean().item() for spread in spreads], rel=1e-3)
