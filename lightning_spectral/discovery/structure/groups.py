@@ -38,10 +38,10 @@ def named_groups(tape: Tape, modules: Mapping[str, nn.Module], branches: Sequenc
     an entry; if none of them is complete, the branch belongs to the module around its own.
     A block that is called several times is listed once.
 
-    Then three corrections follow. A group on several streams is split into one block per stream, named by its
-    first and its last branch, if it does the same to all, has a block on each, or the streams differ in width. A group with attention alone and a
-    group with an MLP alone, neighbours on one stream, are joined. If every block that begins with an MLP has another
-    MLP behind it, that MLP joins the block: half an MLP on each side.
+    Then three corrections follow. A group on several streams is split into one block per stream, named by its first and
+    its last branch, if it does the same to all, has a block on each, or the streams differ in width. A group with
+    attention alone and a group with an MLP alone, neighbours on one stream, are joined. If every block that begins with
+    an MLP has another MLP behind it, that MLP joins the block: half an MLP on each side.
 
     Args:
         tape: The recorded forward pass.
