@@ -116,7 +116,7 @@ def _pass(
     problem = None
     if symbolic and (_is_elsewhere(model) or _size(model) >= _LARGE):
         try:
-            return Pass(record(model, call, (args, kwargs), symbolic=True), description)
+            return Pass(_recorded(model, call, (args, kwargs), symbolic=True), description)
         except LooksAtDataError as error:
             problem = str(error)
         except Exception as error:  # whatever the user's forward raises, or an operation without a meta kernel
@@ -124,7 +124,14 @@ def _pass(
                 raise
             problem = f"its shapes alone could not be recorded: {type(error).__name__}: {_short(error)}"
     refuse_unreadable(model, problem)
-    return Pass(record(model, call, (args, kwargs)), description, problem)
+    return Pass(_recorded(model, call, (args, kwargs)), description, problem)
+
+
+def _recorded(model: nn.Module, call: Callable[[], Any], inputs: Any, *, symbolic: bool = False) -> Tape:
+    try:
+        return record(model, call, inputs, symbolic=symbolic)
+    except NotImplementedError:  # of a kernel without a backward pass here, such as flex_attention on a CPU
+        return record(model, call, inputs, symbolic=symbolic, grad=False)
 
 
 def _search(

@@ -340,11 +340,10 @@ def _tensors(structure: Any, around: tuple[int, ...] = ()) -> Iterator[Tensor]:
                 yield from _tensors(getattr(leaf, item.name, None), (*around, id(leaf)))
 
 
-def record(model: nn.Module, run: Callable[[], Any], inputs: Any, *, symbolic: bool = False) -> Tape:
+def record(model: nn.Module, run: Callable[[], Any], inputs: Any, *, symbolic: bool = False, grad: bool = True) -> Tape:
     """Record one forward pass.
 
-    The pass runs in evaluation mode, without autocast and with grad enabled (which keeps the fused fast path of
-    ``torch.nn`` transformer layers off). Afterwards parameters, buffers, hooks, training flags and every random stream
+    The pass runs in evaluation mode and without autocast. Afterwards parameters, buffers, hooks, training flags and every random stream
     are as before.
 
     Args:
@@ -353,6 +352,7 @@ def record(model: nn.Module, run: Callable[[], Any], inputs: Any, *, symbolic: b
         inputs: The arguments of that pass; every tensor in them counts as data.
         symbolic: Whether shapes alone are recorded. No arithmetic is done, and weights may be anywhere: on the meta
             device, or spread over processes.
+        grad: Whether grad is enabled, which keeps the fused fast path of ``torch.nn`` transformer layers off.
 
     Returns:
         The recorded graph.
@@ -363,7 +363,7 @@ def record(model: nn.Module, run: Callable[[], Any], inputs: Any, *, symbolic: b
     tape = Tape()
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model, inputs, gathers=not symbolic))
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.set_grad_enabled(grad))
         if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
             if symbolic:
                 raise LooksAtDataError("the shapes of its lazy weights are not known yet")
