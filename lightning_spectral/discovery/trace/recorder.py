@@ -343,8 +343,8 @@ def _tensors(structure: Any, around: tuple[int, ...] = ()) -> Iterator[Tensor]:
 def record(model: nn.Module, run: Callable[[], Any], inputs: Any, *, symbolic: bool = False, grad: bool = True) -> Tape:
     """Record one forward pass.
 
-    The pass runs in evaluation mode and without autocast. Afterwards parameters, buffers, hooks, training flags and every random stream
-    are as before.
+    The pass runs in evaluation mode and without autocast. Afterwards parameters, buffers, hooks, training flags and
+    every random stream are as before.
 
     Args:
         model: The model whose modules are watched.
