@@ -121,6 +121,11 @@ def output_residual(measurement: Measurement, so_far: SoFar) -> float | None:
     return None if measurement.output is None else measurement.output.sample_residual
 
 
+def pooled_residual(measurement: Measurement, so_far: SoFar) -> float | None:
+    """Return the residual over samples of what the output is made of."""
+    return None if measurement.output is None else measurement.output.pooled_residual
+
+
 def operator_change(measurement: Measurement, so_far: SoFar) -> float | None:
     """Return the largest relative change of an operator since the measurement before."""
     names = ("mlp_change", "attention_change")
@@ -161,6 +166,7 @@ SIGNALS = (
     Signal("token residual, last blocks", "low", last_tokens),
     Signal("sample residual, smallest", "low", smallest(lambda layer: layer.sample_residual)),
     Signal("output residual", "low", output_residual),
+    Signal("pooled residual", "low", pooled_residual),
     Signal("effective rank, smallest", "low", smallest(lambda layer: layer.effective_rank)),
     Signal("MLP's share of the stream", "high", largest(functional("mlp_share"))),
     Signal("attention's share of the stream", "high", largest(functional("attention_share"))),

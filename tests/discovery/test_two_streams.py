@@ -59,6 +59,22 @@ class PairsWithoutAttention(Both):
         return s + self.transition(s), z
 
 
+class Exchanging(Both):
+    """The tokens also write to the pairs, so that each stream is made of the other one's past."""
+
+    def __init__(self, width: int = PAIRS) -> None:
+        super().__init__(width)
+        self.left = nn.Linear(WIDTH, width)
+
+    def forward(self, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        s = s + self.attention(s, self.bias(z).squeeze(-1))
+        s = s + self.transition(s)
+        z = z + self.left(s)[:, :, None] * self.left(s)[:, None]
+        z = z + self.rows(z)
+        z = z + self.columns(z.transpose(1, 2)).transpose(1, 2)
+        return s, z + self.pairs(z)
+
+
 class Model(nn.Module):
     def __init__(self, block: type[Both], width: int) -> None:
         super().__init__()
@@ -97,25 +113,24 @@ def shaken(model: nn.Module) -> nn.Module:
     return model.double()
 
 
+@pytest.mark.parametrize("block", [Both, Exchanging])
 @pytest.mark.parametrize("width", [PAIRS, WIDTH])
-def test_a_block_on_each_of_two_streams_is_two_blocks(width: int):
+def test_a_block_on_each_of_two_streams_is_two_blocks(block: type[Both], width: int):
     torch.manual_seed(0)
-    model = shaken(Model(Both, width))
+    model = shaken(Model(block, width))
     batch = torch.randn(2, TOKENS, 4, dtype=torch.float64)
     blocks = find_blocks(model, batch=batch)
-    assert [block.name for block in blocks] == [
-        f"blocks.{i}.{first} + blocks.{i}.{last}"
-        for i in range(2)
-        for first, last in (("rows", "pairs"), ("attention", "transition"))
-    ]
     assert all(block.verified for block in blocks)
-    layers = iter(measure(model, blocks, batch=batch))
-    for own in model.blocks:
-        pairs, tokens = next(layers), next(layers)
+    layers = {layer.name: layer for layer in measure(model, blocks, batch=batch)}
+    for i, own in enumerate(model.blocks):
+        pairs = layers.pop(f"blocks.{i}.rows + blocks.{i}.pairs")
+        tokens = layers.pop(f"blocks.{i}.attention + blocks.{i}.transition")
         assert pairs.mlp_norm == pytest.approx(of_transition(own.pairs), rel=1e-6)
         assert pairs.attention_norm == pytest.approx(of_attention(own.rows, own.columns), rel=1e-6)
         assert tokens.mlp_norm == pytest.approx(of_transition(own.transition), rel=1e-6)
         assert tokens.attention_norm == pytest.approx(of_attention(own.attention), rel=1e-6)
+    assert not layers
+    assert [("second stream" in note) for note in blocks.notes] == ([] if block is Both else [True])
 
 
 def test_a_stream_of_another_width_takes_no_norm_from_a_block():

@@ -20,8 +20,9 @@ Four traps:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lightning_spectral.discovery.structure.stacks import Stack, stack_at
 from lightning_spectral.discovery.trace.operands import is_statistic, normalized_operand
@@ -142,8 +143,11 @@ def residual_adds(tape: Tape, prober: Prober) -> tuple[list[ResidualAdd], list[R
     _begin_streams(tape)
     adds, refusals = [], []
     # Streams have to begin before the search: a term can only be a skip if it is data.
-    for add in _outermost(tape, _candidates(tape, prober)):
-        if _reads_second_stream(tape, add):
+    candidates = _candidates(tape, prober)
+    origins = _origins(tape, candidates)
+    for add in _outermost(tape, candidates, origins):
+        others = [other.output for other in candidates if _passes_by(add, other, origins)]
+        if _reads_second_stream(tape, add) or _reads_only_through(tape, add, others):
             reason = (
                 f"a sum of shape {tape.shape(add.output)} adds a branch that reads a second stream (reversible or "
                 "crossed streams are not of the form x + f(x))"
@@ -257,6 +261,18 @@ def _reads_second_stream(tape: Tape, add: ResidualAdd) -> bool:
         if foreign and not leads_only_to(tape, value, add.output):
             return True
     return False
+
+
+def _reads_only_through(tape: Tape, add: ResidualAdd, others: Sequence[int]) -> bool:
+    """Whether every way from the stream of a sum to its branches leads through sums of other streams."""
+    if not others:
+        return False
+    reached = {add.skip.leaf}
+    for value in tape.between(add.skip.leaf, max(term.start for term in add.branches)):
+        operation = tape.producer(value)
+        if operation is not None and value not in others and not reached.isdisjoint(operation.inputs):
+            reached.add(value)
+    return reached.isdisjoint(term.start for term in add.branches)
 
 
 def goes_on(tape: Tape, value: int) -> bool:
@@ -526,7 +542,40 @@ def _first_view(tape: Tape, spine: Sequence[int], leaves: Sequence[int]) -> int:
     return fork
 
 
-def _outermost(tape: Tape, adds: list[ResidualAdd]) -> list[ResidualAdd]:
+class _Origin(NamedTuple):
+    """Where the stream of a sum comes from: all values up the stream as a bit set, and the first of them."""
+
+    values: int
+    first: int
+
+
+def _origins(tape: Tape, adds: Sequence[ResidualAdd]) -> dict[int, _Origin]:
+    """Return the origin of the stream of every sum, by the output of the sum."""
+    origins: dict[int, _Origin] = {}
+    for add in adds:  # in the order of execution
+        values, first = 0, add.skip.leaf
+        for first in stream_values(tape, add.skip.leaf):
+            values |= 1 << first
+            if first in origins:
+                values, first = values | origins[first].values, origins[first].first
+                break
+        origins[add.output] = _Origin(values, first)
+    return origins
+
+
+def _passes_by(add: ResidualAdd, other: ResidualAdd, origins: Mapping[int, _Origin]) -> bool:
+    """Whether a sum on the way to a branch belongs to another stream, which did not begin on this way.
+
+    The pairs of tokens of a model of proteins are such a stream: a sequence writes to it, and attention on the next
+    sequence reads it.
+    """
+    if not add.interior >> other.output & 1:
+        return False
+    origin = origins[other.output]
+    return not (origin.values >> add.skip.leaf & 1 or add.interior >> origin.first & 1)
+
+
+def _outermost(tape: Tape, adds: list[ResidualAdd], origins: Mapping[int, _Origin]) -> list[ResidualAdd]:
     """Drop the adds inside another add's branch, and the long skips around a chain of blocks.
 
     Both look alike, adds inside of an add. Inside a long skip they are chained: the stream of one is the output of
@@ -545,7 +594,10 @@ def _outermost(tape: Tape, adds: list[ResidualAdd]) -> list[ResidualAdd]:
         inner = [
             other
             for other in adds
-            if other is not add and other.output not in dropped and add.interior >> other.output & 1
+            if other is not add
+            and other.output not in dropped
+            and add.interior >> other.output & 1
+            and not _passes_by(add, other, origins)
         ]
         outputs = {other.output for other in inner}
         chained = any(stream_source(tape, other.skip.leaf, outputs) is not None for other in inner)
