@@ -41,6 +41,7 @@ from lightning_spectral.watch.peers import Peers
 from lightning_spectral.watch.search import guessed_blocks, shown_blocks
 from lightning_spectral.watch.telling import inform, warn, warn_here
 from lightning_spectral.weights.model import ModelWeights
+from lightning_spectral.weights.names import parameters_of
 
 __all__ = ["Session"]
 
@@ -250,7 +251,9 @@ class Session:
         )
         self._trained = trained_names(model, self.meter.blocks, self._host.trained())
         self.series.blocks = to_plain(blocks)
-        copies = copied_blocks(self.meter.weights, self.meter.blocks) or ()
+        # A teacher is meant to begin as a copy.
+        trained = [item for item in self.meter.blocks if not self._trained.isdisjoint(parameters_of([item]))]
+        copies = copied_blocks(self.meter.weights, trained) or ()
         for note in (*getattr(blocks, "notes", ()), *map(told_of_copies, copies)):
             inform(f"{self._host.name}: {note}")
         if options.looks:

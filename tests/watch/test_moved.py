@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -162,3 +164,18 @@ def test_ranges_of_flattened_weights_are_compared_where_they_are_the_same(mesh: 
     name = next(iter(parameters_of([blocks[2]])))
     small[name] = FlatShard(whole[name].flatten()[4:10], whole[name].shape, 4, mesh)
     assert copied_blocks(replace(plain, small=small), blocks) is None
+
+
+def test_a_teacher_that_begins_as_a_copy_is_meant_to_be_one(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "lightning_spectral")
+    student, batch = TinyGPT(), torch.zeros(2, CONTEXT, dtype=torch.long)
+    pair = nn.ModuleDict({"teacher": copy.deepcopy(student), "student": student})
+    pair.forward = lambda ids: pair["student"](ids) - pair["teacher"](ids)  # type: ignore[method-assign]
+    blocks = find_blocks(pair, batch=batch)
+    assert copied_blocks(ModelWeights(pair), blocks) == ((0, 3), (1, 4), (2, 5))
+    for trained in (student, pair):
+        caplog.clear()
+        optimizer = torch.optim.SGD(trained.parameters())
+        with Watch(pair, tmp_path, optimizers=optimizer, blocks=blocks, every_n_steps=1) as watch:
+            watch.before_step(batch)
+        assert ("begin as copies" in caplog.text) is (trained is pair)
