@@ -556,3 +556,104 @@ def test_two_linear_halves_have_no_gate_among_them(swapped: bool) -> None:
     named = Bilinear("gate", "up")
     expected = size(named.down.weight @ named.halves["up"].weight)
     assert found(Block(plain, mlp=named)).mlp_norm == pytest.approx(expected, rel=1e-5)
+
+
+# Where the channels stand.
+
+
+class MapNorm(nn.Module):
+    """A norm of maps over their channels, written out."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One statistic for each pixel."""
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-12) * self.weight.view(-1, 1, 1)
+
+
+class OnMaps(nn.Module):
+    """Linear layers on feature maps ``(batch, channels, height, width)``: the channels are put last and back."""
+
+    def __init__(self, norm: Callable[[], nn.Module], last: bool) -> None:
+        super().__init__()
+        self.attention, self.mlp, self.last = Attention(), MLP(), last
+        self.norms = nn.ModuleList(norm() for _ in range(2))
+        for item in self.norms:
+            for parameter in item.parameters():
+                nn.init.uniform_(parameter, 0.5, 1.5)
+
+    def normed(self, place: int, x: Tensor) -> Tensor:
+        """The norm stands behind the transposition or in front of it."""
+        if self.last:
+            return self.norms[place](x.permute(0, 2, 3, 1))
+        return self.norms[place](x).permute(0, 2, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attention over all pixels, and an MLP."""
+        y = self.attention(self.normed(0, x).flatten(1, 2))
+        x = x + y.mT.unflatten(2, x.shape[2:])
+        return x + self.mlp(self.normed(1, x)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("norm", "last"),
+    [
+        (lambda: nn.LayerNorm(WIDTH), True),
+        (lambda: nn.RMSNorm(WIDTH), True),
+        (lambda: nn.BatchNorm2d(WIDTH), False),
+        (lambda: MapNorm(WIDTH), False),
+    ],
+    ids=["layer norm", "rms norm", "batch norm", "written out"],
+)
+def test_linear_layers_on_feature_maps_read_the_channels_of_the_maps(norm: Callable[[], nn.Module], last: bool) -> None:
+    model = Stack(*(OnMaps(norm, last) for _ in range(2))).eval()
+    blocks = find_blocks(model, batch=torch.randn(2, WIDTH, 3, 4))
+    assert [(block.kinds, block.token_dims, block.doubt) for block in blocks] == 2 * [
+        (("attention", "mlp"), (2, 3), None)
+    ]
+    for block, layer in zip(model.blocks, measure(model, blocks, solver=ExactSVD()), strict=True):
+        gains = [torch.diag(item.weight) for item in block.norms]
+        assert layer.attention_norm == pytest.approx(size(block.attention.matrix @ gains[0]), rel=1e-5)
+        assert layer.mlp_norm == pytest.approx(size(block.mlp.matrix @ gains[1]), rel=1e-5)
+
+
+def test_attention_of_a_diffusion_unet_is_measured_behind_its_group_norm() -> None:
+    """A group norm, linear layers over the pixels, and back to a map."""
+
+    class OnPixels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.norm = Attention(), nn.GroupNorm(2, WIDTH)
+            nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.attention(self.norm(x.flatten(2)).mT).mT.reshape(x.shape)
+
+    model = Stack(OnPixels(), OnPixels()).eval()
+    blocks = find_blocks(model, batch=torch.randn(2, WIDTH, 3, 4))
+    assert [(block.kinds, block.token_dims, block.doubt) for block in blocks] == 2 * [(("attention",), (2, 3), None)]
+    for block, layer in zip(model.blocks, measure(model, blocks, solver=ExactSVD()), strict=True):
+        expected = block.attention.matrix @ torch.diag(block.norm.weight)
+        assert layer.attention_norm == pytest.approx(size(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("pointwise", [True, False], ids=["convolution", "linear"])
+def test_what_mixes_tokens_has_its_tokens_where_the_norm_has_no_channels(pointwise: bool) -> None:
+    """MLP-Mixer: a convolution of kernel 1 whose channels are the tokens, and the same written with linear layers."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        x = x + (self.tokens(y) if pointwise else self.tokens(y.mT).mT)
+        return x + self.mlp(self.norm(x))
+
+    def layer(*sizes: int) -> nn.Module:
+        return nn.Conv1d(*sizes, 1) if pointwise else nn.Linear(*sizes)
+
+    def block() -> Block:
+        tokens = nn.Sequential(layer(TOKENS, HIDDEN), nn.GELU(), layer(HIDDEN, TOKENS))
+        return Block(forward, nn.Identity(), tokens=tokens, mlp=MLP(), norm=nn.LayerNorm(WIDTH))
+
+    blocks = find_blocks(Stack(block(), block()).eval(), batch=torch.randn(2, TOKENS, WIDTH))
+    assert [(block.kinds, block.token_dims) for block in blocks] == 2 * [(("mixer", "mlp"), (1,))]

@@ -20,15 +20,18 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.discovery.trace.noise import is_mute, made_up, noise
+from lightning_spectral.discovery.trace.operands import norm_channel, normalized_operand
 from lightning_spectral.discovery.trace.operations import (
     base_name,
     is_attention,
     is_convolution,
     is_multiplication,
+    is_norm,
     is_product,
     is_softmax,
     matrix_operands,
     refs,
+    weight_operand,
 )
 from lightning_spectral.discovery.trace.positions import moved_by_half, moved_by_one
 from lightning_spectral.discovery.trace.programs import program_hash
@@ -274,28 +277,38 @@ class Prober:
         return self.once(region, "channels", lambda: self._channel_dim(region))
 
     def _channel_dim(self, region: Region) -> int:
-        """Ask the first convolution of the branch: whether its channels, dimension 1, are dimension 1 of the stream."""
+        """Ask what knows its channels up to the first products of the branch, in the order of execution."""
         shape = self.tape.shape(region.stream)
-        operations = (self.tape.producer(value) for value in region.values[1:])
-        first = next((item for item in operations if item is not None and is_convolution(item)), None)
-        if first is None or len(shape) < 3 or not self.tape.depends(first.inputs[0], region.stream):
+        if len(shape) < 3:
             return -1
-        between = (self.tape.producer(value) for value in self.tape.between(region.stream, first.inputs[0])[1:])
-        if any(operation is not None and is_product(self.tape, operation) for operation in between):
-            return -1  # a product stands before it: it reads channels of the branch, not of the stream
-        # Two channels are asked, because one of them can have a gain of nearly zero.
-        return 1 if any(self._keeps_channel(region, first.inputs[0], place) for place in {0, shape[1] // 2}) else -1
+        operations = {value: item for value in region.values[1:] if (item := self.tape.producer(value)) is not None}
+        attends = any(map(is_attention, operations.values()))
+        behind: set[int] = set()  # what a product has made has channels of the branch, not of the stream
+        for value, operation in operations.items():
+            if not behind.isdisjoint(operation.inputs):
+                behind.add(value)
+                continue
+            read = _channels_read(self.tape, operation, attends)
+            if read is not None and region.local(read[0]) >= 0:
+                for dim in (1, -1):
+                    # Two channels are asked, because one of them can have a gain of nearly zero.
+                    if any(self._keeps_channel(region, dim, read, place) for place in {0, shape[dim] // 2}):
+                        return dim
+            if is_product(self.tape, operation):
+                behind.add(value)
+        return -1
 
-    def _keeps_channel(self, region: Region, target: int, place: int) -> bool:
-        """Whether entry ``place`` of dimension 1 of the stream reaches the same entry of a later value."""
+    def _keeps_channel(self, region: Region, dim: int, target: tuple[int, int], place: int) -> bool:
+        """Whether entry ``place`` of a dimension of the stream reaches the same entry of a later value's dimension."""
         stream = noise(self.tape.tensors[region.stream], seed=14)
         other = stream.clone()
-        other.select(1, place).add_(1.0)
+        other.select(dim, place).add_(1.0)
+        value, channel = target
         try:
-            ends = [replay(self.tape, {region.stream: part}, target) for part in (stream, other)]
+            ends = [replay(self.tape, {region.stream: part}, value) for part in (stream, other)]
         except (RuntimeError, IndexError, ValueError, TypeError):
             return False
-        change = (ends[1] - ends[0]).abs().movedim(1, 0).flatten(1).sum(1)
+        change = (ends[1] - ends[0]).abs().movedim(channel, 0).flatten(1).sum(1)
         # A norm over channels spreads a change of one channel, but only thinly. So the changed channel must move more
         # than twice as far as any other, and not be the only one that moves.
         others = torch.cat([change[:place], change[place + 1 :]])
@@ -461,3 +474,34 @@ class Prober:
         result = replay(self.tape, sources, value, held=held)
         channels = math.prod(result.shape[dimension] for dimension in dimensions)
         return result.movedim(dimensions, tuple(range(-len(dimensions), 0))).reshape(-1, channels)
+
+
+def _channels_read(tape: Tape, operation: Operation, attends: bool) -> tuple[int, int] | None:
+    """Return the value whose channels an operation knows, and their dimension; ``None`` where it does not know them.
+
+    Args:
+        tape: The recorded forward pass.
+        operation: A convolution or a norm, which know their channels, or a product with a weight. A product knows them
+            in attention only: elsewhere it may multiply tokens, as in MLP-Mixer.
+        attends: Whether the operation belongs to attention.
+    """
+    if is_convolution(operation):
+        return operation.inputs[0], 1
+    normalized = operation.inputs[0] if is_norm(operation) else normalized_operand(tape, operation)
+    if normalized is not None:
+        channel = norm_channel(tape, operation)
+        # A norm over more dimensions than one does not know which of them are channels.
+        return (normalized, channel) if _is_over_one(tape, operation, normalized, channel) else None
+    weight = weight_operand(tape, operation) if attends and is_product(tape, operation) else None
+    if weight is None:
+        return None
+    left, right = matrix_operands(operation)
+    return (left, -1) if weight == right else (right, -1 if base_name(operation) == "linear" else -2)
+
+
+def _is_over_one(tape: Tape, operation: Operation, normalized: int, channel: int) -> bool:
+    """Whether a norm has its gain, or one that is written out its statistic, along one dimension only."""
+    if is_norm(operation):
+        return channel == 1 or len(operation.args[1]) == 1
+    statistic = min(tape.tensors[value].numel() for value in operation.inputs if tape.is_data(value))
+    return statistic * tape.shape(normalized)[channel] == tape.tensors[normalized].numel()
