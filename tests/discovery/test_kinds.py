@@ -657,3 +657,65 @@ def test_what_mixes_tokens_has_its_tokens_where_the_norm_has_no_channels(pointwi
 
     blocks = find_blocks(Stack(block(), block()).eval(), batch=torch.randn(2, TOKENS, WIDTH))
     assert [(block.kinds, block.token_dims) for block in blocks] == 2 * [(("mixer", "mlp"), (1,))]
+
+
+# Streams of their own.
+
+
+class Joint(nn.Module):
+    """Text and picture attend to each other, and the picture has a branch more."""
+
+    def __init__(self, extra: str) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({name: nn.Linear(WIDTH, 3 * WIDTH) for name in ("text", "image")})
+        self.outs = nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in ("text", "image")})
+        self.mlps = nn.ModuleDict({name: MLP() for name in ("text", "image")})
+        self.second, self.keys, self.extra = Attention(), nn.Linear(WIDTH, WIDTH), extra
+
+    def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """One attention over both, and an MLP for each."""
+        streams = {"text": text, "image": image}
+        joined = torch.cat([self.parts[name](rms(x)) for name, x in streams.items()], 1)
+        mixed = F.scaled_dot_product_attention(*joined.chunk(3, -1)).split([text.shape[1], image.shape[1]], 1)
+        text, image = (x + self.outs[name](y) for (name, x), y in zip(streams.items(), mixed, strict=True))
+        if self.extra == "attention":
+            image = image + self.second(rms(image))
+        if self.extra == "cross attention":
+            keys = self.keys(text.detach().square())
+            image = image + self.second.o(F.scaled_dot_product_attention(self.second.q(image), keys, keys))
+        if self.extra == "attention alone":
+            return text, image
+        return text + self.mlps["text"](rms(text)), image + self.mlps["image"](rms(image))
+
+
+class Pictured(nn.Module):
+    """Two streams through all blocks."""
+
+    def __init__(self, extra: str) -> None:
+        super().__init__()
+        self.joint = nn.ModuleList(Joint(extra) for _ in range(2))
+
+    def forward(self, text: Tensor, image: Tensor) -> Tensor:
+        """Both."""
+        for block in self.joint:
+            text, image = block(text, image)
+        return torch.cat([text, image], 1)
+
+
+@pytest.mark.parametrize("extra", ["attention", "cross attention", "attention alone"])
+def test_streams_are_blocks_of_their_own_where_one_has_more_branches(extra: str) -> None:
+    """The norms of two streams are never added up."""
+    model = Pictured(extra).eval()
+    blocks = find_blocks(model, batch=(torch.randn(2, TOKENS, WIDTH), torch.randn(2, TOKENS + 2, WIDTH)))
+    assert [(block.index, block.doubt) for block in blocks] == [(place, None) for place in range(4)]
+    layers = {layer.name: layer for layer in measure(model, blocks, solver=ExactSVD())}
+    for place, joint in enumerate(model.joint):
+        for name in ("text", "image"):
+            path = f"joint.{place}.outs.{name}"
+            (layer,) = (layer for own, layer in layers.items() if own.split(" + ")[0] == path)
+            expected = joint.outs[name].weight @ joint.parts[name].weight[2 * WIDTH :]
+            if name == "image" and extra == "attention":
+                expected = expected + joint.second.matrix
+            assert layer.attention_norm == pytest.approx(size(expected), rel=1e-5)
+            if extra != "attention alone":
+                assert layer.mlp_norm == pytest.approx(size(joint.mlps[name].matrix), rel=1e-5)

@@ -51,11 +51,15 @@ def named_groups(tape: Tape, modules: Mapping[str, nn.Module], branches: Sequenc
     Returns:
         The branches of each block by its name, in the order of execution.
     """
-    return _paired(tape, _stream_by_stream(tape, _by_container(modules, branches)))
+    return _paired(tape, _stream_by_stream(tape, branches, _by_container(modules, branches)))
 
 
-def _stream_by_stream(tape: Tape, groups: Groups) -> Groups:
-    """Split a group with a block on each of several streams: text and a picture, a sequence and its pairs."""
+def _stream_by_stream(tape: Tape, branches: Sequence[FoundBranch], groups: Groups) -> Groups:
+    """Split a group with branches on several streams: text and a picture, a sequence and its pairs.
+
+    Each stream has to be a block, complete or with the same kinds of branches as the others, or to differ in width.
+    Else something between two branches may only look like the end of a stream.
+    """
     result: Groups = {}
     for name, members in groups.items():
         streams: list[list[FoundBranch]] = []
@@ -65,14 +69,14 @@ def _stream_by_stream(tape: Tape, groups: Groups) -> Groups:
                 streams.append([branch])
             else:
                 own.append(branch)
-        alike = len({tuple(sorted(branch.kind for branch in stream)) for stream in streams}) == 1
-        whole = (alike and len(streams[0]) > 1) or all(_is_complete(stream) for stream in streams)
+        alike = len({frozenset(branch.kind for branch in stream) for stream in streams}) == 1
         widths = {tape.shape(stream[0].add.output)[-1] for stream in streams}
-        if len(streams) > 1 and (whole or len(widths) > 1):
+        if len(streams) > 1 and (alike or len(widths) > 1 or all(map(_is_complete, streams))):
             result |= {_name_on_stream(stream): stream for stream in streams}
         else:
             result[name] = members
-    return result
+    order = {id(branch): place for place, branch in enumerate(branches)}
+    return dict(sorted(result.items(), key=lambda item: order[id(item[1][0])]))
 
 
 def _name_on_stream(branches: Sequence[FoundBranch]) -> str:
