@@ -68,6 +68,7 @@ def canvas(name: str, height: int, x_range: Range1d, **options: Any) -> figure:
     plot = figure(
         height=height,
         sizing_mode="stretch_width",
+        min_width=200,  # while a window changes, charts have none for a moment, and would leave ink at the left edge
         x_range=x_range,
         tools=[zoom, PanTool(**across), *clicks, ResetTool(), SaveTool()],
         active_drag=zoom,

@@ -200,6 +200,21 @@ def test_a_narrow_window_needs_no_scrolling_sideways(page: Page, steered: Path):
     assert max(widths) <= 360
 
 
+def test_labels_do_not_reach_over_the_left_edge_of_a_chart_that_has_no_room(opened: Page):
+    """Bokeh clears its canvas from half a pixel on, so their ink would stay there when the chart has room again."""
+    opened.run("for (const chart of document.querySelectorAll('.chart')) chart.style.width = '60px'")
+    time.sleep(0.5)
+    over = opened.run(
+        """
+    const ink = (c) => c.getContext("2d").getImageData(0, 0, 1, c.height).data.some((value, i) => i % 4 === 3 && value);
+    const drawn = (v) => deep(v.el.shadowRoot).find((el) => el.localName === "canvas");
+    return arguments[0].filter((name) => ink(drawn(view(name))));
+    """,
+        CHARTS,
+    )
+    assert over == []
+
+
 def test_it_prints_on_pages(opened: Page):
     printed = opened.driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})
     document = base64.b64decode(printed["data"])
