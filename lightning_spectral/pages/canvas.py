@@ -29,6 +29,7 @@ __all__ = [
     "shade_zone",
     "tick_logs",
     "tick_ratios",
+    "title_above",
 ]
 
 Floats = NDArray[np.float64]
@@ -86,9 +87,10 @@ def canvas(name: str, height: int, x_range: Range1d, **options: Any) -> figure:
 
 
 def _style_axes(plot: figure) -> None:
-    from bokeh.models import BasicTickFormatter
+    from bokeh.models import BasicTickFormatter, NoOverlap
 
     plot.xaxis.formatter, plot.xaxis.ticker = BasicTickFormatter(use_scientific=False), counting()
+    plot.xaxis.major_label_policy = NoOverlap(min_distance=4)  # charts are as narrow as the window
     plot.grid.grid_line_color, plot.grid.grid_line_alpha = INK, 0.08
     plot.axis.axis_line_color = plot.axis.minor_tick_line_color = None
     plot.axis.major_tick_line_color = FAINT
@@ -213,6 +215,12 @@ def legend_above(plot: figure) -> None:
     style = {"background_fill_alpha": 0, "border_line_color": None, "label_text_color": INK, "padding": 0}
     legend.update(orientation="horizontal", **style)
     legend.ncols = 2
+
+
+def title_above(plot: figure, text: str) -> None:
+    """Put a title above a chart, beside its tools, to tell it from others under the same heading."""
+    style = {"text_color": INK, "text_font_size": "13px", "text_font_style": "normal"}
+    plot.title.update(text=text, **style)
 
 
 def colour_bar(plot: figure, mapper: Any, title: str | None = None) -> Any:

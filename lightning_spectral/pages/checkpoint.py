@@ -23,7 +23,7 @@ from lightning_spectral.pages.canvas import (
 from lightning_spectral.pages.page import Section, check_installed, write_page
 from lightning_spectral.pages.summary import Advice, Finding, Summary
 from lightning_spectral.pages.tables import comparison_table, norms_table
-from lightning_spectral.pages.words import clear, many, zone_of, zone_words
+from lightning_spectral.pages.words import clear, clear_name, many, zone_of, zone_words
 from lightning_spectral.records import Measurement
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _columns(measurement: Measurement) -> dict[str, Any]:
         name: [getattr(layer, name) for layer in measurement] for name in ("ratio", "mlp_norm", "attention_norm")
     }
     numbers = {name: np.array([value or np.nan for value in values]) for name, values in columns.items()}
-    names = [clear(layer.name) for layer in measurement]
+    names = [clear_name(layer.name) for layer in measurement]
     return {"block": [layer.index for layer in measurement], "name": names, **numbers}
 
 

@@ -27,7 +27,7 @@ from lightning_spectral.pages.canvas import (
 from lightning_spectral.pages.heat import heat_chart
 from lightning_spectral.pages.losses import logged_charts
 from lightning_spectral.pages.timeline import is_ceiling, stopped, timeline
-from lightning_spectral.pages.words import clear, zone_of
+from lightning_spectral.pages.words import clear, clear_name, zone_of
 from lightning_spectral.records import Event
 from lightning_spectral.runs.history import History
 from lightning_spectral.runs.logged import NOTHING, Logged
@@ -95,7 +95,7 @@ def _source(history: History, shown: dict[str, Floats]) -> ColumnDataSource:
     from bokeh.models import ColumnDataSource
 
     steps = np.asarray(history.steps, dtype=np.int32 if history.steps[-1] < 2**31 else np.float64)
-    names = {layer.index: clear(layer.name) for measurement in history.measurements for layer in measurement}
+    names = {layer.index: clear_name(layer.name) for measurement in history.measurements for layer in measurement}
     blocks = range(max(names) + 1)
     columns: dict[str, Any] = {"block": list(blocks), "name": [names.get(block, "") for block in blocks]}
     columns["steps"] = [steps for _ in blocks]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_spectral.pages.tables import Table, number
-from lightning_spectral.pages.words import clear
+from lightning_spectral.pages.words import clear_name
 from lightning_spectral.records import LayerMeasurement
 from lightning_spectral.runs.history import History
 
@@ -71,8 +71,9 @@ def told_difference(found: Sequence[Difference], letters: tuple[str, str], step:
     if size < ALIKE:
         return f"At step {step:,}, the ratios of all blocks agree within 5 % in {one} and {other}."
     alike = sum(distance < ALIKE for distance, _ in known)
+    block = f"block {most.other.index} ({clear_name(most.other.name)})"
     return (
-        f"At step {step:,}, {other} differs most from {one} in block {most.other.index} ({clear(most.other.name)}): "
+        f"At step {step:,}, {other} differs most from {one} in {block}: "
         f"ρ = {most.one.ratio:.4g} in {one} and {most.other.ratio:.4g} in {other}. Its MLP is ×{most.mlp_factor:.3g}, "
         f"its attention ×{most.attention_factor:.3g}. {alike} of {len(known)} blocks agree within 5 %."
     )
@@ -85,7 +86,7 @@ def difference_table(found: Sequence[Difference], letters: tuple[str, str], step
     for item in found:
         factor = None if item.log_factor is None else math.exp(item.log_factor)
         values = (item.one.ratio, item.other.ratio, factor, item.mlp_factor, item.attention_factor)
-        rows.append((str(item.other.index), clear(item.other.name), *map(number, values)))
+        rows.append((str(item.other.index), clear_name(item.other.name), *map(number, values)))
     both = f"{other} / {one}"
     head = ("block", "name", f"ρ, {one}", f"ρ, {other}", f"ρ, {both}", f"‖MLP‖₂, {both}", f"‖attention‖₂, {both}")
     return Table(f"{other} against {one} at step {step:,}", head, tuple(rows))

@@ -11,7 +11,7 @@ import numpy as np
 from lightning_spectral.display.figure import Floats, power_of_two
 from lightning_spectral.display.heatmap import LIMIT, SOFTEST, step_edges
 from lightning_spectral.pages.canvas import canvas, colour_bar, counting, hover, rounded
-from lightning_spectral.pages.words import clear
+from lightning_spectral.pages.words import clear_name
 from lightning_spectral.runs.history import History
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ PALE, STRONG = 0.3, 0.5  # share of the palette used just inside, and just outsi
 def heat_chart(history: History, x_range: Range1d, zone: tuple[float, float] | None) -> figure:
     """Draw ρ of every block (upwards) at every measured step (to the right)."""
     ratios = history.values("ratio")
-    names = {layer.index: clear(layer.name) for measurement in history.measurements for layer in measurement}
+    names = {layer.index: clear_name(layer.name) for measurement in history.measurements for layer in measurement}
     return cells("heatmap", ratios, history.steps, names, x_range, zone, "ρ")
 
 

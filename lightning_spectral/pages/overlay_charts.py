@@ -10,11 +10,20 @@ import numpy as np
 
 from lightning_spectral.display.figure import Floats
 from lightning_spectral.display.heatmap import step_edges
-from lightning_spectral.pages.canvas import canvas, hover, legend_above, log_range, rounded, shade_zone, tick_ratios
+from lightning_spectral.pages.canvas import (
+    canvas,
+    hover,
+    legend_above,
+    log_range,
+    rounded,
+    shade_zone,
+    tick_ratios,
+    title_above,
+)
 from lightning_spectral.pages.differences import shared_steps
 from lightning_spectral.pages.heat import cells
 from lightning_spectral.pages.losses import COLOURS, DASHES, curve_chart
-from lightning_spectral.pages.words import clear, zone_of
+from lightning_spectral.pages.words import clear_name, zone_of
 from lightning_spectral.runs.history import History
 from lightning_spectral.runs.logged import Curve, Logged
 
@@ -106,7 +115,7 @@ def _blocks(runs: Sequence[Run]) -> figure | None:
     shade_zone(plot, zone)
     tick_ratios(plot, zone)
     for run, found, values, colour, marker in zip(runs, layers, ratios, COLOURS, MARKERS, strict=False):
-        names = [clear(layer.name) for layer in found]
+        names = [clear_name(layer.name) for layer in found]
         source = {"block": [layer.index for layer in found], "name": names, "value": values}
         plot.line("block", "value", color=colour, line_alpha=0.4, source=source)
         style = {"color": colour, "size": 9, "marker": marker, "legend_label": run.letter}
@@ -124,9 +133,11 @@ def _difference(one: Run, other: Run, x_range: Range1d) -> figure | None:
     factors = second[:blocks] / first[:blocks]
     if not np.isfinite(factors).any():
         return None
-    names = {layer.index: clear(layer.name) for layer in other.history.measurements[-1]}
+    names = {layer.index: clear_name(layer.name) for layer in other.history.measurements[-1]}
     label = f"ρ, {other.letter} / {one.letter}"
-    return cells(f"difference_{other.letter}", factors, steps, names, x_range, ALIKE, label, edge="")
+    plot = cells(f"difference_{other.letter}", factors, steps, names, x_range, ALIKE, label, edge="")
+    title_above(plot, label)
+    return plot
 
 
 def _ratios_at(history: History, steps: Sequence[int]) -> Floats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from lightning_spectral.pages.words import clear
+from lightning_spectral.pages.words import clear, clear_name
 from lightning_spectral.records import LayerMeasurement, Measurement
 
 __all__ = ["one_screen", "summary_line"]
@@ -35,7 +35,7 @@ def one_screen(measurement: Measurement, rows: int = 24) -> str:
 def _on_one_line(layer: LayerMeasurement) -> LayerMeasurement:
     """Return a layer with short texts on one line: a reason may be an error of torch with its call stack."""
     mlp, attention = (None if why is None else _flat(why) for why in (layer.mlp_reason, layer.attention_reason))
-    return replace(layer, name=_flat(layer.name), mlp_reason=mlp, attention_reason=attention)
+    return replace(layer, name=clear_name(layer.name, LONGEST), mlp_reason=mlp, attention_reason=attention)
 
 
 def _flat(text: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lightning_spectral.alarms.rules import told_side
 from lightning_spectral.display.figure import Floats
-from lightning_spectral.pages.words import clear, many
+from lightning_spectral.pages.words import clear_name, many
 from lightning_spectral.records.comparison import moved_by
 from lightning_spectral.records.text import numbered
 from lightning_spectral.runs.history import History
@@ -88,7 +88,7 @@ def stays(history: History, zone: tuple[float, float]) -> tuple[Stay, ...]:
     with np.errstate(divide="ignore", invalid="ignore"):
         norms = [np.log(history.values(name)) for name in ("mlp_norm", "attention_norm")]
     found = []
-    for index, name in {layer.index: clear(layer.name) for layer in history.measurements[-1]}.items():
+    for index, name in {layer.index: clear_name(layer.name) for layer in history.measurements[-1]}.items():
         series = ratios[index]
         if not np.isfinite(series[-1]) or math.log(zone[0]) < series[-1] < math.log(zone[1]):
             continue

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lightning_spectral.pages.stays import Stay, branch_that_moved
-from lightning_spectral.pages.words import clear, zone_of
+from lightning_spectral.pages.words import clear, clear_name, zone_of
 from lightning_spectral.records import Event, LayerMeasurement, Measurement
 from lightning_spectral.runs.entries import FORMAT
 from lightning_spectral.runs.history import History
@@ -68,7 +68,7 @@ def series_table(history: History, quantities: Mapping[str, str]) -> Table:
 
 
 def _names(history: History) -> dict[int, str]:
-    return {layer.index: clear(layer.name) for measurement in history.measurements for layer in measurement}
+    return {layer.index: clear_name(layer.name) for measurement in history.measurements for layer in measurement}
 
 
 def _extremes(series: Any) -> Iterator[str]:
@@ -92,7 +92,7 @@ def norms_table(measurement: Measurement, outside: Sequence[Stay] = ()) -> Table
         norms = [number(value) for value in (layer.mlp_norm, layer.attention_norm, layer.ratio)]
         stay = stay_of.get(layer.index)
         told = ("", "") if stay is None else (f"{stay.when}, {stay.course}", branch_that_moved(stay))
-        row = (str(layer.index), clear(layer.name), *norms, *(told if outside else ()), _note(layer, zone))
+        row = (str(layer.index), clear_name(layer.name), *norms, *(told if outside else ()), _note(layer, zone))
         rows.append(row)
     return Table("Every block", ("block", "name", "‖MLP‖₂", "‖attention‖₂", "ρ", *more, "note"), tuple(rows))
 
@@ -105,7 +105,7 @@ def comparison_table(before: Measurement, after: Measurement) -> Table:
     for one, two in zip(before, after, strict=True):
         change = None if one.log_ratio is None or two.log_ratio is None else two.log_ratio - one.log_ratio
         values = [number(getattr(layer, name)) for name in names for layer in (one, two)]
-        rows.append((str(two.index), clear(two.name), *values, number(change)))
+        rows.append((str(two.index), clear_name(two.name), *values, number(change)))
     return Table("Every block", ("block", "name", *head, "change of ln ρ"), tuple(rows))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from lightning_spectral.records import LayerMeasurement, Measurement
 from lightning_spectral.runs.history import History
 
-__all__ = ["block_list", "clear", "damaged_lines", "many", "zone_of", "zone_words"]
+__all__ = ["block_list", "clear", "clear_name", "damaged_lines", "many", "zone_of", "zone_words"]
 
 LISTED = 10  # damaged lines named in a sentence
 
@@ -18,6 +18,13 @@ def clear(text: str, most: int = 100) -> str:
     """Return a text from a file in a form that is safe to show: printable, and not too long."""
     shown = "".join(letter if letter.isprintable() else "�" for letter in text)
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+
+
+def clear_name(name: str, most: int = 100) -> str:
+    """Return the name of a block like :func:`clear`, but cut in its middle: blocks differ at the end of their names."""
+    head = most // 3
+    whole = clear(name, len(name))
+    return whole if len(whole) <= most else f"{whole[:head]}…{whole[head + 1 - most :]}"
 
 
 def many(count: int, word: str) -> str:
@@ -76,7 +83,7 @@ def zone_words(
     worst = max((layer for layer in last if layer.ratio is not None), key=lambda layer: _excess(layer, zone))
     if _excess(worst, zone) > 0:
         side = "above" if worst.ratio is not None and worst.ratio >= zone[1] else "below"
-        yield f"Farthest {side}: block {worst.index} ({clear(worst.name)}) at ρ = {worst.ratio:.4g}."
+        yield f"Farthest {side}: block {worst.index} ({clear_name(worst.name)}) at ρ = {worst.ratio:.4g}."
 
 
 def _inside(measurement: Measurement, zone: tuple[float, float]) -> str | None:

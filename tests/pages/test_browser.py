@@ -278,6 +278,10 @@ def test_runs_are_laid_over_each_other(page: Page, folder: Path):
     names = page.run("return [...Bokeh.index.roots].map((v) => v.model.name).filter((name) => name)")
     assert names == ["loss", "ratio", "blocks", "difference_B", "difference_C", "tokens"]
     assert all(page.run(DRAWN, name) > 3 for name in names)
+    assert [page.run("return view(arguments[0]).model.title.text", name) for name in names[3:5]] == [
+        "ρ, B / A",
+        "ρ, C / A",
+    ]
     assert page.hover("loss", 40, 5.0).startswith("A loss step 40 loss 5")
     assert page.hover("difference_B", 40, 3) == "block 3 model.blocks.3 step 40 ρ, B / A 1"
     assert "A, step 80 block 4 model.blocks.4" in page.hover("blocks", 4, ratio(4, 6))

@@ -35,7 +35,7 @@ from lightning_spectral.pages.curves import QUANTITIES, run_charts
 from lightning_spectral.pages.findings import summary_of
 from lightning_spectral.pages.heat import SHADES, heat_chart, zone_palette
 from lightning_spectral.pages.tables import event_table
-from lightning_spectral.pages.words import block_list, clear
+from lightning_spectral.pages.words import block_list, clear, clear_name
 from lightning_spectral.records import LayerMeasurement, Measurement
 from lightning_spectral.runs.logged import NOTHING
 
@@ -372,6 +372,16 @@ def test_texts_are_cleared():
     assert clear("a\x00b\u202ec\nd\u2028") == "a�b�c�d�"
     assert clear("x" * 101) == "x" * 99 + "…"
     assert clear("ρ ‖W‖ 漢") == "ρ ‖W‖ 漢"
+
+
+def test_names_of_blocks_that_are_cut_still_differ():
+    name = "tower." + "x" * 200 + ".layers."
+    short = clear_name(f"{name}11")
+    assert len(short) == 100
+    assert short.startswith("tower.x")
+    assert short.endswith("x.layers.11")
+    assert clear_name("a\x00b") == "a�b"
+    assert clear_name("x" * 100) == "x" * 100
     assert block_list([3]) == "block 3"
     assert block_list([7, 0, 1, 2, 4]) == "blocks 0–2, 4, 7"
 
@@ -439,6 +449,7 @@ def test_labels_of_axes_and_of_the_ends_of_lines_do_not_collide(tmp_path: Path):
         pixel = (reach(chart.y_range.end) - reach(chart.y_range.start)) / (chart.height - 90)
         for ticks in (axis.ticker.ticks, chart.yaxis[0].ticker.ticks if logarithmic else []):
             assert (np.diff(reach(sorted(ticks))) >= 10 * pixel).all(), name
+    assert {chart.xaxis[0].major_label_policy.__class__.__name__ for chart in drawn.values()} == {"NoOverlap"}
     edges = drawn["ratio"].yaxis[0].major_label_overrides
     assert (edges[0.5], edges[2.0]) == ("zone 1/2", "zone 2")
 
