@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.errors import ConfigurationError, SpectralError
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_OK, _ERROR, _OUTSIDE = 0, 2, 3
+_OK, _ERROR, _OUTSIDE, _INTERRUPTED = 0, 2, 3, 130
 _EXAMPLES = """examples:
   lightning-spectral audit model_folder              a table of every block
   lightning-spectral audit before.ckpt after.ckpt    what has changed
@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What stands behind the program's name; taken from ``sys.argv`` by default.
 
     Returns:
-        The exit code: 0, 2 after an error, 3 where ``--fail-outside-zone`` was given and a ratio is outside.
+        The exit code: 0, 2 after an error, 3 where ``--fail-outside-zone`` was given and a ratio is outside, 130 after
+        Ctrl-C.
     """
     try:
         parser = _parser()
@@ -69,13 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(why if error.filename is None else f"{error.filename}: {why[:1].lower()}{why[1:]}")
     except (SpectralError, ModuleNotFoundError) as error:
         return _failed(str(error))
+    except KeyboardInterrupt:
+        return _INTERRUPTED
 
 
 def _parser() -> ArgumentParser:
     from argparse import RawDescriptionHelpFormatter
 
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
-    from jsonargparse.typing import PositiveFloat
 
     from lightning_spectral import __version__
 
@@ -99,7 +101,7 @@ def _parser() -> ArgumentParser:
     command.add_argument("other", type=str | None, nargs="?", help="a second one, to compare with the first")
     command.add_argument(
         "--linearization",
-        type=Literal["circuit", "paper"],
+        choices=("circuit", "paper"),
         default="circuit",
         help="what is measured: circuit (default) or paper",
     )
@@ -108,7 +110,7 @@ def _parser() -> ArgumentParser:
     command.add_argument("--json", type=str | None, default=None, help="file to write the numbers to")
     command.add_argument(
         "--safe-zone",
-        type=float,
+        type=_number,
         nargs=2,
         metavar=("LOW", "HIGH"),
         default=[0.5, 2.0],
@@ -129,7 +131,7 @@ def _parser() -> ArgumentParser:
     page.add_argument("--output", type=str | None, default=None, help="the page; beside spectral.jsonl by default")
     page.add_argument(
         "--watch",
-        type=PositiveFloat | None,
+        type=_number,
         nargs="?",
         const=10.0,
         default=None,
@@ -141,10 +143,19 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError(f"expected a number, got {text!r}") from None
+
+
 def _report(options: Any) -> int:
     from lightning_spectral.pages import report, watch_report
 
-    _check_folder(options.output)
+    _check_place(options.output)
     runs = options.run_dir if len(options.run_dir) > 1 else options.run_dir[0]
     if options.watch is None:
         _say(sys.stdout, str(report(runs, options.output)))
@@ -161,8 +172,8 @@ def _audit(options: Any) -> int:
 
     if options.html is not None:
         check_installed()  # before the work
-    _check_folder(options.html)
-    _check_folder(options.json)
+    _check_place(options.html)
+    _check_place(options.json)
     paths = [path for path in (options.path, options.other) if path is not None]
     measured = [_measured(path, options) for path in paths]
     if len(measured) == 1:
@@ -224,9 +235,13 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _check_folder(path: str | None) -> None:
-    """Check before the work that a file can be written behind it."""
-    if path is not None and not Path(path).absolute().parent.is_dir():
+def _check_place(path: str | None) -> None:
+    """Check before the work that a file can be written there."""
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise ConfigurationError(f"{path or '.'}: cannot be written, because it is a folder; name a file")
+    if not Path(path).absolute().parent.is_dir():
         raise ConfigurationError(f"{path}: cannot be written, because its folder does not exist")
 
 

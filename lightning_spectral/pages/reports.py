@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.pages.overlay import write_overlay
 from lightning_spectral.pages.page import check_installed
 from lightning_spectral.pages.run import write_run_page
 from lightning_spectral.pages.sources import NothingMeasuredError, find_run
 
 __all__ = ["report", "watch_report"]
+
+A_DAY = 86_400  # seconds
 
 Runs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -59,7 +62,7 @@ def watch_report(
     Args:
         run_dir: As for :func:`report`.
         output: As for :func:`report`.
-        every: Seconds between two looks at the run, and between two loads of the page.
+        every: Seconds between two looks at the run, and between two loads of the page; a day at most.
         tell: Is told once where the page is, and once that the run has not been measured yet.
 
     Returns:
@@ -68,6 +71,8 @@ def watch_report(
     Raises:
         ConfigurationError, ModuleNotFoundError, OSError: As for :func:`report`, but a run may be without a measurement.
     """
+    if not 0 < every <= A_DAY:
+        raise ConfigurationError(f"{every:g} s between two looks at a run: expected more than 0 and at most {A_DAY:,}")
     check_installed()
     sources = _sources(run_dir)
     page = _page(sources, output)

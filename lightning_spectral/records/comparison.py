@@ -168,8 +168,11 @@ def compare(before: Measurement, after: Measurement) -> Comparison:
             f"adapters={after.adapters!r}; measure both with the same adapters="
         )
     if before.linearization != after.linearization or names[0] != names[1]:
+        apart = next(((one, two) for one, two in zip(*names, strict=False) if one != two), None)
         raise CheckpointError(
             f"two checkpoints cannot be compared: one has {len(names[0])} blocks by {before.linearization!r}, the "
-            f"other {len(names[1])} by {after.linearization!r}, expected the same names and the same linearization"
+            f"other {len(names[1])} by {after.linearization!r}"
+            + ("" if apart is None else f", and a block is {apart[0]!r} in one and {apart[1]!r} in the other")
+            + ", expected the same names and the same linearization"
         )
     return Comparison(before, after)

@@ -194,10 +194,16 @@ def test_errors_are_one_line_and_code_2(folder: Path, tmp_path: Path, capsys: An
         (["audit", str(folder), "--json", str(tmp_path / "no" / "out.json")], "its folder does not exist"),
         (["audit", str(folder), "--html", str(tmp_path / "no" / "out.html")], "its folder does not exist"),
         (["report", str(tmp_path), "--output", str(tmp_path / "no" / "out.html")], "its folder does not exist"),
-        (["audit", str(folder), "--json", str(tmp_path)], f"{tmp_path}: is a directory"),
+        (["audit", str(folder), "--json", str(tmp_path)], f"{tmp_path}: cannot be written, because it is a folder"),
+        (["audit", str(folder), "--html", str(tmp_path)], f"{tmp_path}: cannot be written, because it is a folder"),
+        (["report", str(folder), "--output", ""], ".: cannot be written, because it is a folder; name a file"),
+        (["report", str(tmp_path), "--watch", "inf"], "inf s between two looks at a run: expected more than 0 and at"),
+        (["report", str(tmp_path), "--watch", "nan"], "nan s between two looks at a run: expected more than 0 and at"),
+        (["report", str(tmp_path), "--watch", "-3"], "-3 s between two looks at a run: expected more than 0 and at"),
     ):
         assert main(arguments) == 2
-        err = capsys.readouterr().err
+        out, err = capsys.readouterr()
+        assert out == ""  # told before the work
         assert err.startswith("lightning-spectral: error: ")
         assert err.endswith("\n")
         assert err[:-1].isprintable()
@@ -224,6 +230,29 @@ def test_what_is_no_command_ends_with_2(arguments: list[str], capsys: Any):
     with pytest.raises(SystemExit, match=r"^2$"):
         main(arguments)
     assert "usage: lightning-spectral" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["audit", "a", "--linearization", "jacobian"], "argument --linearization: invalid choice: 'jacobian'"),
+        (["audit", "a", "--safe-zone", "0.5", "b"], "argument --safe-zone: expected a number, got 'b'"),
+        (["report", "a", "--watch", "b"], "argument --watch: expected a number, got 'b'"),
+    ],
+)
+def test_a_wrong_value_is_told_in_one_line(arguments: list[str], message: str, capsys: Any):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(arguments)
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_ctrl_c_ends_an_audit_without_a_traceback(folder: Path):
+    script = (
+        "import sys\nfrom lightning_spectral import cli, checkpoints\ndef audit(*_, **__): raise KeyboardInterrupt\n"
+    )
+    script += "checkpoints.audit = audit\nsys.exit(cli.main(['audit', sys.argv[1]]))"
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_without_the_extra_the_message_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any):

@@ -123,6 +123,11 @@ def test_two_checkpoints_are_compared_by_the_change_of_the_log_ratio(tmp_path: P
     assert lines[3] == "largest change: block 1 (transformer.h.1), ratio ×2, by its MLP"
     with pytest.raises(CheckpointError, match="two checkpoints cannot be compared: one has 3 blocks by 'circuit', the"):
         compare(before, measure(model, blocks, linearization="paper"))
+    other = replace(before, layers=tuple(replace(layer, name=f"h.{layer.index}") for layer in before))
+    with pytest.raises(
+        CheckpointError, match=r"a block is 'transformer\.h\.0' in one and 'h\.0' in the other, expected"
+    ):
+        compare(before, other)
     for one, two in (("sum", "base"), ("delta", "sum")):
         with pytest.raises(
             CheckpointError, match=rf"one has adapters='{one}', the other adapters='{two}'; measure both"
