@@ -32,7 +32,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_spectral.discovery.attempts import passed, recorded
 from lightning_spectral.discovery.chains.recipes import attribute_path
-from lightning_spectral.discovery.structure.residual import ResidualAdd, Term, residual_adds
+from lightning_spectral.discovery.structure.adds import ResidualAdd
+from lightning_spectral.discovery.structure.residual import residual_adds
+from lightning_spectral.discovery.structure.terms import Term
 from lightning_spectral.discovery.trace.probe import Prober
 from lightning_spectral.discovery.trace.replay import execute
 from lightning_spectral.discovery.trace.tape import Call, Operation, Tape, bits

@@ -16,9 +16,11 @@ from lightning_spectral.discovery.chains.multipliers import multiplier_factors
 from lightning_spectral.discovery.chains.recipes import attribute_path
 from lightning_spectral.discovery.chains.scores import scores_of
 from lightning_spectral.discovery.chains.steps import Steps
+from lightning_spectral.discovery.structure.adds import Refusal, ResidualAdd
 from lightning_spectral.discovery.structure.layouts import turned_over
-from lightning_spectral.discovery.structure.residual import Refusal, ResidualAdd, Term, goes_on
+from lightning_spectral.discovery.structure.residual_stream import goes_on
 from lightning_spectral.discovery.structure.sites import Site, choose_site, usable_modules
+from lightning_spectral.discovery.structure.terms import Term
 from lightning_spectral.discovery.trace.hankel import entrywise
 from lightning_spectral.discovery.trace.operands import UnmeasurableError
 from lightning_spectral.discovery.trace.operations import (

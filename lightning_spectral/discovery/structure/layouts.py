@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_spectral.discovery.structure.residual import ResidualAdd, stream_values
+from lightning_spectral.discovery.structure.adds import ResidualAdd
+from lightning_spectral.discovery.structure.residual_stream import stream_values
 from lightning_spectral.discovery.trace.operations import base_name, is_convolution
 from lightning_spectral.discovery.trace.probe import Prober, Region
 from lightning_spectral.discovery.trace.tape import Tape

@@ -13,8 +13,9 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+from lightning_spectral.discovery.structure.adds import Refusal, ResidualAdd
 from lightning_spectral.discovery.structure.branches import FoundBranch
-from lightning_spectral.discovery.structure.residual import Refusal, ResidualAdd, stream_step, stream_values
+from lightning_spectral.discovery.structure.residual_stream import stream_step, stream_values
 from lightning_spectral.discovery.structure.sites import linked
 from lightning_spectral.discovery.trace.operands import norm_channel
 from lightning_spectral.discovery.trace.operations import (

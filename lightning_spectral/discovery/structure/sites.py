@@ -6,7 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
-from lightning_spectral.discovery.structure.residual import ResidualAdd, Term, leads_only_to, stream_source
+from lightning_spectral.discovery.structure.adds import ResidualAdd
+from lightning_spectral.discovery.structure.residual_stream import leads_only_to, stream_source
+from lightning_spectral.discovery.structure.terms import Term
 from lightning_spectral.discovery.trace.tape import Tape
 
 __all__ = ["Site", "choose_site", "linked", "usable_modules"]
