@@ -41,7 +41,7 @@ def news(actions: Sequence[Action], measurement: Measurement, *, dry_run: bool) 
     listed = []
     for action in told[:TOLD_AT_ONCE]:
         layer = measurement.layers[action.block]
-        seen = "" if action.log_ratio is None else f" at {math.exp(action.log_ratio):.4g}"
+        seen = "" if action.log_ratio is None else f" (smoothed ratio {math.exp(action.log_ratio):.4g})"
         what = f"{action.reason}{seen}"
         listed.append(f"block {numbered(layer)}: {what}")
     more = f"; and {len(told) - TOLD_AT_ONCE} more" if len(told) > TOLD_AT_ONCE else ""

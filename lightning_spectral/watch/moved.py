@@ -98,7 +98,10 @@ def copied_blocks(weights: Weights, blocks: Sequence[ResidualBlock]) -> tuple[tu
 def told_of_copies(indices: Sequence[int]) -> str:
     """Say which blocks begin as copies: ``nn.TransformerEncoder`` copies the one layer that it is given."""
     named = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
-    return f"blocks {named} begin as copies: their weights are equal, bit for bit. Initialize each of them by itself"
+    return (
+        f"blocks {named} begin as copies: their weights are equal, bit for bit, as nn.TransformerEncoder makes them. "
+        "Initialize each of them by itself, unless that is meant"
+    )
 
 
 def trained_names(model: nn.Module, blocks: Sequence[ResidualBlock], trained: Sequence[Tensor]) -> frozenset[str]:

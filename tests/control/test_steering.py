@@ -106,7 +106,7 @@ def test_the_console_says_once_when_steering_begins_and_when_a_bound_is_reached(
     rescaler = ResidualRescaler(learnable=False, bounds=(0.9, 1.1), max_step=0.15, smoothing=0.0)
     fit(tmp_path, SpectralMonitor(1, rescaler), module=unbalanced())
     told = [record.message for record in caplog.records if record.message.startswith("residual scales")]
-    assert "step 2, steering: block 0 (model.blocks.0): ratio too high at " in told[0]
+    assert "step 2, steering: block 0 (model.blocks.0): ratio too high (smoothed ratio " in told[0]
     assert len(told) == 2
     assert "held by the bounds of the scales" in told[1]
     actions = read_actions(tmp_path / "spectral.jsonl")
@@ -180,7 +180,7 @@ def test_a_dry_run_says_what_it_would_do_and_changes_nothing(tmp_path: Path, cap
     assert_same(*results)
     actions = read_actions(tmp_path / "1" / "spectral.jsonl")
     assert [action["step"] for action in actions if action["block"] == 0] == [4, 6]  # no step follows the 8th
-    assert "would steer (dry run): block 0 (model.blocks.0): ratio too high at" in caplog.text
+    assert "would steer (dry run): block 0 (model.blocks.0): ratio too high (smoothed ratio " in caplog.text
     assert read_journal(tmp_path / "1" / "spectral.jsonl")[0]["rescaler"]["dry_run"] is True
 
 
