@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -208,6 +209,18 @@ def test_other_callbacks_can_monitor_a_key_on_the_first_day(tmp_path: Path):
     }
     assert not [path for path in tmp_path.rglob("*.ckpt") if path.parent != tmp_path]
     assert save.best_model_score == pytest.approx(float(save.best_model_score))
+
+
+@pytest.mark.parametrize(("rate", "steps"), [(1e-3, 24), (0.0, 8)])
+@pytest.mark.filterwarnings("ignore:.*FAILURE at step")
+def test_early_stopping_as_the_page_on_keys_shows_it_stops_a_failure_and_no_healthy_run(
+    tmp_path: Path, rate: float, steps: int
+):
+    page = (Path(__file__).parents[2] / "docs" / "keys.md").read_text(encoding="utf-8")
+    (call,) = re.findall(r"^stop = (EarlyStopping\(.*\))$", page, re.MULTILINE)
+    stop = eval(call, {"EarlyStopping": EarlyStopping})
+    trainer = fit(tmp_path, [SpectralMonitor(every_n_steps=2), stop], module=LitGPT(learning_rate=rate), max_steps=24)
+    assert trainer.global_step == steps
 
 
 @pytest.mark.parametrize(
