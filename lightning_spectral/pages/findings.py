@@ -175,11 +175,9 @@ def _moves(history: History) -> str:
     first, last = min(steps), max(steps)
     when = f"at step {first:,}" if first == last else f"from step {first:,} to step {last:,}"
     scales = [scale for layer in history.measurements[-1] for scale in (layer.mlp_scale, layer.attention_scale)]
-    return (
-        f"The controller{dry} moved scales of {many(len({action['block'] for action in moves}), 'block')} in "
-        f"{many(len(moves), 'action')}, {when}. Scales end between "
-        f"{min(scales):.3g} and {max(scales):.3g}."
-    )
+    ends = "" if dry else f" Scales end between {min(scales):.3g} and {max(scales):.3g}."
+    blocks = many(len({action["block"] for action in moves}), "block")
+    return f"The controller{dry} moved scales of {blocks} in {many(len(moves), 'action')}, {when}.{ends}"
 
 
 def _informing(history: History, seen: _Seen) -> Iterator[Finding]:
@@ -194,7 +192,8 @@ def _informing(history: History, seen: _Seen) -> Iterator[Finding]:
     measured = sum(layer.ratio is not None for layer in last)
     edges = f"({zone[0]:g}, {zone[1]:g})"
     if measured and not seen.outside:
-        yield Finding("good", f"All {many(measured, 'block')} end inside the safe zone {edges}.")
+        end = f"All {measured:,} blocks end" if measured > 1 else "The block ends"
+        yield Finding("good", f"{end} inside the safe zone {edges}.")
     elif measured:
         count = f"{len(seen.outside)} of {many(measured, 'block')}"
         end = f"{'ends' if len(seen.outside) == 1 else 'end'} outside the safe zone {edges}"
@@ -220,12 +219,11 @@ def _tokens(history: History) -> Iterator[Finding]:
     series, steps = residuals[row][there], np.asarray(history.steps)[there]
     lowest = int(np.argmin(series))
     verdict = "below" if series[lowest] < COLLAPSED else "never below"
-    yield Finding(
-        "information",
-        f"Token residual behind block {row}: {series[0]:.2g} at step {steps[0]:,}, {series[-1]:.2g} at step "
-        f"{steps[-1]:,}, smallest {series[lowest]:.2g} at step {steps[lowest]:,}; {verdict} {COLLAPSED:g}, where "
-        "tokens count as one vector.",
-    )
+    seen = f"{series[0]:.2g} at step {steps[0]:,}"
+    if len(series) > 1:
+        seen += f", {series[-1]:.2g} at step {steps[-1]:,}, smallest {series[lowest]:.2g} at step {steps[lowest]:,}"
+    told = f"Token residual behind block {row}: {seen}; {verdict} {COLLAPSED:g}, where tokens count as one vector."
+    yield Finding("information", told)
 
 
 def _unknown(history: History, logged: Logged) -> Iterator[Finding]:

@@ -271,9 +271,20 @@ def test_actions_are_added_up(tmp_path: Path):
     once = replace(history, actions=tuple(item for item in history.actions if item["step"] == 60))
     assert "2 blocks in 2 actions, at step 60." in texts(summary_of(once, NOTHING))
     dry = replace(history, header={"rescaler": {"dry_run": True}})
-    assert "The controller would have moved" in texts(summary_of(dry, NOTHING))
+    told = texts(summary_of(dry, NOTHING))
+    assert "The controller would have moved" in told
+    assert "Scales end" not in told  # there are none
     idle = replace(history, actions=())
     assert "The controller was on and moved no scale." in texts(summary_of(idle, NOTHING))
+
+
+def test_one_block_and_one_look_at_the_tokens_are_told_in_the_singular():
+    text = texts(summary_of(run_of([1.0, 1.2]), NOTHING))
+    assert "The block ends inside the safe zone (0.5, 2)." in text
+    text = texts(summary_of(run_of([1.0, 1.2], [1.0, 1.1]), NOTHING))
+    assert "All 2 blocks end inside the safe zone (0.5, 2)." in text
+    told = "Token residual behind block 0: 0.6 at step 0; never below 0.01, where tokens count as one vector."
+    assert told in texts(summary_of(run_of([1.0]), NOTHING))
 
 
 def test_what_the_controller_begins_and_cannot_do_are_events():
