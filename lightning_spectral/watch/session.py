@@ -105,6 +105,7 @@ class Session:
         self._introduced = False
         self._weights: dict[str, tuple[bool, int]] = {}  # fingerprint of those that were measured last
         self._trained: frozenset[str] = frozenset()  # parameters of blocks that the run trains
+        self._sign_of_training: str | None = None  # by what the weights that the law meets first look trained
         self._weights_step = 0  # and what the loop had counted then
         self._unseen = False  # whether weights may have been changed up to the forward pass of this batch
         self._failures = 0  # in a row
@@ -347,6 +348,9 @@ class Session:
         first = self.series.first_weights or self._weights
         trained = {name: bits for name, bits in first.items() if name in self._trained}
         self._share = with_moved(self._share, meter.blocks, trained, self._weights)
+        # Here, because by hand another model may have stepped before anything follows from this measurement.
+        if self._steering is not None and self._steering.rescaler.at_once and not self.series.law:
+            self._sign_of_training = sign_of_training(meter.weights, meter.blocks)
 
     # What follows from a measurement.
 
@@ -393,7 +397,7 @@ class Session:
                 law,
                 optimizers,
                 falling,
-                trained=not law and self._steering.rescaler.at_once and self._is_trained(),
+                trained=not law and self._is_trained(),
             )
         self._write(look, self.series.memory, events, actions)
         if self._steering is not None and (told := news(actions, measurement, dry_run=self._steering.rescaler.dry_run)):
@@ -401,8 +405,7 @@ class Session:
 
     def _is_trained(self) -> bool:
         """Whether the law meets a model that was trained before: what it has learned to use, is not taken from it."""
-        assert self.meter is not None
-        sign = sign_of_training(self.meter.weights, self.meter.blocks)
+        sign = self._sign_of_training
         if sign is not None:
             inform(
                 f"{self._host.name}: the model looks trained ({sign}), so no branch is lowered below the norm that it "

@@ -15,11 +15,11 @@ import torch
 from bitwise import assert_same
 from journals import read_actions, read_journal
 from steered import unbalanced
-from tiny_run import BLOCKS, LitGPT, SaveAt, fit
-from torch import nn
+from tiny_run import BLOCKS, CONTEXT, VOCABULARY, LitGPT, SaveAt, TinyGPT, fit
+from torch import Tensor, nn
 from zoo import example
 
-from lightning_spectral import ExactSVD, GainCeiling, SpectralMonitor, attach_scales, find_blocks, measure
+from lightning_spectral import ExactSVD, GainCeiling, SpectralMonitor, Watch, attach_scales, find_blocks, measure
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.measuring.meter import Meter
 from lightning_spectral.weights.model import ModelWeights
@@ -122,6 +122,72 @@ def test_a_trained_model_keeps_what_it_had(tmp_path: Path, caplog: pytest.LogCap
     for name in NAMES:
         for old, *later in zip(*(record["layers"] for record in records), strict=True):
             assert min(layer[f"{name}_norm"] for layer in later) > 0.9 * old[f"{name}_norm"]
+
+
+class SecondModel(LitGPT):
+    """A second model of the same kind steps twice by hand before the first one runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.critic = TinyGPT()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizers = self.optimizers()
+        for model, optimizer in ((self.critic, 1), (self.critic, 1), (self.model, 0)):
+            optimizers[optimizer].zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(model(batch).flatten(0, 1), batch.flatten()))
+            optimizers[optimizer].step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.Adam(part.parameters(), 1e-2) for part in (self.model, self.critic)]
+
+
+class UncountedSteps(LitGPT):
+    """The optimizer steps without Lightning, so that what follows from a measurement follows behind the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [SecondModel, UncountedSteps])
+def test_steps_within_the_first_batch_do_not_make_a_fresh_model_look_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: type[LitGPT]
+):
+    caplog.set_level(logging.INFO)
+    torch.manual_seed(0)
+    fit(tmp_path, SpectralMonitor(2, True), module=kind(), max_epochs=1)
+    assert "looks trained" not in caplog.text
+    assert {action["step"] for action in read_actions(tmp_path / "spectral.jsonl")} >= {0}
+
+
+def test_nor_does_a_step_that_is_given_a_closure(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    torch.manual_seed(0)
+    model = TinyGPT()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
+    watch = Watch(model, every_n_steps=2, auto_rescale=True, optimizers=optimizer)
+    ids = torch.randint(VOCABULARY, (4, CONTEXT))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+        loss.backward()
+        return loss
+
+    watch.before_step(ids)
+    optimizer.step(closure)
+    watch.step(1)
+    watch.close()
+    assert "looks trained" not in caplog.text
+    assert "residual scales, step 0, steering" in caplog.text
 
 
 def test_a_plain_checkpoint_is_one_of_a_trained_model_and_a_steered_one_knows_its_start(tmp_path: Path):
