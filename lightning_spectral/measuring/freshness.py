@@ -51,7 +51,7 @@ def _trained_gain(weights: Weights, factors: Iterable[Factor]) -> str | None:
         with weights.read(factor.parameter) as gain:
             low, high = map(float, replicated(gain).detach().aminmax())
         if low != high:
-            return f"the norm gain {factor.parameter} is not constant ({low:.4g} to {high:.4g})"
+            return f"the norm gain {factor.parameter} is not constant ({(low + high) / 2:.4g} ± {(high - low) / 2:.1g})"
     return None
 
 

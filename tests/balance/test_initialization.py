@@ -495,7 +495,7 @@ def test_a_model_that_looks_trained_is_refused(monkeypatch: pytest.MonkeyPatch) 
     for parameter, message in (
         (
             "transformer.h.1.ln_2.weight",
-            r"the norm gain transformer\.h\.1\.ln_2\.weight is not constant \(1 to 1\.01\)",
+            r"the norm gain transformer\.h\.1\.ln_2\.weight is not constant \(1\.005 ± 0\.005\)",
         ),
         (
             "transformer.h.2.mlp.c_fc.weight",
