@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_spectral.control.optimizers import own_copies
+from lightning_spectral.control.optimizers import hooked, own_copies
 from lightning_spectral.linalg.sharding.presence import is_dtensor
 
 __all__ = ["Moves"]
@@ -53,11 +53,8 @@ class Moves:
 
     def start(self, optimizers: Iterable[Optimizer]) -> None:
         """Listen to the optimizers."""
-        self._handles += [
-            optimizer.register_step_post_hook(self._look)
-            for optimizer in optimizers
-            if isinstance(optimizer, Optimizer)
-        ]
+        for optimizer in optimizers:
+            self._handles += hooked(optimizer, "register_step_post_hook", self._look)
 
     def stop(self) -> None:
         """Remove the hooks from the optimizers."""

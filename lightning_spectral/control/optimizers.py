@@ -1,11 +1,12 @@
 """Scales inside an optimizer.
 
-Five separate questions:
+Six separate questions:
 
 * ``check_optimized``: is every trainable scale in a parameter group?
 * ``trained_beside``: does an optimizer train scales that the law alone should move?
 * ``forget_momentum`` and ``own_copies``: what else must change when the law moves a scale?
 * ``lost_steps``: are the steps of 16-bit scales smaller than the distance between two 16-bit numbers?
+* ``hooked``: what of an optimizer can be listened to?
 * ``with_fresh_scales``: how can an optimizer with scales load a state that was saved without them?
 """
 
@@ -13,12 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.linalg.sharding.presence import is_dtensor
@@ -29,6 +32,7 @@ __all__ = [
     "check_optimized",
     "forget_momentum",
     "held",
+    "hooked",
     "in_groups",
     "lost_steps",
     "own_copies",
@@ -92,6 +96,25 @@ def trained_beside(optimizers: Iterable[Optimizer], scales: ResidualScales) -> s
 def in_groups(optimizers: Iterable[Optimizer]) -> set[int]:
     """Return the identities of all parameters in the groups of some optimizers."""
     return {id(item) for optimizer in optimizers for group in optimizer.param_groups for item in group["params"]}
+
+
+def hooked(optimizer: object, register: str, hook: Callable[..., Any]) -> list[RemovableHandle]:
+    """Register a hook of an optimizer, or of one inside it.
+
+    Args:
+        optimizer: The optimizer. A wrapper that never called ``Optimizer.__init__`` has no place for hooks.
+        register: Name of the method that registers the hook.
+        hook: The hook.
+
+    Returns:
+        The handle; none where nothing takes the hook.
+    """
+    if not isinstance(optimizer, Optimizer):
+        return []
+    with suppress(AttributeError):
+        return [getattr(optimizer, register)(hook)]
+    inner = (hooked(value, register, hook) for value in vars(optimizer).values())
+    return next(filter(None, inner), [])
 
 
 def forget_momentum(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> None:

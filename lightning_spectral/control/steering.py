@@ -20,6 +20,7 @@ from lightning_spectral.control.optimizers import (
     check_optimized,
     forget_momentum,
     held,
+    hooked,
     lost_steps,
     plain_order,
     trained_beside,
@@ -74,11 +75,8 @@ class Steering(SteeredModel):
         self.doubts = tuple(filter(None, (check_muon(optimizers, self.scales.named_parameters()), beside)))
         every = [item.log_scale for item in scales_in(self.scales.model)]
         completed = partial(with_fresh_scales, scales=every, order=plain_order(self.scales.model))
-        self._handles += [
-            optimizer.register_load_state_dict_pre_hook(completed)
-            for optimizer in optimizers
-            if isinstance(optimizer, Optimizer)
-        ]
+        for optimizer in optimizers:
+            self._handles += hooked(optimizer, "register_load_state_dict_pre_hook", completed)
 
     def start(self, optimizers: Sequence[Optimizer]) -> None:
         """From the first step on, watch whether every scale multiplies its branch and whether moves stay."""

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral import _checks
 from lightning_spectral.alarms import Event
+from lightning_spectral.control.optimizers import hooked
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.discovery import find_blocks
 from lightning_spectral.errors import ConfigurationError
@@ -276,7 +277,8 @@ class Watch:
             raise ConfigurationError("the watch is closed: make another one to go on")
         if self._session is None:
             steering, host = self._steering, self._host
-            self._hooks = [item.register_step_pre_hook(self._before_optimizer) for item in host.optimizers]
+            for item in host.optimizers:
+                self._hooks += hooked(item, "register_step_pre_hook", self._before_optimizer)
             if steering is not None:
                 steering.start(host.optimizers)
             blocks = self._blocks if steering is None else steering.blocks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,10 +13,10 @@ import torch
 from journals import read_actions, read_journal
 from lightning.pytorch.callbacks import Callback
 from steered import unbalanced
-from tiny_run import fit
+from tiny_run import CONTEXT, VOCABULARY, fit
 from torch import Tensor, nn
 
-from lightning_spectral import ResidualRescaler, SpectralMonitor
+from lightning_spectral import ResidualRescaler, SpectralMonitor, Watch
 from lightning_spectral.control.optimizers import own_copies
 
 
@@ -93,13 +94,34 @@ class Lookahead(torch.optim.Optimizer):
         )
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
-        loss = self.inner.step(closure)
-        self.steps += 1
-        if self.steps % 3 == 0:
-            with torch.no_grad():
-                for p, slow in zip(self.param_groups[0]["params"], self.slow, strict=True):
-                    p.copy_(slow.lerp_(p, 0.5))
-        return loss
+        return looked_ahead(self, closure)
+
+
+def looked_ahead(optimizer: Any, closure: Callable[[], Tensor] | None) -> Tensor:
+    loss = optimizer.inner.step(closure)
+    optimizer.steps += 1
+    if optimizer.steps % 3 == 0:
+        with torch.no_grad():
+            for p, slow in zip(optimizer.param_groups[0]["params"], optimizer.slow, strict=True):
+                p.copy_(slow.lerp_(p, 0.5))
+    return loss
+
+
+class Wrapper(torch.optim.Optimizer):
+    """The same by a wrapper that never calls ``Optimizer.__init__``, and so has no place for hooks."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
+        parameters = list(parameters)
+        self.inner, self.steps = torch.optim.AdamW(parameters, lr=lr), 0
+        self.slow = [p.detach().clone() for p in parameters]
+        self.param_groups, self.defaults = self.inner.param_groups, self.inner.defaults
+        self.state = self.inner.state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], Tensor] | None) -> Tensor:
+        return looked_ahead(self, closure)
 
 
 class ScheduleFree(torch.optim.Optimizer):
@@ -139,13 +161,31 @@ def steered(
 
 
 @pytest.mark.parametrize(
-    ("kind", "learnable"), [(Master, True), (Lookahead, True), (Lookahead, False), (ScheduleFree, True)]
+    ("kind", "learnable"),
+    [(Master, True), (Lookahead, True), (Lookahead, False), (Wrapper, True), (Wrapper, False), (ScheduleFree, True)],
 )
 def test_the_copies_that_undo_a_move_are_told_once_and_moved_too(tmp_path: Path, kind: type, learnable: bool):
     largest, steps, (told,) = steered(tmp_path, kind, learnable=learnable)
     assert "From now on the law moves the copies too. To keep the scales out" in told
     assert largest[-1] < 2.0
     assert steps[-1] < 20  # and is at rest there
+
+
+@pytest.mark.parametrize("auto_rescale", [False, True])
+def test_a_watch_acts_before_the_step_of_the_optimizer_in_a_wrapper(auto_rescale: bool, caplog: Any):
+    caplog.set_level(logging.INFO)
+    model = unbalanced().model
+    optimizer = Wrapper(model.parameters(), 1e-3)
+    ids = torch.randint(VOCABULARY, (4, CONTEXT))
+    with Watch(model, every_n_steps=2, auto_rescale=auto_rescale, optimizers=optimizer) as watch:
+        for step in (1, 2, 3):
+            watch.before_step(ids)
+            model(ids).square().mean().backward()
+            optimizer.step(None)
+            optimizer.zero_grad()
+            watch.step(step)
+    assert ("residual scales, step 0, steering" in caplog.text) is auto_rescale
+    assert "looks trained" not in caplog.text
 
 
 def test_frozen_scales_that_an_optimizer_passes_over_stay_where_they_are(tmp_path: Path):
