@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     PrinterCallback,
     ProgressCallback,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -117,7 +119,9 @@ class SpectralCallback(TrainerCallback, ExportableState):
         self._handler = self._handler or _caller()  # one that a checkpoint has brought back has seen no on_init_end
         if self._watch is not None:  # of a run that failed, of which callbacks hear nothing
             self._watch.abandon()
-        self._watch = _Watch(model, args.output_dir, optimizers=[optimizer], batch=self._batch, **self._options)
+        self._watch = _Watch(
+            _called(model), args.output_dir, optimizers=[optimizer], batch=self._batch, **self._options
+        )
         self._watch.add_outlet(_Alerts(self._reporters))
         known = _saved(args, state, self._checked.prefix) or self._state
         if known is not None and state.global_step:
@@ -277,6 +281,15 @@ def _caller() -> CallbackHandler | None:
         return found
     inform("SpectralCallback: report_to gets no values, because the callback was not called by a Trainer")
     return None
+
+
+def _called(model: nn.Module) -> nn.Module:
+    """Return what a Trainer calls: what ``torch_compile`` has made of the model, which callbacks are not handed."""
+    frame = sys._getframe(2)  # behind the method of the callback
+    while frame.f_back is not None and not isinstance(frame.f_locals.get("self"), Trainer):
+        frame = frame.f_back
+    called: nn.Module = getattr(frame.f_locals.get("self"), "model_wrapped", model)
+    return called if getattr(called, "_orig_mod", None) is model else model
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

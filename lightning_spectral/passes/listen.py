@@ -42,6 +42,8 @@ class Listener:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
+        if torch.compiler.is_compiling():  # by a wrapper around the module, whose code whatever hears would be part of
+            return (self.behind or self._module._call_impl)(*args, **kwargs)
         # A shallow copy of the module, such as a replica of nn.DataParallel, has this listener, too. The copy is not
         # part of the model and has to run its own code.
         caller = sys._getframe(1).f_locals.get("self")

@@ -21,6 +21,7 @@ import torch
 from processes import PYTHONPATH
 from shells import BATCHES, GPT, SHELLS, Run, Tokens, built, loader, optimizer_of
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lightning_spectral import GainCeiling, History, ResidualRescaler, Watch, attach_scales, find_blocks, fuse_scales
@@ -554,6 +555,27 @@ def test_what_a_checkpoint_cannot_bring_back_is_told(tmp_path: Path):
     resumed.arguments = {"restore_callback_states_from_checkpoint": True}
     with pytest.raises(ConfigurationError, match="cannot bring back blocks of a SpectralCallback"):
         SHELLS["transformers"](resumed)
+
+
+@pytest.mark.parametrize("options", [OPTIONS["watched"], OPTIONS["learned"]], ids=["watched", "learned"])
+def test_a_model_that_transformers_compiles_has_tokens_and_is_compiled_once(options: Any, tmp_path: Path):
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    found = []
+    for number, (wanted, arguments) in enumerate([(None, compiled), (options, {}), (options, compiled)]):
+        torch.compiler.reset()
+        counters.clear()
+        run = Run(tmp_path / str(number), options=wanted, arguments=arguments)
+        SHELLS["transformers"](run)
+        found.append((run, counters["stats"]["unique_graphs"]))
+    (alone, graphs), (eager, _), (watched, watched_graphs) = found
+    assert graphs == watched_graphs == 1
+    one, two = (History.read(run.journal) for run in (eager, watched))
+    for quantity in ("ratio", "mlp_scale", "token_residual"):
+        pair = [torch.from_numpy(run.values(quantity)).nan_to_num(-1) for run in (one, two)]
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-6)
+    assert one.header["blocks"] == two.header["blocks"]
+    if options is OPTIONS["watched"]:
+        assert same(weights(alone.model), weights(watched.model))
 
 
 @pytest.mark.usefixtures("large_ids")

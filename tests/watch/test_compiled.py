@@ -42,7 +42,7 @@ WAYS: Mapping[str, Callable[[TinyGPT], nn.Module]] = {
 }
 
 
-def watched(way: str) -> tuple[list[Mapping[str, float]], int]:
+def watched(way: str, *, told: bool = True) -> tuple[list[Mapping[str, float]], int]:
     """Train for 4 steps; return what was measured, and how many graphs were compiled."""
     torch.compiler.reset()
     counters.clear()
@@ -52,7 +52,7 @@ def watched(way: str) -> tuple[list[Mapping[str, float]], int]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ids = torch.randint(VOCABULARY, (8, CONTEXT), generator=torch.Generator().manual_seed(0))
     values = []
-    with Watch(called, every_n_steps=1, on_error="raise") as watch:
+    with Watch(called if told else model, every_n_steps=1, on_error="raise") as watch:
         for step in range(1, 5):
             watch.before_step(ids)
             optimizer.zero_grad()
@@ -69,5 +69,18 @@ def test_a_compiled_model_shows_its_tokens_and_is_compiled_once(way: str):
     values, graphs = watched(way)
     assert graphs == 1
     for key in ("token_residual_min", "sample_residual_min", "attention_logit_max", "output_residual"):
+        of = [[item[f"spectral/{key}"] for item in run] for run in (values, expected)]
+        assert of[0] == pytest.approx(of[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("way", ["wrapped", "inside another"])
+def test_a_wrapper_that_the_watch_does_not_know_compiles_nothing_of_the_watch(way: str):
+    expected, _ = watched(way)
+    operations = counters["stats"]["calls_captured"]
+    values, graphs = watched(way, told=False)
+    assert graphs <= 2  # with and without a listener in front of the model
+    assert counters["stats"]["calls_captured"] == graphs * operations
+    assert not any("spectral/token_residual_min" in item for item in values)
+    for key in ("ratio_min", "ratio_median", "ratio_max"):
         of = [[item[f"spectral/{key}"] for item in run] for run in (values, expected)]
         assert of[0] == pytest.approx(of[1], rel=1e-5)
