@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import pkgutil
 import subprocess
@@ -36,6 +37,7 @@ MODULES = [
 PAIRS = list(zip(FILES, MODULES, strict=True))
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Return the full name of every module or name that a file imports, wherever the statement stands."""
     package = ".".join((PACKAGE.name, *path.relative_to(PACKAGE).parent.parts))
@@ -76,9 +78,9 @@ def wrong_arrows(path: Path, room: str) -> set[str]:
     return {other for other in rooms - {"", room} if FLOORS.index(other) > FLOORS.index(room)}
 
 
-@pytest.mark.parametrize(("path", "module"), PAIRS[1:], ids=MODULES[1:])  # without the front door
-def test_every_room_has_a_floor_and_imports_only_downwards(path: Path, module: str):
-    assert not wrong_arrows(path, room_of(module))
+def test_every_room_has_a_floor_and_imports_only_downwards():
+    inside = PAIRS[1:]  # without the front door
+    assert not {module: wrong for path, module in inside if (wrong := wrong_arrows(path, room_of(module)))}
 
 
 def test_an_import_that_points_the_wrong_way_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -120,54 +122,51 @@ def test_no_two_files_have_one_name():
     assert not {name for name, count in counts.items() if count > 1}
 
 
-@pytest.mark.parametrize("module", [module for path, module in PAIRS if path.stem == "__init__"])
-def test_no_name_hides_a_module(module: str):
-    door = importlib.import_module(module)
-    inside = {name for _, name, _ in pkgutil.iter_modules(door.__path__)}
-    assert not inside & set(door.__all__)
+def test_no_name_hides_a_module():
+    doors = [importlib.import_module(module) for path, module in PAIRS if path.stem == "__init__"]
+    modules = {door.__name__: {name for _, name, _ in pkgutil.iter_modules(door.__path__)} for door in doors}
+    assert not {door.__name__: hidden for door in doors if (hidden := modules[door.__name__] & set(door.__all__))}
 
 
-@pytest.mark.parametrize(("path", "module"), PAIRS, ids=MODULES)
-def test_only_the_monitor_imports_lightning(path: Path, module: str):
-    used = {name.split(".")[0] for name in imports(path)} & FRAMEWORKS
-    assert not used or room_of(module) in {"monitor", "cli"}
+def test_only_the_monitor_imports_lightning():
+    used = {module: {name.split(".")[0] for name in imports(path)} & FRAMEWORKS for path, module in PAIRS}
+    assert {room_of(module) for module in used if used[module]} <= {"monitor", "cli"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=MODULES)
-def test_no_private_attribute_of_the_trainer_is_read(path: Path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-            assert "trainer" not in ast.unparse(node.value), ast.unparse(node)
+def test_no_private_attribute_of_the_trainer_is_read():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                assert "trainer" not in ast.unparse(node.value), (path, ast.unparse(node))
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_exported_names_are_sorted_and_exist(name: str):
-    module = importlib.import_module(name)
-    names = module.__all__
-    assert list(names) == sorted(set(names))
-    assert all(hasattr(module, exported) for exported in names)
+def test_exported_names_are_sorted_and_exist():
+    for module in map(importlib.import_module, MODULES):
+        names = module.__all__
+        assert list(names) == sorted(set(names)), module
+        assert all(hasattr(module, exported) for exported in names), module
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "__init__"], ids=lambda path: path.stem)
-def test_exported_names_are_complete(path: Path):
+def test_exported_names_are_complete():
     """What is defined without an underscore is exported; constants and type aliases need not be."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    defined = {
-        node.name
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
-    }
-    (exported,) = [
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-    ]
-    assert defined <= set(exported)
+    for path in (path for path in FILES if path.stem != "__init__"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        defined = {
+            node.name
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        }
+        (exported,) = [
+            ast.literal_eval(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        ]
+        assert defined <= set(exported), path
 
 
-@pytest.mark.parametrize("path", FILES, ids=MODULES)
-def test_no_room_is_called_after_nothing(path: Path):
-    assert not FORBIDDEN_NAMES & {part.strip("_") for part in path.relative_to(PACKAGE).with_suffix("").parts}
+def test_no_room_is_called_after_nothing():
+    names = {part.strip("_") for path in FILES for part in path.relative_to(PACKAGE).with_suffix("").parts}
+    assert not FORBIDDEN_NAMES & names
 
 
 def test_the_package_is_typed_and_versioned():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,15 +20,23 @@ OTHER = {"data", "distributed", "docs", "examples", "lifecycle", "shells", "supp
 LOOSE = {"conftest.py", "test_house.py", "test_tests.py"}
 
 FILES = sorted(TESTS.rglob("*.py"))
-NAMES = [path.relative_to(TESTS).as_posix() for path in FILES]
-every_file = pytest.mark.parametrize("path", FILES, ids=NAMES)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-@functools.cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def trees() -> dict[str, ast.Module]:
+    """Every file of the tests, parsed. They go with this module, as they are large."""
+    return {path.relative_to(TESTS).as_posix(): parsed(path) for path in FILES}
+
+
+def seen(look: Callable[[ast.Module], Iterable[str]], trees: dict[str, ast.Module]) -> dict[str, list[str]]:
+    """Return what is seen in each file, without the files in which nothing is."""
+    return {name: found for name, tree in trees.items() if (found := sorted(look(tree)))}
 
 
 def functions(tree: ast.AST) -> list[Function]:
@@ -64,12 +72,17 @@ def asserts(node: ast.AST, helpers: Iterable[str] = ()) -> bool:
     )
 
 
+@functools.cache
+def helpers_in(path: Path) -> set[str]:
+    return helpers(parsed(path))
+
+
 def helpers(tree: ast.Module) -> set[str]:
     """Return the functions that a test can call to have something asserted: its own, and those of ``tests/support``."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (path := SUPPORT / f"{node.module}.py").exists():
-            there = helpers(parsed(path))
+            there = helpers_in(path)
             found |= {alias.asname or alias.name for alias in node.names if alias.name in there}
     own_functions = [function for function in functions(tree) if not function.name.startswith("test")]
     before = None
@@ -99,28 +112,28 @@ def without_assertion(tree: ast.Module) -> list[str]:
     return [test.name for test in collected(tree) if not asserts(test, known)]
 
 
-@every_file
-def test_every_expected_error_has_a_message(path: Path):
-    assert not without_match(parsed(path))
+def imports_of_tests(tree: ast.Module) -> set[str]:
+    modules = {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return {name for name in modules if name.startswith(("test_", "tests", "conftest"))}
 
 
-@every_file
-def test_no_test_is_left_early(path: Path):
+def test_every_expected_error_has_a_message(trees: dict[str, ast.Module]):
+    assert not seen(without_match, trees)
+
+
+def test_no_test_is_left_early(trees: dict[str, ast.Module]):
     """What a test does not hold for is filtered where it is parametrized, or skipped; it is never green."""
-    assert not left_early(parsed(path))
+    assert not seen(left_early, trees)
 
 
-@every_file
-def test_every_test_asserts(path: Path):
-    assert not without_assertion(parsed(path))
+def test_every_test_asserts(trees: dict[str, ast.Module]):
+    assert not seen(without_assertion, trees)
 
 
-@every_file
-def test_no_test_imports_a_test(path: Path):
+def test_no_test_imports_a_test(trees: dict[str, ast.Module]):
     """What two of them need stands in ``tests/support``."""
-    modules = {node.module or "." for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom)}
-    modules |= {alias.name for node in ast.walk(parsed(path)) if isinstance(node, ast.Import) for alias in node.names}
-    assert not {name for name in modules if name.startswith(("test_", "tests", "conftest"))}
+    assert not seen(imports_of_tests, trees)
 
 
 def test_every_folder_is_a_room_or_about_something_else():
