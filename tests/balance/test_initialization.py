@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from found import built
 from journals import read_actions
 from lightning.pytorch import seed_everything
 from tiny_run import LitGPT, fit
@@ -52,13 +53,6 @@ OTHERS = {
 NAMES = {**POST_NORM, **OTHERS}
 
 
-def found(name: str) -> tuple[nn.Module, tuple[ResidualBlock, ...]]:
-    member = example(name)
-    model = member.build()
-    args, kwargs = member.inputs(model)
-    return model, find_blocks(model, batch=args or kwargs)
-
-
 def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict(keep_vars=True).items()}
 
@@ -94,7 +88,7 @@ def mean(layer: LayerMeasurement) -> float:
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_every_ratio_is_the_target_and_the_geometric_mean_stays(name: str, target: float) -> None:
     """Against dense decompositions, and nothing but the ends is changed."""
-    model, blocks = found(name)
+    model, blocks = built(name)
     before, weights = measure(model, blocks, solver=ExactSVD()), state(model)
     result = balance_init_(model, blocks, target=target, solver=ExactSVD(), force=True)
     after = measure(model, blocks, solver=ExactSVD())
@@ -114,7 +108,7 @@ def test_every_ratio_is_the_target_and_the_geometric_mean_stays(name: str, targe
 @pytest.mark.parametrize("name", OTHERS.values(), ids=OTHERS)
 def test_the_paper_s_ratio_is_the_target(name: str, target: float) -> None:
     """Also where an output matrix that is not square counts twice."""
-    model, blocks = found(name)
+    model, blocks = built(name)
     before = measure(model, blocks, linearization="paper", solver=ExactSVD())
     balance_init_(model, blocks, target=target, linearization="paper", solver=ExactSVD(), force=True)
     after = measure(model, blocks, linearization="paper", solver=ExactSVD())
@@ -128,7 +122,7 @@ def test_the_paper_s_ratio_is_the_target(name: str, target: float) -> None:
 @pytest.mark.parametrize("name", POST_NORM.values(), ids=POST_NORM)
 def test_the_paper_s_ratio_knows_no_norm_behind_a_branch(name: str) -> None:
     """It could be met only by scaling what the norm scales back."""
-    model, blocks = found(name)
+    model, blocks = built(name)
     before = state(model)
     with pytest.raises(ConfigurationError, match=r"linearization='paper' does not see the size of .*\.0 \(attention\)"):
         balance_init_(model, blocks, linearization="paper", force=True)
@@ -138,7 +132,7 @@ def test_the_paper_s_ratio_knows_no_norm_behind_a_branch(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_with_the_default_solver_it_is_within_a_percent(name: str) -> None:
     """And what ``measure`` says afterwards is the target up to rounding."""
-    model, blocks = found(name)
+    model, blocks = built(name)
     for layer in balanced(balance_init_(model, blocks, force=True)):
         assert layer.ratio == pytest.approx(1.0, rel=1e-4)
     for layer in balanced(measure(model, blocks, solver=ExactSVD())):
@@ -148,7 +142,7 @@ def test_with_the_default_solver_it_is_within_a_percent(name: str) -> None:
 @pytest.mark.parametrize("name", ["nanogpt", "gemma2", "experts_modules_shared"])
 def test_a_second_call_changes_nothing(name: str) -> None:
     """Up to the error of the solver."""
-    model, blocks = found(name)
+    model, blocks = built(name)
     balance_init_(model, blocks, force=True)
     before = state(model)
     balance_init_(model, blocks, force=True)
@@ -186,7 +180,7 @@ BRANCHES = {
 @pytest.mark.parametrize(("name", "branches"), BRANCHES.items(), ids=BRANCHES)
 def test_a_gain_sets_the_norms(name: str, branches: int) -> None:
     """Against dense decompositions; a branch that is measured alone stands in the middle; the reasons stay."""
-    model, blocks = found(name)
+    model, blocks = built(name)
     before, weights = measure(model, blocks, solver=ExactSVD()), state(model)
     result = balance_init_(model, blocks, target=2.0, gain=3.0, solver=ExactSVD(), force=True)
     after = measure(model, blocks, solver=ExactSVD())
@@ -208,7 +202,7 @@ def test_a_gain_sets_the_norms(name: str, branches: int) -> None:
 @pytest.mark.parametrize("name", [name for name in BRANCHES if name != "mamba2"])
 def test_after_a_gain_the_ceiling_law_has_nothing_to_do(name: str) -> None:
     """It counts the branches alike; one percent more is too much for it."""
-    model, blocks = found(name)
+    model, blocks = built(name)
     for gain, moves in ((3.0, False), (3.03, True)):
         balance_init_(model, blocks, gain=gain, force=True)
         readings = [
@@ -250,7 +244,7 @@ def test_a_run_at_the_ceiling_moves_nothing_at_its_start(
 
 def test_the_ends_of_a_model_with_scales_reach_the_gain() -> None:
     """The scales are part of the norms, and stay."""
-    model, blocks = found("nanogpt")
+    model, blocks = built("nanogpt")
     scales = attach_scales(model, blocks)
     with torch.no_grad():
         for number, parameter in enumerate(scales.parameters()):
@@ -263,14 +257,14 @@ def test_the_ends_of_a_model_with_scales_reach_the_gain() -> None:
 
 def test_the_paper_s_norms_reach_the_gain() -> None:
     """Also those of an output matrix that counts twice."""
-    model, blocks = found("qwen3")
+    model, blocks = built("qwen3")
     for layer in balance_init_(model, blocks, gain=2.0, linearization="paper", solver=ExactSVD(), force=True):
         assert (layer.mlp_norm, layer.attention_norm) == (pytest.approx(2 / math.sqrt(6), rel=1e-5),) * 2
 
 
 def test_a_gain_counts_the_blocks_that_are_passed_each_once() -> None:
     """Those that failed their self-check too, though they are left alone."""
-    model, blocks = found("nanogpt")
+    model, blocks = built("nanogpt")
     (layer, _) = balance_init_(model, [blocks[1], blocks[1]], gain=3.0, solver=ExactSVD(), force=True)
     assert layer.mlp_norm == pytest.approx(3 / math.sqrt(2), rel=1e-5)
     doubtful = [replace(blocks[0], verified=False), *blocks[1:]]
@@ -283,7 +277,7 @@ def test_a_gain_counts_the_blocks_that_are_passed_each_once() -> None:
 
 def test_what_is_zero_or_not_finite_stays_and_what_is_beside_it_gets_its_norm() -> None:
     """A branch that starts at zero has no scale that a factor could change."""
-    model, blocks = found("nanogpt")
+    model, blocks = built("nanogpt")
     with torch.no_grad():
         model.get_parameter("transformer.h.0.attn.c_proj.weight").zero_()
         model.get_parameter("transformer.h.1.mlp.c_fc.weight")[0, 0] = math.nan
@@ -300,7 +294,7 @@ def test_what_is_zero_or_not_finite_stays_and_what_is_beside_it_gets_its_norm() 
 @pytest.mark.parametrize("name", ["nanogpt", "gemma2"])
 def test_any_floating_point_dtype_will_do(name: str, dtype: torch.dtype) -> None:
     """The weights are rounded once."""
-    model, blocks = found(name)
+    model, blocks = built(name)
     model.to(dtype)
     balance_init_(model, blocks, target=1.3, force=True)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
@@ -310,7 +304,7 @@ def test_any_floating_point_dtype_will_do(name: str, dtype: torch.dtype) -> None
 
 def test_gradients_and_their_flags_stay() -> None:
     """No graph, no gradient, no new parameter."""
-    model, blocks = found("nanogpt")
+    model, blocks = built("nanogpt")
     parameters = dict(model.named_parameters())
     frozen = parameters["transformer.h.1.mlp.c_proj.weight"].requires_grad_(False)
     args, kwargs = example("nanogpt").inputs(model)
@@ -330,7 +324,7 @@ def test_gradients_and_their_flags_stay() -> None:
 def test_attached_scales_are_part_of_the_ratio() -> None:
     """They are measured, and stay as they are; at a weight without a module, what they multiply is scaled."""
     for name in ("nanogpt", "plain_functional_params"):
-        model, blocks = found(name)
+        model, blocks = built(name)
         scales = attach_scales(model, blocks)
         with torch.no_grad():
             for number, parameter in enumerate(scales.parameters()):
@@ -344,7 +338,7 @@ def test_attached_scales_are_part_of_the_ratio() -> None:
 
 def test_what_cannot_be_measured_is_left_alone() -> None:
     """A block with NaN, a block with one branch, a mixer; the reason stays in the result."""
-    model, blocks = found("nanogpt")
+    model, blocks = built("nanogpt")
     with torch.no_grad():
         model.get_parameter("transformer.h.1.mlp.c_fc.weight")[0, 0] = math.nan
     before = state(model)
@@ -353,7 +347,7 @@ def test_what_cannot_be_measured_is_left_alone() -> None:
     assert result.layers[1].reason == "mlp: weights are not finite (NaN or Inf)"
     assert not [name for name in changed(model, before) if "h.1." in name]
     for name in ("attention_only", "mamba2", "mlp_mixer"):
-        model, blocks = found(name)
+        model, blocks = built(name)
         before = state(model)
         assert not balanced(balance_init_(model, blocks, force=True))
         assert not changed(model, before)
@@ -361,7 +355,7 @@ def test_what_cannot_be_measured_is_left_alone() -> None:
 
 def test_chosen_blocks_are_balanced_and_the_others_are_not() -> None:
     """Twice the same block counts once."""
-    model, blocks = found("nanogpt")
+    model, blocks = built("nanogpt")
     before = state(model)
     result = balance_init_(model, [blocks[2], blocks[2]], force=True)
     assert [layer.ratio for layer in result] == [pytest.approx(1.0, rel=1e-4)] * 2
@@ -410,7 +404,7 @@ def test_blocks_are_found_from_a_batch() -> None:
 )
 def test_arguments_that_cannot_be_used_are_named(arguments: dict[str, Any], message: str) -> None:
     """What came and what was expected."""
-    model, blocks = found("nanogpt")
+    model, blocks = built("nanogpt")
     before = state(model)
     with pytest.raises(ConfigurationError, match=message):
         balance_init_(model, blocks, **{"force": True, **arguments})
@@ -439,7 +433,7 @@ def test_blocks_without_ends_are_named_with_what_to_do() -> None:
 
 def test_ends_that_are_gone_or_unknown_are_named() -> None:
     """Blocks of another model, of an older version, or found before a weight was parametrized."""
-    model, blocks = found("nanogpt")
+    model, blocks = built("nanogpt")
     assert blocks[0].mlp is not None
     unknown = replace(blocks[0], branches=tuple(replace(branch, ends=()) for branch in blocks[0].branches))
     with pytest.raises(ConfigurationError, match=r"\(mlp: its ends are not known, so find the blocks anew\)"):
@@ -451,7 +445,7 @@ def test_ends_that_are_gone_or_unknown_are_named() -> None:
 
 def test_blocks_that_share_an_end_are_named() -> None:
     """One factor cannot serve two ratios."""
-    model, blocks = found("nanogpt")
+    model, blocks = built("nanogpt")
     model.get_submodule("transformer.h.2.mlp").c_proj = model.get_submodule("transformer.h.1.mlp.c_proj")
     before = state(model)
     with pytest.raises(ConfigurationError, match=r"transformer\.h\.1 and transformer\.h\.2 end in the same parameter"):
@@ -481,7 +475,7 @@ def test_no_fresh_model_looks_trained(member: Example, monkeypatch: pytest.Monke
 def test_no_usual_initialization_looks_trained(init: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Orthogonal, uniform, sparse."""
     monkeypatch.setattr(sys.modules["zoo.example"], "randomize_", lambda model: None)
-    model, blocks = found("nanogpt")
+    model, blocks = built("nanogpt")
     for parameter in model.parameters():
         if parameter.ndim == 2:
             init(parameter, 0.9) if init is nn.init.sparse_ else init(parameter)
@@ -502,7 +496,7 @@ def test_a_model_that_looks_trained_is_refused(monkeypatch: pytest.MonkeyPatch) 
             r"of transformer\.h\.2\.mlp\.c_fc\.weight is \d\.\d times that of a random",
         ),
     ):
-        model, blocks = found("nanogpt")
+        model, blocks = built("nanogpt")
         with torch.no_grad():
             weight = model.get_parameter(parameter)
             weight.view(len(weight), -1)[0].add_(0.01 if weight.ndim == 1 else 3.0)
@@ -516,7 +510,7 @@ def test_a_model_that_looks_trained_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_one_step_of_training_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gains are no longer constant."""
     monkeypatch.setattr(sys.modules["zoo.example"], "randomize_", lambda model: None)
-    model, blocks = found("nanogpt")
+    model, blocks = built("nanogpt")
     balance_init_(copy.deepcopy(model), blocks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     args, kwargs = example("nanogpt").inputs(model)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from found import search
 from tiny_run import LitGPT, TinyGPT, fit
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -58,17 +59,9 @@ NAMES = {
 EVERY = pytest.mark.parametrize("name", NAMES.values(), ids=list(NAMES))
 
 
-@functools.cache
-def blocks_of(name: str) -> tuple[ResidualBlock, ...]:
-    member = example(name)
-    model = member.build()
-    args, kwargs = member.inputs(model)
-    return find_blocks(model, batch=args or kwargs)
-
-
 def built(name: str) -> tuple[nn.Module, tuple[ResidualBlock, ...]]:
     """A fresh copy of a member of the zoo in float64; the blocks were found on another one."""
-    return example(name).build().double(), blocks_of(name)
+    return example(name).build().double(), search(name).blocks
 
 
 # --- The twin: dense matrices, decomposed -----------------------------------------------------------------------------
@@ -665,7 +658,7 @@ def test_blocks_without_a_pair_of_branches_are_no_blocks_to_balance() -> None:
 def test_a_huge_branch_has_a_gradient() -> None:
     """Squares beyond the range of float32 are no reason to leave a block out."""
     model = example("nanogpt").build()
-    blocks = blocks_of("nanogpt")
+    blocks = search("nanogpt").blocks
     for block in blocks:
         model.get_parameter(f"{block.name}.mlp.c_proj.weight").data.mul_(1e25)
     reference = copy.deepcopy(model).double()
@@ -676,7 +669,7 @@ def test_a_huge_branch_has_a_gradient() -> None:
 def test_parametrized_weights_may_be_cached() -> None:
     """Inside ``parametrize.cached`` the model goes on to train on the weight that the penalty read."""
     model = example("weight_norm_weights").build()
-    blocks = blocks_of("weight_norm_weights")
+    blocks = search("weight_norm_weights").blocks
     with parametrize.cached():
         value = balance_penalty(model, blocks, safe_zone=NARROW)
         assert model.get_submodule(blocks[0].name).mlp.c_fc.weight.requires_grad

@@ -1,8 +1,6 @@
-"""What the tests of discovery share: the zoo, searched once."""
+"""What the tests of discovery share."""
 
 from __future__ import annotations
-
-import functools
 
 import pytest
 from found import Search, search
@@ -15,5 +13,5 @@ def grouped(process_group: None) -> None:
 
 @pytest.fixture(scope="session")
 def found() -> Search:
-    """Searches a member of the zoo, once per session. Tests that change a model build their own."""
-    return functools.cache(search)
+    """Searches a member of the zoo. Tests that change a model build their own."""
+    return search

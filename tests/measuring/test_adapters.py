@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from found import built
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +19,16 @@ from zoo import example
 from zoo.adapters import SCALE, Adapted, each_linear, merged, plain
 from zoo.gpt import MLP, Block, NanoGPT
 
-from lightning_spectral import ExactSVD, Measurement, attach_scales, balance_penalty, find_blocks, fuse_scales, measure
+from lightning_spectral import (
+    ExactSVD,
+    Measurement,
+    ResidualBlock,
+    attach_scales,
+    balance_penalty,
+    find_blocks,
+    fuse_scales,
+    measure,
+)
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.measuring.linearize import linearize
 from lightning_spectral.measuring.meter import Meter
@@ -384,6 +395,11 @@ def test_an_adapter_that_is_not_understood_has_a_reason_and_no_norm(way: str, pl
         assert getattr(layer, f"{branch}_reason")
 
 
+@functools.cache
+def blocks_without_adapters() -> tuple[ResidualBlock, ...]:
+    return find_blocks(NanoGPT(layers=2).double().eval(), batch=IDS)
+
+
 @pytest.mark.parametrize(("way", "place"), [pair for pair in WRITTEN if pair not in UNREAD])
 def test_every_other_way_to_write_an_adapter_is_measured_as_merged(way: str, place: str):
     model, (owner, name) = written_as(way, place), PLACES[place]
@@ -395,7 +411,7 @@ def test_every_other_way_to_write_an_adapter_is_measured_as_merged(way: str, pla
         with torch.no_grad():
             written.base.weight += update(written)
         setattr(part, name, written.base)
-    equal(found, measure(model, find_blocks(model, batch=IDS), solver=EXACT))
+    equal(found, measure(model, blocks_without_adapters(), solver=EXACT))
 
 
 def test_what_is_refused_says_what_it_is():
@@ -425,10 +441,8 @@ ZOO = (
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.filterwarnings("ignore")  # the library remarks on odd sizes
 def test_adapters_on_every_linear_layer_of_a_model_change_nothing_but_its_norms(name: str):
-    member = example(name)
-    model = member.build()
-    args, kwargs = member.inputs(model)
-    plain_blocks = find_blocks(model, batch=args or kwargs)
+    model, plain_blocks = built(name)
+    args, kwargs = example(name).inputs(model)
     torch.manual_seed(0)
     for owner in [module for block in plain_blocks for module in model.get_submodule(block.name).modules()]:
         for key, layer in list(owner.named_children()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import random
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from found import search
 from torch import Tensor, nn
 from zoo import example, examples
 from zoo.example import HIDDEN, blocks_of, seeded, token_inputs
@@ -38,10 +38,8 @@ NUMBERS = tuple(name for name in FunctionalMeasurement.__dataclass_fields__ if n
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@functools.cache
 def found(name: str) -> tuple[ResidualBlock, ...]:
-    model, (args, kwargs) = built(name)
-    return find_blocks(model, batch=args or kwargs)
+    return search(name).blocks
 
 
 def built(name: str) -> tuple[nn.Module, Inputs]:

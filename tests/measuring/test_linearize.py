@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,11 +9,12 @@ from typing import Literal
 
 import pytest
 import torch
+from found import search
 from torch import Tensor, nn
-from zoo import example, survey
+from zoo import survey
 from zoo.example import HEADS
 
-from lightning_spectral import ResidualBlock, find_blocks
+from lightning_spectral import ResidualBlock
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.measuring.linearize import linearize, linearize_kind
 from lightning_spectral.records import Branch, Factor, Path
@@ -195,12 +195,9 @@ ARCHITECTURES: dict[str, Names] = {
 WITHOUT = ("mamba", "mamba2", "plain_functional_params")
 
 
-@functools.cache
 def searched(name: str) -> tuple[nn.Module, tuple[ResidualBlock, ...]]:
-    member = example(name)
-    model = member.build()
-    args, kwargs = member.inputs(model)
-    return model, find_blocks(model, batch=args or kwargs)
+    found = search(name)
+    return found.model, found.blocks
 
 
 def fetch(block: nn.Module, path: str, transposed: bool = False) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import io
 import math
 import pickle
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from found import built, search
 from torch import Tensor, nn
 from zoo import example, examples
 
@@ -32,19 +32,6 @@ MEASURED = [
 Gauge = Callable[[nn.Module], None]
 
 
-@functools.cache
-def blocks_of(name: str) -> tuple[ResidualBlock, ...]:
-    member = example(name)
-    model = member.build()
-    args, kwargs = member.inputs(model)
-    return find_blocks(model, batch=args or kwargs)
-
-
-def built(name: str) -> tuple[nn.Module, tuple[ResidualBlock, ...]]:
-    """A fresh copy of a member of the zoo; the blocks were found on another one."""
-    return example(name).build(), blocks_of(name)
-
-
 def exact(model: nn.Module, blocks: Sequence[ResidualBlock], linearization: Any = "circuit") -> Measurement:
     return measure(model, blocks, linearization=linearization, solver=ExactSVD())
 
@@ -61,7 +48,7 @@ def output(model: nn.Module, name: str) -> Tensor:
 
 
 def layers(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    for block in blocks_of(name):
+    for block in search(name).blocks:
         yield model.get_submodule(block.name)
 
 
@@ -417,10 +404,10 @@ def test_measure_finds_the_blocks_on_the_batch_it_is_given() -> None:
     member = example("dictionary_batch")
     model = member.build()
     batch = member.inputs(model)[0]
-    assert measure(model, batch=batch).layers == measure(model, blocks_of("dictionary_batch")).layers
+    assert measure(model, batch=batch).layers == measure(model, search("dictionary_batch").blocks).layers
     member = example("t5")
     model = member.build()
-    assert measure(model, batch=member.inputs(model)[1]).layers == measure(model, blocks_of("t5")).layers
+    assert measure(model, batch=member.inputs(model)[1]).layers == measure(model, search("t5").blocks).layers
 
 
 def test_a_model_without_blocks_has_no_measurement() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from found import search
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
@@ -27,10 +28,7 @@ PARAM_SITES = "plain_functional_params"  # no module carries its branches
 
 def built(name: str) -> tuple[nn.Module, tuple[ResidualBlock, ...]]:
     """A model with other numbers than the one that its blocks were found in."""
-    member = example(name)
-    found_in, model = member.build(), member.build()
-    args, kwargs = member.inputs(found_in)
-    blocks = find_blocks(found_in, batch=kwargs or args)
+    model, blocks = example(name).build(), search(name).blocks
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

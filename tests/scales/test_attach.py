@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from found import built
 from tiny_run import TinyGPT
 from torch import Tensor, nn
 from torch.nn import functional
@@ -39,10 +40,7 @@ def fresh_compiler():
 
 
 def prepared(name: str) -> tuple[Example, nn.Module, tuple[ResidualBlock, ...]]:
-    member = example(name)
-    model = member.build()
-    args, kwargs = member.inputs(model)
-    return member, model, find_blocks(model, batch=args or kwargs)
+    return example(name), *built(name)
 
 
 def outputs(member: Example, model: nn.Module) -> list[Tensor]:

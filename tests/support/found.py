@@ -1,7 +1,8 @@
-"""What discovery says about one member of the zoo."""
+"""What discovery says about one member of the zoo, which is searched once in a process."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,8 +26,9 @@ class Found:
 Search = Callable[[str], Found]
 
 
+@functools.cache
 def search(name: str) -> Found:
-    """Find the blocks of a member of the zoo."""
+    """Find the blocks of a member of the zoo. Whoever changes a model builds another one."""
     member = example(name)
     model = member.build()
     args, kwargs = member.inputs(model)
@@ -34,3 +36,11 @@ def search(name: str) -> Found:
         return Found(member, model, find_blocks(model, batch=args or kwargs))
     except BlocksNotFoundError as error:
         return Found(member, model, (), error)
+
+
+def built(name: str) -> tuple[nn.Module, tuple[ResidualBlock, ...]]:
+    """A fresh copy of a member of the zoo; the blocks were found on another one."""
+    found = search(name)
+    if found.refusal is not None:
+        raise found.refusal
+    return found.member.build(), found.blocks
