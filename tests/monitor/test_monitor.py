@@ -679,25 +679,27 @@ for name, monitors in (("alone", []), ("watched", [SpectralMonitor(every_n_steps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["lightning.pytorch", "pytorch_lightning"])
-def test_it_works_in_the_trainers_of_both_namespaces(tmp_path: Path, first: str):
-    script = f"""
-import {first}, pytorch_lightning, torch
-from pytorch_lightning.callbacks import Callback
-from lightning_spectral import History, RandomizedSVD, SpectralMonitor, find_blocks
-class Lit({first}.LightningModule):
-    def __init__(self):
-        super().__init__()
-        layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
-        self.model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.example_input_array = torch.randn(2, 4, 16)
-    def forward(self, x): return self.model(x)
-    def training_step(self, batch, batch_idx): return self(batch[0]).mean()
-    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=0.1)
+def test_it_works_in_the_trainers_of_both_namespaces(tmp_path: Path):
+    """In one process; where only the other name is imported, its command line is run with the monitor."""
+    run_script(
+        tmp_path,
+        """
+import lightning.pytorch, pytorch_lightning, torch
+from lightning_spectral import SpectralMonitor
 data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(4, 4, 16)), batch_size=2)
-trainer = {first}.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
-                          callbacks=SpectralMonitor(every_n_steps=1, on_error="raise"))
-trainer.fit(Lit(), data)
-assert "spectral/ratio_max" in trainer.callback_metrics
-"""
-    run_script(tmp_path, script)
+for namespace in (lightning.pytorch, pytorch_lightning):
+    class Lit(namespace.LightningModule):
+        def __init__(self):
+            super().__init__()
+            layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+            self.model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.example_input_array = torch.randn(2, 4, 16)
+        def forward(self, x): return self.model(x)
+        def training_step(self, batch, batch_idx): return self(batch[0]).mean()
+        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=0.1)
+    trainer = namespace.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+                                callbacks=SpectralMonitor(every_n_steps=1, on_error="raise"))
+    trainer.fit(Lit(), data)
+    assert "spectral/ratio_max" in trainer.callback_metrics, namespace
+""",
+    )
