@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -366,3 +368,59 @@ def test_what_fabric_would_log_reaches_nobody() -> None:
     wrapped(IDS)
     assert len(odd.WRITTEN) == 2
     odd.WRITTEN.clear()
+
+
+class Drawing(nn.Module):
+    """A block that draws random numbers that depend on its stream, also in evaluation mode."""
+
+    def __init__(self, draw: Callable[[Tensor, torch.Generator], Tensor]) -> None:
+        super().__init__()
+        self.attention, self.mlp = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 16)
+        self.draw, self.generator = draw, torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + self.draw(x, self.generator) * self.mlp(x)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x, generator: torch.bernoulli(x[..., :1].sigmoid()),
+        lambda x, generator: (x[..., :1] + torch.rand_like(x[..., :1])).sigmoid(),
+        lambda x, generator: (0 * x[..., :1]).uniform_(),
+        lambda x, generator: (0 * x[..., :1]).uniform_(generator=generator),
+        lambda x, generator: torch.dropout(x[..., :1], 0.5, train=True),
+    ],
+    ids=["bernoulli", "rand_like", "uniform_", "uniform_ of its own generator", "dropout"],
+)
+def test_random_numbers_of_the_stream_are_not_drawn_from_the_run(draw: Callable[..., Tensor]) -> None:
+    """Probes run the operations of a pass again, those that draw random numbers as well."""
+    model = nn.Sequential(Drawing(draw), Drawing(draw))
+    x = torch.randn(2, 7, 16)
+    owned = [module.generator.get_state() for module in model]
+    found = []
+    assert_untouched(model, lambda: found.append(find_blocks(model, batch=x)))
+    assert_untouched(model, lambda: measure(model, found[0], linearization="jacobian", batch=x))
+    assert [module.generator.get_state().equal(before) for module, before in zip(model, owned, strict=True)] == [
+        True
+    ] * 2
+    assert find_blocks(model, batch=x) == found[0]
+
+
+def test_what_a_pass_imports_stays_imported() -> None:
+    """Code of the user can hold ``sys.modules``; a module that is taken out of it would be imported a second time."""
+    name = "imported_in_a_pass"
+
+    class Importing(Drawing):
+        def forward(self, x: Tensor) -> Tensor:
+            loaded.setdefault(name, types.ModuleType(name))
+            return super().forward(x)
+
+    loaded = sys.modules
+    model = nn.Sequential(*(Importing(lambda x, generator: x) for _ in range(2)))
+    try:
+        find_blocks(model, batch=torch.randn(2, 7, 16))
+        assert name in sys.modules
+    finally:
+        sys.modules.pop(name, None)

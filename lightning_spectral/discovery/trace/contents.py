@@ -77,8 +77,7 @@ class Contents:
             # Memory that nobody has written to may hold NaN.
             likes = [self._tape.tensors[output] for output in operation.outputs]
             return [torch.zeros_like(like, dtype=_wide_dtype(like), device="cpu") for like in likes]
-        with torch.random.fork_rng(devices=[], enabled=_is_random(operation)):
-            return list(execute(self._tape, operation, self._made.__getitem__))
+        return list(execute(self._tape, operation, self._made.__getitem__))
 
     def _is_noise(self, value: int, operation: Operation) -> bool:
         """Whether noise stands for a value: of a table of embeddings, or of the stream."""
@@ -93,7 +92,3 @@ class Contents:
 
 def _wide_dtype(like: Tensor) -> torch.dtype:
     return torch.float64 if like.is_floating_point() else like.dtype
-
-
-def _is_random(operation: Operation) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(operation.function, "tags", ())

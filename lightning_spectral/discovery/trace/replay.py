@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_spectral.discovery.trace.hankel import grouped, product
 from lightning_spectral.discovery.trace.tape import Operation, Ref, Tape, bits, probe_device
 from lightning_spectral.passes.arguments import map_leaves, tensors_in, written_tensors
+from lightning_spectral.passes.aside.streams import random_streams_kept
 
 __all__ = ["execute", "replay", "restored"]
 
@@ -85,7 +86,12 @@ def execute(tape: Tape, operation: Operation, fetch: Callable[[int], Tensor]) ->
         args, kwargs = (
             map_leaves(lambda leaf: copies.get(id(leaf), leaf), part) if part else part for part in (args, kwargs)
         )
-    result = _call(operation, args, kwargs)
+    if torch.Tag.nondeterministic_seeded in getattr(operation.function, "tags", ()):
+        devices = {tensor.device for tensor in tensors_in((args, kwargs))}
+        with random_streams_kept(devices):  # nothing is drawn from the stream of the run, and each replay draws alike
+            result = _call(operation, args, kwargs)
+    else:
+        result = _call(operation, args, kwargs)
     found = [copies[id(tensor)] for tensor in written] + tensors_in(result)
     return [*found, *[None] * len(operation.outputs)][: len(operation.outputs)]
 
@@ -98,6 +104,8 @@ def restored(arguments: Any, fetch: Callable[[int], Tensor]) -> Any:
             return fetch(leaf.value)
         if isinstance(leaf, torch.dtype) and (leaf.is_floating_point or leaf.is_complex):
             return torch.complex128 if leaf.is_complex else torch.float64
+        if isinstance(leaf, torch.Generator):
+            return leaf.clone_state()  # the model's own generator is left where it is
         return probe_device(leaf) if isinstance(leaf, torch.device) else leaf
 
     return map_leaves(restore, arguments)

@@ -63,7 +63,9 @@ class Memento:
         self._kind_of, self._files = kind_of, files
         self._kinds: dict[type, Kind] = {}
         self.atoms: set[type] = set()
-        self._seen: dict[int, object] = {}  # by id; the reference keeps the id from being used again
+        # By id; the reference keeps the id from being used again. An import in the pass cannot be undone: a module that
+        # is taken out of `sys.modules` would be imported a second time, beside the first.
+        self._seen: dict[int, object] = {id(sys.modules): sys.modules}
         self._stand_ins: dict[int, tuple[object, object]] = {}
         self._named = {"forward"}  # names that code has mentioned
         self._unnamed: defaultdict[str, list[object]] = defaultdict(list)  # methods that no code has mentioned yet
