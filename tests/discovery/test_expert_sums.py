@@ -108,6 +108,39 @@ def sorted_and_back(experts: nn.ModuleList, x: Tensor, weights: Tensor) -> Tenso
     return rows[order.argsort()].view_as(x)
 
 
+def _places(weights: Tensor, count: int, places: int) -> Tensor:
+    """Return combine weights (sequences, tokens, experts, places). The first tokens get the places of an expert."""
+    combined, taken = torch.zeros(*weights.shape, places), torch.zeros(len(weights), 1, weights.shape[-1])
+    for choice in weights.topk(count).indices.unbind(-1):
+        mask = F.one_hot(choice, weights.shape[-1]).to(weights)
+        place = ((mask.cumsum(1) - 1 + taken) * mask).sum(-1).long()
+        taken = taken + mask.sum(1, keepdim=True)
+        kept = weights * mask * (place < places)[..., None]
+        combined = combined + kept[..., None] * F.one_hot(place.clamp(max=places - 1), places)[:, :, None]
+    return combined
+
+
+def _in_places(experts: nn.ModuleList, x: Tensor, combined: Tensor, dispatched: Tensor) -> Tensor:
+    rows = torch.einsum("btd,btep->ebpd", x, dispatched)
+    rows = torch.stack([expert(part) for expert, part in zip(experts, rows, strict=True)])
+    return torch.einsum("ebpd,btep->btd", rows, combined)
+
+
+def in_places(experts: nn.ModuleList, x: Tensor, weights: Tensor) -> Tensor:
+    combined = _places(weights, 1, x.shape[1])
+    return _in_places(experts, x, combined, combined.bool().to(x))
+
+
+def in_too_few_places(experts: nn.ModuleList, x: Tensor, weights: Tensor) -> Tensor:
+    combined = _places(weights, 2, 5)
+    return _in_places(experts, x, combined, combined.bool().to(x) + combined - combined.detach())
+
+
+def in_places_of_the_batch(experts: nn.ModuleList, x: Tensor, weights: Tensor) -> Tensor:
+    combined = _places(weights.flatten(0, 1)[None], 2, x[..., 0].numel())
+    return _in_places(experts, x.flatten(0, 1)[None], combined, combined.bool().to(x)).view_as(x)
+
+
 WAYS = [
     on_zeros_like,
     on_new_zeros_in_place,
@@ -122,6 +155,9 @@ WAYS = [
     behind_and_expanded,
     as_a_product,
     sorted_and_back,
+    in_places,
+    in_too_few_places,
+    in_places_of_the_batch,
 ]
 
 

@@ -289,14 +289,29 @@ class LinearPart:
             return passed.expand(shape)
         if step.kind == "mixing":
             carrier = self.steps.carrier(value)
-            dimension = _token_dim(operation, carrier)
-            # combine weights (tokens, experts) @ outputs (experts, channels): experts are added up
             if not self.mixes_tokens and not is_attention(operation):
-                return made[carrier].sum(dimension, keepdim=True).expand(shape)
-            return _spread(made[carrier], dimension, shape)
+                return self._routed(operation, value, carrier, made[carrier])
+            return _spread(made[carrier], _token_dim(operation, carrier), shape)
         if step.kind == "norm":
             return self._normed(operation, step, made[step.sources[0]])
         return self._executed(operation, value, made)
+
+    def _routed(self, operation: Operation, value: int, carrier: int, content: Tensor) -> Tensor:
+        """Multiply by the weights of a router, each of which counts as 1 where it is not zero.
+
+        combine weights (tokens, experts) @ outputs (experts, channels) add up experts. Where an expert has places for a
+        few tokens, dispatch weights (places, tokens) @ tokens fill them; each place has one token or none.
+        """
+
+        def fetch(item: int) -> Tensor:
+            if item == carrier:
+                return content
+            used = self._fixed(item) != 0
+            return (used if used.any() else ~used).to(content)
+
+        found = execute(self.tape, operation, fetch)[operation.outputs.index(value)]
+        assert found is not None
+        return found
 
     def _executed(self, operation: Operation, value: int, made: Mapping[int, Tensor]) -> Tensor:
         """Run an operation f that is affine in its carried inputs X, without its constant part: f(X) − f(0)."""
