@@ -220,3 +220,10 @@ def test_the_work_grows_with_the_experts_and_not_with_their_pairs(way: Way, monk
         assert [len(block.mlp.paths) for block in found if block.mlp] == [count, count]
         counts.append(len(executed))
     assert counts[1] < 6 * counts[0]  # 4 times the experts; 16 times the pairs
+
+
+@pytest.mark.parametrize("way", [in_places, in_too_few_places, in_places_of_the_batch, as_a_product])
+def test_the_shapes_alone_show_the_same_experts(way: Way) -> None:
+    """A sum of one-hot weights and what they were made of is no stream: the made-up content has to be one-hot too."""
+    model, batch = built(way)
+    assert find_blocks(model.to("meta"), batch=batch.to("meta")) == find_blocks(built(way)[0], batch=batch)

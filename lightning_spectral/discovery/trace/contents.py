@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.discovery.trace.noise import made_up, noise
-from lightning_spectral.discovery.trace.operations import addends, base_name, is_zero_allocation
+from lightning_spectral.discovery.trace.operations import addends, base_name, is_product, is_zero_allocation
 from lightning_spectral.discovery.trace.replay import execute
 from lightning_spectral.discovery.trace.tape import Operation, Tape, wide_copy
 
@@ -87,7 +87,12 @@ class Contents:
         if base_name(operation) == "embedding":
             return True
         terms = sorted(addends(tape, operation)) if tape.is_data(value) else []
-        return any(tape.depends(later, earlier) for earlier, later in itertools.pairwise(terms))
+        return any(self._is_branch(earlier, later) for earlier, later in itertools.pairwise(terms))
+
+    def _is_branch(self, stream: int, end: int) -> bool:
+        """Whether a value is made of another one by products with weights. h + sin(h)² is no stream, but a function."""
+        producers = map(self._tape.producer, self._tape.between(stream, end)[1:])
+        return any(operation is not None and is_product(self._tape, operation) for operation in producers)
 
 
 def _wide_dtype(like: Tensor) -> torch.dtype:
