@@ -156,6 +156,7 @@ def _report(options: Any) -> int:
     from lightning_spectral.pages import report, watch_report
 
     _check_place(options.output)
+    _check_named(options.run_dir)
     runs = options.run_dir if len(options.run_dir) > 1 else options.run_dir[0]
     if options.watch is None:
         _say(sys.stdout, str(report(runs, options.output)))
@@ -175,6 +176,7 @@ def _audit(options: Any) -> int:
     _check_place(options.html)
     _check_place(options.json)
     paths = [path for path in (options.path, options.other) if path is not None]
+    _check_named(paths)
     measured = [_measured(path, options) for path in paths]
     if len(measured) == 1:
         result: Measurement | Comparison = measured[0]
@@ -233,6 +235,12 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("blocks", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _check_named(paths: Sequence[str]) -> None:
+    """Check that no path is empty, as a variable of a shell that nobody has set is."""
+    if "" in paths:
+        raise ConfigurationError("an empty path: name a file or a folder; for the folder that you are in, type .")
 
 
 def _check_place(path: str | None) -> None:

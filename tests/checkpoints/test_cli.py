@@ -246,6 +246,18 @@ def test_a_wrong_value_is_told_in_one_line(arguments: list[str], message: str, c
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
 
 
+@pytest.mark.parametrize("arguments", [["report", ""], ["report", "a", ""], ["audit", ""], ["audit", "a", ""]])
+def test_an_empty_path_is_not_the_folder_that_one_is_in(arguments: list[str], capsys: Any):
+    assert main(arguments) == 2
+    expected = "an empty path: name a file or a folder; for the folder that you are in, type .\n"
+    assert capsys.readouterr().err == f"lightning-spectral: error: {expected}"
+
+
+def test_a_config_that_is_not_there_is_told_as_such(folder: Path, capsys: Any):
+    assert main(["audit", str(folder), "--config", "missing.json"]) == 2
+    assert capsys.readouterr().err == "lightning-spectral: error: missing.json: no such file or directory\n"
+
+
 def test_ctrl_c_ends_an_audit_without_a_traceback(folder: Path):
     script = (
         "import sys\nfrom lightning_spectral import cli, checkpoints\ndef audit(*_, **__): raise KeyboardInterrupt\n"
