@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,6 +29,12 @@ def eager() -> Iterator[None]:
     """Compiled code would not notice that hooks come and go."""
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@functools.cache
+def built(name: str) -> nn.Module:
+    """One model for all tests that leave it as it was."""
+    return example(name).build()
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -124,7 +131,7 @@ def test_model_is_seeded_and_in_eval_mode(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if example(name).callable])
 def test_model_returns_finite_numbers_on_inputs_that_are_always_the_same(name: str) -> None:
     member = example(name)
-    model = member.build()
+    model = built(name)
     args, kwargs = member.inputs(model)
     again = member.inputs(model)
     assert all(torch.equal(one, two) for one, two in zip(tensors([args, kwargs]), tensors(list(again)), strict=True))
@@ -136,7 +143,7 @@ def test_model_returns_finite_numbers_on_inputs_that_are_always_the_same(name: s
 @pytest.mark.parametrize("name", SURVEYED)
 def test_parameters_have_the_surveyed_shapes(name: str) -> None:
     """The tiny model is the one that was surveyed."""
-    parameters = dict(example(name).build().named_parameters(remove_duplicate=False))
+    parameters = dict(built(name).named_parameters(remove_duplicate=False))
     for pattern in survey.entries()[name]["blocks"]:
         for index in pattern["indices"]:
             for parameter, shape in pattern["params"].items():
@@ -148,7 +155,7 @@ def test_parameters_have_the_surveyed_shapes(name: str) -> None:
 def test_sites_run_as_often_as_the_block(name: str) -> None:
     """Every acceptable site exists and fires once per call of its block."""
     member = example(name)
-    model = member.build()
+    model = built(name)
     sites = {site: block.calls for block in member.blocks for sites in block.branches for site in sites}
     args, kwargs = member.inputs(model)
     with scaled(model, dict.fromkeys(sites, 1.0)) as fired:
@@ -162,7 +169,7 @@ def test_sites_run_as_often_as_the_block(name: str) -> None:
 def test_zero_sites_leave_no_branch(name: str) -> None:
     """With all sites at zero no matrix in a block has a gradient left: nothing was missed."""
     member = example(name)
-    model = member.build()
+    model = built(name)
     args, kwargs = member.inputs(model)
     inside = {
         f"{name}.{path}": parameter
@@ -186,7 +193,7 @@ def test_zero_sites_leave_no_branch(name: str) -> None:
 def test_zero_sites_make_the_block_the_identity(name: str) -> None:
     """With its sites at zero a block returns the stream, exactly."""
     member = example(name)
-    model = member.build()
+    model = built(name)
     for block in filter(lambda block: block.whole, member.blocks):
         for zeros in alternatives([block]):
             with scaled(model, zeros), torch.no_grad():
@@ -202,7 +209,7 @@ def test_zero_sites_make_the_block_the_identity(name: str) -> None:
 def test_every_site_scales_its_branch(name: str) -> None:
     """With the other branches at zero, what a block adds is proportional to the factor on this site, and not zero."""
     member = example(name)
-    model = member.build()
+    model = built(name)
     for block in filter(lambda block: block.whole, member.blocks):
         for sites in block.branches:
             others = {group[0]: 0.0 for group in block.branches if group is not sites}
@@ -221,7 +228,7 @@ def test_every_site_scales_its_branch(name: str) -> None:
 def test_every_site_changes_its_block(name: str) -> None:
     """Where a norm or a multiplier stands on the stream itself, every site still matters."""
     member = example(name)
-    model = member.build()
+    model = built(name)
     with torch.no_grad():
         for block in filter(lambda block: block.whole, member.blocks):
             (_, plain), *_ = through(model, member, block.name)
@@ -237,7 +244,7 @@ def test_matrices_belong_to_blocks(name: str) -> None:
     member = example(name)
     assert member.matrices is not None
     blocks = {block.name: block for block in member.blocks}
-    for block, branches in member.matrices(member.build()).items():
+    for block, branches in member.matrices(built(name)).items():
         for kind, matrices in branches.items():
             assert getattr(blocks[block], kind) is not None
             assert matrices
@@ -252,7 +259,7 @@ def test_attention_on_one_token_is_its_matrix(name: str) -> None:
     """A token that attends to itself only is multiplied by W_o · W_v."""
     member = example(name)
     assert member.matrices is not None
-    model = member.build()
+    model = built(name)
     x = torch.randn(2, 1, 1, 32, generator=torch.Generator().manual_seed(0))
     for block, branches in member.matrices(model).items():
         found = [getattr(model.get_submodule(block.partition(" + ")[0]), key, None) for key in ATTENTION_NAMES]
