@@ -66,7 +66,7 @@ def whole_stack(model: nn.Module, first: str, last: str) -> tuple[Callable[[Tens
 
 def dense(model: nn.Module, first: str, last: str) -> Tensor:
     run, x = whole_stack(model, first, last)
-    return torch.autograd.functional.jacobian(run, x).reshape(x.numel(), x.numel())
+    return torch.autograd.functional.jacobian(run, x, vectorize=True).reshape(x.numel(), x.numel())
 
 
 @pytest.mark.zoo

@@ -117,7 +117,7 @@ class Twin:
         return first(self.block(**{**self.kwargs, self.name: x}))
 
     def jacobian(self) -> Tensor:
-        square = torch.autograd.functional.jacobian(self, self.x).reshape(self.x.numel(), -1)
+        square = torch.autograd.functional.jacobian(self, self.x, vectorize=True).reshape(self.x.numel(), -1)
         return square.double() - torch.eye(self.x.numel(), dtype=torch.float64)
 
     def of_attention(self) -> Tensor:
@@ -227,7 +227,7 @@ def post_norm_by_hand(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     block = parts["h"][1]
     y = block.ln_1(x + block.attn(x)).detach()
     return tuple(
-        torch.autograd.functional.jacobian(branch, point).reshape(x.numel(), -1)
+        torch.autograd.functional.jacobian(branch, point, vectorize=True).reshape(x.numel(), -1)
         for branch, point in ((block.mlp, y), (block.attn, x))
     )
 
