@@ -78,8 +78,9 @@ def _refuse_adapters(folder: Path, names: set[str]) -> None:
             f"merge them first (merge_and_unload), or audit the weights alone: audit({_shown(folder / beside)})"
         )
     base = read_json(folder / _ADAPTERS).get("base_model_name_or_path")
+    of = "" if base is None else f", for the weights of {printable(base, 100)!r}"  # None: the model had no name
     raise CheckpointError(
-        f"{printable(folder)}: found only adapters, {_ADAPTERS}, for the weights of {printable(base, 100)!r}: merge "
+        f"{printable(folder)}: found only adapters, {_ADAPTERS}{of}: merge "
         "them first (merge_and_unload, save_pretrained), and audit what that saves"
     )
 

@@ -200,6 +200,11 @@ def test_what_is_meant_of_a_folder_is_asked(kind: str, tmp_path: Path):
         assert message.format(tmp_path) in said
 
 
+def test_adapters_of_a_model_without_a_name_are_told(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": null}', encoding="utf-8")
+    assert "found only adapters, adapter_config.json: merge them first" in refused(tmp_path)
+
+
 def test_two_formats_of_a_model_in_one_folder_are_told_apart(tmp_path: Path, blocks: Any, state: Any):
     write(saved(tmp_path), "model.safetensors", weights(2.0))
     with pytest.warns(UserWarning, match="torch.distributed"):
