@@ -26,6 +26,7 @@ from lightning_spectral.discovery.trace.tape import Tape
 from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
 from lightning_spectral.linalg.threads import one_thread
 from lightning_spectral.records import Blocks, Branch, ResidualBlock
+from lightning_spectral.weights.model import is_quantized
 
 __all__ = ["Found", "asked_blocks", "blocks_in_calls", "blocks_of", "find_blocks"]
 
@@ -261,4 +262,11 @@ def _nothing_found(model: nn.Module, descriptions: Iterable[str], refusals: list
         ),
     ]
     lines += [f"Refused: {reason}." for reason in dict.fromkeys(refusals)]
+    if packed := {name: type(item) for name, item in model.named_parameters() if is_quantized(item)}:
+        name, kind = next(iter(packed.items()))
+        lines.append(
+            f"{len(packed)} of its parameters are tensors of a class of their own, whose products are not recorded, as "
+            f"of a quantized model: {name} is a {kind.__module__}.{kind.__name__}. Look at the model before it is "
+            "quantized."
+        )
     return "\n".join([*lines, _HATCH])

@@ -26,7 +26,7 @@ from lightning_spectral.records import Branch, Path
 from lightning_spectral.weights.names import CHILD, scale_key
 from lightning_spectral.weights.paths import module_at, resolve
 
-__all__ = ["ModelWeights", "refuse_lazy"]
+__all__ = ["ModelWeights", "is_quantized", "refuse_lazy"]
 
 _SMALL = ("scale", "pre_norm", "inner_norm", "post_norm")
 
@@ -122,6 +122,8 @@ class ModelWeights:
                 raise ConfigurationError(
                     f"{path} has no content before the first forward pass, because its layer is lazy"
                 )
+            if is_quantized(tensor):
+                raise ConfigurationError(f"{path} is quantized: {type(tensor).__name__} is no matrix of numbers")
             # A DTensor cannot be detached in inference mode; without grad mode, what is read of it is detached anyway.
             yield tensor if torch.is_grad_enabled() or is_dtensor(tensor) else tensor.detach()
         finally:
@@ -170,6 +172,11 @@ def _made_by_hook(module: nn.Module, attribute: str, path: str) -> Tensor | None
             ) from error
         made = vars(module).get(attribute)
     return made if isinstance(made, Tensor) and made is not before else None
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether a tensor is of a class that knows how to undo its own quantization."""
+    return type(tensor).dequantize is not Tensor.dequantize
 
 
 def refuse_lazy(model: nn.Module) -> None:
