@@ -573,6 +573,14 @@ class MapNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-12) * self.weight.view(-1, 1, 1)
 
 
+class MapLength(MapNorm):
+    """The same by ``F.normalize``, whose statistic is expanded to the shape of the map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One length for each pixel."""
+        return F.normalize(x, dim=1) * math.sqrt(x.shape[1]) * self.weight.view(-1, 1, 1)
+
+
 class OnMaps(nn.Module):
     """Linear layers on feature maps ``(batch, channels, height, width)``: the channels are put last and back."""
 
@@ -604,8 +612,9 @@ class OnMaps(nn.Module):
         (lambda: nn.RMSNorm(WIDTH), True),
         (lambda: nn.BatchNorm2d(WIDTH), False),
         (lambda: MapNorm(WIDTH), False),
+        (lambda: MapLength(WIDTH), False),
     ],
-    ids=["layer norm", "rms norm", "batch norm", "written out"],
+    ids=["layer norm", "rms norm", "batch norm", "written out", "by length"],
 )
 def test_linear_layers_on_feature_maps_read_the_channels_of_the_maps(norm: Callable[[], nn.Module], last: bool) -> None:
     model = Stack(*(OnMaps(norm, last) for _ in range(2))).eval()
@@ -719,3 +728,24 @@ def test_streams_are_blocks_of_their_own_where_one_has_more_branches(extra: str)
             assert layer.attention_norm == pytest.approx(size(expected), rel=1e-5)
             if extra != "attention alone":
                 assert layer.mlp_norm == pytest.approx(size(joint.mlps[name].matrix), rel=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(TOKENS,), (3, 4)], ids=["sequence", "map"])
+def test_convolutions_behind_a_norm_by_length_over_the_channels_are_a_product(sizes: tuple[int, ...]) -> None:
+    class Pointwise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            kind = nn.Conv1d if len(sizes) == 1 else nn.Conv2d
+            self.attention, self.gain = Attention(), nn.Parameter(0.5 + torch.rand(WIDTH, *[1] * len(sizes)))
+            self.up, self.down = kind(WIDTH, HIDDEN, 1), kind(HIDDEN, WIDTH, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attention(x.flatten(2).mT).mT.reshape(x.shape)
+            return x + self.down(F.silu(self.up(F.normalize(x, dim=1) * self.gain * WIDTH**0.5)))
+
+    model = Stack(Pointwise(), Pointwise()).eval()
+    blocks = find_blocks(model, batch=torch.randn(2, WIDTH, *sizes))
+    for block, layer in zip(model.blocks, measure(model, blocks, solver=ExactSVD()), strict=True):
+        expected = block.down.weight.flatten(1) @ block.up.weight.flatten(1) @ torch.diag(block.gain.flatten())
+        assert layer.mlp_norm == pytest.approx(size(expected), rel=1e-5)
+        assert layer.attention_norm == pytest.approx(size(block.attention.matrix), rel=1e-5)

@@ -17,7 +17,14 @@ from lightning_spectral.discovery.trace.operations import (
 )
 from lightning_spectral.discovery.trace.tape import Operation, Tape
 
-__all__ = ["UnmeasurableError", "is_statistic", "norm_channel", "normalized_operand", "value_operand"]
+__all__ = [
+    "UnmeasurableError",
+    "before_broadcast",
+    "is_statistic",
+    "norm_channel",
+    "normalized_operand",
+    "value_operand",
+]
 
 
 class UnmeasurableError(Exception):
@@ -38,11 +45,7 @@ def normalized_operand(tape: Tape, operation: Operation) -> int | None:
         return None  # a weight that is divided by its own norm is still a weight
     first, second = operation.inputs
     for value, statistic in ((first, second), (second, first)):
-        # The statistic may have been broadcast to the shape of the value before the product.
-        source = tape.producer(statistic)
-        while source is not None and (is_broadcast(source) or source.name == "view"):
-            statistic = source.inputs[0]
-            source = tape.producer(statistic)
+        statistic = before_broadcast(tape, statistic)
         if not is_statistic(tape, statistic, value):
             continue
         for base in (value, _centred(tape, value)):
@@ -50,6 +53,15 @@ def normalized_operand(tape: Tape, operation: Operation) -> int | None:
                 inside = tape.between(base, statistic)[1:]
                 return None if any(_is_weighted(tape, item) for item in inside) else base
     return None
+
+
+def before_broadcast(tape: Tape, statistic: int) -> int:
+    """Return a statistic as it was before it was broadcast to the shape of the value that it multiplies."""
+    source = tape.producer(statistic)
+    while source is not None and (is_broadcast(source) or source.name == "view"):
+        statistic = source.inputs[0]
+        source = tape.producer(statistic)
+    return statistic
 
 
 def is_statistic(tape: Tape, statistic: int, value: int) -> bool:
@@ -69,8 +81,11 @@ def norm_channel(tape: Tape, operation: Operation) -> int:
     """Return the dimension of the channels of a norm: −1, or 1 for feature maps."""
     if is_norm(operation):
         return 1 if norm_channels_second(operation) else -1
-    statistics = (value for value in operation.inputs if tape.is_data(value))  # a gain is no statistic
-    found = (_reduced(tape, statistic, operation.outputs[0]) for statistic in statistics)
+    output = operation.outputs[0]
+    # A gain is no statistic, and the value itself is not: it has as many entries as the output.
+    data = (before_broadcast(tape, value) for value in operation.inputs if tape.is_data(value))
+    statistics = (value for value in data if tape.tensors[value].numel() < tape.tensors[output].numel())
+    found = (_reduced(tape, statistic, output) for statistic in statistics)
     return next((dim for dim in found if dim is not None), -1)
 
 

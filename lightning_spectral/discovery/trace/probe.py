@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.discovery.trace.noise import is_mute, made_up, noise
-from lightning_spectral.discovery.trace.operands import norm_channel, normalized_operand
+from lightning_spectral.discovery.trace.operands import before_broadcast, norm_channel, normalized_operand
 from lightning_spectral.discovery.trace.operations import (
     base_name,
     is_attention,
@@ -503,5 +503,6 @@ def _is_over_one(tape: Tape, operation: Operation, normalized: int, channel: int
     """Whether a norm has its gain, or one that is written out its statistic, along one dimension only."""
     if is_norm(operation):
         return channel == 1 or len(operation.args[1]) == 1
-    statistic = min(tape.tensors[value].numel() for value in operation.inputs if tape.is_data(value))
+    data = (before_broadcast(tape, value) for value in operation.inputs if tape.is_data(value))
+    statistic = min(tape.tensors[value].numel() for value in data)
     return statistic * tape.shape(normalized)[channel] == tape.tensors[normalized].numel()
