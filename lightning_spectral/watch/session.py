@@ -38,6 +38,7 @@ from lightning_spectral.watch.options import Options
 from lightning_spectral.watch.outermost import Call
 from lightning_spectral.watch.outlets import Outlets
 from lightning_spectral.watch.peers import Peers
+from lightning_spectral.watch.rebuilt import told_of_rebuilt, weighted_modules
 from lightning_spectral.watch.search import guessed_blocks, shown_blocks
 from lightning_spectral.watch.telling import inform, warn, warn_here
 from lightning_spectral.weights.model import ModelWeights
@@ -106,6 +107,7 @@ class Session:
         self._weights: dict[str, tuple[bool, int]] = {}  # fingerprint of those that were measured last
         self._trained: frozenset[str] = frozenset()  # parameters of blocks that the run trains
         self._sign_of_training: str | None = None  # by what the weights that the law meets first look trained
+        self._modules: dict[str, str] = {}  # with weights, when the blocks were found
         self._weights_step = 0  # and what the loop had counted then
         self._unseen = False  # whether weights may have been changed up to the forward pass of this batch
         self._failures = 0  # in a row
@@ -251,6 +253,7 @@ class Session:
             signals=options.signals,
         )
         self._trained = trained_names(model, self.meter.blocks, self._host.trained())
+        self._modules = weighted_modules(model, blocks)
         self.series.blocks = to_plain(blocks)
         # A teacher is meant to begin as a copy.
         trained = [item for item in self.meter.blocks if not self._trained.isdisjoint(parameters_of([item]))]
@@ -345,12 +348,22 @@ class Session:
         """Measure the share of this process."""
         self._share = meter.measure(step, (self.peers.rank, self.peers.count))
         self._mark(meter)
+        self._notice_rebuilt(meter)
         first = self.series.first_weights or self._weights
         trained = {name: bits for name, bits in first.items() if name in self._trained}
         self._share = with_moved(self._share, meter.blocks, trained, self._weights)
         # Here, because by hand another model may have stepped before anything follows from this measurement.
         if self._steering is not None and self._steering.rescaler.at_once and not self.series.law:
             self._sign_of_training = sign_of_training(meter.weights, meter.blocks)
+
+    def _notice_rebuilt(self, meter: Meter) -> None:
+        """Say once that modules have come or gone. What is flattened has no modules with weights."""
+        if self._host.shards or "rebuilt" in self._told:
+            return
+        told = told_of_rebuilt(self._modules, weighted_modules(self._host.model, meter.blocks))
+        if told is not None:
+            self._told.add("rebuilt")
+            inform(f"{self._host.name}: {told}", logging.WARNING)
 
     # What follows from a measurement.
 

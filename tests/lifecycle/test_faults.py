@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +18,8 @@ from journals import read_actions, read_journal
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from steered import unbalanced
-from tiny_run import BLOCKS, LitGPT, fit
-from torch import nn
+from tiny_run import BLOCKS, Block, LitGPT, fit
+from torch import Tensor, nn
 
 from lightning_spectral import RandomizedSVD, SpectralMonitor
 from lightning_spectral.errors import ConfigurationError
@@ -234,8 +237,13 @@ def pruned(module: LitGPT) -> None:
 @pytest.mark.parametrize("settings", [{}, {"auto_rescale": True}])
 @pytest.mark.parametrize(("surgery", "gone"), [(cut, 2), (replaced, 1), (pruned, None)])
 def test_a_model_that_is_changed_while_it_trains_is_watched_as_far_as_it_goes(
-    tmp_path: Path, surgery: Callable[[LitGPT], None], gone: int | None, settings: dict[str, Any]
+    tmp_path: Path,
+    surgery: Callable[[LitGPT], None],
+    gone: int | None,
+    settings: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
 ):
+    caplog.set_level(logging.INFO)
     monitor = SpectralMonitor(1, **settings, on_error="raise")
     module = LitGPT()
     trainer = fit(tmp_path, [At(4, surgery), monitor], module=module)
@@ -245,3 +253,62 @@ def test_a_model_that_is_changed_while_it_trains_is_watched_as_far_as_it_goes(
     assert gone is None or "has no attribute" in last[gone]["reason"]
     tokens = [layer["token_residual"] for layer in records(tmp_path)[-2]["layers"]]
     assert tokens[0] is not None
+    count = "6" if not settings else "6 .*; residual scales gone: 2"
+    told = re.findall(rf"other modules than when .* \(gone: {count} in model.blocks.{gone}\)", caplog.text)
+    assert len(told) == (gone is not None)
+
+
+def grown(module: LitGPT) -> None:
+    module.model.blocks.append(Block(0.0))
+
+
+class Adapted(nn.Linear):
+    """A linear layer with a path beside its weight."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features)
+        self.load_state_dict(plain.state_dict())
+        self.down, self.up = nn.Linear(self.in_features, 2), nn.Linear(2, self.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.up(self.down(x))
+
+
+def adapted(module: LitGPT) -> None:
+    mlp = module.model.blocks[1].mlp
+    mlp[0] = Adapted(mlp[0])
+
+
+def renewed(module: LitGPT) -> None:
+    module.model = copy.deepcopy(module.model)
+
+
+def normalized(module: LitGPT) -> None:
+    for linear in (module.model.blocks[0].mlp[0], module.model.blocks[1].attention.proj):
+        nn.utils.parametrizations.weight_norm(linear)
+    nn.utils.prune.l1_unstructured(module.model.blocks[2].mlp[0], "weight", 0.1)
+
+
+def compiled(module: LitGPT) -> None:
+    module.model.blocks[1] = torch.compile(module.model.blocks[1], backend="eager")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own
+@pytest.mark.parametrize(
+    ("surgery", "told"),
+    [
+        (grown, "new: 6 in model.blocks.3"),
+        (adapted, "new: 2 in model.blocks.1.mlp.0; of another class: model.blocks.1.mlp.0"),
+        (renewed, None),
+        (normalized, None),
+        (compiled, None),
+    ],
+)
+def test_modules_that_come_while_a_model_trains_are_told_once(
+    tmp_path: Path, surgery: Callable[[LitGPT], None], told: str | None, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    fit(tmp_path, [At(4, surgery), SpectralMonitor(1, on_error="raise")], module=LitGPT())
+    assert re.findall(r"other modules than when its blocks were found \((.*?)\)", caplog.text) == (
+        [told] if told else []
+    )
