@@ -70,8 +70,8 @@ def recorded(
         return found
     advice = (
         f"{type(model).__name__} could not be run on any guessed input, and its structure is read from one forward "
-        "pass. Pass an example, batch=example_input, or set example_input_array on the LightningModule. "
-        "Tried:"
+        "pass. Pass an example, batch=example_input (to a monitor: blocks=find_blocks(model, batch=example_input)), "
+        "or set example_input_array on the LightningModule. Tried:"
     )
     raise ExampleInputError("\n".join([advice, *(attempts or ["  nothing: the model gives no sign of what it takes"])]))
 

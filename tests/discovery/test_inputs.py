@@ -245,7 +245,7 @@ def test_where_no_guess_fits_the_error_lists_the_attempts_and_asks_for_one() -> 
     with pytest.raises(ExampleInputError, match=r"Picky could not be run on any guessed input") as caught:
         find_blocks(Picky())
     message = str(caught.value)
-    assert "Pass an example, batch=example_input" in message
+    assert "Pass an example, batch=example_input (to a monitor: blocks=find_blocks(model, batch=" in message
     assert "example_input_array" in message
     assert f"Picky on 1 argument(s) of floats of shape (2, 13, {WIDTH}): TypeError: " in message
     assert "and more" not in message
