@@ -28,11 +28,11 @@ class Quality:
 
 QUALITY: Mapping[str, Quality] = {
     "not_finite": Quality(9, 9, 0, 119),
-    "tokens_collapsed": Quality(59, 69, 0, 119),
-    "samples_collapsed": Quality(66, 75, 0, 119),
+    "tokens_collapsed": Quality(60, 63, 0, 119),
+    "samples_collapsed": Quality(64, 70, 0, 119),
     "nothing_moves": Quality(3, 3, 0, 119),
     "logits_exploding": Quality(18, 18, 0, 119),
-    "tokens_collapsing": Quality(1, 69, 0, 119),
+    "tokens_collapsing": Quality(1, 63, 0, 119),
 }
 
 

@@ -35,7 +35,9 @@ def one_screen(measurement: Measurement, rows: int = 24) -> str:
 def _on_one_line(layer: LayerMeasurement) -> LayerMeasurement:
     """Return a layer with short texts on one line: a reason may be an error of torch with its call stack."""
     mlp, attention = (None if why is None else _flat(why) for why in (layer.mlp_reason, layer.attention_reason))
-    return replace(layer, name=clear_name(layer.name, LONGEST), mlp_reason=mlp, attention_reason=attention)
+    return replace(
+        layer, name=clear_name(" ".join(layer.name.split()), LONGEST), mlp_reason=mlp, attention_reason=attention
+    )
 
 
 def _flat(text: str) -> str:

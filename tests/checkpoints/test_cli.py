@@ -190,7 +190,7 @@ def test_errors_are_one_line_and_code_2(folder: Path, tmp_path: Path, capsys: An
         (["audit", str(tmp_path / "absent")], "no such file"),
         (["audit", str(tmp_path / "\x1b[31mred.pt")], "not readable as a file of torch.save"),
         (["audit", str(folder), str(tmp_path)], "found no weights in this folder"),
-        (["audit", str(folder), "--config", str(tmp_path)], "config.json: not readable as a JSON object"),
+        (["audit", str(folder), "--config", str(tmp_path)], "config.json: no such file or directory"),
         (["audit", str(folder), "--json", str(tmp_path / "no" / "out.json")], "its folder does not exist"),
         (["audit", str(folder), "--html", str(tmp_path / "no" / "out.html")], "its folder does not exist"),
         (["report", str(tmp_path), "--output", str(tmp_path / "no" / "out.html")], "its folder does not exist"),

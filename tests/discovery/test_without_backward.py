@@ -60,17 +60,15 @@ class Model(nn.Sequential):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("attention", [Flexible, ForInference])
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_kernel_without_a_backward_pass_is_recorded_without_grad(attention: type[Flexible], device: str):
+def test_a_kernel_without_a_backward_pass_is_recorded_without_grad(attention: type[Flexible]):
     torch.manual_seed(0)
     model, ids = Model(attention), torch.randint(0, 50, (2, TOKENS))
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match=r"backward"):
         model(ids)
-    blocks = find_blocks(model.to(device) if device == "meta" else model, batch=ids)
+    blocks = find_blocks(model, batch=ids)
     assert [(block.name, block.verified) for block in blocks] == [("1", True), ("2", True)]
-    if device == "meta":
-        return
     for own, layer in zip((model[1], model[2]), measure(model, blocks), strict=True):
         value = own.attention.qkv.weight[2 * WIDTH :]
         expected = torch.linalg.matrix_norm(own.attention.out.weight @ value @ own.norm1.weight.diag(), 2)
         assert layer.attention_norm == pytest.approx(expected.item(), rel=1e-5)
+    assert find_blocks(model.to("meta"), batch=ids) == blocks

@@ -199,7 +199,9 @@ class Weightless(LitGPT):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_what_could_not_arrive_is_refused_before_the_first_step(tmp_path: Path):
     monitor = SpectralMonitor(2, True)
-    with pytest.raises(Exception, match=r"3 residual scale\(s\) would be lost.*Call attach_scales\(module\) before"):
+    with pytest.raises(
+        Exception, match=r"3 residual scale\(s\) would be lost.*Call attach_scales\(module, learnable=False\) before"
+    ):
         fit(tmp_path, monitor, module=Weightless(), strategy="ddp_fork", devices=1)
 
 
