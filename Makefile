@@ -20,7 +20,7 @@ BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 # Neighbouring tests stay together, as they share what their modules prepare, until a process has nothing left to do.
 # Without the experiments, which train for long: evidence, evidence_steering, post_norm, wrong_starts, alarms.
-BENCHMARKS = imports solver overhead memory discovery penalty rescale jacobian sharded scaling audit report audit_large busy norms_behind
+BENCHMARKS = imports solver overhead memory discovery penalty rescale jacobian sharded scaling audit report audit_large busy norms_behind one_product
 PYTEST = -m pytest -n 2 --dist worksteal
 READERS = tests/examples tests/docs tests/shells
 MATRIX = full
