@@ -13,7 +13,7 @@ __all__ = ["doubts", "found", "is_lazy", "nothing_to_compare"]
 def found(blocks: Sequence[ResidualBlock], measurement: Measurement, every_n_steps: int) -> str:
     """Say what is measured, and how often: "8 blocks, all verified, measured every 10 steps"."""
     with_ratio = sum(layer.ratio is not None for layer in measurement)
-    part = "" if with_ratio == len(blocks) else f"{with_ratio or 'none'} with a ratio, "
+    part = "" if with_ratio == len(blocks) else f"{with_ratio} with a ratio, "
     if not with_ratio and _begins_at_zero(measurement):
         part = "none with a ratio while norms are zero, "
     verified = sum(block.verified for block in blocks)
@@ -24,9 +24,8 @@ def found(blocks: Sequence[ResidualBlock], measurement: Measurement, every_n_ste
 
 def nothing_to_compare(measurement: Measurement) -> str | None:
     """Say that no block has a ratio, and why the first one has none; ``None`` where some block has one or will have."""
-    if any(layer.ratio is not None for layer in measurement) or not measurement.layers:
-        return None
-    if _begins_at_zero(measurement):
+    known = any(layer.ratio is not None for layer in measurement)
+    if known or not measurement.layers or _begins_at_zero(measurement):
         return None
     first = measurement.layers[0]
     return (
