@@ -12,9 +12,9 @@ from lightning_spectral.discovery.asked import check_blocks, check_hints, check_
 from lightning_spectral.discovery.attempts import Pass, passed, recorded
 from lightning_spectral.discovery.hints import with_hints
 from lightning_spectral.discovery.inputs import arguments_of
-from lightning_spectral.discovery.structure.branches import FoundBranch, alike, branches_of, finished
+from lightning_spectral.discovery.structure.branches import FoundBranch, alike, branches_of, finished, times
 from lightning_spectral.discovery.structure.ends import EndFinder
-from lightning_spectral.discovery.structure.groups import Groups, named_groups, settled_kinds
+from lightning_spectral.discovery.structure.groups import Groups, calls_in_a_run, named_groups, settled_kinds
 from lightning_spectral.discovery.structure.heard import stream_behind
 from lightning_spectral.discovery.structure.parts import unseen
 from lightning_spectral.discovery.structure.residual import residual_adds
@@ -169,12 +169,13 @@ def _with_factors(
     result = {}
     for name, members in groups.items():
         records: list[Branch] = []
+        counts = calls_in_a_run(tape, branches, members)
         for branch, kind in zip(members, settled_kinds(members), strict=True):
             # A shared block runs several times. Its factors have to be the same in every call.
             calls = [item for item in branches if item.site.path == branch.site.path]
             ways = [finished(tape, modules, name, call, kind, prober) for call in calls]
             for place in range(max(map(len, ways))):
-                record = alike([way[min(place, len(way) - 1)] for way in ways])
+                record = times(counts[branch.site.path], alike([way[min(place, len(way) - 1)] for way in ways]))
                 records.append(finder.with_ends(record, branch, name))
         result[name] = tuple(replace(record, aliases=aliases.get(record.site, ())) for record in records)
     return result

@@ -39,7 +39,7 @@ from lightning_spectral.discovery.trace.surprises import SURPRISES, surprise
 from lightning_spectral.discovery.trace.tape import Operation, Tape
 from lightning_spectral.records import Branch, BranchKind, Factor, Path
 
-__all__ = ["FoundBranch", "alike", "branches_of", "finished"]
+__all__ = ["FoundBranch", "alike", "branches_of", "finished", "times"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +319,16 @@ def alike(records: Sequence[Branch]) -> Branch:
         return first
     reason = f"it runs {len(records)} times, and what multiplies it or its matrices is not the same each time"
     return replace(first, paths=(), reason=first.reason or reason)
+
+
+def times(count: int, record: Branch) -> Branch:
+    """Return the record of a branch that one run of its block calls several times: to first order, their sum."""
+    if count == 1:
+        return record
+    scale = Factor("scale", None, constant=float(count))
+    return replace(
+        record, paths=tuple(replace(path, factors=merged((scale, *path.factors))) for path in record.paths)
+    )
 
 
 def _rounded(paths: Sequence[Path]) -> tuple[Path, ...]:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
@@ -20,7 +21,7 @@ from lightning_spectral.discovery.trace.tape import Tape
 from lightning_spectral.records import BranchKind
 from lightning_spectral.weights.names import common_parts
 
-__all__ = ["Groups", "named_groups", "settled_kinds"]
+__all__ = ["Groups", "calls_in_a_run", "named_groups", "settled_kinds"]
 
 # An entry of a container with more branches is a stage of several blocks.
 _MOST_BRANCHES = 6
@@ -214,6 +215,29 @@ def _token_shift(branches: Sequence[FoundBranch]) -> int | None:
     if len(mixers) == 2 and len(shifts) == 1 and all(branch.kind != "mlp" for branch in branches):
         return shifts[0]
     return None
+
+
+def calls_in_a_run(tape: Tape, branches: Sequence[FoundBranch], members: Sequence[FoundBranch]) -> Counter[str]:
+    """Return how often one run of a block calls each of its sites.
+
+    A module that attends along rows and then along columns is called twice, and so is half an MLP that stands on both
+    sides of attention. A shared block runs several times: its run is what is common to all.
+
+    Args:
+        tape: The recorded forward pass.
+        branches: All branches in the order of execution, each call by itself.
+        members: The branches of the block, each once.
+    """
+    sites = {branch.site.path for branch in members}
+    calls: list[FoundBranch] = []
+    for branch in branches[branches.index(members[0]) :]:
+        if branch.site.path in sites:
+            calls.append(branch)
+        elif any(tape.depends(branch.add.stream, call.add.output) for call in calls):
+            break  # another block reads what this block wrote
+    counts = Counter(branch.site.path for branch in calls)
+    runs = min(counts.values())
+    return Counter({site: max(1, counts[site] // runs) for site in sites})
 
 
 def settled_kinds(branches: Sequence[FoundBranch]) -> list[BranchKind]:

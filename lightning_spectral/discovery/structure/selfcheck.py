@@ -50,7 +50,7 @@ class SelfCheck:
             found: All branches of the pass.
             refusals: The sums that look like residual adds and were refused.
         """
-        self.tape, self.prober, self.refusals = tape, prober, refusals
+        self.tape, self.prober, self.found, self.refusals = tape, prober, found, refusals
         self._adds = {branch.add.output: branch.add for branch in found}
         self._outside = list(_weights_outside(tape, found))
 
@@ -68,7 +68,10 @@ class SelfCheck:
 
     def _problem(self, name: str, branches: Sequence[FoundBranch]) -> str | None:
         """Return the first failure: of the stream, of a branch, then of the block with every site at zero."""
-        adds = list({branch.add.output: branch.add for branch in branches}.values())
+        # Between two of its branches, the block may run one of them once more.
+        sites, last = {branch.site.path for branch in branches}, branches[-1].add.output
+        own = (branch.add for branch in self.found if branch.site.path in sites and branch.add.output <= last)
+        adds = list({add.output: add for add in own}.values())
         for earlier, later in itertools.pairwise(adds):
             if not linked(self.tape, later, earlier):
                 return "its residual adds do not lie on one stream"
