@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from torch import nn
 
 from lightning_spectral.discovery.chains.factors import Chain, FoundChain
 from lightning_spectral.discovery.chains.products import MATRICES, STACK, as_ranges
+from lightning_spectral.discovery.chains.recipes import NoRecipeError, recipe
 from lightning_spectral.discovery.trace.operands import UnmeasurableError
+from lightning_spectral.discovery.trace.operations import is_product, weight_operand
+from lightning_spectral.discovery.trace.tape import Tape
 from lightning_spectral.records import Factor, Path
 from lightning_spectral.weights.names import common_parts
 from lightning_spectral.weights.paths import resolve
@@ -28,10 +32,11 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 # For each matrix of a chain, the index of the path component that numbers the expert; −1 for a shared matrix.
 # In "layers.0.experts.3.w1" that is 3.
 Level = tuple[int, ...]
+_Entry = tuple[str | None, object]
 
 
 def with_all_experts(
-    modules: Mapping[str, nn.Module], block: str, chains: Sequence[FoundChain], ran: Collection[str]
+    tape: Tape, modules: Mapping[str, nn.Module], block: str, chains: Sequence[FoundChain]
 ) -> tuple[Path, ...]:
     """Return one path per chain, and per expert where the data chooses between chains.
 
@@ -39,14 +44,15 @@ def with_all_experts(
     experts that are stored beside it.
 
     Args:
+        tape: The recorded forward pass.
         modules: The modules of the model by path.
         block: Module path of the block; containers above it hold blocks, not experts.
         chains: The chains that were found on the tape.
-        ran: The names of the parameters that took part in the recorded pass.
 
     Raises:
         UnmeasurableError: Not all experts can be known.
     """
+    chains = _uncrossed(chains)
     chosen = [chain.factors for chain in chains if chain.selective]
     classes: dict[tuple[int, ...], list[Chain]] = {}
     for factors in chosen:
@@ -60,7 +66,9 @@ def with_all_experts(
             continue
         family = _batched(modules, chain.factors)
         if chain.selective and not family:
-            family = _picked(modules, chain.factors) or _listed(modules, chain.factors, levels[_make(chain.factors)])
+            family = _picked(tape, modules, chain.factors, chosen) or _listed(
+                modules, chain.factors, levels[_make(chain.factors)]
+            )
         if chain.selective and family:
             found.update(dict.fromkeys(family))
             known.update(path.factors for path in family)
@@ -69,7 +77,7 @@ def with_all_experts(
     if not found:
         return tuple(shared)
     experts = _as_they_ran(found, chosen)
-    _check_complete(modules, [path.factors for path in (*experts, *shared)], chosen, ran)
+    _check_complete(modules, [path.factors for path in (*experts, *shared)], chosen, set(tape.names.values()))
     return (*experts, *(replace(path, expert="shared") for path in shared))
 
 
@@ -104,15 +112,57 @@ def _batched(modules: Mapping[str, nn.Module], chain: Chain) -> list[Path]:
     return _one_each(chain, STACK, _count(modules, stacks[0], STACK)) if stacks else []
 
 
-def _picked(modules: Mapping[str, nn.Module], chain: Chain) -> list[Path]:
-    """Return one path per expert for experts along dimension 0 of every matrix, picked one by one; else none."""
+def _uncrossed(chains: Sequence[FoundChain]) -> Sequence[FoundChain]:
+    """Drop chains from one expert's first matrix to another's second one.
+
+    Where the tokens of all experts lie in one tensor between the two, the walk follows every expert to every other. No
+    token does: the comparison with the branch shows it.
+    """
+    straight = [chain for chain in chains if not chain.selective or len(_entries(chain.factors)) < 2]
+    return straight if any(chain.selective for chain in straight) else chains
+
+
+def _entries(chain: Chain) -> set[object]:
+    return {_entry(None, factor.layout)[1] for factor in chain if factor.role in MATRICES} - {None}
+
+
+def _picked(tape: Tape, modules: Mapping[str, nn.Module], chain: Chain, chosen: Sequence[Chain]) -> list[Path]:
+    """Return one path per expert for experts along dimension 0 of parameters, picked one by one; else none.
+
+    A matrix that is not picked is one for all experts: the values of attention whose output projections are experts.
+    Then an entry that runs and is no expert shows that the stack holds something else, such as queries and keys.
+    """
     matrices = [factor for factor in chain if factor.role in MATRICES]
     steps = {next((step for step in factor.layout if step[:2] == ("select", 0)), None) for factor in matrices}
-    step = steps.pop()
-    if len(matrices) < 2 or steps or step is None:
+    picked = steps - {None}
+    if len(matrices) < 2 or len(picked) != 1:
         return []
-    counts = {_count(modules, factor, step) for factor in matrices}
-    return _one_each(chain, step, counts.pop()) if len(counts) == 1 and counts != {1} else []
+    (step,) = picked
+    assert step is not None
+    counts = {_count(modules, factor, step) for factor in matrices if step in factor.layout}
+    if len(counts) != 1 or counts == {1}:
+        return []
+    known = {_entry(factor.parameter, factor.layout) for other in chosen for factor in other}
+    if None in steps and not known.issuperset(_running_entries(tape, {factor.parameter for factor in matrices})):
+        return []
+    return _one_each(chain, step, counts.pop())
+
+
+def _running_entries(tape: Tape, parameters: Collection[str | None]) -> Iterator[_Entry]:
+    """Yield every entry of some stacks that is multiplied with at least one token."""
+    for operation in tape.operations:
+        if is_product(tape, operation) and tape.tensors[operation.outputs[0]].numel():
+            weight = weight_operand(tape, operation)
+            with suppress(NoRecipeError):
+                parameter, steps = recipe(tape, weight) if weight is not None else (None, ())
+                entry = _entry(parameter, steps)
+                if parameter in parameters and entry[1] is not None:
+                    yield entry
+
+
+def _entry(parameter: str | None, layout: Iterable[tuple[object, ...]]) -> _Entry:
+    """Return a parameter and the entry of its dimension 0 that a layout picks, ``None`` for no entry."""
+    return parameter, next((step[2] for step in layout if step[:2] == ("select", 0)), None)
 
 
 def _one_each(chain: Chain, step: tuple[object, ...], count: int) -> list[Path]:

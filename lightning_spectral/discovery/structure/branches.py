@@ -272,7 +272,7 @@ def finished(
         linear = LinearPart(Steps(tape, region, prober), mixes_tokens=kind == "attention")
         found = chains(linear, prober, kind)
         kinds = _kinds(found, kind)
-        paths = with_all_experts(modules, block, found, set(tape.names.values()))
+        paths = with_all_experts(tape, modules, block, found)
         paths = agreed_paths(linear, prober, paths)
         if len(set(kinds)) > 1 and len(paths) != len(kinds):
             raise UnmeasurableError("attention and an MLP lie in one branch, with several matrices side by side")
@@ -326,9 +326,7 @@ def times(count: int, record: Branch) -> Branch:
     if count == 1:
         return record
     scale = Factor("scale", None, constant=float(count))
-    return replace(
-        record, paths=tuple(replace(path, factors=merged((scale, *path.factors))) for path in record.paths)
-    )
+    return replace(record, paths=tuple(replace(path, factors=merged((scale, *path.factors))) for path in record.paths))
 
 
 def _rounded(paths: Sequence[Path]) -> tuple[Path, ...]:
