@@ -162,3 +162,39 @@ def test_the_tokens_of_both_streams_are_heard(tmp_path: Path):
     streams = [stream.detach().double().flatten(1, -2) for stream in expected[:4]]
     spreads = [(x - x.mean(1, keepdim=True)).norm(dim=(1, 2)) / x.norm(dim=(1, 2)) for x in streams]
     assert heard == pytest.approx([spread.mean().item() for spread in spreads], rel=1e-3)
+
+
+class RemembersItsRoutes(nn.Module):
+    """A gate of the MLP adds to what it was in the block before: a stream of its own, inside of the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = Attention(WIDTH), Transition(WIDTH)
+        self.down, self.up = nn.Linear(WIDTH, 4), nn.Linear(4, WIDTH)
+
+    def forward(self, x: Tensor, routes: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = x + self.attention(x)
+        routes = self.down(x) if routes is None else self.down(x) + routes
+        return x + self.mlp(x) * self.up(routes).sigmoid(), routes
+
+
+class Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin, self.blocks = nn.Linear(4, WIDTH), nn.ModuleList(RemembersItsRoutes() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, routes = self.begin(x), None
+        for block in self.blocks:
+            x, routes = block(x, routes)
+        return x
+
+
+def test_a_second_stream_inside_of_a_branch_is_the_matter_of_that_branch():
+    torch.manual_seed(0)
+    model = shaken(Remembering())
+    blocks = find_blocks(model, batch=torch.randn(2, TOKENS, 4, dtype=torch.float64))
+    assert [block.doubt for block in blocks] == [None] * 3
+    for own, layer in zip(model.blocks, measure(model, blocks), strict=True):
+        assert layer.attention_norm == pytest.approx(of_attention(own.attention), rel=1e-6)
+        assert layer.mlp_norm == pytest.approx(of_transition(own.mlp), rel=1e-6)

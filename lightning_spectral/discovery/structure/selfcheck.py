@@ -154,7 +154,7 @@ class SelfCheck:
             outside = self._weight_outside(name, leaf)
             return self._begins_projected(call, leaf) or outside or self._mixed_before(name, call, leaf)
         lost = self._lost_on_the_way(adds, entry, output)
-        return self._refused(entry, output) or lost or self._weight_outside(name, entry)
+        return self._refused(entry, output, adds) or lost or self._weight_outside(name, entry)
 
     def _call_around(self, name: str, adds: Sequence[ResidualAdd]) -> Call | None:
         """Return the call of the block around its first residual add; ``None`` for a block that is never called."""
@@ -180,12 +180,14 @@ class SelfCheck:
         # Several entries: the embedding is passed along to every block, and the latest entry is the stream.
         return max(entries, default=None), min(outputs, default=None)
 
-    def _refused(self, entry: int, output: int) -> str | None:
-        """Return the reason of the first refused sum inside a block."""
+    def _refused(self, entry: int, output: int, adds: Sequence[ResidualAdd]) -> str | None:
+        """Return the reason of the first refused sum inside a block, but outside of its branches."""
         refused = (
             refusal.reason
             for refusal in self.refusals
-            if self.tape.depends(output, refusal.output) and self.tape.depends(refusal.output, entry)
+            if self.tape.depends(output, refusal.output)
+            and self.tape.depends(refusal.output, entry)
+            and not any(add.interior >> refusal.output & 1 for add in adds)
         )
         return next(refused, None)
 
