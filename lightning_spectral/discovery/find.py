@@ -16,6 +16,7 @@ from lightning_spectral.discovery.structure.branches import FoundBranch, alike, 
 from lightning_spectral.discovery.structure.ends import EndFinder
 from lightning_spectral.discovery.structure.groups import Groups, calls_in_a_run, named_groups, settled_kinds
 from lightning_spectral.discovery.structure.heard import stream_behind
+from lightning_spectral.discovery.structure.layouts import channels_of_neighbours
 from lightning_spectral.discovery.structure.parts import unseen
 from lightning_spectral.discovery.structure.residual import residual_adds
 from lightning_spectral.discovery.structure.selfcheck import SelfCheck
@@ -153,6 +154,7 @@ def blocks_of(tape: Tape, model: nn.Module) -> Found:
     """
     prober = Prober(tape)
     adds, refused = residual_adds(tape, prober)  # 2. where something is added to the stream
+    prober.told = channels_of_neighbours(tape, adds, prober)
     branches, homeless = branches_of(tape, adds, prober)  # 3. what each addend is, and where it can be scaled
     groups = named_groups(tape, dict(model.named_modules()), branches)  # 4. which branches form a block
     records = _with_factors(tape, model, groups, branches, prober)  # 5. the matrices of each branch

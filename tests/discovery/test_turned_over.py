@@ -91,3 +91,57 @@ def test_what_multiplies_the_tokens_of_a_stream_that_is_turned_over_mixes_them(b
         mlp = torch.linalg.matrix_norm(own.mlp[2].weight @ own.mlp[0].weight, 2)
         assert layer.mlp_norm == pytest.approx(mlp.item(), rel=1e-6)
         assert layer.attention_reason == "a token mixer that is not attention has no weight linearization"
+
+
+class Attention(nn.Module):
+    """Attention between the places of a picture (samples, channels, rows, columns)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x.flatten(2).mT).chunk(3, -1)
+        return self.out(F.scaled_dot_product_attention(q, k, v)).mT.reshape(x.shape)
+
+
+class Map(nn.Module):
+    """Attention and an MLP of linear layers on a picture with channels in front, without any norm."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.attention, self.tokens = Attention(), nn.Linear(tokens, tokens)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.mlp(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class MapWithMLPFirst(Map):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mlp(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x + self.attention(x)
+
+
+class MapWithTokens(Map):
+    """Also has a layer that multiplies the columns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.tokens(x))
+
+
+@pytest.mark.parametrize("size", [6, WIDTH])
+@pytest.mark.parametrize("block", [Map, MapWithMLPFirst, MapWithTokens])
+def test_attention_tells_where_the_other_branches_of_its_stream_have_their_channels(block: type[Map], size: int):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, WIDTH, 1), block(size), block(size))
+    blocks = find_blocks(model, batch=torch.randn(2, 3, 5, size))
+    for found, layer in zip(blocks, measure(model, blocks).layers, strict=True):
+        own = model.get_submodule(found.name)
+        assert found.doubt is None
+        assert found.token_dims == (2, 3)
+        mixers = [branch.site for branch in found.branches if branch.kind == "mixer"]
+        assert mixers == ([f"{found.name}.tokens"] if block is MapWithTokens else [])
+        norm = torch.linalg.matrix_norm((own.mlp[2].weight @ own.mlp[0].weight).detach(), 2)
+        assert layer.mlp_norm == pytest.approx(float(norm), rel=1e-5)

@@ -48,7 +48,8 @@ def agreed_paths(linear: LinearPart, prober: Prober, paths: Sequence[Path]) -> t
         UnmeasurableError: The sum of the products is not what the branch does.
     """
     try:
-        found = prober.once(linear.region, ("coefficients", len(paths)), lambda: _coefficients(linear, prober, paths))
+        question = ("coefficients", len(paths), prober.channel_dim(linear.region))
+        found = prober.once(linear.region, question, lambda: _coefficients(linear, prober, paths))
     except (RuntimeError, IndexError) as error:
         raise UnmeasurableError(f"its matrices do not fit together: {str(error).splitlines()[0]}") from None
     if isinstance(found, str):

@@ -135,6 +135,7 @@ class Prober:
     def __init__(self, tape: Tape) -> None:
         """Start without answers."""
         self.tape = tape
+        self.told: dict[int, int] = {}  # channels of streams whose own branches do not know them
         self._answers: dict[Hashable, Any] = {}
 
     def once(self, region: Region, question: Hashable, ask: Callable[[], _Answer]) -> _Answer:
@@ -164,7 +165,8 @@ class Prober:
         return self._moved(region)[1]
 
     def _moved(self, region: Region) -> tuple[int, tuple[int, ...]]:
-        return self.once(region, "moved", lambda: self._moved_positions(region))
+        question = ("moved", self.channel_dim(region))
+        return self.once(region, question, lambda: self._moved_positions(region))
 
     def _moved_positions(self, region: Region) -> tuple[int, tuple[int, ...]]:
         # A branch whose last matrix is zero moves nothing. With made-up weights in place of zeros, it moves positions.
@@ -176,7 +178,7 @@ class Prober:
     def _moved_with(self, region: Region, held: Mapping[int, Tensor]) -> tuple[int, tuple[int, ...]]:
         """Return how many other positions move, and along which dimensions, with some content held fixed."""
         held = {**self.finite_around(region), **held}
-        channel = self._channel_dim(region)
+        channel = self.channel_dim(region)
         rows = self.finite(region.stream).movedim(channel, -1)
         count, dims = moved_by_one(self._change(region, channel, held), rows)
         # The first position may be padding that no other position attends to. Or a sharp softmax lets every position
@@ -274,9 +276,17 @@ class Prober:
 
     def channel_dim(self, region: Region) -> int:
         """Return the dimension of the channels of the stream: −1, or 1 for feature maps."""
-        return self.once(region, "channels", lambda: self._channel_dim(region))
+        known = self.known_channel_dim(region)
+        return self.told.get(region.stream, -1) if known is None else known
 
-    def _channel_dim(self, region: Region) -> int:
+    def known_channel_dim(self, region: Region) -> int | None:
+        """Return the dimension that the branch itself takes for channels; ``None`` where it does not show it.
+
+        A product with a weight does not: it may multiply tokens.
+        """
+        return self.once(region, "channels", lambda: self._known_channel_dim(region))
+
+    def _known_channel_dim(self, region: Region) -> int | None:
         """Ask what knows its channels up to the first products of the branch, in the order of execution."""
         shape = self.tape.shape(region.stream)
         if len(shape) < 3:
@@ -296,7 +306,7 @@ class Prober:
                         return dim
             if is_product(self.tape, operation):
                 behind.add(value)
-        return -1
+        return None
 
     def _keeps_channel(self, region: Region, dim: int, target: tuple[int, int], place: int) -> bool:
         """Whether entry ``place`` of a dimension of the stream reaches the same entry of a later value's dimension."""
