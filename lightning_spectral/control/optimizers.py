@@ -109,12 +109,15 @@ def hooked(optimizer: object, register: str, hook: Callable[..., Any]) -> list[R
     Returns:
         The handle; none where nothing takes the hook.
     """
-    if not isinstance(optimizer, Optimizer):
-        return []
-    with suppress(AttributeError):
-        return [getattr(optimizer, register)(hook)]
-    inner = (hooked(value, register, hook) for value in vars(optimizer).values())
-    return next(filter(None, inner), [])
+    seen, waiting = set[int](), [optimizer]  # wrappers may hold each other
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Optimizer) and id(item) not in seen:
+            seen.add(id(item))
+            with suppress(AttributeError):
+                return [getattr(item, register)(hook)]
+            waiting += reversed(vars(item).values())
+    return []
 
 
 def forget_momentum(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> None:

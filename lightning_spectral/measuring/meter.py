@@ -285,7 +285,7 @@ def measure(
 
     Example:
         >>> print(measure(model))
-        spectral ratio ‖mlp‖₂/‖attention‖₂, linearization='circuit', step 0, safe zone (0.5, 2)
+        spectral ratio ‖mlp‖₂/‖attention‖₂, linearization='circuit', safe zone (0.5, 2)
               block                   mlp   attention     ratio
            0  transformer.h.0      0.6...      0.7...    0.8...
         ...

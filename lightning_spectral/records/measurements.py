@@ -376,13 +376,14 @@ class Measurement(Tabular):
             [layer.attention_norm for layer in self],
             [layer.ratio for layer in self],
             zone=self.safe_zone if self.has_zone else None,
-            title=f"Step {self.step}, “{self.linearization}”",
+            title=f"Step {self.step}, “{self.linearization}”" if self.step else f"“{self.linearization}”",
         )
 
     def _table(self) -> Table:
-        part = "" if self.adapters == "sum" else f"adapters={self.adapters!r}, "
+        adapters = "" if self.adapters == "sum" else f"adapters={self.adapters!r}, "
+        step = f"step {self.step}, " if self.step else ""  # 0 also where nobody knows it: in a checkpoint, by hand
         title = (
-            f"spectral ratio ‖mlp‖₂/‖attention‖₂, linearization={self.linearization!r}, {part}step {self.step}, "
+            f"spectral ratio ‖mlp‖₂/‖attention‖₂, linearization={self.linearization!r}, {adapters}{step}"
             f"{self.zone_words}"
         )
         scaled = self.is_scaled  # most models have no scales

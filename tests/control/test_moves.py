@@ -17,7 +17,7 @@ from tiny_run import CONTEXT, VOCABULARY, fit
 from torch import Tensor, nn
 
 from lightning_spectral import ResidualRescaler, SpectralMonitor, Watch
-from lightning_spectral.control.optimizers import own_copies
+from lightning_spectral.control.optimizers import hooked, own_copies
 
 
 class Master(torch.optim.Optimizer):
@@ -158,6 +158,19 @@ def steered(
     largest = [max(layer["ratio"] for layer in record["layers"]) for record in records]
     steps = [action["step"] for action in read_actions(folder / "spectral.jsonl")]
     return largest, steps, [str(item.message) for item in caught if "did not stay" in str(item.message)]
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_the_search_for_a_place_for_hooks_ends_where_wrappers_hold_each_other(takes: bool) -> None:
+    first, second = Wrapper([nn.Parameter(torch.zeros(2))], 0.1), Wrapper([nn.Parameter(torch.zeros(2))], 0.1)
+    inner = second.inner if takes else first
+    first.inner, second.inner, second.other = second, first, inner
+    calls: list[object] = []
+    handles = hooked(first, "register_step_post_hook", lambda optimizer, *_: calls.append(optimizer))
+    assert len(handles) == takes
+    if takes:
+        inner.step()
+    assert calls == [inner] * takes
 
 
 @pytest.mark.parametrize(

@@ -391,9 +391,7 @@ def _saved(state: Any) -> io.BytesIO:
 def test_measure_prints_a_table() -> None:
     """One line of words, one of titles, one per block."""
     table = str(measure(example("nanogpt").build())).splitlines()
-    assert table[0].startswith(
-        "spectral ratio ‖mlp‖₂/‖attention‖₂, linearization='circuit', step 0, safe zone (0.5, 2)"
-    )
+    assert table[0].startswith("spectral ratio ‖mlp‖₂/‖attention‖₂, linearization='circuit', safe zone (0.5, 2)")
     assert table[1].split() == ["block", "mlp", "attention", "ratio"]
     assert [line.split()[:2] for line in table[2:]] == [[str(i), f"transformer.h.{i}"] for i in range(3)]
     assert all(float(line.split()[4]) > 0 for line in table[2:])
