@@ -171,7 +171,7 @@ def _with_factors(
     result = {}
     for name, members in groups.items():
         records: list[Branch] = []
-        counts = calls_in_a_run(tape, branches, members)
+        counts = calls_in_a_run(tape, branches, groups, name)
         for branch, kind in zip(members, settled_kinds(members), strict=True):
             # A shared block runs several times. Its factors have to be the same in every call.
             calls = [item for item in branches if item.site.path == branch.site.path]

@@ -135,20 +135,41 @@ def test_one_block_that_runs_over_and_over_is_counted_once() -> None:
     assert layer.attention_norm == pytest.approx(model.blocks[0].attention.norm_by_hand(), rel=1e-5)
 
 
-def test_an_mlp_that_all_blocks_share_is_counted_once() -> None:
+class OneMLP(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block.attention(x)
+            x = x + self.blocks[0].mlp(x)
+        return x
+
+
+class OneAttention(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + self.blocks[0].attention(x)
+            x = x + block.mlp(x)
+        return x
+
+
+class OneAttentionInAll(Model):
+    """The same through the modules of the blocks."""
+
+    def __init__(self, block: type[Block]) -> None:
+        super().__init__(block)
+        for other in self.blocks[1:]:
+            other.attention = self.blocks[0].attention
+
+
+@pytest.mark.parametrize("model", [OneMLP, OneAttention, OneAttentionInAll])
+def test_a_branch_that_all_blocks_share_is_counted_once(model: type[Model]) -> None:
     torch.manual_seed(0)
-
-    class Shared(Model):
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.embed(x)
-            for block in self.blocks:
-                x = x + block.attention(x)
-                x = x + self.blocks[0].mlp(x)
-            return x
-
-    model = Shared(Block)
-    first, *_ = measure(model, find_blocks(model, batch=torch.randn(2, 4, 5, 3))).layers
-    assert first.mlp_norm == pytest.approx(model.blocks[0].mlp.norm_by_hand(), rel=1e-5)
+    made = model(Block)
+    first, *_ = measure(made, find_blocks(made, batch=torch.randn(2, 4, 5, 3))).layers
+    own = made.blocks[0]
+    expected = own.attention.norm_by_hand(), own.mlp.norm_by_hand()
+    assert (first.attention_norm, first.mlp_norm) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", [RowsAndColumns, OneMLPOnBothSides])

@@ -217,24 +217,33 @@ def _token_shift(branches: Sequence[FoundBranch]) -> int | None:
     return None
 
 
-def calls_in_a_run(tape: Tape, branches: Sequence[FoundBranch], members: Sequence[FoundBranch]) -> Counter[str]:
+def calls_in_a_run(tape: Tape, branches: Sequence[FoundBranch], groups: Groups, name: str) -> Counter[str]:
     """Return how often one run of a block calls each of its sites.
 
     A module that attends along rows and then along columns is called twice, and so is half an MLP that stands on both
-    sides of attention. A shared block runs several times: its run is what is common to all.
+    sides of attention. A shared block runs several times: its run is what is common to all::
+
+        m a m │ m' a' m'       m twice
+        a m a m a m │          each once: the block runs three times
+        a m │ a m' │ a m''     each once: a is shared, and all that is left of the next block is m'
 
     Args:
         tape: The recorded forward pass.
         branches: All branches in the order of execution, each call by itself.
-        members: The branches of the block, each once.
+        groups: The branches of all blocks, each once.
+        name: The name of the block.
     """
-    sites = {branch.site.path for branch in members}
+    sites = {branch.site.path for branch in groups[name]}
     calls: list[FoundBranch] = []
-    for branch in branches[branches.index(members[0]) :]:
+    for branch in branches[branches.index(groups[name][0]) :]:
         if branch.site.path in sites:
             calls.append(branch)
         elif any(tape.depends(branch.add.stream, call.add.output) for call in calls):
-            break  # another block reads what this block wrote
+            # Another block reads what this block wrote.
+            others = [group for group in groups.values() if branch.site.path in {one.site.path for one in group}]
+            if not any(map(_is_complete, others)):
+                calls = calls[: calls.index(groups[name][-1]) + 1]
+            break
     counts = Counter(branch.site.path for branch in calls)
     runs = min(counts.values())
     return Counter({site: max(1, counts[site] // runs) for site in sites})
