@@ -12,12 +12,15 @@ import torch
 from found import Search
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
 from zoo import example, examples
 from zoo.gpt import NanoGPT
 
 from lightning_spectral import attach_scales, find_blocks
 from lightning_spectral.discovery import attempts
+from lightning_spectral.discovery.structure.residual import residual_adds
 from lightning_spectral.discovery.trace.hankel import entrywise, grouped, hankel, is_hankel, multiplied
+from lightning_spectral.discovery.trace.probe import Prober, Region
 from lightning_spectral.discovery.trace.recorder import record
 from lightning_spectral.errors import BlocksNotFoundError, ExampleInputError
 
@@ -157,6 +160,32 @@ def test_a_model_larger_than_memory_is_understood() -> None:
     (scores,) = blocks[1].attention.scores
     assert scores.width == 128
     assert len(scores.heads) == 64
+
+
+class FilledBitByBit(nn.Module):
+    """Attention whose queries are written into memory that was allocated for them, one part after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.q, self.r, self.v = nn.LayerNorm(16), nn.Linear(16, 12), nn.Linear(16, 4), nn.Linear(16, 16)
+        self.mlp = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q = h.new_empty(h.shape)
+        q[..., :12], q[..., 12:] = self.q(h), self.r(h)
+        x = x + F.scaled_dot_product_attention(q, h, self.v(h))
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_memory_that_was_allocated_makes_no_two_programs_of_equal_layers(symbolic: bool) -> None:
+    """What lies in it before it is written to is anything: a probe of one layer has to answer for all."""
+    model, x = nn.Sequential(nn.Linear(3, 16), *(FilledBitByBit() for _ in range(6))), torch.randn(2, 5, 3)
+    tape = record(model, lambda: model(x), x, symbolic=symbolic)
+    adds, _ = residual_adds(tape, Prober(tape))
+    assert len(adds) == 12
+    assert len({Region(tape, add.stream, add.branches[0].start).program for add in adds}) == 2
 
 
 # Matrices that take no memory

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_spectral.discovery.trace.operations import is_allocation, moved_input
 from lightning_spectral.discovery.trace.tape import Ref, Tape
 
 __all__ = ["program_hash"]
@@ -77,6 +78,8 @@ class _Reader:
         """Describe a value that does not depend on the input of the part."""
         tape = self.tape
         like = tape.tensors[value]
+        if self._is_allocated(value):
+            return self._made(value)  # its numbers are what the operation says, and may be as many as the data
         if not (like.is_floating_point() or like.is_complex()):
             return "numbers", self._kind(value), _content(tape.content(value))
         if tape.is_data(value) or value in tape.names:
@@ -86,6 +89,17 @@ class _Reader:
             return "numbers", self._kind(value), _content(tape.content(value))
         # A weight that is made of parameters. The way is short (views, slices, parametrizations): recursion is safe.
         return self._made(value)
+
+    def _is_allocated(self, value: int) -> bool:
+        """Whether a value is memory that an operation has filled with one number or not at all, or a part of it."""
+        while (operation := self.tape.producer(value)) is not None:
+            if is_allocation(operation):
+                return True
+            moved = moved_input(operation)
+            if moved is None:
+                return False
+            value = moved
+        return False
 
 
 def _content(tensor: Tensor) -> int:
