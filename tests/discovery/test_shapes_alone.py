@@ -185,7 +185,8 @@ def test_memory_that_was_allocated_makes_no_two_programs_of_equal_layers(symboli
     tape = record(model, lambda: model(x), x, symbolic=symbolic)
     adds, _ = residual_adds(tape, Prober(tape))
     assert len(adds) == 12
-    assert len({Region(tape, add.stream, add.branches[0].start).program for add in adds}) == 2
+    # The first layer reads the data itself, in front of which torch leaves a view out.
+    assert len({Region(tape, add.stream, add.branches[0].start).program for add in adds[2:]}) == 2
 
 
 # Matrices that take no memory
