@@ -13,16 +13,16 @@ WORDS: Mapping[str, str] = {
     "go_back": "go back to the last good checkpoint, and train on with a tenth of the learning rate",
     "warm_up": "restart with a longer warm-up of the learning rate",
     "lower_rate": "lower the learning rate to a tenth",
-    "pre_norm": "restart with the norms in front of attention and MLP (norm_first=True in PyTorch's layers)",
-    "ceiling": "restart with auto_rescale=True, with which the monitor limits how strongly attention and MLP act",
+    "pre_norm": "restart with norm layers in front of attention and MLP (norm_first=True in PyTorch's layers)",
+    "ceiling": "restart with auto_rescale=True where you make this monitor: factors then limit attention and MLP",
     "check_data": "look at the batches just before",
     "check_mask": "look for samples whose tokens are all masked",
     "stop_gradient": "without labels, stop the gradient of one view or add a term to the loss that keeps outputs apart",
     "lower_attention": "restart with weaker attention (balance_init_)",
-    "give_to_optimizer": "check that the optimizer was built from the parameters of the final model",
+    "give_to_optimizer": "check that the optimizer holds the parameters of the model that is trained",
     "check_rate": "check that the learning rate is not 0",
     "check_gradients": "look for gradients that are None or zero",
-    "qk_norm": "normalize queries and keys (QK-norm)",
+    "qk_norm": "restart with a norm on queries and keys (QK-norm)",
 }
 """A sentence for every piece of advice, by its name."""
 

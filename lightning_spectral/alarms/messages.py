@@ -67,7 +67,7 @@ def drift(layers: Sequence[LayerMeasurement], blocks: Mapping[int, BlockMemory],
 def relief(name: str, sign: Sign, measurement: Measurement) -> Event:
     """Make the note of a rule whose sign has gone."""
     numbers = _numbers(sign.values)
-    text = _CALM[name] + (f" ({numbers})" if numbers else "")
+    text = _CALM[name] + (f": {numbers}" if numbers else "")
     return _event("note", f"{name}_over", measurement, (), measurement.step, text, sign)
 
 
@@ -88,7 +88,7 @@ def _tokens_collapsed(level: Level, sign: Sign, since: int, memory: Memory, meas
     layer, samples = sign.layers[0], samples_collapsed(memory, measurement)
     also = ", and different samples give the same output" if samples is not None and samples.seen else ""
     text = (
-        f"the network gives every token the same answer. Behind block {numbered(layer)} the tokens of a "
+        f"the network gives every token the same answer. At the output of block {numbered(layer)} the tokens of a "
         f"sample have been nearly identical since step {since}: they differ by {_tokens(sign.values)}{also}"
         f"{_balance(memory, measurement)}"
     )
@@ -112,7 +112,7 @@ def _samples_collapsed(level: Level, sign: Sign, since: int, memory: Memory, mea
 def _nothing_moves(level: Level, sign: Sign, since: int, memory: Memory, measurement: Measurement) -> Event:
     branches, step = sign.values["branches"], sign.values["step_before"]
     text = (
-        f"the network does not learn. None of its {branches:.0f} trainable attention and MLP branches has changed "
+        f"no block of the network learns. None of its {branches:.0f} trainable attention and MLP branches has changed "
         f"since step {step:.0f}, not by one bit"
     )
     return _told(level, "nothing_moves", sign, memory.began or 0, measurement, text)
@@ -123,9 +123,9 @@ def _logits_exploding(level: Level, sign: Sign, since: int, memory: Memory, meas
     before = f", {values['attention_logit_before']:.3g} at step {values['step_before']:.0f}"
     earlier = before if values["step_before"] < measurement.step else ""
     text = (
-        f"attention begins to look at single tokens, and can hardly learn to look elsewhere. In block "
-        f"{numbered(layer)} the largest attention logit has been above 100 since step {since} (now "
-        f"{values['attention_logit']:.3g}{earlier}), and a softmax of such logits is nearly one-hot"
+        f"attention fixes on single tokens. In block {numbered(layer)} the largest attention logit, a query times a "
+        f"key, has been above 100 since step {since} ({values['attention_logit']:.3g} now{earlier}); a softmax of "
+        "logits so large is mostly one-hot, and then passes hardly any gradient"
     )
     return _told(level, "logits_exploding", sign, since, measurement, text)
 
@@ -135,9 +135,9 @@ def _tokens_collapsing(level: Level, sign: Sign, since: int, memory: Memory, mea
     if sign.forecast is not None:
         at, earliest, latest = (f"{step:.0f}" for step in astuple(sign.forecast))
         between = "" if earliest == latest else f" ({earliest} to {latest})"
-        coming = f"; at this pace they are identical by step {at}{between}"
+        coming = f"; at this pace they count as identical by step {at}{between}"
     text = (
-        f"the network begins to give every token the same answer. Behind block {numbered(layer)} the tokens "
+        f"the network begins to give every token the same answer. At the output of block {numbered(layer)} the tokens "
         f"of a sample differ by only {_tokens(sign.values)}{coming}{_balance(memory, measurement)}"
     )
     return _told(level, "tokens_collapsing", sign, since, measurement, text)
@@ -156,7 +156,8 @@ RULES: Mapping[str, Callable[[Level, Sign, int, Memory, Measurement], Event]] = 
 def _told(level: Level, name: str, sign: Sign, since: int, measurement: Measurement, text: str) -> Event:
     """Add what to try, without what the run does already, and where to read more."""
     advice = tuple(item for item in ADVICE[name] if not (measurement.is_scaled and item == "ceiling"))
-    text = f"{text}. Try: {WORDS[advice[0]]}. {sureness(name)}More: {_PAGE}#{name}"
+    more = f"; if they are there already, {WORDS[advice[1]]}" if advice[0] == "pre_norm" else ""
+    text = f"{text}. Try: {WORDS[advice[0]]}{more}. {sureness(name)}More: {_PAGE}#{name}"
     return _event(level, name, measurement, sign.layers, since, text, sign, advice)
 
 
@@ -191,7 +192,7 @@ def _tokens(values: Mapping[str, float]) -> str:
     """Say by how much of their size tokens differ, now and earlier."""
     now = values["token_residual"]
     earlier, step = values.get("token_residual_before", now), values.get("step_before", 0.0)
-    return f"{now:.2g} of their size" + ("" if earlier == now else f", by {earlier:.2g} at step {step:.0f}")
+    return f"{now:.2g} of their size" + ("" if earlier == now else f" ({earlier:.2g} at step {step:.0f})")
 
 
 def _numbers(values: Mapping[str, float]) -> str:
@@ -209,7 +210,7 @@ def _balance(memory: Memory, measurement: Measurement) -> str:
     below = [layer for layer in measurement if memory.blocks[layer.index].side < 0]
     if not below:
         return ""
-    return f"; attention outweighs the MLP in {len(below)} of {len(measurement.layers)} blocks, and it averages tokens"
+    return f"; attention, which averages tokens, outweighs the MLP in {len(below)} of {len(measurement.layers)} blocks"
 
 
 def _grew(memory: Memory, measurement: Measurement) -> str:
@@ -231,7 +232,7 @@ def _grew(memory: Memory, measurement: Measurement) -> str:
     factor, index, name, step = max(grown)
     if factor < 1.5:
         return ", and nothing had grown much"
-    return f", and the {words[name]} in block {index} had grown by a factor of {factor:.3g} since step {step}"
+    return f", but the {words[name]} in block {index} was {factor:.3g} times that of step {step}"
 
 
 def _branch(word: str) -> str:

@@ -42,6 +42,6 @@ def sureness(name: str) -> str:
     if quality is None:
         return ""
     return (
-        f"How sure: this message came in {quality.told} of {quality.failing} such failures and in {quality.false} of "
-        f"{quality.healthy} healthy runs of the benchmark. "
+        f"How sure: {quality.false} of {quality.healthy} healthy runs of the benchmark got this message, and "
+        f"{quality.told} of {quality.failing} such failures did. "
     )

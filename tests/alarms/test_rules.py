@@ -260,9 +260,11 @@ def test_a_collapse_is_told_at_the_second_measurement_with_what_came_before_and_
     (failure,) = run.events
     assert (failure.level, failure.step, failure.since, failure.blocks) == ("failure", 20, 10, (5,))
     assert failure.message == (
-        "FAILURE at step 20: the network gives every token the same answer. Behind block 5 (b.5) the tokens of a "
-        "sample have been nearly identical since step 10: they differ by 0.005 of their size, by 0.66 at step 0"
-        ". Try: restart with the norms in front of attention and MLP (norm_first=True in PyTorch's layers). "
+        "FAILURE at step 20: the network gives every token the same answer. At the output of block 5 (b.5) the "
+        "tokens of a sample have been nearly identical since step 10: they differ by 0.005 of their size (0.66 at step "
+        "0). Try: restart with norm layers in front of attention and MLP (norm_first=True in PyTorch's layers); if "
+        "they are there already, restart with auto_rescale=True where you make this monitor: factors then limit "
+        "attention and MLP. "
         f"{sureness('tokens_collapsed')}More: docs/monitor.md#tokens_collapsed"
     )
     assert failure.values == pytest.approx({"token_residual": 0.005, "token_residual_before": 0.66, "step_before": 0.0})
@@ -272,7 +274,7 @@ def test_a_collapse_is_told_at_the_second_measurement_with_what_came_before_and_
 def test_the_ratio_explains_where_attention_outweighs_the_mlp():
     run = Watched()
     run.see([1.0, 0.1, 0.2, 1.0, 1.0, 1.0], GONE, times=2)
-    assert "; attention outweighs the MLP in 2 of 6 blocks, and it averages tokens. Try: " in run.events[-1].message
+    assert "; attention, which averages tokens, outweighs the MLP in 2 of 6 blocks. Try: " in run.events[-1].message
     run = Watched()
     run.see([3.0] * 6, GONE, times=2)
     assert "outweighs" not in run.events[-1].message
@@ -288,7 +290,7 @@ def test_a_fall_over_training_is_forecast_and_told_before_it_arrives():
     assert warning.forecast is not None
     assert warning.forecast.at == pytest.approx(10 * math.log(COLLAPSED / 0.8) / math.log(0.8))
     assert warning.forecast.earliest <= warning.forecast.at + 1e-9
-    assert f"at this pace they are identical by step {warning.forecast.at:.0f}; " in warning.message
+    assert f"at this pace they count as identical by step {warning.forecast.at:.0f}; " in warning.message
 
 
 def test_a_slow_fall_is_not_soon():
@@ -339,7 +341,7 @@ def test_a_failure_is_said_once_and_its_end_once():
     assert run.memory.is_on("tokens_collapsed")
     run.see([1.0] * 6, HEALTHY, times=10)
     assert run.names() == ["tokens_collapsed", "tokens_collapsed_over"]
-    expected = "step 120: the tokens are apart again (they differ by 0.66 of their size, by 0.005 at step 50)"
+    expected = "step 120: the tokens are apart again: they differ by 0.66 of their size (0.005 at step 50)"
     assert run.events[-1].message == expected
     assert not run.memory.is_on("tokens_collapsed")
     run.see([1.0] * 6, GONE, times=3)
@@ -374,7 +376,7 @@ def test_the_last_block_of_every_stack_is_looked_at():
     for step in (0, 10):
         run.take(Measurement(step, "circuit", (*collapsed, *healthy)))
     assert [event.blocks for event in run.events] == [(5,)]
-    assert "Behind block 5 (encoder.5)" in run.events[0].message
+    assert "At the output of block 5 (encoder.5)" in run.events[0].message
 
 
 # Samples
@@ -413,7 +415,7 @@ def test_samples_that_are_one_are_a_failure_though_tokens_differ():
     assert failure.message == (
         "FAILURE at step 30: the network gives every input the same answer. Since step 20 the outputs for "
         "different samples have been nearly identical: they differ by 0.03 of their size. Try: restart with "
-        "auto_rescale=True, with which the monitor limits how strongly attention and MLP act. "
+        "auto_rescale=True where you make this monitor: factors then limit attention and MLP. "
         f"{sureness('samples_collapsed')}More: docs/monitor.md#samples_collapsed"
     )
 
@@ -453,7 +455,7 @@ def test_class_tokens_that_become_one_are_a_failure_of_a_model_with_two_outputs(
     run.see([1.0] * 6, HEALTHY, times=3, samples=0.5, output=read_off(0.4))
     assert run.events[-1].name == "samples_collapsed_over"
     assert run.events[-1].message.endswith(
-        "different samples give different outputs again (they differ by 0.4 of their size)"
+        "different samples give different outputs again: they differ by 0.4 of their size"
     )
 
 
@@ -532,8 +534,8 @@ def test_weights_that_are_not_finite_are_told_at_once_with_what_had_grown():
     assert failure.values == {"blocks_not_finite": 2.0}
     assert failure.message.startswith(
         "FAILURE at step 30: the network computes with NaN or infinity. At step 30 the MLP of block 1 (b.1) is the "
-        "first that is not finite; at step 20 everything was finite, and the norm of the MLP's weights in block 1 had "
-        "grown by a factor of 4 since step 10"
+        "first that is not finite; at step 20 everything was finite, but the norm of the MLP's weights in block 1 was "
+        "4 times that of step 10"
     )
 
 
@@ -579,9 +581,9 @@ def test_weights_that_stay_as_they_were_are_told_after_three_measurements():
     (failure,) = run.events
     assert (failure.level, failure.name, failure.step, failure.since) == ("failure", "nothing_moves", 30, 0)
     assert failure.message == (
-        "FAILURE at step 30: the network does not learn. None of its 2 trainable attention and MLP branches has "
-        "changed since step 0, not by one bit. Try: check that the optimizer was built from the parameters of the "
-        f"final model. {sureness('nothing_moves')}More: docs/monitor.md#nothing_moves"
+        "FAILURE at step 30: no block of the network learns. None of its 2 trainable attention and MLP branches has "
+        "changed since step 0, not by one bit. Try: check that the optimizer holds the parameters of the "
+        f"model that is trained. {sureness('nothing_moves')}More: docs/monitor.md#nothing_moves"
     )
 
 
@@ -612,9 +614,9 @@ def test_logits_in_the_hundreds_are_a_warning_once():
     assert (warning.level, warning.name, warning.step, warning.since) == ("warning", "logits_exploding", 40, 30)
     assert (warning.blocks, warning.branch) == ((1,), "attention")
     assert warning.message == (
-        "WARNING at step 40: attention begins to look at single tokens, and can hardly learn to look elsewhere. In "
-        "block 1 (b.1) the largest attention logit has been above 100 since step 30 (now 300, 99 at step 20), and a "
-        "softmax of such logits is nearly one-hot. Try: normalize queries and keys (QK-norm). "
+        "WARNING at step 40: attention fixes on single tokens. In block 1 (b.1) the largest attention logit, a query "
+        "times a key, has been above 100 since step 30 (300 now, 99 at step 20); a softmax of logits so large is mostly "
+        "one-hot, and then passes hardly any gradient. Try: restart with a norm on queries and keys (QK-norm). "
         f"{sureness('logits_exploding')}More: docs/monitor.md#logits_exploding"
     )
     for _ in range(3):

@@ -24,11 +24,12 @@ from lightning_spectral.errors import ConfigurationError
 
 DEPTH = 48
 WARNING = (
-    r"SpectralMonitor, WARNING at step [2-6]: the network begins to give every token the same answer\. Behind block 47 "
+    r"SpectralMonitor, WARNING at step [2-6]: the network begins to give every token the same answer\. "
+    r"At the output of block 47 "
 )
 FAILURE = (
     r"SpectralMonitor, FAILURE at step 1: the network gives every token the same answer\. "
-    r"Behind block 2 \(model\.blocks\.2\) "
+    r"At the output of block 2 \(model\.blocks\.2\) "
 )
 
 

@@ -149,7 +149,7 @@ def test_blocks_that_came_back_are_told_apart():
             NOTHING,
             "warning",
             "No failure was seen, but 1 warning stands.",
-            "Try this first: normalize queries and keys",
+            "Try this first: restart with a norm on queries and keys",
         ),
         (
             History({}, tuple(measurements(("a",), tokens=False)[:1])),
