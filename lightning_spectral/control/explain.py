@@ -1,8 +1,8 @@
 """Explanations for exceptions in the user's code that the scales may have caused.
 
-The user's code may not expect parameters of one element, and the message of torch does not name them. An explanation is
-given only if the traceback shows an optimizer that handles a scale, or code that walks over the parameters of two
-models side by side.
+The user's code may not expect parameters of one element, or that do not learn, and the message of torch does not name
+them. An explanation is given only if the traceback shows an optimizer that handles a scale, code that walks over the
+parameters of two models side by side, or code that asks for the gradient by a scale that has none.
 """
 
 from __future__ import annotations
@@ -34,14 +34,20 @@ _TEACHER = (
     "A copy that is updated side by side with the model needs scales too: call attach_scales(student) before "
     "copy.deepcopy(student)"
 )
+_UNTRAINED = "One of the differentiated Tensors does not require grad"  # of torch.autograd.grad
+_GRADIENTS = (
+    "Code that asks for gradients by all parameters, as a model's own checkpointing may, needs scales that have some: "
+    "let the scales learn, auto_rescale=GainCeiling(learnable=True), or switch that checkpointing off"
+)
 
 
-def explanation(exception: BaseException, model: nn.Module) -> str | None:
+def explanation(exception: BaseException, model: nn.Module, name: str = "SpectralMonitor") -> str | None:
     """Return an explanation of an exception that scales may have caused, ``None`` for any other exception.
 
     Args:
         exception: The exception, with its traceback.
         model: The model with the scales.
+        name: What has attached them.
     """
     if not isinstance(exception, _KINDS) or isinstance(exception, SpectralError | torch.OutOfMemoryError):
         return None
@@ -51,7 +57,7 @@ def explanation(exception: BaseException, model: nn.Module) -> str | None:
     if not scales or advice is None:
         return None
     return (
-        f"SpectralMonitor has attached {len(scales)} residual scales in setup, parameters of shape (1,), such as "
+        f"{name} has attached {len(scales)} residual scales, parameters of shape (1,), such as "
         f"{next(iter(scales.values()))!r}, which this code may not expect. {advice}"
     )
 
@@ -67,6 +73,8 @@ def _advice(exception: BaseException, parameters: Collection[int], scales: Colle
         return None if own else _OPTIMIZER
     if "log_scale" in str(exception):
         return _STATE
+    if _UNTRAINED in str(exception):
+        return _GRADIENTS if any(_hands_over(frame, scales) for frame in frames) else None
     of_shapes = isinstance(exception, AssertionError) or _SHAPES.search(str(exception))
     side_by_side = any(_walks_over_two(frame, parameters) for frame in frames)
     return _TEACHER if of_shapes and side_by_side else None
@@ -95,6 +103,12 @@ def _holds(value: object, wanted: Collection[int]) -> bool:
     if isinstance(value, list | tuple):
         return any(_holds(item, wanted) for item in value)
     return id(value) in wanted
+
+
+def _hands_over(frame: FrameType, wanted: Collection[int]) -> bool:
+    """Whether a frame holds one of the wanted tensors in a list, also in the context of a function of autograd."""
+    saved = getattr(frame.f_locals.get("ctx"), "__dict__", {})
+    return any(_holds(value, wanted) for value in (*frame.f_locals.values(), *saved.values()))
 
 
 def _walks_over_two(frame: FrameType, parameters: Collection[int]) -> bool:

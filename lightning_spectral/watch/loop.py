@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral import _checks
 from lightning_spectral.alarms import Event
+from lightning_spectral.control.explain import explanation
 from lightning_spectral.control.optimizers import hooked
 from lightning_spectral.control.steering import Steering
 from lightning_spectral.discovery import find_blocks
@@ -230,6 +231,9 @@ class Watch:
         if error is None:
             self.close()
         else:
+            attached = self._steering is not None and self._steering.has_attached
+            if attached and (told := explanation(error, self._host.model, "Watch")):
+                error.add_note(told)
             self.abandon()
 
     def abandon(self) -> None:

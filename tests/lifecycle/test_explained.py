@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import LitGPT, TinyGPT, fit
+from tiny_run import Block, LitGPT, TinyGPT, fit
 from torch import Tensor, nn
 
-from lightning_spectral import GainCeiling, SpectralMonitor, attach_scales
+from lightning_spectral import GainCeiling, SpectralMonitor, Watch, attach_scales
 from lightning_spectral.errors import ConfigurationError
 
 
@@ -88,6 +88,34 @@ def whole(teacher: nn.Module, student: nn.Module) -> None:
     teacher.load_state_dict(student.state_dict())
 
 
+class Checkpointed(torch.autograd.Function):
+    """Runs a module again in the backward pass, and asks for gradients by all parameters that it was given."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.run, ctx.x, ctx.parameters = run, x, parameters
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x = ctx.x.detach().requires_grad_(True)
+        with torch.enable_grad():
+            output = ctx.run(x)
+        return (None, *torch.autograd.grad(output, [x, *ctx.parameters], grads, allow_unused=True))
+
+
+class CheckpointedBlock(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return Checkpointed.apply(super().forward, x, *self.parameters())  # type: ignore[no-any-return]
+
+
+class OwnCheckpointing(LitGPT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model.blocks = nn.ModuleList(CheckpointedBlock(0.0) for _ in range(2))
+
+
 def notes(folder: Path, module: LitGPT, error: type[Exception], match: str, *, learnable: bool = False) -> list[str]:
     monitor = SpectralMonitor(2, GainCeiling(learnable=learnable), geometry=False)
     with pytest.raises(error, match=match) as caught:
@@ -103,9 +131,44 @@ def test_an_optimizer_that_takes_only_matrices_is_explained(
     tmp_path: Path, kind: type[LitGPT], error: type[Exception], match: str
 ):
     (told,) = notes(tmp_path, kind(), error, match)
-    assert told.startswith("SpectralMonitor has attached 6 residual scales in setup, parameters of shape (1,), such as")
+    assert told.startswith("SpectralMonitor has attached 6 residual scales, parameters of shape (1,), such as")
     assert "'model.blocks.0.attention.residual_scale.log_scale'" in told
     assert "[p for p in parameters if p.ndim >= 2]" in told
+
+
+def test_checkpointing_that_asks_for_gradients_by_all_parameters_is_explained(tmp_path: Path):
+    error = "One of the differentiated Tensors does not require grad"
+    (told,) = notes(tmp_path, OwnCheckpointing(), RuntimeError, error)
+    assert "let the scales learn, auto_rescale=GainCeiling(learnable=True)" in told
+    monitor = SpectralMonitor(2, GainCeiling(learnable=True), geometry=False)
+    assert fit(tmp_path / "learns", [monitor], module=OwnCheckpointing(), max_steps=2).global_step == 2
+
+
+def test_a_watch_explains_as_well(tmp_path: Path):
+    model, ids = OwnCheckpointing().model, torch.randint(1, 32, (2, 9))
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def run(folder: str, work: Callable[[], None]) -> None:
+        with Watch(model, tmp_path / folder, optimizers=optimizer, auto_rescale=True, batch=ids) as watch:
+            watch.before_step(ids)
+            work()
+
+    with pytest.raises(RuntimeError, match="does not require grad") as caught:
+        run("1", lambda: model(ids).sum().backward())
+    (told,) = caught.value.__notes__
+    assert told.startswith("Watch has attached 4 residual scales, parameters of shape (1,), such as")
+    with pytest.raises(ValueError, match="the batch has the wrong shape") as caught:
+        run("2", lambda: in_vain(model, model))
+    assert getattr(caught.value, "__notes__", []) == []
+
+
+def test_frozen_weights_of_the_user_are_not_explained(tmp_path: Path):
+    module = OwnCheckpointing()
+    module.model.blocks[0].requires_grad_(False)
+    error = "One of the differentiated Tensors does not require grad"
+    with pytest.raises(RuntimeError, match=error) as caught:
+        fit(tmp_path, [SpectralMonitor(2, geometry=False)], module=module, max_steps=2)
+    assert getattr(caught.value, "__notes__", []) == []
 
 
 def test_a_trained_scale_is_refused_before_the_first_step(tmp_path: Path):
