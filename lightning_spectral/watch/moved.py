@@ -58,7 +58,8 @@ def copied_blocks(weights: Weights, blocks: Sequence[ResidualBlock]) -> tuple[tu
     """Return the groups of blocks whose weights are equal bit for bit, such as the clones of ``nn.TransformerEncoder``.
 
     The weights are those that a measurement reads. Blocks whose sums of bit patterns are equal are compared entry by
-    entry. A block of which a weight cannot be read, or which has no weights of its own, is a copy of none.
+    entry. A block of which a weight cannot be read or is not finite, or which has no weights of its own, is a copy of
+    none.
 
     Args:
         weights: Those of the model. All processes of a sharded one call this together.
@@ -128,6 +129,8 @@ def _equal(weights: Weights, pairs: Iterable[tuple[str, str]], sums: Fingerprint
                 known = False
             elif sums[one] != sums[other] or not torch.equal(bits(held(A)), bits(held(B)).to(held(A).device)):
                 return False
+            elif not held(A).abs().float().isfinite().all():
+                return False  # weights that have broken are equal, whatever they began as
     return True if known else None
 
 
