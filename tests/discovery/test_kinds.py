@@ -730,6 +730,49 @@ def test_streams_are_blocks_of_their_own_where_one_has_more_branches(extra: str)
                 assert layer.mlp_norm == pytest.approx(size(joint.mlps[name].matrix), rel=1e-5)
 
 
+class Placed(nn.Module):
+    """Layers that all read one code of the places, which is made of the input."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.places, self.bias = nn.Linear(2, WIDTH), nn.Linear(1, HEADS)
+        self.attention = nn.ModuleList(Attention() for _ in range(3))
+        self.mlps = nn.ModuleList(MLP() for _ in range(3))
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        """A code for the queries and keys, for the logits, or for all that a branch reads."""
+        code, bias = self.places(places), self.bias(torch.cdist(places, places)[..., None]).movedim(-1, 1)
+        x = x + code if self.way == "start" else x
+        for attention, mlp in zip(self.attention, self.mlps, strict=True):
+            y = rms(x)
+            z = y if self.way == "logits" else y + code
+            q, k, v = (
+                part(given).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+                for part, given in (
+                    (attention.q, z),
+                    (attention.k, z),
+                    (attention.v, y if self.way == "queries" else z),
+                )
+            )
+            scores = q @ k.mT + bias if self.way == "logits" else q @ k.mT
+            x = x + attention.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+            x = x + mlp(rms(x) + code if self.way in ("all", "start") else rms(x))
+        return x
+
+
+@pytest.mark.parametrize("way", ["queries", "logits", "all", "start"])
+def test_a_code_of_the_places_that_every_layer_adds_is_no_second_stream(way: str) -> None:
+    """From the second layer on, the stream is made of the code, too."""
+    model = Placed(way).eval()
+    blocks = find_blocks(model, batch=(torch.randn(2, TOKENS, WIDTH), torch.randn(2, TOKENS, 2)))
+    assert ([block.doubt for block in blocks], blocks.notes) == (3 * [None], ())
+    layers = measure(model, blocks, solver=ExactSVD())
+    for attention, mlp, layer in zip(model.attention, model.mlps, layers, strict=True):
+        assert layer.attention_norm == pytest.approx(size(attention.matrix), rel=1e-5)
+        assert layer.mlp_norm == pytest.approx(size(mlp.matrix), rel=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(TOKENS,), (3, 4)], ids=["sequence", "map"])
 def test_convolutions_behind_a_norm_by_length_over_the_channels_are_a_product(sizes: tuple[int, ...]) -> None:
     class Pointwise(nn.Module):

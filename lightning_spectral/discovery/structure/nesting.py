@@ -22,6 +22,7 @@ def outermost(tape: Tape, adds: Sequence[ResidualAdd]) -> tuple[list[ResidualAdd
     """
     found, refusals = [], []
     origins = _origins_of(tape, adds)
+    adds = _without_readings(tape, adds, origins)
     for add in _of_outermost_level(tape, adds, origins):
         others = [other.output for other in adds if _passes_by(add, other, origins)]
         if _reads_second_stream(tape, add) or _reads_only_through(tape, add, others):
@@ -33,6 +34,30 @@ def outermost(tape: Tape, adds: Sequence[ResidualAdd]) -> tuple[list[ResidualAdd
         else:
             found.append(add)
     return found, refusals
+
+
+def _without_readings(tape: Tape, adds: Sequence[ResidualAdd], origins: Mapping[int, _Origin]) -> Sequence[ResidualAdd]:
+    """Leave out the sums of a stream and a foreign value that one branch reads and nothing else.
+
+    A code of positions that is made of the input, or a condition, is often added in every layer. From the second layer
+    on the stream is made of the code, so that norm(x) + code looks like a residual add to the code.
+    """
+    written = continued = 0
+    for add in adds:
+        written |= 1 << add.output
+        continued |= origins[add.output].values
+    # No other sum writes to the stream of these. (That of pairs of tokens is written to in every layer.)
+    alone = [add for add in adds if not (origins[add.output].values & written or continued >> add.output & 1)]
+    readings = {
+        other.output
+        for add in adds
+        for other in alone
+        if add.interior >> other.output & 1
+        and not tape.depends(other.skip.leaf, add.skip.leaf)
+        and all(tape.depends(term.leaf, add.skip.leaf) for term in other.branches)
+        and leads_only_to(tape, other.output, add.output)
+    }
+    return [add for add in adds if add.output not in readings]
 
 
 def _of_outermost_level(
