@@ -668,6 +668,32 @@ def test_what_mixes_tokens_has_its_tokens_where_the_norm_has_no_channels(pointwi
     assert [(block.kinds, block.token_dims) for block in blocks] == 2 * [(("mixer", "mlp"), (1,))]
 
 
+class AsOneRow(Attention):
+    """Attention over all pixels of a map whose channels are last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1, -2)).reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("first", "shape", "attention", "dims"),
+    [
+        (nn.Linear(3, WIDTH), (2, TOKENS, 3), Attention, (1,)),
+        (nn.Linear(3, WIDTH, bias=False), (2, 4, TOKENS, 3), AsOneRow, (1, 2)),
+        (nn.Linear(3, WIDTH), (1, TOKENS, 3), Attention, (1,)),
+        (nn.Identity(), (2, TOKENS, WIDTH), Attention, (1,)),
+    ],
+    ids=["sequences", "maps", "one sequence", "no layer in front"],
+)
+def test_samples_are_not_tokens_where_the_stream_begins_with_a_linear_layer(
+    first: nn.Module, shape: tuple[int, ...], attention: Callable[[], nn.Module], dims: tuple[int, ...]
+) -> None:
+    """A linear layer multiplies (samples * tokens, channels), and the first branches read that very product."""
+    model = nn.Sequential(first, Stack(*(Block(plain, attention(), mlp=MLP()) for _ in range(2)))).eval()
+    blocks = find_blocks(model, batch=torch.randn(shape))
+    assert [(block.kinds, block.token_dims) for block in blocks] == 2 * [(("attention", "mlp"), dims)]
+
+
 # Streams of their own.
 
 

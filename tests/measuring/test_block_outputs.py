@@ -78,6 +78,32 @@ def test_the_values_are_those_of_the_stream(generator: torch.Generator):
         assert found.rms == pytest.approx(float(x.square().mean().sqrt()), rel=1e-5)
 
 
+def test_tokens_of_a_stream_that_begins_with_a_linear_layer_are_those_of_each_sample(generator: torch.Generator):
+    """The first attention reads the product of that layer, which has samples and tokens in one dimension."""
+
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+            return x + self.o((q @ k.mT).softmax(-1) @ v)
+
+    model = nn.Sequential(nn.Linear(3, 8), Attending(), Attending()).eval()
+    x = torch.randn(3, 5, 3, generator=generator)
+    outputs = BlockOutputs(model, find_blocks(model, batch=x))
+    outputs.start()
+    model(x)
+    outputs.stop()
+    x = model[0](x)
+    for block, found in zip(model[1:], outputs.values().values(), strict=True):
+        x = block(x).detach()
+        twin = [float((s - s.mean(0)).norm() / s.norm()) for s in x]
+        assert found.token_residual == pytest.approx(sum(twin) / 3, rel=1e-5)
+        assert found.sample_residual == pytest.approx(float((x - x.mean(0)).norm() / x.norm()), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("layout", "token_dims"),
     [((0, 1, 2), (1,)), ((1, 0, 2), (0,)), ((0, 2, 1), (2,))],

@@ -161,7 +161,11 @@ class Prober:
         return self._moved(region)[0]
 
     def mixed_dims(self, region: Region) -> tuple[int, ...]:
-        """Return the dimensions of the stream along which a branch mixes positions: the dimensions of tokens."""
+        """Return the dimensions of the stream along which a branch mixes positions: the dimensions of tokens.
+
+        The stream and the end of the branch can have different shapes: a linear layer of (batch, tokens, channels)
+        reads (batch · tokens, channels). The dimensions are those of the shape that keeps them apart.
+        """
         return self._moved(region)[1]
 
     def _moved(self, region: Region) -> tuple[int, tuple[int, ...]]:
@@ -180,6 +184,9 @@ class Prober:
         held = {**self.finite_around(region), **held}
         channel = self.channel_dim(region)
         rows = self.finite(region.stream).movedim(channel, -1)
+        shape = self.tape.shape(region.leaf)
+        if rows.dim() == 2 < len(shape) and shape[-1] == rows.shape[-1] and math.prod(shape) == rows.numel():
+            rows, channel = rows.view(shape), -1
         count, dims = moved_by_one(self._change(region, channel, held), rows)
         # The first position may be padding that no other position attends to. Or a sharp softmax lets every position
         # attend to itself alone: flat patterns undo that.
@@ -207,6 +214,7 @@ class Prober:
 
         def change(places: Tensor, size: float) -> Tensor:
             content = stream.clone()
+            places = places.view(rows.shape[:-1])
             content.movedim(channel, -1)[places] += size * sizes[places]
             moved = (output(content) - before).abs().amax(-1)
             return torch.where(moved.isfinite(), moved, 0.0)  # a token that attends to nothing is NaN
