@@ -694,6 +694,16 @@ def test_samples_are_not_tokens_where_the_stream_begins_with_a_linear_layer(
     assert [(block.kinds, block.token_dims) for block in blocks] == 2 * [(("attention", "mlp"), dims)]
 
 
+def test_a_convolution_in_groups_is_no_matrix() -> None:
+    """SqueezeBERT: every group of channels has its own matrix."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x.mT))).mT
+
+    layers = {"up": nn.Conv1d(WIDTH, HIDDEN, 1, groups=2), "down": nn.Conv1d(HIDDEN, WIDTH, 1)}
+    assert found(Block(forward, **layers)).reason == "mlp: it passes through a convolution in 2 groups of channels"
+
+
 # Streams of their own.
 
 

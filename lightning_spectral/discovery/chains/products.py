@@ -111,8 +111,10 @@ def weight_product(tape: Tape, operation: Operation) -> WeightProduct:
     assert weight is not None
     if name in ("convolution", "_convolution"):
         kernel = tape.shape(weight)[2:]
-        if any(size != 1 for size in kernel) or operation.args[-1] != 1:
+        if any(size != 1 for size in kernel):
             raise UnmeasurableError(f"it passes through a convolution with kernel {tuple(kernel)}")
+        if operation.args[-1] != 1:
+            raise UnmeasurableError(f"it passes through a convolution in {operation.args[-1]} groups of channels")
         return WeightProduct(operands[0], weight, False, 1, False)
     if name == "linear":
         return WeightProduct(operands[0], weight, False, -1, False)
