@@ -172,6 +172,51 @@ def test_a_branch_that_all_blocks_share_is_counted_once(model: type[Model]) -> N
     assert (first.attention_norm, first.mlp_norm) == pytest.approx(expected, rel=1e-5)
 
 
+class SharedMLP(Block):
+    """Two streams, each with its own attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = Attention()
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = x + self.attention(x), y + self.second(y)
+        return x + self.mlp(x), y + self.mlp(y)
+
+
+class SharedAttention(Block):
+    """Two streams, each with its own MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = MLP()
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.attention(x)
+        x = x + self.mlp(x)
+        y = y + self.attention(y)
+        return x, y + self.second(y)
+
+
+@pytest.mark.parametrize("kind", [SharedMLP, SharedAttention])
+def test_calls_on_two_streams_are_not_added_up(kind: type[Block]) -> None:
+    torch.manual_seed(0)
+
+    class Both(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            x, y = self.embed(x), self.embed(x.flip(1)).sin()
+            for block in self.blocks:
+                x, y = block(x, y)
+            return torch.cat([x, y], 1)
+
+    model = Both(kind)
+    blocks = find_blocks(model, batch=torch.randn(2, 4, 5, 3))
+    assert [block.doubt for block in blocks] == 2 * ["its residual adds do not lie on one stream"]
+    for block, layer in zip(model.blocks, measure(model, blocks).layers, strict=True):
+        norm, twin = (layer.mlp_norm, block.mlp) if kind is SharedMLP else (layer.attention_norm, block.attention)
+        assert norm == pytest.approx(twin.norm_by_hand(), rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", [RowsAndColumns, OneMLPOnBothSides])
 def test_a_scale_at_a_branch_that_is_called_twice_scales_both_calls(kind: type[Block]) -> None:
     torch.manual_seed(0)

@@ -221,7 +221,8 @@ def calls_in_a_run(tape: Tape, branches: Sequence[FoundBranch], groups: Groups, 
     """Return how often one run of a block calls each of its sites.
 
     A module that attends along rows and then along columns is called twice, and so is half an MLP that stands on both
-    sides of attention. A shared block runs several times: its run is what is common to all::
+    sides of attention. A shared block runs several times: its run is what is common to all. A call on a second stream,
+    such as the text beside a picture, adds nothing to the first::
 
         m a m │ m' a' m'       m twice
         a m a m a m │          each once: the block runs three times
@@ -237,12 +238,14 @@ def calls_in_a_run(tape: Tape, branches: Sequence[FoundBranch], groups: Groups, 
     calls: list[FoundBranch] = []
     for branch in branches[branches.index(groups[name][0]) :]:
         if branch.site.path in sites:
-            calls.append(branch)
+            if not calls or branch.add is calls[-1].add or linked(tape, branch.add, calls[-1].add):
+                calls.append(branch)
         elif any(tape.depends(branch.add.stream, call.add.output) for call in calls):
             # Another block reads what this block wrote.
             others = [group for group in groups.values() if branch.site.path in {one.site.path for one in group}]
             if not any(map(_is_complete, others)):
-                calls = calls[: calls.index(groups[name][-1]) + 1]
+                last = groups[name][-1].terms[0].start
+                calls = [call for call in calls if call.terms[0].start <= last]
             break
     counts = Counter(branch.site.path for branch in calls)
     runs = min(counts.values())
