@@ -694,6 +694,33 @@ def test_samples_are_not_tokens_where_the_stream_begins_with_a_linear_layer(
     assert [(block.kinds, block.token_dims) for block in blocks] == 2 * [(("attention", "mlp"), dims)]
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_attention_in_front_of_a_fresh_batch_norm_is_attention(affine: bool) -> None:
+    """A running mean of zero is no weight of zero: a mean of 1 would leave nothing positive for the ReLU."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+    norm = nn.BatchNorm1d(WIDTH, affine=affine)
+    if affine:
+        nn.init.normal_(norm.bias, std=0.1)
+    attention = Attention()
+    nn.init.normal_(attention.o.weight, std=0.02)
+    nn.init.zeros_(attention.o.bias)
+
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.norm, self.out = attention, norm, nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.norm(self.attention(x).mT).mT.relu())
+
+    model = Stack(Block(forward, Behind(), mlp=MLP()), Block(forward, Attention(), mlp=MLP())).eval()
+    blocks = find_blocks(model, batch=torch.randn(2, TOKENS, WIDTH))
+    assert [(block.kinds, block.token_dims) for block in blocks] == 2 * [(("attention", "mlp"), (1,))]
+
+
 def test_a_convolution_in_groups_is_no_matrix() -> None:
     """SqueezeBERT: every group of channels has its own matrix."""
 

@@ -30,6 +30,7 @@ from lightning_spectral.discovery.trace.operations import (
     is_product,
     is_softmax,
     matrix_operands,
+    norm_gain,
     refs,
     weight_operand,
 )
@@ -244,11 +245,18 @@ class Prober:
             if operation is None or base_name(operation) in ("add", "sub"):
                 continue  # a bias of zero hides nothing
             for item in matrix_operands(operation) if is_product(self.tape, operation) else operation.inputs:
-                like = self.tape.tensors[item]
-                mute = like.is_floating_point() and is_mute(like) and self.tape.made_of_parameters(item)
-                if mute or self._is_gate_at_zero(region, operation, item):
-                    content[item] = made_up(like)
+                if self._is_mute_operand(operation, item) or self._is_gate_at_zero(region, operation, item):
+                    content[item] = made_up(self.tape.tensors[item])
         return content
+
+    def _is_mute_operand(self, operation: Operation, value: int) -> bool:
+        """Whether a value is made of parameters and hides the branch."""
+        like = self.tape.tensors[value]
+        if not like.is_floating_point() or not self.tape.made_of_parameters(value):
+            return False
+        if is_norm(operation) and value != norm_gain(operation):
+            return not bool(like.isfinite().all())  # a mean or a bias of zero hides nothing
+        return is_mute(like)
 
     def makes_mute(self, parameter: int) -> bool:
         """Whether a gain that is made of this parameter alone hides what it multiplies, such as 1 + g for g = −1."""
