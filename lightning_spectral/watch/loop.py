@@ -416,7 +416,7 @@ class _Values(Outlet):
 
 def _unwrapped(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
     """Return optimizers without what Fabric and Accelerate put around them: hooks are called on the inner ones."""
-    found = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    found = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
     for number, item in enumerate(found):
         while isinstance(inner := getattr(item, "optimizer", None), Optimizer):
             item = inner

@@ -596,6 +596,26 @@ def test_a_watch_that_never_began_leaves_no_hook_in_the_optimizer(end: Callable[
     assert not any(getattr(optimizer, kind) for kind in kinds)
 
 
+class Schedule:
+    """Holds an optimizer and is none, as schedules of a learning rate often are."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+
+def test_an_optimizer_is_taken_out_of_what_holds_it():
+    optimizer = optimizer_of(model := built())
+    with Watch(model, optimizers=Schedule(optimizer)) as watch:
+        watch.before_step()
+        assert len(optimizer._optimizer_step_pre_hooks) == 1
+
+
+@pytest.mark.parametrize(("given", "kind"), [(object(), "object"), (None, "NoneType"), ([1], "int")])
+def test_what_is_no_optimizer_is_refused(given: Any, kind: str):
+    with pytest.raises(ConfigurationError, match=rf"optimizers has a {kind}, expected torch\.optim\.Optimizer"):
+        Watch(built(), optimizers=given)
+
+
 def test_a_state_of_another_linearization_is_refused():
     state = Watch(built()).state_dict()
     with pytest.raises(ConfigurationError, match="the state is of linearization='circuit', this watch has 'paper'"):
