@@ -6,7 +6,7 @@ Code that updates a copy walks over the parameters of model and copy side by sid
 
 If only the student had scales, the two lists would no longer match. So a copy gets scales at the places where the model
 has scales. There are two kinds of copies: modules (``branches_of_copies``) and dicts of tensors
-(``complete_averages``).
+(``complete_averages``). Sets of names that say which parameters to average get the names of the scales.
 """
 
 from __future__ import annotations
@@ -76,20 +76,28 @@ def complete_averages(
 ) -> None:
     """Add the scales to dicts of tensors by parameter name, such as averages that began before the scales came.
 
+    Sets of the names of all trained parameters get the names of the scales. A copy that is updated by such a set would
+    otherwise keep the scales that it had, without an error.
+
     Args:
         model: The model, with scales.
         blocks: As in :func:`branches_of_copies`.
         branches: The branches that have scales.
         others: As in :func:`branches_of_copies`.
     """
-    held = [item for item in _held(model, others) if isinstance(item, dict) and _is_by_name(item)]
-    for path in _homes(blocks, branches) if held else ():
+    held = list(_held(model, others))
+    averages = [item for item in held if isinstance(item, dict) and _is_by_name(item)]
+    choices = [item for item in held if isinstance(item, set) and all(isinstance(name, str) for name in item)]
+    for path in _homes(blocks, branches) if averages or choices else ():
         original = module_at(model, path)
         parameters = {} if original is None else dict(original.named_parameters())
         scales = scale_keys(parameters)
         plain = {name: item for name, item in parameters.items() if name not in scales}
         trained = {name for name, item in plain.items() if item.requires_grad}
-        for values in held:
+        for names in choices:
+            if trained and trained <= names <= plain.keys():
+                names.update(scales)
+        for values in averages:
             known = {name: plain[name] for name in values if name in plain}
             whole = len(known) == len(values) and trained <= known.keys()
             if whole and all(_shape(values[name]) == _shape(item) for name, item in known.items()):

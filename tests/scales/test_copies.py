@@ -50,7 +50,7 @@ def by_name(student: nn.Module, teacher: nn.Module) -> None:
             value.lerp_(own[name], 0.5)
 
 
-def by_update(student: nn.Module, teacher: AveragedModel) -> None:
+def by_update(student: nn.Module, teacher: Any) -> None:
     teacher.update_parameters(student)
 
 
@@ -74,6 +74,20 @@ class Momentum(LitGPT):
         return self.teacher.shadow if isinstance(self.teacher, Average) else self.teacher
 
 
+class Named(nn.Module):
+    """Averages the parameters that it saw at first, and passes over all others."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = frozen_copy(model)
+        self.names = {name for name, _ in model.named_parameters()}
+
+    def update_parameters(self, student: nn.Module) -> None:
+        for (name, one), (_, other) in zip(student.named_parameters(), self.module.named_parameters(), strict=True):
+            if name in self.names:
+                other.lerp_(one, 0.5)
+
+
 def frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).requires_grad_(False)
 
@@ -82,6 +96,7 @@ WAYS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[Any, Any], None]]] =
     "zip": (frozen_copy, zipped),
     "AveragedModel": (lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.5)), by_update),
     "by name, in an object": (Average, by_name),  # not frozen, and trained by nobody
+    "by a set of names": (Named, by_update),
 }
 
 
@@ -135,12 +150,14 @@ def test_an_average_by_names_that_was_begun_before_goes_on_with_the_scales(learn
     module.average, module.start = Shadow(module.model), {name: p.data.clone() for name, p in module.named_parameters()}
     module.start["model.head.bias"] = module.start["model.head.bias"][:1]  # no values of these parameters
     module.head = {name: value for name, value in module.start.items() if "head" in name}
-    before = set(module.start)
+    module.decayed = {name for name, p in module.named_parameters() if p.ndim > 1}
+    before, decayed = set(module.start), set(module.decayed)
     attach_scales(module, find_blocks(module, batch=IDS), learnable=learnable)
     module.average.update()
     assert set(module.average.shadow) == {name for name, p in module.model.named_parameters() if p.requires_grad}
     assert set(module.start) == before
     assert len(module.head) == 2
+    assert module.decayed == decayed
 
 
 def homes(model: nn.Module, **settings: Any) -> list[int]:
