@@ -24,9 +24,10 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from lightning_spectral.alarms import Event
 from lightning_spectral.control import GainCeiling, ResidualRescaler
+from lightning_spectral.control.steering import Steering
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.pages import send_alert
-from lightning_spectral.scales import attach_scales, fuse_scales
+from lightning_spectral.scales import fuse_scales
 from lightning_spectral.watch import Watch
 from lightning_spectral.watch.options import AutoRescale, Options
 from lightning_spectral.watch.outlets import Outlet
@@ -104,7 +105,7 @@ class SpectralCallback(TrainerCallback, ExportableState):
         if law is not None and not law.dry_run:
             blocks = self._checked.blocks
             named = None if blocks is None else blocks_of(model, blocks)
-            attach_scales(model, named, batch=self._batch, learnable=law.learnable)
+            Steering(law, self._checked.safe_zone).attach(model, named, self._callbacks(), batch=self._batch)
 
     def on_train_begin(
         self,
@@ -119,8 +120,14 @@ class SpectralCallback(TrainerCallback, ExportableState):
         self._handler = self._handler or _caller()  # one that a checkpoint has brought back has seen no on_init_end
         if self._watch is not None:  # of a run that failed, of which callbacks hear nothing
             self._watch.abandon()
+        trainer = _trainer()
         self._watch = _Watch(
-            _called(model), args.output_dir, optimizers=[optimizer], batch=self._batch, **self._options
+            _called(trainer, model),
+            args.output_dir,
+            beside=(trainer, *self._callbacks()),
+            optimizers=[optimizer],
+            batch=self._batch,
+            **self._options,
         )
         self._watch.add_outlet(_Alerts(self._reporters))
         known = _saved(args, state, self._checked.prefix) or self._state
@@ -230,9 +237,12 @@ class SpectralCallback(TrainerCallback, ExportableState):
 
     def _reporters(self) -> list[TrainerCallback]:
         """Return the other callbacks, without those that would print values among the losses."""
-        callbacks: Sequence[TrainerCallback] = () if self._handler is None else self._handler.callbacks
-        quiet = [item for item in callbacks if not isinstance(item, PrinterCallback | ProgressCallback)]
-        return [item for item in quiet if item is not self]
+        return [item for item in self._callbacks() if not isinstance(item, PrinterCallback | ProgressCallback)]
+
+    def _callbacks(self) -> list[TrainerCallback]:
+        """Return the other callbacks of the Trainer."""
+        known = [] if self._handler is None else self._handler.callbacks
+        return [item for item in known if item is not self]
 
 
 def _law(settings: Mapping[str, Any]) -> GainCeiling | ResidualRescaler:
@@ -269,6 +279,10 @@ class _Watch(Watch):
 
     speaker = "SpectralCallback"
 
+    def __init__(self, *args: Any, beside: Sequence[object], **options: Any) -> None:
+        self._beside = beside
+        super().__init__(*args, **options)
+
     def add_outlet(self, outlet: Outlet) -> None:
         """Have another place take values and events."""
         self._host.add_outlet(outlet)
@@ -283,12 +297,18 @@ def _caller() -> CallbackHandler | None:
     return None
 
 
-def _called(model: nn.Module) -> nn.Module:
-    """Return what a Trainer calls: what ``torch_compile`` has made of the model, which callbacks are not handed."""
+def _trainer() -> Trainer | None:
+    """Return the Trainer that calls a callback: it may hold copies of the model, and callbacks are not handed it."""
     frame = sys._getframe(2)  # behind the method of the callback
     while frame.f_back is not None and not isinstance(frame.f_locals.get("self"), Trainer):
         frame = frame.f_back
-    called: nn.Module = getattr(frame.f_locals.get("self"), "model_wrapped", model)
+    found = frame.f_locals.get("self")
+    return found if isinstance(found, Trainer) else None
+
+
+def _called(trainer: Trainer | None, model: nn.Module) -> nn.Module:
+    """Return what a Trainer calls: what ``torch_compile`` has made of the model, which callbacks are not handed."""
+    called: nn.Module = getattr(trainer, "model_wrapped", model)
     return called if getattr(called, "_orig_mod", None) is model else model
 
 

@@ -94,6 +94,7 @@ class Watch:
     """
 
     speaker = "Watch"
+    _beside: Sequence[object] = ()  # objects that may hold copies of the model
 
     def __init__(
         self,
@@ -158,7 +159,8 @@ class Watch:
             )
         steering.set_up()
         named = None if host.wanted is None else blocks_of(host.model, host.wanted)
-        steering.attach(host.model, named, batch=batch)
+        others = () if host.shards else self._beside  # a copy that is cut itself could not take scales any more
+        steering.attach(host.model, named, others, batch=batch)
         steering.begin(host.optimizers)
         for told in (steering.held_still(), *steering.doubts):
             if told is not None:

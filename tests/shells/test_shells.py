@@ -524,6 +524,70 @@ def test_scales_are_folded_at_the_end_if_asked(tmp_path: Path):
     assert not any("log_scale" in name for name in run.model.state_dict())
 
 
+class Follow(TrainerCallback):
+    """Keeps a copy, and averages it beside the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.copied = copy.deepcopy(model)
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
+        averaged(self.copied, model)
+
+
+class FollowByName(Follow):
+    """Passes over the parameters that it did not see at first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.names = {name for name, _ in model.named_parameters()}
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
+        new = dict(model.named_parameters())
+        for name, value in self.copied.named_parameters():
+            if name in self.names:
+                value.lerp_(new[name], 0.5)
+
+
+class WithReference(Trainer):
+    """Has a reference that follows the model, as methods of reinforcement learning do."""
+
+    reference: nn.Module
+
+    def training_step(self, model: nn.Module, *args: Any) -> Tensor:
+        loss = super().training_step(model, *args)
+        with torch.no_grad():
+            averaged(self.reference, model)
+        return loss
+
+
+def averaged(copied: nn.Module, model: nn.Module) -> None:
+    for one, other in zip(copied.parameters(), model.parameters(), strict=True):
+        one.lerp_(other, 0.5)
+
+
+@pytest.mark.parametrize("keeper", [Follow, FollowByName, WithReference])
+def test_a_copy_that_a_trainer_of_transformers_or_its_callback_keeps_follows_the_scales(tmp_path: Path, keeper: type):
+    model = unbalanced()
+    plain = copy.deepcopy(model)
+    arguments = TrainingArguments(str(tmp_path), max_steps=6, report_to=[], use_cpu=True, save_strategy="no")
+    callbacks = [SpectralCallback(every_n_steps=2, auto_rescale=True)]
+    if keeper is WithReference:
+        trainer = WithReference(model, arguments, train_dataset=Tokens(), callbacks=callbacks)
+        follower = trainer.reference = plain
+    else:
+        callbacks.append(keeper(model))
+        trainer = Trainer(model, arguments, train_dataset=Tokens(), callbacks=callbacks)
+        follower = callbacks[-1].copied
+    trainer.train()
+    scales = {name: value for name, value in weights(follower).items() if name.endswith("log_scale")}
+    assert len(scales) == len(attach_scales(model))
+    assert any(value.item() < -0.1 for value in scales.values())
+    for name, value in scales.items():
+        assert (value.item() < 0.0) == (model.get_parameter(name).item() < 0.0)
+
+
 def test_an_option_that_is_none_is_told():
     with pytest.raises(ConfigurationError, match="argument 'every'; the options are those of Watch"):
         SpectralCallback(every=5)
