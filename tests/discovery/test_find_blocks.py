@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -290,3 +291,36 @@ def test_what_nobody_foresaw_costs_one_branch_and_is_told(error: type[Exception]
     assert f"{error.__name__}: " in note
     with pytest.raises(BlocksNotFoundError, match=r"Refused: what a sum of shape \(2, 5, 8\) adds could not be told"):
         find_blocks(nn.Sequential(Layer(squash), Layer(squash)), batch=torch.randn(2, 5, 8))
+
+
+class FewQueries(nn.Module):
+    """Attention whose queries are those of the first token alone."""
+
+    def __init__(self, to_all: bool) -> None:
+        super().__init__()
+        self.norm, self.to_all = nn.LayerNorm(8), to_all
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        x = (x if self.to_all else x[:, :1]) + self.attention(y[:, :1], y, y, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize(
+    ("to_all", "told"),
+    [
+        (False, r"a sum of shape \(2, 1, 8\) adds to a part of a stream of shape \(2, 5, 8\)"),
+        (
+            True,
+            r"a sum of shape \(2, 5, 8\) adds a branch of shape \(2, 1, 8\) to all of a stream of shape \(2, 5, 8\)",
+        ),
+    ],
+)
+def test_a_branch_of_fewer_tokens_than_its_stream_is_told(to_all: bool, told: str):
+    first = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=True)
+    blocks = find_blocks(nn.Sequential(first, FewQueries(to_all)), batch=torch.randn(2, 5, 8))
+    assert [branch.kind for block in blocks for branch in block.branches] == ["attention", "mlp", "mlp"]
+    (note,) = blocks.notes
+    assert re.fullmatch(rf"no branch of a block: {told}: it is not of the form x \+ f\(x\)", note)

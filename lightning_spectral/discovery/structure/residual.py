@@ -11,14 +11,25 @@ Nothing here reads a name. Four traps:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import or_
 
 from lightning_spectral.discovery.structure.adds import Refusal, ResidualAdd, as_residual, on_stack
 from lightning_spectral.discovery.structure.nesting import outermost
-from lightning_spectral.discovery.structure.residual_stream import begin_streams
+from lightning_spectral.discovery.structure.residual_stream import begin_streams, stream_source
 from lightning_spectral.discovery.structure.stacks import stack_at
 from lightning_spectral.discovery.structure.terms import terms_of
-from lightning_spectral.discovery.trace.operations import addends, base_name, is_mixing_without_weights, is_product
+from lightning_spectral.discovery.trace.operations import (
+    addends,
+    base_name,
+    is_addition,
+    is_mixing_without_weights,
+    is_part,
+    is_product,
+    moved_input,
+)
 from lightning_spectral.discovery.trace.probe import Prober
 from lightning_spectral.discovery.trace.tape import Tape
 
@@ -37,7 +48,35 @@ def residual_adds(tape: Tape, prober: Prober) -> tuple[list[ResidualAdd], list[R
     """
     begin_streams(tape)  # before the search: a term can only be a skip if it is data
     adds, refusals = outermost(tape, _candidates(tape, prober))
+    refusals += _of_another_shape(tape, adds)
     return adds, refusals or ([] if adds else list(_gated_streams(tape)))
+
+
+def _of_another_shape(tape: Tape, adds: Sequence[ResidualAdd]) -> Iterator[Refusal]:
+    """Yield the sums of a stream and a branch of fewer tokens: x[:, :1] + f(x), x + f(x)[:, :1].
+
+    A last layer of which only the class token is read has such a sum.
+    """
+    streams = {add.output for add in adds}
+    inside = reduce(or_, (add.interior for add in adds), 0)
+    for operation in tape.operations:
+        output = operation.outputs[0] if operation.outputs else 0
+        if not is_addition(operation) or output in streams or inside >> output & 1:
+            continue
+        for one, other in itertools.permutations(filter(tape.is_data, operation.inputs), 2):
+            producer = tape.producer(one)
+            part = moved_input(producer) if producer is not None and is_part(producer) else None
+            whole = one if part is None else part
+            if part is None and tape.shape(one) == tape.shape(other):
+                continue
+            if stream_source(tape, whole, streams) is not None and _leads_through_weight(tape, whole, other):
+                what = f"a branch of shape {tape.shape(other)} to all" if part is None else "to a part"
+                reason = (
+                    f"a sum of shape {tape.shape(output)} adds {what} of a stream of shape {tape.shape(whole)}: it is "
+                    "not of the form x + f(x)"
+                )
+                yield Refusal(output, reason)
+                break
 
 
 def _gated_streams(tape: Tape) -> Iterator[Refusal]:
@@ -49,7 +88,10 @@ def _gated_streams(tape: Tape) -> Iterator[Refusal]:
             if producer is None or base_name(producer) != "mul" or len(producer.inputs) != 2:
                 continue
             others = [other for other in parts if other != part]
-            if any(_leads_through_weight(tape, value, other) for value in producer.inputs for other in others):
+            gates = [(value, other) for value in producer.inputs for other in others]
+            if any(
+                tape.shape(one) == tape.shape(other) and _leads_through_weight(tape, one, other) for one, other in gates
+            ):
                 reason = (
                     f"a sum of shape {tape.shape(part)} multiplies its stream by a gate of data (a highway, "
                     "a GRU): it is not of the form x + f(x)"
@@ -59,8 +101,8 @@ def _gated_streams(tape: Tape) -> Iterator[Refusal]:
 
 
 def _leads_through_weight(tape: Tape, value: int, end: int) -> bool:
-    """Whether a value is data, and leads to another value of its shape through a product with a weight."""
-    if not tape.is_data(value) or tape.shape(value) != tape.shape(end) or not tape.depends(end, value):
+    """Whether a value is data, and leads to another value through a product with a weight."""
+    if not tape.is_data(value) or not tape.depends(end, value):
         return False
     between = (tape.producer(item) for item in tape.between(value, end)[1:])
     return any(operation is not None and is_product(tape, operation) for operation in between)
