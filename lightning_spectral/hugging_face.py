@@ -28,6 +28,7 @@ from lightning_spectral.control.steering import Steering
 from lightning_spectral.errors import ConfigurationError
 from lightning_spectral.pages import send_alert
 from lightning_spectral.scales import fuse_scales
+from lightning_spectral.scales.loading import MARKER, lost_scales, marked, restore_marked, saved_sites
 from lightning_spectral.watch import Watch
 from lightning_spectral.watch.options import AutoRescale, Options
 from lightning_spectral.watch.outlets import Outlet
@@ -35,6 +36,18 @@ from lightning_spectral.watch.search import blocks_of
 from lightning_spectral.watch.telling import inform, warn
 
 __all__ = ["SpectralCallback"]
+
+
+_OF_WHOLE_MODELS = (
+    "SpectralCallback: checkpoints of this run have residual scales. A Trainer with this callback resumes from them, "
+    "from_pretrained does not read them: call fuse_scales(model) before save_pretrained, or "
+    "SpectralCallback(fuse_at_end=True)"
+)
+_OF_ADAPTERS = (
+    "SpectralCallback: checkpoints of this run have adapters without the residual scales that they were trained with. "
+    "A Trainer with this callback resumes from them; adapters that are loaded elsewhere compute something else: call "
+    "fuse_scales(model), and save model.merge_and_unload()"
+)
 
 
 class SpectralCallback(TrainerCallback, ExportableState):
@@ -116,7 +129,11 @@ class SpectralCallback(TrainerCallback, ExportableState):
         optimizer: Any = None,
         **others: Any,
     ) -> None:
-        """Begin to watch, where a resumed run had stopped."""
+        """Begin to watch, where a resumed run had stopped.
+
+        Raises:
+            ConfigurationError: The checkpoint has residual scales, and the model has none.
+        """
         self._handler = self._handler or _caller()  # one that a checkpoint has brought back has seen no on_init_end
         if self._watch is not None:  # of a run that failed, of which callbacks hear nothing
             self._watch.abandon()
@@ -133,6 +150,9 @@ class SpectralCallback(TrainerCallback, ExportableState):
         known = _saved(args, state, self._checked.prefix) or self._state
         if known is not None and state.global_step:
             self._watch.load_state_dict({**known, "step": state.global_step})
+            if (lost := lost_scales(model, saved_sites({MARKER: known.get(MARKER, {})}))) is not None:
+                raise ConfigurationError(lost)
+            restore_marked(model, known.get(MARKER, {}).get("log_scales", {}))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take note that forward passes come next."""
@@ -157,14 +177,12 @@ class SpectralCallback(TrainerCallback, ExportableState):
         if self._watch is None:
             return
         if state.is_world_process_zero and (folder := _checkpoint(args, state)).is_dir():
-            torch.save(self._watch.state_dict(), folder / f"{self._checked.prefix}.pt")
+            held = {name: parameter.detach() for name, parameter in model.named_parameters()}
+            scales = marked((), held)  # a checkpoint of adapters does not have them
+            torch.save({**self._watch.state_dict(), MARKER: scales}, folder / f"{self._checked.prefix}.pt")
         if self._checked.law is not None and not self._checked.law.dry_run and not self._warned:
             self._warned = True
-            warn(
-                "SpectralCallback: checkpoints of this run have residual scales. A Trainer with this callback resumes "
-                "from them, from_pretrained does not read them: call fuse_scales(model) before save_pretrained, or "
-                "SpectralCallback(fuse_at_end=True)"
-            )
+            warn(_OF_ADAPTERS if _has_adapters(model) else _OF_WHOLE_MODELS)
 
     def on_log(
         self,
@@ -193,6 +211,11 @@ class SpectralCallback(TrainerCallback, ExportableState):
         self._close(args, state, control, model)
         if self._fuse_at_end:
             fuse_scales(model)
+            if _has_adapters(model):
+                warn(
+                    "SpectralCallback(fuse_at_end=True) has folded the scales into the adapters and into the weights "
+                    "under them, which a checkpoint of adapters does not have: save model.merge_and_unload()"
+                )
 
     # Resume through the state of the Trainer, which is JSON and therefore has no warm start.
 
@@ -243,6 +266,11 @@ class SpectralCallback(TrainerCallback, ExportableState):
         """Return the other callbacks of the Trainer."""
         known = [] if self._handler is None else self._handler.callbacks
         return [item for item in known if item is not self]
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    """Whether what is saved of a model are its adapters alone, as peft does it."""
+    return hasattr(model, "peft_config")
 
 
 def _law(settings: Mapping[str, Any]) -> GainCeiling | ResidualRescaler:

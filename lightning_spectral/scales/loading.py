@@ -21,6 +21,7 @@ __all__ = [
     "marked",
     "refuse_lost_scales",
     "rename_weight",
+    "restore_marked",
     "restore_unsaved",
     "saved_sites",
     "unhook_loading",
@@ -134,7 +135,7 @@ def lost_scales(model: nn.Module, sites: Iterable[str]) -> str | None:
     return (
         f"the checkpoint has {len(sites)} residual scales, and {where}, so it would compute something else: "
         "fold them into the weights, fuse_scales(torch.load(path)), or give the model its scales, attach_scales(model) "
-        "or SpectralMonitor(auto_rescale=True)"
+        "or auto_rescale=True"
     )
 
 
@@ -200,6 +201,12 @@ def restore_unsaved(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             f"{unknown[0]!r}), so they would become 1: load one whose state_dict has the keys ending in log_scale, "
             "or say that 1 is right, checkpoint.pop('lightning_spectral')"
         )
+    restore_marked(model, {key: values[key] for key in absent})
+
+
+def restore_marked(model: nn.Module, values: Mapping[str, float]) -> None:
+    """Set scales of a model to the values that a marker has for them, by their names."""
     with torch.no_grad():
-        for key, parameter in absent.items():
-            parameter.fill_(values[key])
+        for key, parameter in _own_scales(model).items():
+            if key in values:
+                parameter.fill_(values[key])

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from processes import PYTHONPATH
+from safetensors.torch import load_file
 from shells import BATCHES, GPT, SHELLS, Run, Tokens, built, loader, optimizer_of
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -516,6 +517,59 @@ def test_a_checkpoint_of_a_steered_run_warns_of_from_pretrained(tmp_path: Path):
     run = Run(tmp_path, options=OPTIONS["ceiling"], model=unbalanced(), save_at=4)
     messages = told(lambda: SHELLS["transformers"](run))
     assert sum("from_pretrained does not read them: call fuse_scales(model)" in message for message in messages) == 1
+
+
+class Adapters(GPT):
+    """Has the mark of a model whose checkpoints have adapters alone."""
+
+    peft_config = "of the head"
+
+
+class SavesAdapters(Trainer):
+    """Saves no scales, because they are no adapters."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        state = weights(self.model)
+        super()._save(output_dir, {name: item for name, item in state.items() if "residual_scale" not in name})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.model.load_state_dict(load_file(Path(resume_from_checkpoint, "model.safetensors")), strict=False)
+
+
+def of_adapters(folder: Path, resume: str | None = None, **options: Any) -> tuple[nn.Module, list[str]]:
+    """Train the head of a model whose MLPs are too strong, and return the model, and what was told."""
+    torch.manual_seed(0)
+    model = Adapters()
+    model.load_state_dict(unbalanced().state_dict())
+    arguments = TrainingArguments(
+        str(folder), max_steps=5, save_steps=3, report_to=[], use_cpu=True, disable_tqdm=True, learning_rate=1e-2
+    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head"))
+    settings = {"every_n_steps": 2, "blocks": find_blocks(model, batch=torch.zeros(2, 8, dtype=torch.long)), **options}
+    trainer = SavesAdapters(model, arguments, train_dataset=Tokens(), callbacks=[SpectralCallback(**settings)])
+    return model, told(lambda: trainer.train(resume_from_checkpoint=resume))
+
+
+def test_a_run_of_adapters_resumes_with_the_scales_that_its_checkpoint_lacks(tmp_path: Path):
+    whole, messages = of_adapters(tmp_path, auto_rescale=True)
+    assert sum("checkpoints of this run have adapters without the residual scales" in item for item in messages) == 1
+    saved = str(tmp_path / "checkpoint-3")
+    assert not any("log_scale" in name for name in load_file(Path(saved, "model.safetensors")))
+    resumed, _ = of_adapters(tmp_path, resume=saved, auto_rescale=True)
+    assert any(name.endswith("log_scale") and value.item() < 0.0 for name, value in weights(whole).items())
+    assert same(weights(whole), weights(resumed))
+    with pytest.raises(
+        ConfigurationError, match=r"the checkpoint has 6 residual scales, and the model has none, so it"
+    ):
+        of_adapters(tmp_path, resume=saved)
+
+
+def test_scales_that_are_folded_into_adapters_and_what_is_under_them_are_told(tmp_path: Path):
+    _, messages = of_adapters(tmp_path, auto_rescale=True, fuse_at_end=True)
+    assert (
+        sum("which a checkpoint of adapters does not have: save model.merge_and_unload()" in m for m in messages) == 1
+    )
 
 
 def test_scales_are_folded_at_the_end_if_asked(tmp_path: Path):
