@@ -2,7 +2,7 @@
 
 The user's code may not expect parameters of one element, or that do not learn, and the message of torch does not name
 them. An explanation is given only if the traceback shows an optimizer that handles a scale, code that walks over the
-parameters of two models side by side, or code that asks for the gradient by a scale that has none.
+parameters of two models side by side, or code that counts a list with a scale in it or asks for gradients by it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ __all__ = ["explanation"]
 
 _KINDS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 _SHAPES = re.compile(r"size of tensor|broadcast shape|shapes?\b|size mismatch|zip\(\) argument|number of tensors")
+_COUNTS = re.compile(r"number of (\w+ )?(parameters|tensors)|zip\(\) argument", re.IGNORECASE)
 _OPTIMIZER = (
     "Give an optimizer for matrices [p for p in parameters if p.ndim >= 2], and the other parameters to AdamW. Give an "
     "optimizer that fails on parameters without a gradient [p for p in parameters if p.requires_grad]"
@@ -38,6 +39,10 @@ _UNTRAINED = "One of the differentiated Tensors does not require grad"  # of tor
 _GRADIENTS = (
     "Code that asks for gradients by all parameters, as a model's own checkpointing may, needs scales that have some: "
     "let the scales learn, auto_rescale=GainCeiling(learnable=True), or switch that checkpointing off"
+)
+_LIST = (
+    "A list of the parameters that was made before lacks the scales: make it, or the average that keeps it, in "
+    "on_fit_start, or call attach_scales(model) before"
 )
 
 
@@ -74,7 +79,9 @@ def _advice(exception: BaseException, parameters: Collection[int], scales: Colle
     if "log_scale" in str(exception):
         return _STATE
     if _UNTRAINED in str(exception):
-        return _GRADIENTS if any(_hands_over(frame, scales) for frame in frames) else None
+        return _GRADIENTS if any(_lists(frame, scales) for frame in frames) else None
+    if _COUNTS.search(str(exception)) and any(_lists(frame, scales) for frame in frames):
+        return _LIST
     of_shapes = isinstance(exception, AssertionError) or _SHAPES.search(str(exception))
     side_by_side = any(_walks_over_two(frame, parameters) for frame in frames)
     return _TEACHER if of_shapes and side_by_side else None
@@ -105,10 +112,10 @@ def _holds(value: object, wanted: Collection[int]) -> bool:
     return id(value) in wanted
 
 
-def _hands_over(frame: FrameType, wanted: Collection[int]) -> bool:
-    """Whether a frame holds one of the wanted tensors in a list, also in the context of a function of autograd."""
-    saved = getattr(frame.f_locals.get("ctx"), "__dict__", {})
-    return any(_holds(value, wanted) for value in (*frame.f_locals.values(), *saved.values()))
+def _lists(frame: FrameType, scales: Collection[int]) -> bool:
+    """Whether a frame holds a list with a scale in it, by itself or in the context of a function of autograd."""
+    held = (*frame.f_locals.values(), *getattr(frame.f_locals.get("ctx"), "__dict__", {}).values())
+    return any(id(item) in scales for value in held if isinstance(value, list | tuple) for item in value)
 
 
 def _walks_over_two(frame: FrameType, parameters: Collection[int]) -> bool:

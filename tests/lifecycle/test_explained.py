@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,38 @@ def test_a_teacher_without_scales_is_explained(
     assert "attach_scales(" in told
 
 
+class Counted:
+    """Averages a list of tensors, and counts it."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.shadow = [parameter.detach().clone() for parameter in parameters]
+
+    def update(self, parameters: Iterable[Tensor]) -> None:
+        parameters = list(parameters)
+        if len(parameters) != len(self.shadow):
+            raise ValueError("Number of parameters passed is different from the number of shadow parameters")
+
+
+class Averaging(LitGPT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.averages = Counted(self.model.parameters())
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.averages.update(self.model.parameters())
+
+
+class AveragingLater(Averaging):
+    def on_fit_start(self) -> None:
+        self.averages = Counted(self.model.parameters())
+
+
+def test_an_average_of_a_list_without_scales_is_explained_and_the_advice_helps(tmp_path: Path):
+    (told,) = notes(tmp_path, Averaging(), ValueError, "Number of parameters passed is different")
+    assert "make it, or the average that keeps it, in on_fit_start" in told
+    assert fit(tmp_path / "later", [SpectralMonitor(2, True)], module=AveragingLater(), max_steps=2).global_step == 2
+
+
 def test_the_advice_helps(tmp_path: Path):
     class Lit(LitGPT):
         def __init__(self) -> None:
@@ -217,6 +249,11 @@ def test_the_advice_helps(tmp_path: Path):
 
 def of_another_copy(teacher: nn.Module, student: nn.Module) -> None:
     torch.zeros(3).add_(torch.zeros(4))
+
+
+def of_other_counts(teacher: nn.Module, student: nn.Module) -> None:
+    layers = list(student.children())
+    raise ValueError(f"the number of parameters of {len(layers)} layers is odd")
 
 
 def in_vain(teacher: nn.Module, student: nn.Module) -> None:
@@ -247,6 +284,7 @@ class OwnMistake(LitGPT):
     [
         (lambda: Student(of_another_copy), RuntimeError, "must match the size of tensor"),
         (lambda: Student(in_vain), ValueError, "the batch has the wrong shape"),
+        (lambda: Student(of_other_counts), ValueError, "the number of parameters of 4 layers is odd"),
         (OwnMistake, RuntimeError, "must match the size of tensor"),
     ],
 )
