@@ -91,9 +91,12 @@ def tokens_collapsed(memory: Memory, measurement: Measurement) -> Sign | None:
     Where the model has one output for a sample, its tokens may rightly agree at the end: then samples have to agree
     too. So they have where it returns the stream, which the training step may pool. A residual that rises is a collapse
     that ends. One that has risen since the run began, and not fallen since, belongs to a model whose tokens begin
-    alike, such as one that begins with convolutions and BatchNorm: their biases are in all tokens.
+    alike, such as one that begins with convolutions and BatchNorm: their biases are in all tokens. Blocks that mix no
+    tokens make none alike: behind them, tokens are as the data are, such as a variable that is the same at all times.
     """
-    ends = [layer for layer in stack_ends(measurement) if layer.typical_token_residual is not None]
+    mixing = {_stack(layer.name) for layer in measurement if _mixes_tokens(layer)}
+    known = [layer for layer in stack_ends(measurement) if layer.typical_token_residual is not None]
+    ends = [layer for layer in known if _stack(layer.name) in mixing]
     if not ends:
         return None
     alike = [
@@ -269,6 +272,11 @@ def stack_ends(measurement: Measurement) -> list[LayerMeasurement]:
         if layer.stream_rms is not None or not layer.stream_finite:
             ends[_stack(layer.name)] = layer
     return list(ends.values())
+
+
+def _mixes_tokens(layer: LayerMeasurement) -> bool:
+    """Whether a block has attention or another mixer of tokens, measured or with a reason why not."""
+    return layer.attention_norm is not None or layer.attention_reason is not None
 
 
 def _stack(name: str) -> str:
