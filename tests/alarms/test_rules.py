@@ -379,6 +379,21 @@ def test_the_last_block_of_every_stack_is_looked_at():
     assert "At the output of block 5 (encoder.5)" in run.events[0].message
 
 
+def test_blocks_that_mix_no_tokens_make_none_alike():
+    """As a variable that is the same at all times, in a model of time series that treats each variable alone."""
+    run = Watched()
+    apart = measured(0, [1.0] * 3, HEALTHY[:3])
+    alone = [replace(layer, index=3, name="variables.0", attention_norm=None) for layer in measured(0, [1.0], [0.0])]
+    for step in (0, 10, 20):
+        run.take(Measurement(step, "circuit", (*apart, *alone)))
+    assert run.events == []
+    run = Watched()
+    mixing = [replace(layer, attention_reason="it is a token mixer") for layer in alone]
+    for step in (0, 10):
+        run.take(Measurement(step, "circuit", (*apart, *mixing)))
+    assert [event.name for event in run.events] == ["tokens_collapsed"]
+
+
 # Samples
 
 
