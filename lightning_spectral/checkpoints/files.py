@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = ["Checkpoint", "open_checkpoint"]
 _MAX_HEADER, _MAX_NAME = 2**26, 512
 
 _REST = "meta.pt"  # of a distributed checkpoint of Lightning
+_STATE = "trainer_state.json"
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
@@ -74,7 +76,16 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
         opened = _open_file(found)
     if is_folder:
         opened = replace(opened, notes=(*opened.notes, *_choice(path, found)))
-    return _named(path, folder, opened, key)
+    return _named(path, folder, replace(opened, step=opened.step or _step_beside(found)), key)
+
+
+def _step_beside(weights: Path) -> int:
+    """Return the step that the Trainer of transformers writes beside weights, 0 where nobody knows it."""
+    state = weights.parent / _STATE
+    step: Any = 0
+    with suppress(CheckpointError):  # weights are read without it
+        step = read_json(state).get("global_step") if state.is_file() else 0
+    return max(step, 0) if isinstance(step, int) and not isinstance(step, bool) else 0
 
 
 def _choice(folder: Path, found: Path) -> Iterator[str]:

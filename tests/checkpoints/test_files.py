@@ -328,3 +328,25 @@ def test_damaged_configs_are_measured_or_refused(tmp_path: Path):
                 warnings.simplefilter("ignore")
                 outcomes[measured_or_refused(folder)] += 1
     assert min(outcomes.values()) > 20
+
+
+@pytest.mark.parametrize(
+    ("state", "step"),
+    [
+        ('{"global_step": 500, "log_history": []}', 500),
+        (None, 0),
+        ('{"global_step": "500"}', 0),
+        ('{"global_step": true}', 0),
+        ('{"global_step": -3}', 0),
+        ("{}", 0),
+        ("[500]", 0),
+        ("broken", 0),
+    ],
+)
+def test_the_step_is_what_the_trainer_of_transformers_writes_beside(tmp_path: Path, state: str | None, step: int):
+    folder = tmp_path / "checkpoint-500"
+    folder.mkdir()
+    save_file({"w": torch.zeros(2, 2)}, folder / "model.safetensors")
+    if state is not None:
+        (folder / "trainer_state.json").write_text(state)
+    assert open_checkpoint(folder).step == open_checkpoint(folder / "model.safetensors").step == step
