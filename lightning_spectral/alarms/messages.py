@@ -123,8 +123,8 @@ def _logits_exploding(level: Level, sign: Sign, since: int, memory: Memory, meas
     before = f", {values['attention_logit_before']:.3g} at step {values['step_before']:.0f}"
     earlier = before if values["step_before"] < measurement.step else ""
     text = (
-        f"attention fixes on single tokens. In block {numbered(layer)} the largest attention logit, a query times a "
-        f"key, has been above 100 since step {since} ({values['attention_logit']:.3g} now{earlier}); a softmax of "
+        f"attention fixes on single tokens. In block {numbered(layer)} the largest attention logit, as the softmax "
+        f"reads it, has been above 100 since step {since} ({values['attention_logit']:.3g} now{earlier}); a softmax of "
         "logits so large is mostly one-hot, and then passes hardly any gradient"
     )
     return _told(level, "logits_exploding", sign, since, measurement, text)

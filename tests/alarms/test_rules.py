@@ -629,8 +629,8 @@ def test_logits_in_the_hundreds_are_a_warning_once():
     assert (warning.level, warning.name, warning.step, warning.since) == ("warning", "logits_exploding", 40, 30)
     assert (warning.blocks, warning.branch) == ((1,), "attention")
     assert warning.message == (
-        "WARNING at step 40: attention fixes on single tokens. In block 1 (b.1) the largest attention logit, a query "
-        "times a key, has been above 100 since step 30 (300 now, 99 at step 20); a softmax of logits so large is "
+        "WARNING at step 40: attention fixes on single tokens. In block 1 (b.1) the largest attention logit, as the "
+        "softmax reads it, has been above 100 since step 30 (300 now, 99 at step 20); a softmax of logits so large is "
         "mostly one-hot, and then passes hardly any gradient. Try: restart with a norm on queries and keys (QK-norm). "
         f"{sureness('logits_exploding')}More: docs/monitor.md#logits_exploding"
     )
