@@ -234,7 +234,7 @@ class Watch:
             self.close()
         else:
             attached = self._steering is not None and self._steering.has_attached
-            if attached and (told := explanation(error, self._host.model, "Watch")):
+            if attached and (told := explanation(error, self._host.model, self.speaker)):
                 error.add_note(told)
             self.abandon()
 
